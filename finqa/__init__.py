@@ -1,0 +1,1 @@
+"""What every stage shares: records, programs, prompts, the sandbox, answers, students, generation, evaluation."""

@@ -1,0 +1,129 @@
+"""The Hugging Face Hub: who is logged in, fetching a folder, pushing one. A token is never printed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from finqa.errors import UserError
+
+Result = TypeVar("Result")
+
+
+def logged_in_name() -> str | None:
+    """Name of the user whose token this machine holds; None without a token or a connection."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if huggingface_hub.get_token() is None:
+        return None
+    try:
+        return huggingface_hub.whoami()["name"]
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        return None
+
+
+def is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def fetch_folder(repo_id: str, revision: str | None = None, patterns: list[str] | None = None) -> Path | None:
+    """Local copy of a Hub repository (cached), or None where no such repository can be reached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        folder = _explained(repo_id, lambda: snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise _refused(repo_id) from error
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError):
+        return None
+    except RevisionNotFoundError as error:
+        raise UserError(f"{repo_id} on the Hub has no revision {revision}; look at its branches and tags") from error
+    return Path(folder)
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str | None,
+    push: bool | None,
+    private: bool = False,
+    ignore: tuple[str, ...] = ("checkpoint-*/*", "*.tmp", "wandb/*"),
+) -> str | None:
+    """Upload `folder` as the model repository `repo_id`; the address, or None where nothing was pushed.
+
+    `push`: True is mandatory (a UserError when it cannot be done), False never pushes, None pushes when a
+    token and a name are there and otherwise says in one line why not.
+    """
+    import huggingface_hub
+
+    if push is False:
+        return None
+    missing = None
+    if repo_id is None:
+        missing = "no Hub name is known (give HF_NAME as third argument or in the environment)"
+    elif huggingface_hub.get_token() is None:
+        missing = "no Hub token is here (log in with: hf auth login)"
+    elif is_offline():
+        missing = "the Hub is switched off by HF_HUB_OFFLINE"
+    if missing or repo_id is None:
+        if push:
+            raise UserError(f"cannot push {folder}: {missing}")
+        print(f"not pushed to the Hub: {missing}", flush=True)
+        return None
+
+    api = huggingface_hub.HfApi()
+
+    def upload() -> str:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            ignore_patterns=list(ignore),
+            commit_message=f"Upload {folder.name}",
+        )
+        return f"{api.endpoint}/{repo_id}"
+
+    address = _explained(repo_id, upload)
+    print(f"pushed {folder} to {address}", flush=True)
+    return address
+
+
+def _explained(repo_id: str, call: Callable[[], Result]) -> Result:
+    """Run a Hub call; a refusal or a broken connection becomes one line with its remedy."""
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return call()
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            import huggingface_hub
+
+            if huggingface_hub.get_token() is not None:
+                raise _refused(repo_id) from error
+        raise
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        if status in (401, 403):
+            raise _refused(repo_id) from error
+        raise UserError(f"the Hub answered {status} for {repo_id}; try again later") from error
+    except httpx.HTTPError as error:
+        raise UserError(
+            f"the connection to the Hub broke while working on {repo_id} ({type(error).__name__}); run the same again"
+        ) from error
+
+
+def _refused(repo_id: str) -> UserError:
+    return UserError(
+        f"the Hub refuses access to {repo_id}: accept the model's terms on its page, and log in with a token that "
+        "may read it (and write it, for a push): hf auth login"
+    )

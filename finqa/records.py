@@ -1,0 +1,170 @@
+"""The rows that the stages exchange, and their CSV files.
+
+Every cell is read as text: `NA`, `null` and `1.0` stay what they are.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from finqa.errors import UserError
+from finqa.paths import write_atomically
+
+Table = list[list[str]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question over one page of an earnings report."""
+
+    id: str
+    pre_text: str
+    """The text before the table, a line a sentence."""
+    post_text: str
+    table: Table
+    """Rows of cells; the first row is the header, the first cell of a row its name."""
+    question: str
+    answer: str
+    """The label: a number or yes/no, as text."""
+    program: str = ""
+    """The gold program in FinQA's language (see finqa.programs); empty where there is none."""
+    family: str = ""
+    """Question family, where the data set knows it (FinQA-mini)."""
+    family_kind: str = ""
+    """`known` or `new`: whether the base model has seen the family in pretraining (FinQA-mini)."""
+
+    @property
+    def passage(self) -> str:
+        """The text around the table."""
+        return f"{self.pre_text}\n{self.post_text}"
+
+
+@dataclass(frozen=True)
+class TeacherRow:
+    """What the teacher wrote for one question, and what its program gave."""
+
+    prompt: str
+    """The fine-tuning prompt, without chat mark-up (finqa.prompts.training_prompt)."""
+    generated_code: str
+    """Empty where the teacher failed."""
+    actual_answer: str
+    expected_answer: str
+    id: str = ""
+    finish_reason: str = ""
+    error_kind: str = ""
+    error_message: str = ""
+    program: str = ""
+    family: str = ""
+    family_kind: str = ""
+
+
+_CLEAN_COLUMNS = ("pre_text", "post_text", "table", "question", "answer", "program", "id")
+_FAMILY_COLUMNS = ("family", "family_kind")
+_TEACHER_COLUMNS = tuple(field.name for field in fields(TeacherRow))
+_REQUIRED_CLEAN = ("pre_text", "post_text", "table", "question", "answer")
+_REQUIRED_TEACHER = ("prompt", "generated_code", "actual_answer", "expected_answer")
+
+
+def format_table(table: Table) -> str:
+    """A table as text: one line a row, cells joined by `|`. A `|` or a line break inside a cell gives way."""
+    return "\n".join("|".join(" ".join(cell.replace("|", "/").split("\n")) for cell in row) for row in table)
+
+
+def parse_table(text: str) -> Table:
+    """The inverse of `format_table`."""
+    return [line.split("|") for line in text.split("\n")] if text else []
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Read a clean CSV. `id`, `program` and the family columns may be absent; other columns are ignored.
+
+    Raises UserError for a missing file or column, or a row with too many cells.
+    """
+    rows = _read_rows(path, _REQUIRED_CLEAN, "python -m preprocessing.preprocess_finqa")
+    return [
+        Question(
+            id=row.get("id", ""),
+            pre_text=row["pre_text"],
+            post_text=row["post_text"],
+            table=parse_table(row["table"]),
+            question=row["question"],
+            answer=row["answer"],
+            program=row.get("program", ""),
+            family=row.get("family", ""),
+            family_kind=row.get("family_kind", ""),
+        )
+        for row in rows
+    ]
+
+
+def write_questions(path: Path, questions: Sequence[Question]) -> None:
+    """Write a clean CSV; the family columns appear only where a question has a family."""
+    columns = _CLEAN_COLUMNS + (_FAMILY_COLUMNS if any(q.family for q in questions) else ())
+    _write_rows(
+        path,
+        columns,
+        ({c: format_table(q.table) if c == "table" else getattr(q, c) for c in columns} for q in questions),
+    )
+
+
+def read_teacher_rows(path: Path) -> list[TeacherRow]:
+    """Read a generated, filtered or rejected CSV; the published files with only the first four columns load too.
+
+    Raises UserError for a missing file or column.
+    """
+    rows = _read_rows(path, _REQUIRED_TEACHER, "python -m preprocessing.process_finqa_code_generation")
+    return [TeacherRow(**{c: row[c] for c in _TEACHER_COLUMNS if c in row}) for row in rows]
+
+
+def write_teacher_rows(path: Path, rows: Sequence[TeacherRow]) -> None:
+    """Write a generated or filtered CSV."""
+    columns = _teacher_columns(rows)
+    _write_rows(path, columns, ({c: getattr(row, c) for c in columns} for row in rows))
+
+
+def write_rejected(path: Path, rejected: Sequence[tuple[TeacherRow, str]]) -> None:
+    """Write the rows that the filter set aside, each with its reason."""
+    columns = _teacher_columns([row for row, _ in rejected])
+    _write_rows(
+        path,
+        (*columns, "reason"),
+        ({**{c: getattr(row, c) for c in columns}, "reason": reason} for row, reason in rejected),
+    )
+
+
+def _teacher_columns(rows: Sequence[TeacherRow]) -> tuple[str, ...]:
+    with_family = any(row.family for row in rows)
+    return tuple(c for c in _TEACHER_COLUMNS if with_family or c not in _FAMILY_COLUMNS)
+
+
+def _read_rows(path: Path, required: Sequence[str], remedy: str) -> list[dict[str, str]]:
+    if not path.exists():
+        raise UserError(f"{path} is missing; make it with: {remedy}")
+    csv.field_size_limit(sys.maxsize)  # a page of an annual report can exceed the module's 128 KiB
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
+    missing = [column for column in required if column not in (reader.fieldnames or ())]
+    if missing:
+        raise UserError(f"{path} lacks the column {', '.join(missing)}; make it again with: {remedy}")
+    rows = []
+    for number, row in enumerate(reader, start=1):
+        if None in row:
+            raise UserError(f"{path}, row {number}: more cells than columns; make it again with: {remedy}")
+        rows.append(row)
+    return rows
+
+
+def _write_rows(path: Path, columns: Sequence[str], rows: Iterable[dict[str, str]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
