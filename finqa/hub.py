@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 from finqa.errors import UserError
-
-Result = TypeVar("Result")
 
 
 def logged_in_name() -> str | None:
@@ -41,14 +39,16 @@ def fetch_folder(repo_id: str, revision: str | None = None, patterns: list[str] 
     )
 
     try:
-        folder = _explained(repo_id, lambda: snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        with _explained(repo_id):
+            return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
         raise _refused(repo_id) from error
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError):
         return None
     except RevisionNotFoundError as error:
-        raise UserError(f"{repo_id} on the Hub has no revision {revision}; look at its branches and tags") from error
-    return Path(folder)
+        raise UserError(
+            f"{repo_id} on the Hub has no revision {revision}; look at its branches and tags"
+        ) from error
 
 
 def push_folder(
@@ -80,50 +80,56 @@ def push_folder(
         print(f"not pushed to the Hub: {missing}", flush=True)
         return None
 
+    from huggingface_hub.errors import RepositoryNotFoundError
+
     api = huggingface_hub.HfApi()
-
-    def upload() -> str:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            ignore_patterns=list(ignore),
-            commit_message=f"Upload {folder.name}",
-        )
-        return f"{api.endpoint}/{repo_id}"
-
-    address = _explained(repo_id, upload)
+    try:
+        with _explained(repo_id):
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                ignore_patterns=list(ignore),
+                commit_message=f"Upload {folder.name}",
+            )
+    except RepositoryNotFoundError as error:
+        raise _refused(repo_id) from error
+    address = f"{api.endpoint}/{repo_id}"
     print(f"pushed {folder} to {address}", flush=True)
     return address
 
 
-def _explained(repo_id: str, call: Callable[[], Result]) -> Result:
-    """Run a Hub call; a refusal or a broken connection becomes one line with its remedy."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Turn a refusal or a broken connection into one line with its remedy.
+
+    What says "there is no such repository or revision" goes through: the caller knows where else to look.
+    """
+    # The client's HTTP library changes its name between releases; its base error is found here in each.
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
-        return call()
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        if error.response is not None and error.response.status_code in (401, 403):
-            import huggingface_hub
-
-            if huggingface_hub.get_token() is not None:
-                raise _refused(repo_id) from error
+        yield
+    except (RepositoryNotFoundError, RevisionNotFoundError):
         raise
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status in (401, 403):
             raise _refused(repo_id) from error
         raise UserError(f"the Hub answered {status} for {repo_id}; try again later") from error
-    except httpx.HTTPError as error:
+    except HTTPError as error:
         raise UserError(
-            f"the connection to the Hub broke while working on {repo_id} ({type(error).__name__}); run the same again"
+            f"the connection to the Hub broke while working on {repo_id} ({type(error).__name__}); run again"
         ) from error
 
 
 def _refused(repo_id: str) -> UserError:
     return UserError(
-        f"the Hub refuses access to {repo_id}: accept the model's terms on its page, and log in with a token that "
-        "may read it (and write it, for a push): hf auth login"
+        f"the Hub refuses access to {repo_id}: accept the model's terms on its page, and log in with a token "
+        "that may read it (and write it, for a push): hf auth login"
     )
