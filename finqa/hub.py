@@ -46,9 +46,7 @@ def fetch_folder(repo_id: str, revision: str | None = None, patterns: list[str] 
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError):
         return None
     except RevisionNotFoundError as error:
-        raise UserError(
-            f"{repo_id} on the Hub has no revision {revision}; look at its branches and tags"
-        ) from error
+        raise UserError(f"{repo_id} on the Hub has no revision {revision}; look at its branches and tags") from error
 
 
 def push_folder(

@@ -128,9 +128,7 @@ def student_from_args(args: argparse.Namespace) -> StudentRun:
     """The student that the flags of `add_student_flags` describe."""
     changes: dict[str, Any] = {"batch_size": args.BATCH_SIZE, "num_epochs": args.NUM_EPOCHS}
     if args.LORA_MODULES:
-        changes["lora_modules"] = tuple(
-            name for word in args.LORA_MODULES for name in word.split(",") if name
-        )
+        changes["lora_modules"] = tuple(name for word in args.LORA_MODULES for name in word.split(",") if name)
     settings = settings_for(args.model)
     return StudentRun(
         dataset=args.dataset,
@@ -161,14 +159,10 @@ def resolve_model(name: str, revision: str | None = None) -> str:
             remedy = "; make it with: python -m mini.pretrain" if name == POCKET else ""
             raise UserError(f"{folder} holds no model (config.json is missing){remedy}")
         return str(folder)
-    fetched = hub.fetch_folder(
-        name, revision, ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
-    )
+    fetched = hub.fetch_folder(name, revision, ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"])
     if fetched is None:
         at = f" at revision {revision}" if revision else ""
-        raise UserError(
-            f"the model {name} is neither a local folder nor on the Hub{at} (is the network there?)"
-        )
+        raise UserError(f"the model {name} is neither a local folder nor on the Hub{at} (is the network there?)")
     return str(fetched)
 
 
@@ -250,9 +244,7 @@ def find_adapter(run: StudentRun, folders: Folders) -> Path:
     if fetched is not None and is_student(fetched):
         return fetched
     elsewhere = f"on the Hub as {hub_id}" if hub_id else "on the Hub (no HF_NAME is known)"
-    raise UserError(
-        f"no fine-tuned model in {local}, nor {elsewhere}; make it with: {run.training_command()}"
-    )
+    raise UserError(f"no fine-tuned model in {local}, nor {elsewhere}; make it with: {run.training_command()}")
 
 
 def is_student(folder: Path) -> bool:

@@ -1,0 +1,133 @@
+"""The table of data sets: how each is loaded, its answer rule, its worked examples.
+
+A second data set is one entry in `DATASETS` and a loader: a function from the raw file of a split to the questions
+in it and the rows it had to drop.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finqa.answers import Rule
+from finqa.errors import UserError
+from finqa.records import Question
+from finqa.worked_examples import FINQA_EXAMPLES, FINQA_MINI_EXAMPLES, WorkedExample
+
+
+@dataclass(frozen=True)
+class DroppedRow:
+    """A raw row that is no usable question."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class LoadedSplit:
+    """The questions of a raw file, in its order, and the rows that were dropped."""
+
+    questions: list[Question]
+    dropped: list[DroppedRow] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What the stages need to know about a data set."""
+
+    name: str
+    """Also the name of its folders; in lower case the prefix of its CSV files."""
+    load: Callable[[Path], LoadedSplit]
+    """Reads the raw file of a split; raises UserError where the file as a whole cannot be used."""
+    how_to_get: str
+    """The command that makes the raw files."""
+    answer_rule: Rule = "strict"
+    """The rule by which the filter keeps a teacher's program."""
+    worked_examples: tuple[WorkedExample, ...] = FINQA_EXAMPLES
+    """The examples of few-shot prompts, for student and teacher."""
+
+
+def load_finqa(path: Path) -> LoadedSplit:
+    """Read a file in FinQA's raw schema: a list of {id, pre_text, post_text, table, qa}.
+
+    `answer` is `exe_ans`, or `answer` where that is empty. Rows without a question or an answer, or of another shape,
+    are dropped with their reason. Raises UserError where the file is missing, is no JSON, or is no list.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is broken JSON at line {error.lineno}, column {error.colno} ({error.msg}); get it again"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); get it again") from None
+    if not isinstance(raw, list):
+        raise UserError(f"{path} holds a {type(raw).__name__}, not a list of questions; get it again")
+    questions, dropped = [], []
+    for index, row in enumerate(raw):
+        row_id = str(row.get("id") or f"row {index}") if isinstance(row, dict) else f"row {index}"
+        try:
+            questions.append(_finqa_question(row, row_id))
+        except (KeyError, TypeError, AttributeError):
+            dropped.append(DroppedRow(row_id, "not in FinQA's schema"))
+        except ValueError as error:
+            dropped.append(DroppedRow(row_id, str(error)))
+    return LoadedSplit(questions, dropped)
+
+
+def _finqa_question(row: dict[str, Any], row_id: str) -> Question:
+    qa = row["qa"]
+    question = " ".join((qa.get("question") or "").split())
+    answer = _text(qa.get("exe_ans")) or _text(qa.get("answer"))
+    if not question:
+        raise ValueError("no question")
+    if not answer:
+        raise ValueError("no answer")
+    table = row.get("table") or []
+    if not all(isinstance(line, list) for line in table):
+        raise TypeError("a table row is no list")
+    return Question(
+        id=row_id,
+        pre_text=_lines(row.get("pre_text")),
+        post_text=_lines(row.get("post_text")),
+        table=[[str(cell) for cell in line] for line in table],
+        question=question,
+        answer=answer,
+        program=(qa.get("program") or "").strip(),
+        family=qa.get("family", ""),
+        family_kind=qa.get("family_kind", ""),
+    )
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def _lines(text: Sequence[str] | None) -> str:
+    if isinstance(text, str):
+        raise TypeError("a text that is no list of lines")
+    return "\n".join(text or ())
+
+
+DATASETS = {
+    d.name: d
+    for d in (
+        Dataset("FinQA", load_finqa, how_to_get="python -m preprocessing.download_finqa"),
+        Dataset(
+            "FinQA-mini",
+            load_finqa,
+            how_to_get="python -m mini.make_finqa_mini",
+            worked_examples=FINQA_MINI_EXAMPLES,
+        ),
+    )
+}
+
+
+def dataset(name: str) -> Dataset:
+    """The data set called `name`; raises UserError, with the names there are, for an unknown one."""
+    if name not in DATASETS:
+        raise UserError(f"unknown dataset {name!r}; one of {', '.join(DATASETS)}")
+    return DATASETS[name]
