@@ -1,0 +1,75 @@
+"""From FinQA's raw JSON to clean CSVs.
+
+    python -m preprocessing.preprocess_finqa [--dataset FinQA] [--split train|dev|test|all] [--data-dir D]
+
+Reads  D/FinQA/{train,dev,test}.json (python -m preprocessing.download_finqa makes them; FinQA-mini is shipped)
+Writes D/clean/FinQA/{train,dev,test}.csv: pre_text, post_text, table, question, answer, program, id (and family,
+       family_kind where the data set has them), and beside each its run manifest {split}.run.json
+
+Rows without a question or an answer, or of another shape, are dropped; the summary counts them by reason, the
+manifest names them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from finqa.datasets import Dataset, dataset
+from finqa.errors import UserError, report_errors
+from finqa.manifest import file_hash, write_manifest
+from finqa.paths import SPLITS, Folders, add_folder_flags, chosen_splits
+from finqa.records import write_questions
+from preprocessing.summary import Summary, by_reason, count, manifest_of
+
+
+def main() -> None:
+    args = parse_arguments()
+    data, folders, splits = dataset(args.dataset), Folders.from_args(args), chosen_splits(args.split)
+    check_raw_files(data, folders, splits)
+    for split in splits:
+        print(preprocess_split(data, split, folders), flush=True)
+
+
+def check_raw_files(data: Dataset, folders: Folders, splits: tuple[str, ...]) -> None:
+    """Raises UserError, before anything is written, where a raw file is missing."""
+    for split in splits:
+        path = folders.raw(data.name, split)
+        if not path.is_file():
+            raise UserError(f"{path} is missing; get it with: {data.how_to_get}")
+
+
+def preprocess_split(data: Dataset, split: str, folders: Folders) -> Summary:
+    """Write the clean CSV of one split. Raises UserError where the raw file holds no usable row."""
+    start = time.monotonic()
+    raw, clean = folders.raw(data.name, split), folders.clean(data.name, split)
+    loaded = data.load(raw)
+    dropped = count(row.reason for row in loaded.dropped)
+    if dropped and not loaded.questions:
+        raise UserError(f"{raw} holds no usable question: all {dropped.total()} rows dropped{by_reason(dropped)}")
+    write_questions(clean, loaded.questions)
+
+    rows = len(loaded.questions) + len(loaded.dropped)
+    summary = Summary(f"{data.name} {split}", rows, dropped, time.monotonic() - start, clean)
+    write_manifest(
+        manifest_of(clean),
+        {"dataset": data.name, "split": split},
+        inputs={Path(raw).name: file_hash(raw)},
+        dropped_rows=[{"id": row.id, "reason": row.reason} for row in loaded.dropped],
+        **summary.facts(),
+    )
+    return summary
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="FinQA", help="FinQA or FinQA-mini (default: %(default)s)")
+    parser.add_argument("--split", choices=(*SPLITS, "all"), default="all", help="(default: %(default)s)")
+    add_folder_flags(parser, results=False)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main))

@@ -1,0 +1,60 @@
+"""The one line in which each stage says what it did, and the same figures for its manifest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Rows of one split that went in, came out well, or were left out."""
+
+    split: str
+    """Data set and split, e.g. `FinQA train`."""
+    rows: int
+    left_out: Counter[str]
+    """Number of rows by reason."""
+    seconds: float
+    output: Path
+    kept_as: str = "kept"
+    left_out_as: str = "dropped"
+
+    @property
+    def kept(self) -> int:
+        return self.rows - self.left_out.total()
+
+    @property
+    def left_out_share(self) -> float:
+        return self.left_out.total() / self.rows if self.rows else 0.0
+
+    def __str__(self) -> str:
+        kept = f"{self.kept} {self.kept_as}"
+        left_out = f"{self.left_out.total()} {self.left_out_as}{by_reason(self.left_out)}"
+        return f"{self.split}: {self.rows} rows in, {kept}, {left_out}, {self.seconds:.1f} s -> {self.output}"
+
+    def facts(self) -> dict[str, object]:
+        """The figures as a manifest has them."""
+        return {
+            "rows": self.rows,
+            "kept": self.kept,
+            "left_out": dict(self.left_out.most_common()),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def by_reason(reasons: Counter[str]) -> str:
+    """` (wrong_answer 12, exception 3)`, the commonest first; empty where there is none."""
+    return f" ({', '.join(f'{reason} {count}' for reason, count in reasons.most_common())})" if reasons else ""
+
+
+def manifest_of(output: Path) -> Path:
+    """The run manifest of a CSV: beside it, under its name, so that splits do not overwrite each other's."""
+    return output.with_suffix(".run.json")
+
+
+def count(reasons: Iterable[str]) -> Counter[str]:
+    """Rows by reason; an empty reason is none."""
+    return Counter(reason for reason in reasons if reason)
