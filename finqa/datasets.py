@@ -89,7 +89,7 @@ def _finqa_question(row: dict[str, Any], row_id: str) -> Question:
     table = row.get("table") or []
     if not all(isinstance(line, list) for line in table):
         raise TypeError("a table row is no list")
-    return Question(
+    loaded = Question(
         id=row_id,
         pre_text=_lines(row.get("pre_text")),
         post_text=_lines(row.get("post_text")),
@@ -100,6 +100,18 @@ def _finqa_question(row: dict[str, Any], row_id: str) -> Question:
         family=qa.get("family", ""),
         family_kind=qa.get("family_kind", ""),
     )
+    _check_unicode(loaded)
+    return loaded
+
+
+def _check_unicode(question: Question) -> None:
+    """JSON can escape half a surrogate pair, which no UTF-8 file can hold."""
+    cells = [cell for line in question.table for cell in line]
+    texts = [question.id, question.pre_text, question.post_text, question.question, question.answer, question.program]
+    try:
+        "".join(texts + cells).encode()
+    except UnicodeEncodeError:
+        raise ValueError("text that is not Unicode") from None
 
 
 def _text(value: Any) -> str:

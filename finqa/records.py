@@ -72,7 +72,7 @@ _REQUIRED_TEACHER = ("prompt", "generated_code", "actual_answer", "expected_answ
 
 def format_table(table: Table) -> str:
     """A table as text: one line a row, cells joined by `|`. A `|` or a line break inside a cell gives way."""
-    return "\n".join("|".join(" ".join(cell.replace("|", "/").split("\n")) for cell in row) for row in table)
+    return "\n".join("|".join(" ".join(cell.replace("|", "/").splitlines()) for cell in row) for row in table)
 
 
 def parse_table(text: str) -> Table:
@@ -147,7 +147,7 @@ def _read_rows(path: Path, required: Sequence[str], remedy: str) -> list[dict[st
         raise UserError(f"{path} is missing; make it with: {remedy}")
     csv.field_size_limit(sys.maxsize)  # a page of an annual report can exceed the module's 128 KiB
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")  # read_text would change a carriage return inside a cell
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
