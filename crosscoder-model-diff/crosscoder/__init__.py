@@ -1,0 +1,1 @@
+"""BatchTopK crosscoders on the activations of two models: collecting, training, reading."""

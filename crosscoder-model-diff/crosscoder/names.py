@@ -1,0 +1,184 @@
+"""What the scripts of this folder share: the flags that name an activation set or a crosscoder, and finding them.
+
+    activation set   D/activations/<model-id>-<dataset>-<split>-layer<L>-<site>-<n>/    Hub <HF_NAME>/<same name>
+    crosscoder       D/models/crosscoders/<short model name>_<n>_samples_batchtopk/     Hub <HF_NAME>/<same name>
+    its results      crosscoder-model-diff/results/<crosscoder's name>/
+
+<n> is the number of samples that was asked for, also where fewer rows were there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from finqa import hub
+from finqa.errors import UserError
+from finqa.paths import REPOSITORY, SPLITS, Folders, add_folder_flags
+from finqa.students import StudentRun, add_student_flags, local_model, student_from_args
+
+Site = Literal["mlp", "attention", "residual"]
+DEFAULT_RESULTS = REPOSITORY / "crosscoder-model-diff" / "results"
+HUB_NAME_LENGTH = 96
+"""Longest repository name that the Hub takes."""
+
+
+@dataclass(frozen=True)
+class ActivationChoice:
+    """Which activations of a student and its base: decides an activation set's name."""
+
+    student: StudentRun
+    split: str = "test"
+    num_samples: int = 1024
+    """Documents, from the top of the filtered rows."""
+    layer: int | None = None
+    """Counted from 1; None is the default for the model's depth (`default_layer`)."""
+    site: Site = "mlp"
+    """Output of the MLP, of the attention block, or of the whole layer."""
+    raw: bool = False
+    """Prompt and program are joined without the chat template."""
+    merged: bool = False
+    """The fine-tuned model is the merged one, not base + adapter."""
+    keep_bos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 2:
+            raise UserError(f"--num-samples must be at least 2 (one document is held out), not {self.num_samples}")
+        if self.layer is not None and self.layer < 1:
+            raise UserError(f"--layer counts from 1, and is {self.layer}")
+        if self.site not in get_args(Site):
+            raise UserError(f"--site is one of {', '.join(get_args(Site))}, not {self.site}")
+
+    @property
+    def resolved_layer(self) -> int:
+        if self.layer is not None:
+            return self.layer
+        return default_layer(model_depth(self.student.model, self.student.revision))
+
+    @property
+    def name(self) -> str:
+        """Name of the activation set."""
+        student = self.student
+        stem = f"{student.model_id}-{student.dataset}-{self.split}"
+        parts = [stem, f"layer{self.resolved_layer}", self.site, str(self.num_samples)]
+        parts += [
+            word for word, chosen in (("raw", self.raw), ("merged", self.merged), ("bos", self.keep_bos)) if chosen
+        ]
+        return "-".join(parts)
+
+    @property
+    def crosscoder_name(self) -> str:
+        """Default name of the crosscoder that is trained on this set."""
+        local = local_model(self.student.model)
+        short = local.name if local else self.student.model.split("/")[-1]
+        n = self.num_samples
+        samples = f"{n // 1024}k" if n % 1024 == 0 else str(n)
+        suffix = f"-{self.student.run_name}" if self.student.run_name else ""
+        return f"{short}_{samples}_samples_batchtopk{suffix}"
+
+    def command(self, script: str) -> str:
+        """The command that runs `script` for this choice, with the flags that are not at their default."""
+        student = self.student
+        words = [f"python {script}", student.dataset, student.model]
+        words += [student.given_hf_name] if student.given_hf_name else []
+        words += [f"--run-name {student.run_name}"] if student.run_name else []
+        words += [f"--split {self.split}"] if self.split != "test" else []
+        words += [f"--num-samples {self.num_samples}"] if self.num_samples != 1024 else []
+        words += [f"--layer {self.layer}"] if self.layer is not None else []
+        words += [f"--site {self.site}"] if self.site != "mlp" else []
+        words += [f"--{word}" for word, chosen in (("raw", self.raw), ("merged", self.merged)) if chosen]
+        words += ["--keep-bos"] if self.keep_bos else []
+        return " ".join(words)
+
+
+def add_activation_flags(parser: argparse.ArgumentParser) -> None:
+    """The student's flags, those that name an activation set, and the folders."""
+    add_student_flags(parser)
+    group = parser.add_argument_group("activations (these shape the name of the activation set)")
+    add = group.add_argument
+    add("--split", choices=SPLITS, default="test")
+    add("--num-samples", type=int, default=1024, help="documents, from the top of the filtered rows (default: 1024)")
+    add("--layer", type=int, help="counted from 1 (default: 17 of 32, or the nearest to that share of the depth)")
+    add("--site", choices=get_args(Site), default="mlp", help="output of the MLP, the attention or the whole layer")
+    add("--raw", action="store_true", help="join prompt and program without the chat template")
+    add("--merged", action="store_true", help="use the merged model instead of base + adapter")
+    add("--keep-bos", action="store_true", help="keep the first token, whose activation is an outlier")
+    add_folder_flags(parser, results=False)
+    parser.add_argument(
+        "--results-dir", type=Path, default=DEFAULT_RESULTS, help="figures and tables (default: %(default)s)"
+    )
+
+
+def add_push_flags(parser: argparse.ArgumentParser, what: str) -> None:
+    """--push, --no-push and --private; what these scripts make is pushed only when asked for."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--push", action="store_true", help=f"upload the {what} to the Hub")
+    group.add_argument("--no-push", dest="push", action="store_false", help="keep it here (the default)")
+    parser.add_argument("--private", action="store_true", help="make the Hub repository private")
+
+
+def choice_from_args(args: argparse.Namespace) -> ActivationChoice:
+    """The choice that the flags of `add_activation_flags` describe."""
+    return ActivationChoice(
+        student=student_from_args(args),
+        split=args.split,
+        num_samples=args.num_samples,
+        layer=args.layer,
+        site=args.site,
+        raw=args.raw,
+        merged=args.merged,
+        keep_bos=args.keep_bos,
+    )
+
+
+def default_layer(depth: int) -> int:
+    """Layer that is read by default, counted from 1: 17 of 32, else the nearest to that share of `depth`."""
+    return max(1, round(17 * depth / 32))
+
+
+def model_depth(model: str, revision: str | None = None) -> int:
+    """Layers of a model, from its config.json alone; UserError where that is nowhere."""
+    folder = local_model(model) or hub.fetch_folder(model, revision, ["config.json"])
+    path = folder / "config.json" if folder else None
+    if path is None or not path.exists():
+        raise UserError(f"the depth of {model} is not known: no local folder, nor on the Hub; say --layer")
+    values = json.loads(path.read_text())
+    depth = values.get("num_hidden_layers") or values.get("text_config", {}).get("num_hidden_layers")
+    if not depth:
+        raise UserError(f"{path} does not say how many layers the model has; say --layer")
+    return int(depth)
+
+
+def hub_name(name: str) -> str:
+    """A name as the Hub takes it: cut, with a hash of the whole, where it is too long."""
+    if len(name) <= HUB_NAME_LENGTH:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name[: HUB_NAME_LENGTH - 9]}-{digest}"
+
+
+def hub_id(student: StudentRun, name: str) -> str | None:
+    """Hub repository of something by this name; None where no Hub account is known."""
+    account = student.hf_name
+    return f"{account}/{hub_name(name)}" if account else None
+
+
+def crosscoder_folder(folders: Folders, name: str) -> Path:
+    """Checkpoint folder of a crosscoder."""
+    return folders.data / "models" / "crosscoders" / name
+
+
+def find_folder(local: Path, student: StudentRun, marker: str, what: str, command: str) -> Path:
+    """`local` where it holds the file `marker`, else its copy from the Hub; UserError names both and the remedy."""
+    if (local / marker).exists():
+        return local
+    repository = hub_id(student, local.name)
+    fetched = hub.fetch_folder(repository) if repository else None
+    if fetched is not None and (fetched / marker).exists():
+        return fetched
+    elsewhere = f"on the Hub as {repository}" if repository else "on the Hub (no HF_NAME is known)"
+    raise UserError(f"no {what} in {local}, nor {elsewhere}; make it with: {command}")

@@ -1,0 +1,35 @@
+"""Activation sets of made-up numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from crosscoder.activation_store import ActivationWriter, StoredDocument
+
+N_DOCUMENTS, DOCUMENT_TOKENS, D_MODEL = 40, 50, 12
+
+
+def write_store(folder: Path, activations: torch.Tensor, document_tokens: int = DOCUMENT_TOKENS, **options) -> None:
+    """A set of [tokens, 2, d_model] activations cut into documents of one length, half prompt, BOS left out."""
+    n_documents = len(activations) // document_tokens
+    writer = ActivationWriter(folder, activations.shape[-1], **options)
+    for number in range(n_documents):
+        tokens = slice(number * document_tokens, (number + 1) * document_tokens)
+        position = torch.arange(1, document_tokens + 1)
+        writer.add(activations[tokens], torch.full((document_tokens,), number), position, position + 100 * number)
+    documents = [StoredDocument(f"row-{i}", document_tokens + 1, 1 + document_tokens // 2) for i in range(n_documents)]
+    writer.finish(documents, {"fingerprint": "made up", "layer": 3})
+
+
+def planted_activations(n_tokens: int, d_model: int, n_features: int, seed: int = 0) -> torch.Tensor:
+    """[tokens, 2, d_model]: sparse sums of directions that both models share, apart from a few that one has alone."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(n_features, 2, d_model, generator=generator)
+    directions = directions / directions.norm(dim=-1, keepdim=True)
+    directions[:, 1] = directions[:, 0]
+    directions[0, 0] = directions[1, 1] = 0
+    active = torch.rand(n_tokens, n_features, generator=generator) < 3 / n_features
+    sizes = active * (1 + torch.rand(n_tokens, n_features, generator=generator))
+    noise = 0.02 * torch.randn(n_tokens, 2, d_model, generator=generator)
+    return torch.einsum("tf,fmd->tmd", sizes, directions) + noise + 0.3

@@ -1,0 +1,217 @@
+"""Training: it explains held-out data, follows its settings, and goes on exactly where it was stopped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from crosscoder import analysis
+from crosscoder.activation_store import ActivationStore
+from crosscoder.checkpoint import STATE_FILE, read_config
+from crosscoder.config import CrosscoderConfig, TrainingConfig
+from crosscoder.liveness import Liveness, draw_anew
+from crosscoder.model import BatchTopKCrosscoder
+from crosscoder.threshold import RunningThreshold, calibrated_threshold
+from crosscoder.trainer import StepRecord, Trainer
+from made_up_activations import planted_activations, write_store
+
+from finqa.errors import UserError
+
+SHAPE = CrosscoderConfig(d_model=12, n_latents=24, k=4)
+SETTINGS = TrainingConfig(batch_size=100, epochs=4, learning_rate=5e-3, seed=3, threshold_from_step=5)
+
+
+def trainer(store: ActivationStore, folder: Path, settings: TrainingConfig = SETTINGS, **options) -> Trainer:
+    generator = torch.Generator().manual_seed(settings.seed)
+    return Trainer(BatchTopKCrosscoder(SHAPE, generator=generator), store, settings, folder, **options)
+
+
+def parameters(model: BatchTopKCrosscoder) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_explains_most_of_held_out_documents(store, tmp_path: Path):
+    run = trainer(store, tmp_path / "run", replace(SETTINGS, epochs=30))
+    model = run.fit()
+    held_out = analysis.explained_variance(model, [store.read(run.split.held_out)])
+    assert min(held_out.instruct, held_out.fine_tuned) > 0.9
+
+
+def test_the_mean_number_of_active_latents_is_k_at_inference(store, tmp_path: Path):
+    run = trainer(store, tmp_path / "run")
+    model = run.fit()
+    with torch.no_grad():
+        active = model.encode(model.scale(store.read(run.split.train))) > 0
+    assert active.sum().item() == pytest.approx(SHAPE.k * len(run.split.train), abs=1)
+
+
+def test_calibration_finds_the_score_above_which_exactly_k_a_token_lie(store):
+    model = BatchTopKCrosscoder(SHAPE, generator=torch.Generator().manual_seed(0))
+    model.activation_scales = store.config.activation_scales
+    indices = torch.arange(1000)
+    threshold = calibrated_threshold(model, store, indices, max_tokens=10_000, seed=0)
+    with torch.no_grad():
+        scores = model.activations(model.scale(store.read(indices))) * model.selection_norms()
+    assert (scores > threshold).sum().item() == SHAPE.k * 1000
+    assert (scores >= threshold).sum().item() == SHAPE.k * 1000 + 1
+
+
+def test_without_enough_positive_scores_every_positive_one_is_active(store):
+    model = BatchTopKCrosscoder(SHAPE, generator=torch.Generator().manual_seed(0))
+    model.b_enc.data[2:] = -1e6
+    assert calibrated_threshold(model, store, torch.arange(1000), max_tokens=10_000, seed=0) == 0
+
+
+def test_the_running_threshold_takes_its_first_value_and_then_decays():
+    running = RunningThreshold(from_step=2, decay=0.9)
+    for step, score in enumerate([100.0, 4.0, torch.inf, 14.0], start=1):
+        running.update(step, torch.tensor(score))
+    assert running.value == pytest.approx(0.9 * 4 + 0.1 * 14)
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_numbers(store, tmp_path: Path):
+    whole: list[StepRecord] = []
+    expected = parameters(trainer(store, tmp_path / "whole", on_log=whole.append, log_every=1).fit())
+
+    halves: list[StepRecord] = []
+    first = trainer(store, tmp_path / "stopped", on_log=halves.append, log_every=1)
+    first._start()
+    for _ in range(31):
+        first._step()
+    first.save_state()
+    first._step()  # lost when the run is killed
+    del halves[31:]
+    second = trainer(store, tmp_path / "stopped", on_log=halves.append, log_every=1)
+    assert same(parameters(second.fit()), expected)
+    assert halves == whole
+    assert second.model.threshold == read_config(tmp_path / "whole").threshold
+
+
+def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(store, tmp_path: Path):
+    runs = [
+        parameters(trainer(store, tmp_path / str(i), replace(SETTINGS, seed=seed)).fit())
+        for i, seed in enumerate([3, 3, 4])
+    ]
+    assert same(runs[0], runs[1])
+    assert not same(runs[0], runs[2])
+
+
+def test_a_run_with_other_settings_is_not_gone_on_with(store, tmp_path: Path):
+    first = trainer(store, tmp_path)
+    first._start()
+    first._step()
+    first.save_state()
+    with pytest.raises(UserError, match="holds a run with other settings or data"):
+        trainer(store, tmp_path, replace(SETTINGS, learning_rate=1e-3)).fit()
+
+
+def test_a_finished_run_leaves_a_checkpoint_with_scales_threshold_and_settings(store, tmp_path: Path):
+    model = trainer(store, tmp_path).fit()
+    config = read_config(tmp_path)
+    assert config == (SHAPE, store.config.activation_scales, model.threshold, SETTINGS, store.config.recorded)
+    assert not (tmp_path / STATE_FILE).exists()
+    loaded = BatchTopKCrosscoder.from_pretrained(tmp_path)
+    x = model.scale(store.read(torch.arange(5)))
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_the_learning_rate_falls_over_the_last_fifth_and_never_reaches_zero(store, tmp_path: Path):
+    run = trainer(store, tmp_path)
+    rates = [run.learning_rate(step) for step in range(run.total_steps)]
+    flat = int(0.8 * run.total_steps)
+    assert set(rates[: flat + 1]) == {SETTINGS.learning_rate}
+    steps = [a - b for a, b in zip(rates[flat + 1 :], rates[flat + 2 :], strict=False)]
+    assert min(steps) > 0
+    assert max(steps) == pytest.approx(min(steps))
+    assert rates[-1] == pytest.approx(SETTINGS.learning_rate / (0.2 * run.total_steps))
+
+
+def test_parameters_stay_fp32(store, tmp_path: Path):
+    model = trainer(store, tmp_path, replace(SETTINGS, precision="bf16", epochs=1)).fit()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_only_dead_latents_get_the_auxiliary_gradient(store, tmp_path: Path):
+    run = trainer(store, tmp_path)
+    run.liveness.since_selected[[2, 5]] = run.liveness.window
+    x = run.model.scale(store.read(torch.arange(100)))
+    values = run.model.activations(x)
+    run._auxiliary_loss(values, torch.randn(100, 2, 12)).backward()
+    assert run.model.W_dec.grad is not None
+    moved = run.model.W_dec.grad.flatten(1).any(dim=-1)
+    assert moved.nonzero().flatten().tolist() == [2, 5]
+    assert run.model.b_dec.grad is None
+
+
+def test_never_selected_and_never_positive_are_counted_apart():
+    liveness = Liveness(3, window=20, device=torch.device("cpu"))
+    values = torch.tensor([[1.0, 1.0, 0.0]]).repeat(10, 1)
+    selected = torch.tensor([[1.0, 0.0, 0.0]]).repeat(10, 1)
+    for _ in range(2):
+        liveness.update(values, selected)
+    assert liveness.dead.tolist() == [False, True, True]
+    assert liveness.never_positive.tolist() == [False, False, True]
+
+
+def test_a_latent_that_is_never_positive_is_drawn_anew_and_becomes_positive(store, tmp_path: Path):
+    run = trainer(store, tmp_path)
+    run._start()
+    for _ in range(3):
+        run._step()
+    run.model.b_enc.data[7] = -1e6
+    x = run.model.scale(store.read(torch.arange(500)))
+    before = parameters(run.model)
+    lost = torch.zeros(24, dtype=torch.bool)
+    lost[7] = True
+    assert draw_anew(run.model, run.optimizer, lost, x, 1.0, run.generator) == 1
+    share = (run.model.activations(x)[:, 7] > 0).float().mean().item()
+    assert 0.2 < share < 0.8
+    others = ~lost
+    assert torch.equal(run.model.W_dec[others], before["W_dec"][others])
+    assert torch.equal(run.model.W_enc[:, :, others], before["W_enc"][:, :, others])
+    assert not run.optimizer.state[run.model.W_dec]["exp_avg"][7].any()
+
+
+def test_training_revives_a_latent_that_began_out_of_reach(store, tmp_path: Path):
+    run = trainer(store, tmp_path, replace(SETTINGS, dead_after_tokens=500))
+    run.model.b_enc.data[:6] = -1e6
+    model = run.fit()
+    with torch.no_grad():
+        positive = (model.activations(model.scale(store.read(run.split.train))) > 0).any(dim=0)
+    assert run.drawn_anew >= 6
+    assert positive.all()
+
+
+def test_a_loss_that_is_no_number_stops_the_run_at_its_step(store, tmp_path: Path):
+    run = trainer(store, tmp_path)
+    run.model.b_dec.data[0, 0] = torch.nan
+    run.config = replace(SETTINGS, decoder_bias="zero")
+    with pytest.raises(UserError, match="the loss is nan at step 1"):
+        run.fit()
+
+
+def test_a_store_smaller_than_a_batch_still_trains(tmp_path: Path):
+    write_store(tmp_path / "small", planted_activations(100, 12, 16))
+    run = trainer(ActivationStore(tmp_path / "small"), tmp_path / "run", replace(SETTINGS, batch_size=400, epochs=1))
+    run.fit()
+    assert run.steps_done == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0}, "learning_rate must be positive"),
+        ({"held_out_fraction": 1.0}, r"held_out_fraction must be in \[0, 1\)"),
+        ({"reconstruction": "l1"}, "reconstruction is one of mse, l2"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        TrainingConfig(**change)
