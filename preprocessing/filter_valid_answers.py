@@ -1,0 +1,93 @@
+"""Keep the teacher's programs that give the label.
+
+    python -m preprocessing.filter_valid_answers [--dataset FinQA] [--split train|dev|test|all] [--data-dir D]
+
+Reads  D/clean_with_code/FinQA/finqa_{split}_generated.csv
+Writes finqa_{split}_generated_filtered.csv beside it: the rows whose answer is right (finqa.answers, by the data
+       set's rule), in their order; finqa_{split}_generated_rejected.csv: the others with their reason; and the run
+       manifest finqa_{split}_generated_filtered.run.json
+
+The column actual_answer is believed: the stage before wrote it by running the program. For a file from elsewhere, or
+to check one, --rerun runs every program again and judges by that. Of a published file only the columns prompt,
+generated_code, actual_answer and expected_answer are needed.
+
+Reasons: `wrong_answer`; `no_answer` and `no_program`, where a published file says nothing more; the sandbox's error
+kind (`exception`, `cpu_time`, ...) where the program failed; `teacher_...` where the teacher wrote none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from finqa.answers import RULES, Rule, match
+from finqa.datasets import dataset
+from finqa.errors import report_errors
+from finqa.manifest import file_hash, write_manifest
+from finqa.paths import SPLITS, Folders, add_folder_flags, chosen_splits
+from finqa.records import TeacherRow, read_teacher_rows, write_rejected, write_teacher_rows
+from preprocessing.run_programs import with_answers
+from preprocessing.summary import Summary, count, manifest_of
+
+
+def main() -> None:
+    args = parse_arguments()
+    data, folders = dataset(args.dataset), Folders.from_args(args)
+    for split in chosen_splits(args.split):
+        print(filter_split(data.name, split, folders, args.rule or data.answer_rule, args.rerun), flush=True)
+
+
+def filter_split(dataset_name: str, split: str, folders: Folders, rule: Rule, rerun: bool = False) -> Summary:
+    """Write the filtered and the rejected CSV of one split."""
+    start = time.monotonic()
+    generated, filtered = folders.generated(dataset_name, split), folders.filtered(dataset_name, split)
+    rows: Sequence[TeacherRow] = read_teacher_rows(generated)
+    if rerun:
+        rows = with_answers(rows)
+    reasons = [rejection(row, rule) for row in rows]
+    write_teacher_rows(filtered, [row for row, reason in zip(rows, reasons, strict=True) if not reason])
+    write_rejected(
+        folders.rejected(dataset_name, split),
+        [(row, reason) for row, reason in zip(rows, reasons, strict=True) if reason],
+    )
+
+    summary = Summary(
+        f"{dataset_name} {split}",
+        len(rows),
+        count(reasons),
+        time.monotonic() - start,
+        filtered,
+        left_out_as="rejected",
+    )
+    write_manifest(
+        manifest_of(filtered),
+        {"dataset": dataset_name, "split": split, "rule": rule, "rerun": rerun},
+        inputs={generated.name: file_hash(generated)},
+        **summary.facts(),
+    )
+    return summary
+
+
+def rejection(row: TeacherRow, rule: Rule) -> str:
+    """Why a row is not kept; empty where its program gives the label."""
+    if not row.generated_code.strip():
+        return row.error_kind or "no_program"
+    if match(row.actual_answer, row.expected_answer, rule):
+        return ""
+    return row.error_kind or ("wrong_answer" if row.actual_answer else "no_answer")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="FinQA", help="FinQA or FinQA-mini (default: %(default)s)")
+    parser.add_argument("--split", choices=(*SPLITS, "all"), default="all", help="(default: %(default)s)")
+    parser.add_argument("--rule", choices=RULES, help="answer rule (default: the data set's)")
+    parser.add_argument("--rerun", action="store_true", help="run every program again instead of believing the file")
+    add_folder_flags(parser, results=False)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main))

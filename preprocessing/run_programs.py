@@ -1,0 +1,38 @@
+"""Run a column of programs and write down what each gave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from finqa.records import TeacherRow
+from finqa.sandbox import Run, Sandbox
+from preprocessing.progress import Progress
+
+
+def with_answers(rows: Sequence[TeacherRow]) -> list[TeacherRow]:
+    """The rows with actual_answer, error_kind and error_message from running their programs in the sandbox.
+
+    Rows without a program are returned as they are.
+    """
+    programs = [row.generated_code for row in rows if row.generated_code.strip()]
+    if not programs:
+        return list(rows)
+    progress = Progress("programs run", len(programs))
+    with Sandbox() as sandbox:
+        runs = iter(sandbox.run_many(programs, progress=lambda done, total: progress.advance()))
+    progress.close()
+    return [with_run(row, next(runs)) if row.generated_code.strip() else row for row in rows]
+
+
+def with_run(row: TeacherRow, run: Run) -> TeacherRow:
+    return replace(
+        row, actual_answer=answer_text(run.answer), error_kind=run.error_kind or "", error_message=run.message
+    )
+
+
+def answer_text(answer: float | str | bool | None) -> str:
+    """An answer as the CSV has it: numbers by repr, so that reading it gives the same float; empty for none."""
+    if answer is None:
+        return ""
+    return answer if isinstance(answer, str) else repr(answer)

@@ -1,0 +1,65 @@
+"""Who writes the programs that the student learns from.
+
+A teacher takes questions and gives one `Reply` for each, in their order. There are two: `ProgramTeacher` here
+compiles the gold programs (no network, no cost), `OpenAITeacher` in preprocessing.openai_teacher asks a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from finqa.programs import ProgramError, to_python
+from finqa.records import Question
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a teacher made of one question. Either `code` holds a program, or `error_kind` says why there is none."""
+
+    code: str = ""
+    finish_reason: str = ""
+    """Why the model stopped writing (`stop`, `length`, `content_filter`, ...); empty from the program teacher."""
+    error_kind: str = ""
+    """Starts with `teacher_`, so that it is told from what went wrong in the sandbox; empty where there is code."""
+    error_message: str = ""
+
+
+class Teacher(Protocol):
+    """Called with questions; gives a reply for each, in order.
+
+    A question without a program is a reply with an error kind, never an exception. Raises UserError for what would
+    spoil every reply alike: a missing or wrong key, an unknown model, a server that is not there.
+    """
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What the run manifest says about this teacher. Holds no key."""
+        ...
+
+    def __call__(self, questions: Sequence[Question]) -> list[Reply]: ...
+
+    def usage(self) -> str:
+        """What the calls so far cost, for the summary line; empty where they cost nothing."""
+        ...
+
+
+class ProgramTeacher:
+    """Compiles the gold program of each question to Python (finqa.programs.to_python)."""
+
+    settings: dict[str, object] = {"teacher": "program"}  # noqa: RUF012
+
+    def __call__(self, questions: Sequence[Question]) -> list[Reply]:
+        return [self._reply(question) for question in questions]
+
+    def usage(self) -> str:
+        return ""
+
+    def _reply(self, question: Question) -> Reply:
+        if not question.program:
+            return Reply(error_kind="teacher_program", error_message="the question has no gold program")
+        try:
+            return Reply(code=to_python(question.program, question.table, question.question, question.passage))
+        except ProgramError as error:
+            return Reply(error_kind="teacher_program", error_message=str(error))

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from command_fixture import Command, the_one_line
+
+from finqa.records import TeacherRow, read_teacher_rows, write_teacher_rows
+from preprocessing.filter_valid_answers import rejection
+
+PUBLISHED = ("prompt", "generated_code", "actual_answer", "expected_answer")
+
+
+def row(code: str = "ans = 1", actual: str = "1.0", expected: str = "1", **more: str) -> TeacherRow:
+    return TeacherRow("###Passage:\np\n###Question:\nq\n###Python", code, actual, expected, **more)
+
+
+def folder(data_dir: Path) -> Path:
+    return data_dir / "clean_with_code/FinQA"
+
+
+def write_generated(data_dir: Path, rows: list[TeacherRow]) -> None:
+    write_teacher_rows(folder(data_dir) / "finqa_train_generated.csv", rows)
+
+
+def filtered(data_dir: Path) -> list[TeacherRow]:
+    return read_teacher_rows(folder(data_dir) / "finqa_train_generated_filtered.csv")
+
+
+def rejected(data_dir: Path) -> list[dict[str, str]]:
+    with (folder(data_dir) / "finqa_train_generated_rejected.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("judged", "reason"),
+    [
+        (row(), ""),
+        (row(actual="0.14464", expected="0.144640001"), ""),
+        (row(actual="True", expected="yes"), ""),
+        (row(actual="no", expected="no"), ""),
+        (row(actual="257", expected="257.0"), ""),
+        (row(actual="2.0"), "wrong_answer"),
+        (row(actual="14.464", expected="0.14464"), "wrong_answer"),
+        (row(actual="1.0", expected="yes"), "wrong_answer"),
+        (row(actual="nan", expected="nan"), "wrong_answer"),
+        (row(actual=""), "no_answer"),
+        (row(actual="", error_kind="cpu_time"), "cpu_time"),
+        (row(code="", actual=""), "no_program"),
+        (row(code=" \n", actual="1.0"), "no_program"),
+        (row(code="", actual="", error_kind="teacher_length"), "teacher_length"),
+    ],
+)
+def test_a_row_is_kept_or_rejected_for_a_reason(judged: TeacherRow, reason: str) -> None:
+    assert rejection(judged, "strict") == reason
+
+
+def test_every_row_lands_in_one_of_the_two_files_in_order(command: Command, tmp_path: Path) -> None:
+    rows = [row(id=str(i), actual=str(i % 3), expected="1") for i in range(10)]
+    write_generated(tmp_path, rows)
+
+    done = command("filter_valid_answers", "--split", "train")
+
+    assert [r.id for r in filtered(tmp_path)] == ["1", "4", "7"]
+    assert [r["id"] for r in rejected(tmp_path)] == ["0", "2", "3", "5", "6", "8", "9"]
+    assert {r["reason"] for r in rejected(tmp_path)} == {"wrong_answer"}
+    assert "FinQA train: 10 rows in, 3 kept, 7 rejected (wrong_answer 7)" in done.stdout
+
+
+def test_a_published_file_with_four_columns_loads(command: Command, tmp_path: Path) -> None:
+    folder(tmp_path).mkdir(parents=True)
+    with (folder(tmp_path) / "finqa_train_generated.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, PUBLISHED)
+        writer.writeheader()
+        writer.writerow({c: getattr(row(actual="1"), c) for c in PUBLISHED})
+        writer.writerow({c: getattr(row(actual="3"), c) for c in PUBLISHED})
+
+    done = command("filter_valid_answers", "--split", "train")
+
+    assert done.returncode == 0, done.stderr
+    assert [r.actual_answer for r in filtered(tmp_path)] == ["1"]
+    assert [r["reason"] for r in rejected(tmp_path)] == ["wrong_answer"]
+
+
+def test_the_recorded_answer_is_believed_and_rerun_is_not_fooled(command: Command, tmp_path: Path) -> None:
+    write_generated(tmp_path, [row("ans = 2", actual="1", id="lie"), row("ans = 1", actual="", id="never run")])
+
+    command("filter_valid_answers", "--split", "train")
+    assert [r.id for r in filtered(tmp_path)] == ["lie"]
+
+    command("filter_valid_answers", "--split", "train", "--rerun")
+    assert [(r.id, r.actual_answer) for r in filtered(tmp_path)] == [("never run", "1.0")]
+    assert [(r["id"], r["actual_answer"], r["reason"]) for r in rejected(tmp_path)] == [("lie", "2.0", "wrong_answer")]
+
+
+def test_a_looser_rule_keeps_more(command: Command, tmp_path: Path) -> None:
+    write_generated(tmp_path, [row(actual="14.464", expected="0.14464")])
+
+    command("filter_valid_answers", "--split", "train", "--rule", "relaxed")
+
+    assert len(filtered(tmp_path)) == 1
+
+
+def test_a_missing_generated_file_is_one_line_with_the_remedy(command: Command) -> None:
+    line = the_one_line(command("filter_valid_answers"))
+    assert "finqa_train_generated.csv is missing" in line
+    assert "python -m preprocessing.process_finqa_code_generation" in line
+
+
+def test_missing_columns_are_one_line(command: Command, tmp_path: Path) -> None:
+    folder(tmp_path).mkdir(parents=True)
+    (folder(tmp_path) / "finqa_train_generated.csv").write_text("prompt,code\na,b\n")
+
+    line = the_one_line(command("filter_valid_answers", "--split", "train"))
+
+    assert "generated_code" in line and "actual_answer" in line
+
+
+@pytest.mark.skipif("FINQA_ROWS" not in os.environ, reason="FINQA_ROWS names no folder with real rows")
+def test_the_program_teacher_keeps_every_real_row(command: Command, tmp_path: Path) -> None:
+    shutil.copytree(os.environ["FINQA_ROWS"], tmp_path / "FinQA")
+
+    command("preprocess_finqa", "--split", "all")
+    command("process_finqa_code_generation", "--teacher", "program", "--split", "all")
+    done = command("filter_valid_answers", "--split", "all")
+
+    assert done.returncode == 0, done.stderr
+    for split in ("train", "dev", "test"):
+        rows = read_teacher_rows(folder(tmp_path) / f"finqa_{split}_generated.csv")
+        kept = read_teacher_rows(folder(tmp_path) / f"finqa_{split}_generated_filtered.csv")
+        assert rows and kept == rows
