@@ -1,7 +1,8 @@
 """What was paid for is kept: an append-only file of a teacher's answers, one JSON object a line.
 
 An answer is found again by its request's key, a hash of everything that shapes the reply, so a run that was killed
-asks only for what is missing, and a changed prompt, model or limit asks anew. Each answer is in the file before the
+asks only for what is missing, and a changed prompt or model asks anew. A larger limit asks again only for what the
+smaller one cut off. Each answer is in the file before the
 next step uses it. A process killed while writing leaves a torn last line: opening the journal cuts it off.
 """
 
@@ -27,11 +28,21 @@ class Answer:
     """The model as the server names it, e.g. the dated version behind an alias."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    limit: int = 0
+    """max_completion_tokens of the request."""
+
+    def was_cut_below(self, limit: int) -> bool:
+        """Whether the reply ended at a limit under this one, so that asking again can help."""
+        return self.finish_reason == "length" and self.limit < limit
 
 
 def request_key(request: Mapping[str, object]) -> str:
-    """A hash of the request's body: model, messages, limits, and whatever else is sent."""
-    return hashlib.sha256(json.dumps(request, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+    """A hash of the request's body (model, messages, parameters) but its limit, which shapes no finished reply.
+
+    The server's address is no part of it: a model is known by its name.
+    """
+    shaping = {name: value for name, value in request.items() if name != "max_completion_tokens"}
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 class Journal:
@@ -70,6 +81,11 @@ class Journal:
 
     def get(self, key: str) -> Answer | None:
         return self._answers.get(key)
+
+    def needs(self, key: str, limit: int) -> bool:
+        """Whether a request is still to be asked: there is no answer, or one that a smaller limit cut off."""
+        answer = self._answers.get(key)
+        return answer is None or answer.was_cut_below(limit)
 
     def add(self, key: str, answer: Answer) -> None:
         """Keep an answer; it is with the operating system when this returns."""

@@ -117,14 +117,15 @@ class OpenAITeacher:
         with Journal(self.journal_path) as journal:
             if journal.damaged_lines:
                 print(f"{journal.path}: {journal.damaged_lines} damaged lines left out", flush=True)
-            missing = {key: request for key, request in requests.items() if journal.get(key) is None}
+            limit = self.config.max_completion_tokens
+            missing = {key: request for key, request in requests.items() if journal.needs(key, limit)}
             self.from_journal += len(requests) - len(missing)
             errors = asyncio.run(self._ask_all(missing, journal)) if missing else {}
             return [self._reply(request_key(self.request(q)), journal, errors) for q in questions]
 
     def _reply(self, key: str, journal: Journal, errors: dict[str, RowError]) -> Reply:
         answer = journal.get(key)
-        if answer is None:
+        if answer is None or key in errors:
             return Reply(error_kind=errors[key].kind, error_message=errors[key].message)
         return reply_from(answer)
 
@@ -220,6 +221,7 @@ async def ask(client: AsyncOpenAI, request: Request) -> Answer | RowError:
         model=str(completion.model or request["model"]),
         prompt_tokens=(usage.prompt_tokens or 0) if usage else 0,
         completion_tokens=(usage.completion_tokens or 0) if usage else 0,
+        limit=request["max_completion_tokens"],
     )
 
 

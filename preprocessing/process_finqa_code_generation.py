@@ -10,7 +10,8 @@ Writes D/clean_with_code/FinQA/finqa_{split}_generated.csv: prompt, generated_co
 
 `--teacher openai` (the default) asks a model and needs OPENAI_API_KEY; `--base-url` names any compatible server, for
 instance vLLM's. Every answer is first written to finqa_{split}_generated.journal.jsonl: killed and started again, the
-command asks only for what is missing. Delete the journal to ask anew.
+command asks only for what is missing, and with a larger --max-completion-tokens for what was cut off as well. Delete
+the journal to ask anew.
 `--teacher program` compiles the gold programs: no network, no cost.
 
 Where more than --max-failed-share of the rows have no program, the files are written all the same, and the exit code

@@ -32,12 +32,14 @@ class TeacherServer(ThreadingHTTPServer):
         self.fault: Callable[[str, int], Fault] = lambda question, nth: None
         """What goes wrong with the nth request (from 1) for a question."""
         self.headers_of_faults: dict[str, str] = {}
+        """Sent with a status that is a fault, e.g. Retry-After."""
         self.error_code: str | None = None
+        """The code in the body of such a fault."""
         self.delay_s = 0.0
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self.asked: Counter[str] = Counter()
-        self.answered: Counter[str] = Counter()
+        self.times: list[float] = []
         self.most_at_a_time = 0
         self.at_a_time = 0
         self.lock = threading.Lock()
@@ -58,6 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
         page = page_from_prompt(prompt)
         with server.lock:
             server.bodies.append(body)
+            server.times.append(time.monotonic())
             server.keys.add(self.headers.get("Authorization"))
             server.asked[page.question] += 1
             fault = server.fault(page.question, server.asked[page.question])
@@ -66,8 +69,6 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(server.delay_s)
         with server.lock:
             server.at_a_time -= 1
-            if fault not in ("reset", "html", "no-json", "no-choices") and not isinstance(fault, int):
-                server.answered[page.question] += 1
         hint = prompt.partition(HINT)[2]
         self._answer(fault, body, to_python(hint, page.table, page.question) if hint else "ans = 0")
 

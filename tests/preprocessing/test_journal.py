@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,18 @@ def test_the_key_follows_everything_that_shapes_the_reply_and_nothing_else() -> 
     changed = [
         REQUEST | {"model": "gpt-5-mini"},
         REQUEST | {"temperature": 0.0},
-        REQUEST | {"max_completion_tokens": 101},
         REQUEST | {"messages": [{"role": "user", "content": "how  much?"}]},
     ]
-    assert len({request_key(request) for request in [REQUEST, *changed]}) == 5
+    assert len({request_key(request) for request in [REQUEST, *changed]}) == 4
+    assert request_key(REQUEST) == request_key(REQUEST | {"max_completion_tokens": 101})
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "limit", "needs"), [("length", 101, True), ("length", 100, False), ("stop", 101, False)]
+)
+def test_only_what_a_smaller_limit_cut_off_is_needed_again(
+    tmp_path: Path, finish_reason: str, limit: int, needs: bool
+) -> None:
+    with Journal(tmp_path / "j.jsonl") as journal:
+        journal.add("a", replace(ANSWER, finish_reason=finish_reason, limit=100))
+        assert journal.needs("a", limit) == needs and journal.needs("b", limit)

@@ -116,6 +116,14 @@ def test_a_passing_fault_is_asked_again(command: Command, teach, teacher_server:
     assert set(teacher_server.asked.values()) == {3}
 
 
+def test_the_server_says_how_long_to_wait(teach, questions: int, teacher_server: TeacherServer) -> None:
+    teacher_server.fault = lambda question, nth: 429 if nth == 1 else None
+    teacher_server.headers_of_faults = {"Retry-After": "2"}
+    teach("--limit", "1")
+    first, second = teacher_server.times
+    assert second - first >= 2
+
+
 def test_a_lasting_fault_is_an_error_of_its_row_alone(
     command: Command, teach, teacher_server: TeacherServer, tmp_path: Path
 ) -> None:
@@ -235,8 +243,21 @@ def test_what_was_answered_is_not_asked_again(
 
 def test_a_changed_parameter_asks_anew(teach, questions: int, teacher_server: TeacherServer) -> None:
     teach("--limit", "2")
-    teach("--limit", "2", "--max-completion-tokens", "9000")
+    teach("--limit", "2", "--temperature", "1")
     assert len(teacher_server.bodies) == 4
+
+
+def test_a_larger_limit_asks_again_only_for_what_was_cut_off(
+    teach, questions: int, teacher_server: TeacherServer, tmp_path: Path
+) -> None:
+    teacher_server.fault = only_for("divide", "length", times=1)
+    teach()
+    teacher_server.bodies.clear()
+
+    teach("--max-completion-tokens", "40000")
+
+    assert [body["max_completion_tokens"] for body in teacher_server.bodies] == [40_000]
+    assert all(row.actual_answer for row in generated(tmp_path))
 
 
 def test_equal_questions_are_paid_for_once(
