@@ -2,8 +2,7 @@
 
     python -m preprocessing.download_finqa [--split train|dev|test|all] [--data-dir D] [--url-base URL]
 
-Writes D/FinQA/{train,dev,test}.json: the files of the FinQA repository at one commit, 8,281 questions, some
-80 MB. A file that is already there and verifies is left alone. What arrives is streamed to
+Writes D/FinQA/{train,dev,test}.json: the files of the FinQA repository at one commit, 8,281 questions. A file that is already there and verifies is left alone. What arrives is streamed to
 `<split>.json.part` (an interrupted download goes on from there), checked against its git blob id, and only
 then given its name. A file of that name which is not the official one is set aside as
 `<split>.json.unverified`.
