@@ -2,10 +2,10 @@
 
     python -m preprocessing.download_finqa [--split train|dev|test|all] [--data-dir D] [--url-base URL]
 
-Writes D/FinQA/{train,dev,test}.json: the files of the FinQA repository at one commit, 8,281 questions. A file that is already there and verifies is left alone. What arrives is streamed to
-`<split>.json.part` (an interrupted download goes on from there), checked against its git blob id, and only
-then given its name. A file of that name which is not the official one is set aside as
-`<split>.json.unverified`.
+Writes D/FinQA/{train,dev,test}.json: the files of the FinQA repository at one commit, 8,281 questions. A file that is
+already there and verifies is left alone. What arrives is streamed to `<split>.json.part` (an interrupted download goes
+on from there), checked against its git blob id, and only then given its name. A file of that name which is not the
+official one is set aside as `<split>.json.unverified`.
 
 A mirror, or a copy on another machine of yours, is named with --url-base: the files are read from
 URL/train.json, URL/dev.json and URL/test.json, and must still be the official ones.
