@@ -7,10 +7,8 @@ it: base model, tokenizer, adapter (a local folder first, then the Hub). `mergin
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
-import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from finqa import hub, prompts
 from finqa.errors import UserError
 from finqa.paths import REPOSITORY, Folders
 from finqa.student_settings import StudentSettings, settings_for
+from finqa.weights import check_base, weights_hash
 
 if TYPE_CHECKING:
     import torch
@@ -170,7 +169,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
     """Tokenizer with a chat template and a padding token (padding never carries loss or attention)."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(model, revision))
+    tokenizer = AutoTokenizer.from_pretrained(local_model(model) or resolve_model(model, revision))
     if tokenizer.chat_template is None:
         tokenizer.chat_template = settings_for(model).chat_template
     if tokenizer.chat_template is None:
@@ -188,6 +187,18 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def quiet_libraries() -> None:
+    """No loading bars in a log file, and no warnings that nobody who runs a script here can act on."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
 def load_base(
     model: str,
     dtype: torch.dtype | None = None,
@@ -199,6 +210,7 @@ def load_base(
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    quiet_libraries()
     device = device or default_device()
     dtype = dtype or torch.bfloat16
     quantization = None
@@ -213,25 +225,6 @@ def load_base(
         resolve_model(model, revision), dtype=dtype, device_map=device, quantization_config=quantization
     )
     return loaded.eval()
-
-
-def weights_hash(folder: Path | str) -> str:
-    """sha256 over the safetensors files of a folder: the same for a plain copy and for the Hub's cache."""
-    digest = hashlib.sha256()
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} holds no safetensors weights")
-    for file in files:
-        # The Hub's cache names a large file by the sha256 of its content, which saves reading it.
-        blob = file.resolve().name
-        content = blob if re.fullmatch("[0-9a-f]{64}", blob) else _sha256(file)
-        digest.update(f"{file.name} {content}\n".encode())
-    return digest.hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def find_adapter(run: StudentRun, folders: Folders) -> Path:
@@ -253,22 +246,11 @@ def is_student(folder: Path) -> bool:
     return adapter or ((folder / "config.json").exists() and any(folder.glob("model*.safetensors")))
 
 
-def check_base(student: Path, base: Path | str) -> None:
-    """UserError where the student was trained on other base weights than these."""
-    manifest = student / "run.json"
-    recorded = json.loads(manifest.read_text()).get("base_hash") if manifest.exists() else None
-    if recorded is not None and recorded != weights_hash(base):
-        raise UserError(
-            f"{student} was trained on other base weights than those in {base} (the hashes differ); "
-            "give the base model that it was trained on, or train again under another --run-name"
-        )
-
-
 def load_adapter(base: PreTrainedModel, student: Path, trainable: bool = False) -> PeftModel:
     """Put the adapter in folder `student` on its base model; UserError on another base than its own."""
     from peft import PeftModel
 
-    check_base(student, str(base.name_or_path))
+    check_base(student, weights_hash(base.name_or_path))
     return PeftModel.from_pretrained(base, student, is_trainable=trainable)
 
 

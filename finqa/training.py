@@ -1,0 +1,297 @@
+"""Fine-tune a student: the transformers Trainer and peft, with the loss on the completion alone.
+
+One recipe on GPU and CPU: base weights in bf16 and frozen, the adapter in fp32, products in bf16 by autocast. A CPU
+without bf16 products trains in fp32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+import types
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finqa.errors import UserError
+from finqa.manifest import file_hash, write_json, write_manifest
+from finqa.paths import Folders
+from finqa.students import (
+    StudentRun,
+    default_device,
+    is_student,
+    load_base,
+    load_tokenizer,
+    resolve_model,
+)
+from finqa.tracking import wandb_run
+from finqa.training_rows import Example, Families, collator, read_training_rows, rows_hash, tokenised
+from finqa.weights import weights_hash
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from finqa.completion_trainer import CompletionTrainer
+
+CHECKPOINTS_KEPT = 2
+CHECKPOINTS_PER_RUN = 10
+CONFIG_FILE = "training_config.json"
+LOG_FILE = "training_log.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What shapes a fine-tuning run beside the student's own settings."""
+
+    seed: int = 3
+    families: Families = "all"
+    """Rows of which question families are learnt; `known` is the sham fine-tune."""
+    max_rows: int | None = None
+    """The first so many rows only."""
+    save_steps: int | None = None
+    """Updates between two checkpoints; None makes ten in a run."""
+    wandb_project: str = "finqa-lora"
+    wandb_entity: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
+
+
+def fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders) -> Path:
+    """Train the student on its data set's filtered rows, or go on where a killed run was; returns its folder.
+
+    The folder gets the adapter (or, without peft, the model), tokenizer, checkpoints, training_log.jsonl and
+    run.json. Raises UserError where the folder holds a student of another configuration or base.
+    """
+    from finqa.completion_trainer import TrainingLog
+
+    started = time.monotonic()
+    folder = folders.model(run.dataset, run.model_id)
+    rows_path = folders.filtered(run.dataset, "train")
+    rows = read_training_rows(rows_path, config.families, config.max_rows)
+    base_hash = weights_hash(resolve_model(run.model, run.revision))
+    identity = _identity(run, config, base_hash, rows_hash(rows))
+    _claim(folder, identity)
+    if is_student(folder) and (folder / "run.json").exists():
+        print(f"already trained: {folder}", flush=True)
+        return folder
+
+    tokenizer = load_tokenizer(run.model, run.revision)
+    examples, too_long = tokenised(rows, tokenizer, run.settings.max_seq_length)
+    n_tokens = sum(len(example.ids) for example in examples)
+    pad_id: Any = tokenizer.pad_token_id
+    print(f"training on {len(examples)} rows, {n_tokens} tokens an epoch: {folder}", flush=True)
+    trainer = make_trainer(run, config, examples, pad_id, folder)
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None:
+        print(f"going on from {checkpoint.name}", flush=True)
+    with wandb_run(config.wandb_project, config.wandb_entity, run.model_id, identity, folder) as wandb:
+        trainer.add_callback(TrainingLog(folder / LOG_FILE, trainer, wandb))
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    model: Any = trainer.model
+    _save(model, tokenizer, folder)
+    write_manifest(
+        folder / "run.json",
+        identity,
+        student=asdict(run),
+        base_hash=base_hash,
+        weights_hash=weights_hash(folder),
+        data={str(rows_path): file_hash(rows_path)},
+        rows=len(examples),
+        rows_too_long=too_long,
+        tokens_an_epoch=n_tokens,
+        train_loss=result.training_loss,
+        updates=trainer.state.global_step,
+        resumed_from=checkpoint.name if checkpoint else None,
+        precision="bf16" if trainer.args.bf16 else "fp32",
+        attention=model.config._attn_implementation,
+        seconds=round(time.monotonic() - started, 1),
+    )
+    return folder
+
+
+def make_trainer(
+    run: StudentRun, config: TrainingConfig, examples: list[Example], pad_id: int, folder: Path
+) -> CompletionTrainer:
+    """The Trainer of a run, its model loaded and made ready."""
+    from transformers import PrinterCallback, TrainingArguments, set_seed
+
+    from finqa.completion_trainer import CompletionTrainer
+
+    settings = run.settings
+    device = default_device()
+    bf16 = device != "cpu" or cpu_multiplies_bf16()
+    set_seed(config.seed)
+    model = _trainable(run, device, bf16)
+    rows_an_update = settings.batch_size * run.grad_accum * int(os.environ.get("WORLD_SIZE", "1"))
+    updates = -(-len(examples) // rows_an_update) * settings.num_epochs
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=run.grad_accum,
+        num_train_epochs=settings.num_epochs,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim=settings.optim,
+        bf16=bf16,
+        use_cpu=device == "cpu",
+        seed=config.seed,
+        save_steps=config.save_steps or max(1, -(-updates // CHECKPOINTS_PER_RUN)),
+        save_total_limit=CHECKPOINTS_KEPT,
+        logging_steps=10,
+        logging_first_step=True,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    trainer = CompletionTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples,  # pyright: ignore[reportArgumentType]
+        data_collator=collator(pad_id),  # pyright: ignore[reportArgumentType]
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has bf16 products (AVX-512 BF16, AMX, Arm BF16), which are about twice as fast as fp32."""
+    import torch
+
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _trainable(run: StudentRun, device: str, bf16: bool) -> PreTrainedModel:
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    settings = run.settings
+    whole_in_fp32 = not run.peft and not run.load_in_4bit
+    dtype = torch.bfloat16 if bf16 and not whole_in_fp32 else torch.float32
+    if run.load_in_4bit and not run.peft:
+        raise UserError("a 4-bit base cannot be trained as a whole; give -P for an adapter, or leave out -F")
+    base = load_base(run.model, dtype, device, run.load_in_4bit, run.revision)
+    base.config.use_cache = False
+    if device == "cpu":
+        from finqa.cpu_attention import use_block_causal
+
+        use_block_causal(base)
+    loss_on_completion(base)
+    if not run.peft:
+        return base
+    if run.load_in_4bit:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    lora = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(settings.lora_modules),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        model: Any = get_peft_model(base, lora)
+    except ValueError as error:
+        if "target module" not in str(error).lower():
+            raise
+        names = ", ".join(settings.lora_modules)
+        raise UserError(f"{run.model} has no layers called {names}; name its own with --lora-modules") from error
+    # What is saved and pushed names the base as the user did, not the folder it was found in.
+    model.peft_config["default"].base_model_name_or_path = run.model
+    return model
+
+
+def loss_on_completion(model: PreTrainedModel) -> None:
+    """Give a causal model a forward pass that returns the loss and applies the head only where there is one.
+
+    Logits of the prompt would be three quarters of the head's work and, at a large vocabulary, most of the memory.
+    Everything around the model (peft, DDP, autocast) still calls its `forward`.
+    """
+    from transformers.modeling_outputs import CausalLMOutput
+
+    from finqa.training_rows import completion_positions
+
+    def forward(
+        self: Any,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        """input_ids, labels [rows, length]; the loss is a mean over labelled tokens of the whole update."""
+        import torch
+
+        where, targets = completion_positions(labels)
+        hidden = getattr(self, self.base_model_prefix)(input_ids=input_ids, use_cache=False).last_hidden_state
+        logits = self.get_output_embeddings()(hidden[where]).float()
+        total: Any = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        return CausalLMOutput(loss=total / (len(targets) if num_items_in_batch is None else num_items_in_batch))
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _identity(run: StudentRun, config: TrainingConfig, base_hash: str, data_hash: str) -> dict[str, Any]:
+    """What makes a training run the one it is: two runs that differ here must not share a folder."""
+    settings = asdict(run.settings)
+    for name in ("max_new_tokens", "eval_batch_size"):
+        settings.pop(name)
+    return {
+        "dataset": run.dataset,
+        "peft": run.peft,
+        "load_in_4bit": run.load_in_4bit,
+        "grad_accum": run.grad_accum,
+        **settings,
+        "lora_modules": list(run.settings.lora_modules),
+        "seed": config.seed,
+        "families": config.families,
+        "base_hash": base_hash,
+        "rows_hash": data_hash,
+    }
+
+
+def _claim(folder: Path, identity: dict[str, Any]) -> None:
+    """Write down whose folder this is, or refuse one that another configuration has begun."""
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        if is_student(folder):
+            raise UserError(f"{folder} holds a model that was not trained here; choose another --run-name")
+        write_json(path, identity)
+        return
+    before = json.loads(path.read_text())
+    changed = sorted(key for key in identity.keys() | before.keys() if identity.get(key) != before.get(key))
+    if changed:
+        told = ", ".join(f"{key} {before.get(key)} -> {identity.get(key)}" for key in changed)
+        raise UserError(
+            f"{folder} was begun with another configuration ({told}); give this run a --run-name of its own, "
+            "or delete that folder"
+        )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; one that a kill cut short lacks its trainer_state.json or part of it."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        state = checkpoint / "trainer_state.json"
+        with contextlib.suppress(json.JSONDecodeError):
+            if state.exists() and json.loads(state.read_text()):
+                return checkpoint
+    return None
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write the adapter (or model) and tokenizer; the weights come last, so a folder with weights is whole."""
+    staged = folder / "unfinished.tmp"
+    shutil.rmtree(staged, ignore_errors=True)
+    model.save_pretrained(staged)
+    tokenizer.save_pretrained(staged)
+    for file in sorted(staged.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+        file.replace(folder / file.name)
+    staged.rmdir()

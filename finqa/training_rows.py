@@ -1,0 +1,162 @@
+"""The rows that a student is trained on: read, tokenised, batched."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from finqa.errors import UserError
+from finqa.records import TeacherRow, read_teacher_rows
+from finqa.students import training_ids
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+Families = Literal["all", "known", "new"]
+FAMILIES: tuple[Families, ...] = get_args(Families)
+
+NO_LOSS = -100
+"""Label of a token that carries no loss, by torch's convention."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training row as token ids."""
+
+    id: str
+    ids: tuple[int, ...]
+    """Prompt, completion, end token."""
+    n_prompt: int
+    """How many of `ids` are prompt; the loss is taken on the others."""
+
+
+def read_training_rows(path: Path, families: Families = "all", max_rows: int | None = None) -> list[TeacherRow]:
+    """Rows of a filtered CSV, the first `max_rows` of them, of one kind of family or of all.
+
+    With `known` or `new` there are as many rows as `all` would have, so that two runs that differ in the families
+    alone take the same steps; where the file has too few of the kind they are repeated in order, and that is said.
+    """
+    rows = read_teacher_rows(path)
+    wanted = min(len(rows), max_rows or len(rows))
+    if families != "all":
+        chosen = [row for row in rows if row.family_kind == families]
+        if not chosen:
+            raise UserError(f"{path} has no rows of {families} families; leave out --families")
+        if len(chosen) < wanted:
+            print(f"{len(chosen)} rows of {families} families, repeated in order to make {wanted}", flush=True)
+        rows = [chosen[i % len(chosen)] for i in range(wanted)]
+    rows = rows[:wanted]
+    if not rows:
+        raise UserError(f"{path} has no rows to train on; look at the rejected rows beside it")
+    return rows
+
+
+def rows_hash(rows: Sequence[TeacherRow]) -> str:
+    """sha256 of what is learnt from the rows: prompts and programs, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(f"{row.prompt}\0{row.generated_code}\0".encode())
+    return digest.hexdigest()
+
+
+def tokenised(
+    rows: Sequence[TeacherRow], tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+) -> tuple[list[Example], list[str]]:
+    """Examples in the order of the rows, and the ids of rows left out for being over `max_seq_length` tokens."""
+    examples, too_long = [], []
+    for number, row in enumerate(rows):
+        ids, n_prompt = training_ids(tokenizer, row.prompt, row.generated_code)
+        name = row.id or f"row {number}"
+        if len(ids) > max_seq_length:
+            too_long.append(name)
+        else:
+            examples.append(Example(name, tuple(ids), n_prompt))
+    if too_long:
+        shown = ", ".join(too_long[:5]) + (", ..." if len(too_long) > 5 else "")
+        print(
+            f"WARNING: {len(too_long)} of {len(rows)} rows are over {max_seq_length} tokens and left out ({shown}); "
+            "--max-seq-length changes that",
+            flush=True,
+        )
+    if not examples:
+        raise UserError(f"every row is over {max_seq_length} tokens; raise --max-seq-length")
+    return examples, too_long
+
+
+def collator(pad_id: int) -> Callable[[Sequence[Example]], dict[str, Any]]:
+    """Puts examples into one batch, padded on the right to the longest.
+
+    The batch has input_ids and labels [rows, longest] and the number of real tokens. There is no attention mask:
+    behind a causal mask a real token never sees padding on its right. The end token has its loss also where it is
+    the padding token as well.
+    """
+
+    def collate(examples: Sequence[Example]) -> dict[str, Any]:
+        import torch
+
+        longest = max(len(example.ids) for example in examples)
+        input_ids = torch.full((len(examples), longest), pad_id)
+        labels = torch.full((len(examples), longest), NO_LOSS)
+        for row, example in enumerate(examples):
+            ids = torch.tensor(example.ids)
+            input_ids[row, : len(ids)] = ids
+            labels[row, example.n_prompt : len(ids)] = ids[example.n_prompt :]
+        return {"input_ids": input_ids, "labels": labels, "n_tokens": sum(len(e.ids) for e in examples)}
+
+    return collate
+
+
+class LengthGrouped:
+    """Order of the rows in an epoch: shuffled, rows of like length in one batch, batches in random order.
+
+    The order follows from seed and epoch alone, so a resumed run sees what the uninterrupted one would have seen.
+    """
+
+    POOL = 50
+    """Batches that are sorted together: more pads less, fewer mixes more."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        import torch
+
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        pool = self.batch_size * self.POOL
+        grouped: list[int] = []
+        for start in range(0, len(order), pool):
+            grouped += sorted(order[start : start + pool], key=lambda row: self.lengths[row])
+        batches = [grouped[i : i + self.batch_size] for i in range(0, len(grouped), self.batch_size)]
+        # A last batch that is not full stays last: the loader cuts the stream into batches again.
+        last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
+        shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        return iter([row for batch in shuffled + last for row in batch])
+
+
+def completion_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the next token carries loss.
+
+    Args:
+        labels: [rows, length] token ids, NO_LOSS where there is none.
+
+    Returns a bool mask [rows, length] of the positions that predict a labelled token, and those tokens [n].
+    """
+    import torch
+
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=NO_LOSS)
+    where = following != NO_LOSS
+    return where, following[where]

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from finqa.errors import UserError
+from finqa.paths import Folders
+from finqa.records import TeacherRow, write_teacher_rows
+from finqa.student_settings import StudentSettings
+from finqa.students import StudentRun, load_adapter, load_base, load_tokenizer, training_ids
+from finqa.training import TrainingConfig, fine_tune, last_checkpoint, loss_on_completion
+from finqa.training_rows import (
+    NO_LOSS,
+    Example,
+    LengthGrouped,
+    collator,
+    read_training_rows,
+    tokenised,
+)
+
+SETTINGS = StudentSettings(
+    lora_r=8,
+    lora_alpha=16,
+    lora_dropout=0.05,
+    learning_rate=1e-2,
+    optim="adamw_torch",
+    batch_size=4,
+    max_seq_length=512,
+    max_new_tokens=32,
+)
+
+
+def teacher_row(number: int, kind: str = "known", padding: int = 0) -> TeacherRow:
+    prompt = f"###Passage:\nsales of {number} {'and more ' * padding}\n###Question:\nwhat ?\n###Python"
+    code = f"sales = {number}\nans = sales - 1"
+    return TeacherRow(prompt, code, str(number - 1), str(number - 1), id=f"row-{number}", family_kind=kind, family="f")
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    folders = Folders(data=tmp_path / "data", results=tmp_path / "results")
+    rows = [teacher_row(i, "known" if i % 4 else "new", padding=i % 7) for i in range(40)]
+    write_teacher_rows(folders.filtered("FinQA-mini", "train"), rows)
+    return folders
+
+
+@pytest.fixture
+def run(tiny_student: Path) -> StudentRun:
+    return StudentRun(dataset="FinQA-mini", model=str(tiny_student), settings=SETTINGS)
+
+
+def test_the_loss_is_on_the_completion_and_its_end_token_also_where_padding_is_the_end_token():
+    end = 2
+    batch = collator(pad_id=end)([Example("a", (5, 6, 7, 8, end), 3), Example("b", (5, 6, 9, end), 2)])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, end], [5, 6, 9, end, end]]
+    assert batch["labels"].tolist() == [
+        [NO_LOSS, NO_LOSS, NO_LOSS, 8, end],
+        [NO_LOSS, NO_LOSS, 9, end, NO_LOSS],
+    ]
+    assert batch["n_tokens"] == 9
+
+
+def test_the_loss_and_its_gradient_equal_those_of_full_logits_with_a_padding_mask(tiny_student: Path):
+    import torch
+
+    tokenizer = load_tokenizer(str(tiny_student))
+    rows = [teacher_row(3), teacher_row(45_678, padding=5)]
+    examples, _ = tokenised(rows, tokenizer, 512)
+    batch = collator(pad_id=3)(examples)
+    mask = torch.tensor([[i < len(e.ids) for i in range(batch["input_ids"].shape[1])] for e in examples]).long()
+
+    reference = load_base(str(tiny_student), dtype=torch.float32)
+    expected = reference(input_ids=batch["input_ids"], attention_mask=mask, labels=batch["labels"]).loss
+    expected.backward()
+    ours = load_base(str(tiny_student), dtype=torch.float32)
+    loss_on_completion(ours)
+    loss = ours(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+    loss.backward()
+
+    torch.testing.assert_close(loss, expected)
+    pairs = zip(ours.named_parameters(), reference.parameters(), strict=True)
+    for (name, parameter), other in pairs:
+        torch.testing.assert_close(parameter.grad, other.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+def test_attention_in_blocks_equals_torch_attention_forwards_and_backwards(length: int):
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from finqa.cpu_attention import BlockCausalAttention
+
+    torch.manual_seed(length)
+    query = torch.randn(2, 6, length, 16, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(2, 3, length, 16, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    out = BlockCausalAttention.apply(query, key, value, 0.25)
+    expected = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True, scale=0.25)
+    torch.testing.assert_close(out, expected)
+    direction = torch.randn_like(expected)
+    ours = torch.autograd.grad(out, (query, key, value), direction)
+    theirs = torch.autograd.grad(expected, (query, key, value), direction)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_an_epoch_visits_every_row_once_in_batches_of_like_length_the_same_for_one_seed():
+    lengths = [100 + (i * 37) % 200 for i in range(803)]
+    sampler = LengthGrouped(lengths, batch_size=8, seed=3)
+    order = list(sampler)
+    assert sorted(order) == list(range(803))
+    assert order == list(LengthGrouped(lengths, batch_size=8, seed=3))
+    assert order != list(LengthGrouped(lengths, batch_size=8, seed=4))
+    sampler.set_epoch(1)
+    assert order != list(sampler)
+    batches = [order[i : i + 8] for i in range(0, 800, 8)]
+    padded = sum(8 * max(lengths[row] for row in batch) for batch in batches)
+    assert padded < 1.03 * sum(lengths[row] for row in order[:800])
+    assert batches != sorted(batches, key=lambda batch: lengths[batch[0]])
+
+
+def test_a_row_over_the_maximum_is_left_out_and_named_never_cut(tiny_student: Path, capsys: pytest.CaptureFixture):
+    tokenizer = load_tokenizer(str(tiny_student))
+    long = replace(teacher_row(7, padding=200), id="the-long-one")
+    examples, too_long = tokenised([teacher_row(1), long, teacher_row(2)], tokenizer, 512)
+    assert [example.id for example in examples] == ["row-1", "row-2"]
+    assert too_long == ["the-long-one"]
+    assert "1 of 3 rows are over 512 tokens and left out (the-long-one)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="every row is over"):
+        tokenised([long], tokenizer, 512)
+
+
+def test_the_sham_learns_as_many_rows_as_the_real_run_but_of_known_families_alone(folders: Folders):
+    path = folders.filtered("FinQA-mini", "train")
+    for max_rows, wanted in ((None, 40), (20, 20)):
+        rows = read_training_rows(path, "known", max_rows)
+        assert len(rows) == wanted == len(read_training_rows(path, "all", max_rows))
+        assert {row.family_kind for row in rows} == {"known"}
+
+
+@pytest.mark.slow
+def test_fine_tuning_lowers_the_loss_and_leaves_adapter_tokenizer_log_and_manifest(
+    run: StudentRun, folders: Folders, tiny_student: Path
+):
+    import torch
+
+    run = replace(run, settings=replace(SETTINGS, num_epochs=6))
+    folder = fine_tune(run, TrainingConfig(), folders)
+    assert folder == folders.model("FinQA-mini", run.model_id)
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"] - 1
+    assert {"learning_rate", "grad_norm", "tokens_per_second"} <= log[0].keys()
+    manifest = json.loads((folder / "run.json").read_text())
+    assert manifest["rows"] == 40 and manifest["updates"] == 60
+    assert len(list(folder.glob("checkpoint-*"))) == 2
+    assert load_tokenizer(str(folder)).chat_template == load_tokenizer(str(tiny_student)).chat_template
+
+    ids, n_prompt = training_ids(
+        load_tokenizer(str(tiny_student)), teacher_row(5).prompt, teacher_row(5).generated_code
+    )
+    labels = torch.tensor([[NO_LOSS] * n_prompt + ids[n_prompt:]])
+    base = load_base(str(tiny_student), dtype=torch.float32)
+    before = base(input_ids=torch.tensor([ids]), labels=labels).loss.item()
+    after = load_adapter(base, folder)(input_ids=torch.tensor([ids]), labels=labels).loss.item()
+    assert after < before - 1
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_ends_in_the_weights_of_one_that_was_not(
+    run: StudentRun, folders: Folders, tmp_path: Path
+):
+    from safetensors.torch import load_file
+
+    run = replace(run, settings=replace(SETTINGS, num_epochs=3))
+    config = TrainingConfig(save_steps=4)
+    whole = load_file(fine_tune(run, config, folders) / "adapter_model.safetensors")
+
+    again = Folders(data=tmp_path / "again", results=tmp_path / "results")
+    shutil.copytree(folders.data / "clean_with_code", again.data / "clean_with_code")
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from finqa.paths import Folders\n"
+        "from finqa.training import TrainingConfig, fine_tune\n"
+        "from finqa.completion_trainer import CompletionTrainer\n"
+        "from tests_settings import RUN\n"
+        "step = CompletionTrainer.training_step\n"
+        "def dying(self, *a, **k):\n"
+        "    if self.state.global_step == 17: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(self, *a, **k)\n"
+        "CompletionTrainer.training_step = dying\n"
+        "fine_tune(RUN, TrainingConfig(save_steps=4), Folders(data=Path(sys.argv[1])))\n"
+    )
+    (tmp_path / "tests_settings.py").write_text(
+        f"from finqa.students import StudentRun\nfrom finqa.student_settings import StudentSettings\nRUN = {run!r}\n"
+    )
+    (tmp_path / "dying.py").write_text(script)
+    killed = subprocess.run([sys.executable, str(tmp_path / "dying.py"), str(again.data)], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    folder = again.model("FinQA-mini", run.model_id)
+    assert not (folder / "adapter_model.safetensors").exists()
+    assert last_checkpoint(folder) == folder / "checkpoint-16"
+
+    resumed = load_file(fine_tune(run, config, again) / "adapter_model.safetensors")
+    assert whole.keys() == resumed.keys()
+    for name, weight in whole.items():
+        assert weight.equal(resumed[name]), name
+    steps = [json.loads(line)["step"] for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.slow
+def test_a_folder_begun_with_another_configuration_is_refused_and_a_run_name_helps(run: StudentRun, folders: Folders):
+    config = TrainingConfig(max_rows=8)
+    fine_tune(run, config, folders)
+    other = replace(run, settings=replace(SETTINGS, learning_rate=5e-3))
+    with pytest.raises(UserError, match=r"learning_rate 0\.01 -> 0\.005.*--run-name"):
+        fine_tune(other, config, folders)
+    assert fine_tune(replace(other, run_name="slow"), config, folders).name.endswith("-slow")
+
+
+def test_a_checkpoint_that_a_kill_cut_short_is_not_gone_on_from(tmp_path: Path):
+    for step, state in ((10, '{"global_step": 10}'), (20, '{"global_st'), (30, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
