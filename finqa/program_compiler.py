@@ -36,10 +36,11 @@ _TABLE_EXPRESSION = {
 }
 _RESERVED = {"ans", "max", "min", "sum", "len", "abs", "round", "print", "math"} | set(keyword.kwlist)
 _STOP_WORDS = frozenset(
-    (
-        "a an and approximately are as at be been by during each for from had has have in is it its of on or our "
-        "per that the their this to was we were which will with $ million billion thousand"
-    ).split()
+    re.findall(
+        r"\S+",
+        "a an and approximately are as at be been by during each for from had has have in is it its of on or our per "
+        "that the their this to was we were which will with $ million billion thousand",
+    )
 )
 _MAX_WORDS = 5
 _NUMBER_IN_TEXT = re.compile(r"(?<![\w.])-?\d[\d,]*\.?\d*(?![\w])")
@@ -87,7 +88,8 @@ def compile_to_python(steps: Sequence[Step], table: Table, question: str, passag
         last = index == len(steps) - 1
         results.append("ans" if last else names.claim(_RESULT_NAME[step.op], "step"))
         computation.append(f"{results[-1]} = {_expression(step, variables, results)}")
-        formulas.append(_expression(step, variables, [f"({formula})" for formula in formulas]))
+        formula = _expression(step, variables, formulas)
+        formulas.append(formula if step.op in ("table_max", "table_min", "table_sum") or last else f"({formula})")
     comment = [f"# {formulas[-1]}"] if len(steps) > 1 else []
     return "\n".join(assignments + comment + computation)
 
@@ -154,7 +156,7 @@ def locate(operand: str, table: Table, question: str, passage: str) -> str | Non
 
 
 def _mentions(text: str, value: float):
-    """The words around each place where `text` has the number `value`: up to four before it, and its unit."""
+    """The words around each place where `text` has the number `value`: up to four before it, and its unit or verb."""
     for line in text.split("\n"):
         for found in _NUMBER_IN_TEXT.finditer(line):
             literal = found[0].rstrip(",.")
@@ -166,8 +168,8 @@ def _mentions(text: str, value: float):
                 continue
             sentence = re.split(r"[.;:] ", line[: found.start()])[-1]
             before = [w for w in _words(sentence) if not w.isdigit()]
-            unit = [w for w in after[:1] if w.isalpha() and w not in _STOP_WORDS]
-            yield " ".join(before[-4:] + unit)
+            unit = [w for w in after[:2] if w.isalpha() and w not in _STOP_WORDS]
+            yield " ".join(before[-4:] + unit[:1])
 
 
 def _same(found: float | None, value: float) -> bool:

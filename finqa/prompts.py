@@ -28,7 +28,7 @@ INSTRUCTION = (
 """What a model that was not fine-tuned is told before the prompt."""
 
 STOP = (END_PYTHON, f"\n{FENCE}\n")
-"""Strings that end a reply. A closing fence counts only on a line of its own, so that no opening one is taken for it."""
+"""Strings that end a reply. A closing fence counts only on a line of its own: an opening one must not match."""
 
 TEACHER_INSTRUCTION = (
     "You write short Python programs that answer questions about pages of earnings reports. Reply with Python code "
@@ -82,7 +82,7 @@ def messages(prompt: str, eval_type: EvalType, examples: tuple[WorkedExample, ..
 def teacher_messages(
     question: Question, examples: tuple[WorkedExample, ...], hint: bool = True
 ) -> list[dict[str, str]]:
-    """The teacher's chat: instruction, worked examples, then the page and question; with `hint` the gold program last."""
+    """The teacher's chat: instruction, worked examples, the page and question, and with `hint` the gold program."""
     chat = [{"role": "system", "content": TEACHER_INSTRUCTION}]
     for example in examples:
         chat += [_user(_teacher_request(example.question, hint)), _assistant(example.code)]

@@ -90,4 +90,59 @@ FINQA_EXAMPLES = (
     ),
 )
 
-FINQA_MINI_EXAMPLES: tuple[WorkedExample, ...] = ()
+FINQA_MINI_EXAMPLES = (
+    _example(
+        "crestline logistics and its subsidiaries present selected financial data for 2005 and prior years .",
+        [
+            ["( dollars in millions )", "2005", "2004", "2003"],
+            ["marketable securities", "$ 5644", "$ 7165", "$ 1467"],
+            ["amortization", "8458", "6924", "3691"],
+        ],
+        "about 456 customers were added on average in each month .",
+        "how much did amortization move in 2005 compared to 2003?",
+        "4767.0",
+        "amortization_2005 = 8458\namortization_2003 = 3691\nans = amortization_2005 - amortization_2003",
+    ),
+    _example(
+        "crestline holdings reports the following results for the year ended december 31 , 2004 .\n"
+        "management plans for an annual growth of 6.5% ( 6.5 % ) .",
+        [
+            ["( dollars in millions )", "2004", "2003", "2002"],
+            ["capital expenditures", "663.4", "907.9", "381.5"],
+            ["stock compensation", "362.6", "140.9", "488.7"],
+        ],
+        "",
+        "for 2004 , what is capital expenditures divided by stock compensation?",
+        "1.82956",
+        "capital_expenditures_2004 = 663.4\n"
+        "stock_compensation_2004 = 362.6\n"
+        "ans = capital_expenditures_2004 / stock_compensation_2004",
+    ),
+    _example(
+        "riverside insurance reports the following results for the year ended december 31 , 2018 .",
+        [
+            ["( in thousands )", "2018", "2017", "2016"],
+            ["premiums earned", "352", "4935", "989"],
+            ["research and development", "8561", "7003", "755"],
+        ],
+        "the credit facility of $ 754 expires in 2016 .",
+        "what was the highest premiums earned in the table?",
+        "4935.0",
+        "premiums_earned = [352, 4935, 989]\nans = max(premiums_earned)",
+    ),
+    _example(
+        "the table below shows selected data of pioneer financial as of december 31 , 2014 .\n"
+        "the board authorized 917 units , of which 471 were issued .",
+        [
+            ["in millions of dollars", "2014", "2013", "2012"],
+            ["cost of sales", "3233", "5964", "355"],
+            ["legal costs", "299", "4810", "3846"],
+        ],
+        "management plans for an annual growth of 4.5% ( 4.5 % ) .",
+        "what number of authorized units is left?",
+        "446.0",
+        "board_authorized_units = 917\n"
+        "board_authorized_units_issued = 471\n"
+        "ans = board_authorized_units - board_authorized_units_issued",
+    ),
+)

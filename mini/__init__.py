@@ -1,0 +1,1 @@
+"""The embedded default: makes FinQA-mini and pretrains pocket-mistral."""
