@@ -49,6 +49,19 @@ def fetch_folder(repo_id: str, revision: str | None = None, patterns: list[str] 
         raise UserError(f"{repo_id} on the Hub has no revision {revision}; look at its branches and tags") from error
 
 
+def why_no_push(repo_id: str | None) -> str | None:
+    """What is missing for a push, with its remedy; None where nothing is."""
+    import huggingface_hub
+
+    if repo_id is None:
+        return "no Hub name is known (give HF_NAME as third argument or in the environment)"
+    if huggingface_hub.get_token() is None:
+        return "no Hub token is here (log in with: hf auth login)"
+    if is_offline():
+        return "the Hub is switched off by HF_HUB_OFFLINE"
+    return None
+
+
 def push_folder(
     folder: Path,
     repo_id: str | None,
@@ -61,23 +74,16 @@ def push_folder(
     `push`: True is mandatory (a UserError when it cannot be done), False never pushes, None pushes when a
     token and a name are there and otherwise says in one line why not.
     """
-    import huggingface_hub
-
     if push is False:
         return None
-    missing = None
-    if repo_id is None:
-        missing = "no Hub name is known (give HF_NAME as third argument or in the environment)"
-    elif huggingface_hub.get_token() is None:
-        missing = "no Hub token is here (log in with: hf auth login)"
-    elif is_offline():
-        missing = "the Hub is switched off by HF_HUB_OFFLINE"
+    missing = why_no_push(repo_id)
     if missing or repo_id is None:
         if push:
             raise UserError(f"cannot push {folder}: {missing}")
         print(f"not pushed to the Hub: {missing}", flush=True)
         return None
 
+    import huggingface_hub
     from huggingface_hub.errors import RepositoryNotFoundError
 
     api = huggingface_hub.HfApi()

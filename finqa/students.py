@@ -250,7 +250,7 @@ def load_adapter(base: PreTrainedModel, student: Path, trainable: bool = False) 
     """Put the adapter in folder `student` on its base model; UserError on another base than its own."""
     from peft import PeftModel
 
-    check_base(student, weights_hash(base.name_or_path))
+    check_base(student, weights_hash(str(base.name_or_path)))
     return PeftModel.from_pretrained(base, student, is_trainable=trainable)
 
 

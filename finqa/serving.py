@@ -1,0 +1,139 @@
+"""Which engine replies, and how it gets the adapter: decided here alone.
+
+vLLM on a CPU serves an adapter by request some sixty times slower than a base, so there it is merged into its base
+first; vLLM on a GPU takes it with the request; Hugging Face puts it on the loaded base.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from finqa.errors import UserError
+from finqa.generation import Generate, GenerationConfig
+from finqa.merging import merged
+from finqa.students import (
+    StudentRun,
+    default_device,
+    load_adapter,
+    load_base,
+    load_tokenizer,
+    quiet_libraries,
+    resolve_model,
+)
+from finqa.weights import check_base, weights_hash
+
+Model = Literal["base", "fine-tuned"]
+MODELS: tuple[Model, ...] = get_args(Model)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that is ready to reply."""
+
+    model: Model
+    generate: Generate
+    facts: dict[str, Any]
+    """Engine, adapter (none, merged, request, switched), dtype, device: for run.json."""
+
+
+def check_backend(run: StudentRun, vllm: bool) -> None:
+    """UserError, before anything heavy, where this machine cannot evaluate the student with the chosen engine."""
+    if vllm and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "vLLM is not installed (--VLLM); install it with: pip install -r requirements.txt (a GPU machine) or "
+            "-r requirements-cpu.txt, or leave out --VLLM to use Hugging Face generate"
+        )
+    if vllm and run.load_in_4bit and default_device() == "cpu":
+        raise UserError("vLLM has no 4-bit base on a CPU (-F); leave out --VLLM to use Hugging Face generate")
+
+
+def served_models(
+    run: StudentRun, student: Path | None, wanted: Sequence[Model], config: GenerationConfig
+) -> Iterator[Served]:
+    """The wanted models one after the other, with as few engine starts as possible; each is valid until the next.
+
+    Args:
+        run: Names the base model.
+        student: Folder of the adapter or fine-tuned model; may be None where only the base is wanted.
+        wanted: `base`, `fine-tuned` or both.
+
+    Raises UserError where the student was trained on another base.
+    """
+    quiet_libraries()
+    adapter = student is not None and (student / "adapter_config.json").exists()
+    if "fine-tuned" in wanted and student is None:
+        raise ValueError("a fine-tuned model is wanted and no folder given")
+    if student is not None:
+        check_base(student, weights_hash(resolve_model(run.model, run.revision)))
+    if not config.vllm:
+        yield from _by_hugging_face(run, student, adapter, wanted, config)
+    elif adapter and default_device() != "cpu":
+        yield from _by_vllm_with_requests(run, student, wanted, config)
+    else:
+        yield from _by_vllm_one_at_a_time(run, student, adapter, wanted, config)
+
+
+def _by_hugging_face(
+    run: StudentRun, student: Path | None, adapter: bool, wanted: Sequence[Model], config: GenerationConfig
+) -> Iterator[Served]:
+    from finqa.hugging_face_engine import hugging_face
+
+    tokenizer = load_tokenizer(run.model, run.revision)
+    facts = {"engine": "transformers", "device": default_device(), "dtype": "bfloat16", "batch_size": config.batch_size}
+    if "base" in wanted or adapter:
+        model: Any = load_base(run.model, None, None, run.load_in_4bit, run.revision)
+        if "base" in wanted:
+            yield Served("base", hugging_face(model, tokenizer, config), facts | {"adapter": "none"})
+        if "fine-tuned" in wanted and adapter and student is not None:
+            model = load_adapter(model, student).eval()
+            yield Served("fine-tuned", hugging_face(model, tokenizer, config), facts | {"adapter": "unmerged"})
+        del model
+    if "fine-tuned" in wanted and not adapter:
+        whole = load_base(str(student))
+        yield Served("fine-tuned", hugging_face(whole, tokenizer, config), facts | {"adapter": "none"})
+
+
+def _by_vllm_with_requests(
+    run: StudentRun, student: Path | None, wanted: Sequence[Model], config: GenerationConfig
+) -> Iterator[Served]:
+    """One engine for base and adapter: a GPU serves both at full speed."""
+    from finqa.vllm_engine import vllm_engine, vllm_generate
+
+    tokenizer = load_tokenizer(run.model, run.revision)
+    path = resolve_model(run.model, run.revision)
+    with vllm_engine(path, path, run.load_in_4bit, config, student) as (engine, facts):
+        for model in _in_order(wanted):
+            request = student if model == "fine-tuned" else None
+            generate = vllm_generate(engine, tokenizer, config, request)
+            yield Served(model, generate, facts | {"adapter": "request" if request else "none"})
+
+
+def _by_vllm_one_at_a_time(
+    run: StudentRun, student: Path | None, adapter: bool, wanted: Sequence[Model], config: GenerationConfig
+) -> Iterator[Served]:
+    from finqa.vllm_engine import vllm_engine, vllm_generate
+
+    tokenizer = load_tokenizer(run.model, run.revision)
+    base = resolve_model(run.model, run.revision)
+    for model in _in_order(wanted):
+        if model == "base":
+            folder: Any = nullcontext(base)
+        elif adapter and student is not None:
+            folder = merged(run.model, student, run.revision)
+        else:
+            folder = nullcontext(student)
+        with (
+            folder as path,
+            vllm_engine(str(path), base, run.load_in_4bit, config, None) as (engine, facts),
+        ):
+            how = "merged" if model == "fine-tuned" and adapter else "none"
+            yield Served(model, vllm_generate(engine, tokenizer, config, None), facts | {"adapter": how})
+
+
+def _in_order(wanted: Sequence[Model]) -> list[Model]:
+    return [model for model in MODELS if model in wanted]

@@ -1,0 +1,113 @@
+"""Ask the base model and the fine-tuned one the same question, and run what each of them writes.
+
+    python inference.py                                            # FinQA, Mistral-7B-Instruct-v0.3, HF_NAME
+    python inference.py FinQA-mini pocket-mistral --id <row id>
+    python inference.py FinQA-mini pocket-mistral --question "what was ...?" --passage-file page.txt
+
+Without --id or --question the question is the first of the split, or where the split is not at hand the data set's
+worked example. A passage file is text, a table in it one line a row with cells joined by |, or the page as JSON with
+pre_text, post_text and table. Reads D/clean/<dataset>/ and the fine-tuned student as main.py does; writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from finqa import datasets, prompts
+from finqa.errors import UserError, report_errors
+from finqa.evaluation import MODEL_OF_TYPE
+from finqa.generation import GenerationConfig
+from finqa.paths import SPLITS, Folders, add_folder_flags
+from finqa.prompts import EvalType
+from finqa.records import Question, parse_table, read_questions
+from finqa.sandbox import Run, Sandbox
+from finqa.serving import check_backend, served_models
+from finqa.students import add_student_flags, find_adapter, load_tokenizer, prompt_ids, student_from_args
+
+ASKED: tuple[EvalType, ...] = ("zero-shot", "fine-tuned")
+"""How the base model and the fine-tuned one are asked."""
+
+
+def main() -> int:
+    args = parse_arguments()
+    run, folders = student_from_args(args), Folders.from_args(args)
+    data = datasets.dataset(run.dataset)
+    question = chosen_question(args, data, folders)
+    check_backend(run, args.vllm)
+    student = find_adapter(run, folders)
+
+    tokenizer = load_tokenizer(run.model, run.revision)
+    config = GenerationConfig(args.vllm, run.settings.max_new_tokens, batch_size=1)
+    print(f"question: {question.question}")
+    if question.answer:
+        print(f"answer in the data set: {question.answer}")
+    with Sandbox() as sandbox:
+        for served in served_models(run, student, [MODEL_OF_TYPE[asked] for asked in ASKED], config):
+            asked: EvalType = next(eval_type for eval_type in ASKED if MODEL_OF_TYPE[eval_type] == served.model)
+            chat = prompts.messages(prompts.training_prompt(question), asked, data.worked_examples)
+            code = prompts.extract_code(served.generate([prompt_ids(tokenizer, chat)])[0].text)
+            show(f"{served.model} model ({asked})", code, sandbox.run(code))
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_student_flags(parser)
+    add_folder_flags(parser)
+    parser.add_argument("--split", choices=SPLITS, default="test", help="split of --id (default: %(default)s)")
+    parser.add_argument("--id", help="id of a row of the split")
+    parser.add_argument("--question", help="a question of your own, about the page in --passage-file")
+    parser.add_argument("--passage-file", type=Path, metavar="FILE")
+    parser.add_argument("--VLLM", "--vllm", dest="vllm", action="store_true", help="generate by vLLM")
+    return parser.parse_args()
+
+
+def chosen_question(args: argparse.Namespace, data: datasets.Dataset, folders: Folders) -> Question:
+    """The question of the flags. Raises UserError where there is no such row or file."""
+    if args.question or args.passage_file:
+        if not (args.question and args.passage_file):
+            raise UserError("--question and --passage-file go together")
+        return page(args.passage_file, args.question)
+    clean, raw = folders.clean(data.name, args.split), folders.raw(data.name, args.split)
+    if clean.exists():
+        questions = read_questions(clean)
+    elif raw.exists():
+        questions = data.load(raw).questions
+    elif args.id:
+        raise UserError(
+            f"no {args.split} split of {data.name}: neither {clean} nor {raw}; get it with: {data.how_to_get}"
+        )
+    else:
+        questions = [example.question for example in data.worked_examples]
+    found = next((q for q in questions if args.id in (None, q.id)), None)
+    if found is None:
+        raise UserError(f"no row {args.id!r} in the {args.split} split of {data.name}; --split chooses another")
+    return found
+
+
+def page(path: Path, question: str) -> Question:
+    """A question about the page in a text or JSON file."""
+    if not path.exists():
+        raise UserError(f"{path} is missing (--passage-file)")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        return Question("", text.strip(), "", [], question, "")
+    try:
+        content = json.loads(text)
+        pre_text, post_text = ("\n".join(content.get(name, [])) for name in ("pre_text", "post_text"))
+        table = parse_table("\n".join("|".join(map(str, row)) for row in content.get("table", [])))
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is no page (a JSON object with pre_text, post_text, table): {error}") from error
+    return Question("", pre_text, post_text, table, question, "")
+
+
+def show(title: str, code: str, run: Run) -> None:
+    result = run.answer if run.error_kind is None else f"none ({run.error_kind}: {run.message})"
+    print(f"\n=== {title}\n{code}\n--> {result}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main))

@@ -1,0 +1,164 @@
+"""Fine-tune a student to write Python for financial questions, or evaluate it.
+
+    python main.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> -P              # fine-tune with LoRA
+    python main.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> -P -NT -D --VLLM   # evaluate on dev
+        ... -T                          on test (both: -D -T)
+        ... --EVAL_TYPE zero-shot       the base model; also few-shot, or all three with: all
+    python main.py FinQA-mini pocket-mistral -P -T --VLLM -ET all --no-push              # the embedded default
+
+Reads D/clean_with_code/<dataset>/: the filtered training rows, and for evaluation every row that has a label.
+Writes D/models/<dataset>/<model-id>/ (adapter, tokenizer, training_log.jsonl, checkpoints, run.json) and
+R/<dataset>/<model-id>/<dev or test>/<eval type>/ (metrics.json, predictions.jsonl, run.json), with metrics.md and a
+figure that compare the eval types. D is --data-dir, R is --results-dir.
+
+A killed run goes on from its last checkpoint when the same command is given again. What changes training and is no
+part of <model-id> (rank, learning rate, families, ...) needs a --run-name of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from dataclasses import replace
+
+from finqa import datasets, hub
+from finqa.errors import UserError, report_errors
+from finqa.evaluation import EvaluationConfig, evaluate, read_rows
+from finqa.generation import GenerationConfig
+from finqa.paths import Folders, add_folder_flags
+from finqa.prompts import EVAL_TYPES, EvalType
+from finqa.serving import check_backend
+from finqa.students import StudentRun, add_student_flags, student_from_args
+from finqa.training import TrainingConfig, fine_tune
+from finqa.training_rows import FAMILIES
+
+
+def main() -> int:
+    args = parse_arguments()
+    run, folders = student(args), Folders.from_args(args)
+    training, evaluation = training_config(args), evaluation_config(args, run)
+    check(args, run, folders, evaluation)
+
+    if args.train:
+        folder = fine_tune(run, training, folders)
+        hub.push_folder(folder, None if args.push is False else run.hub_id, args.push, args.private)
+        if evaluation:
+            # In a process of its own: the engine finds the memory and the threads that training held.
+            return subprocess.call([sys.executable, __file__, *sys.argv[1:], "--no-train"])
+    elif evaluation:
+        evaluate(run, evaluation, folders)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_student_flags(parser, peft_default=False)
+    add_folder_flags(parser)
+
+    what = parser.add_argument_group("what to do")
+    add = what.add_argument
+    add("-NT", "--NO-TRAIN", "--no-train", dest="train", action="store_false", help="evaluate only")
+    add("-NE", "--NO-EVAL", "--no-eval", dest="evaluate", action="store_false", help="fine-tune only")
+    add("-D", "--DEV_SET", "--dev-set", dest="dev", action="store_true", help="evaluate on dev")
+    add("-T", "--TEST_SET", "--test-set", dest="test", action="store_true", help="evaluate on test")
+    add("-S", "--SEED", "--seed", dest="seed", type=int, default=TrainingConfig.seed, help="default: %(default)s")
+
+    train = parser.add_argument_group("fine-tuning (defaults: the student's settings)")
+    add = train.add_argument
+    add(
+        "-MSL", "--MAX_SEQ_LENGTH", "--max-seq-length", dest="max_seq_length", type=int, help="longer rows are left out"
+    )
+    add("--learning-rate", type=float)
+    add("--lr-scheduler", help="name of a transformers scheduler")
+    add("--warmup-steps", type=int)
+    add("--weight-decay", type=float)
+    add("--optim", help="name of a transformers optimiser")
+    add("--lora-r", type=int)
+    add("--lora-alpha", type=int)
+    add("--lora-dropout", type=float)
+    add("--families", choices=FAMILIES, default="all", help="known: the sham fine-tune (data sets that have families)")
+    add("--max-rows", type=int, help="train on the first so many rows")
+    add("--save-steps", type=int, help="updates between checkpoints (default: ten checkpoints a run)")
+    add("--wandb-project", default=TrainingConfig.wandb_project)
+    add("--wandb-entity")
+
+    evaluation = parser.add_argument_group("evaluation")
+    add = evaluation.add_argument
+    add("-ET", "--EVAL_TYPE", "--eval-type", dest="eval_type", default="fine-tuned", metavar="TYPE",
+        help="fine-tuned (default), zero-shot, few-shot or all")  # fmt: skip
+    add("--VLLM", "--vllm", dest="vllm", action="store_true", help="generate by vLLM, not by Hugging Face")
+    add("-EBS", "--EVAL_BATCH_SIZE", "--eval-batch-size", dest="eval_batch_size", type=int)
+    add("--max-new-tokens", type=int)
+    add("--limit", type=int, help="evaluate on the first so many rows")
+    add("--max-model-len", type=int, help="longest prompt and reply together, in tokens")
+    add("--gpu-memory-utilization", type=float, default=GenerationConfig.gpu_memory_utilization)
+    add("--tensor-parallel", type=int, default=1, help="GPUs that share the model (vLLM)")
+
+    push = parser.add_argument_group("Hub (default: push after training where a token and HF_NAME are there)")
+    push.add_argument("--push", action="store_true", default=None, help="a push that fails is an error")
+    push.add_argument("--no-push", dest="push", action="store_false")
+    push.add_argument("--private", action="store_true", help="make the repository private")
+    return parser.parse_args()
+
+
+SETTINGS_FLAGS = (
+    "max_seq_length", "learning_rate", "lr_scheduler", "warmup_steps", "weight_decay", "optim",
+    "lora_r", "lora_alpha", "lora_dropout", "eval_batch_size", "max_new_tokens",
+)  # fmt: skip
+
+
+def student(args: argparse.Namespace) -> StudentRun:
+    """The student with the flags that change its settings applied."""
+    run = student_from_args(args)
+    given = {name: value for name in SETTINGS_FLAGS if (value := getattr(args, name)) is not None}
+    return replace(run, settings=replace(run.settings, **given))
+
+
+def training_config(args: argparse.Namespace) -> TrainingConfig:
+    return TrainingConfig(
+        seed=args.seed,
+        families=args.families,
+        max_rows=args.max_rows,
+        save_steps=args.save_steps,
+        wandb_project=args.wandb_project,
+        wandb_entity=args.wandb_entity,
+    )
+
+
+def evaluation_config(args: argparse.Namespace, run: StudentRun) -> EvaluationConfig | None:
+    """What to evaluate; None for nothing. Raises UserError for an unknown eval type."""
+    types: tuple[EvalType, ...] = (
+        EVAL_TYPES if args.eval_type == "all" else tuple(t for t in EVAL_TYPES if t == args.eval_type)
+    )
+    if not types:
+        raise UserError(f"unknown eval type {args.eval_type!r}; one of {', '.join(EVAL_TYPES)}, all")
+    splits = tuple(split for split, chosen in (("dev", args.dev), ("test", args.test)) if chosen)
+    if not args.evaluate or not splits:
+        return None
+    generation = GenerationConfig(
+        vllm=args.vllm,
+        max_new_tokens=run.settings.max_new_tokens,
+        batch_size=run.settings.eval_batch_size,
+        max_model_len=args.max_model_len,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        tensor_parallel=args.tensor_parallel,
+    )
+    return EvaluationConfig(splits, types, generation, args.limit)
+
+
+def check(args: argparse.Namespace, run: StudentRun, folders: Folders, evaluation: EvaluationConfig | None) -> None:
+    """Fail now on what would fail after hours of training."""
+    data = datasets.dataset(run.dataset)
+    if not args.train and not evaluation:
+        raise UserError("nothing to do: no training (-NT) and no split to evaluate on; give -D, -T or both")
+    if evaluation:
+        check_backend(run, evaluation.generation.vllm)
+        for split in evaluation.splits:
+            read_rows(folders, data, split)
+    if args.train and args.push and (missing := hub.why_no_push(run.hub_id)):
+        raise UserError(f"--push is not possible: {missing}")
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main))
