@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from crosscoder.model import BatchTopKCrosscoder
 
 LatentClass = Literal["instruct-only", "shared", "fine-tuned-only", "between"]
+CLASSES: tuple[LatentClass, ...] = get_args(LatentClass)
 
 INSTRUCT_ONLY_BELOW = 0.1
 SHARED = (0.4, 0.6)

@@ -108,6 +108,11 @@ def add_activation_flags(parser: argparse.ArgumentParser) -> None:
     add("--merged", action="store_true", help="use the merged model instead of base + adapter")
     add("--keep-bos", action="store_true", help="keep the first token, whose activation is an outlier")
     add_folder_flags(parser, results=False)
+
+
+def add_crosscoder_flags(parser: argparse.ArgumentParser) -> None:
+    """The name of a crosscoder and the folder of its results."""
+    parser.add_argument("--name", help="of the crosscoder (default: <short model name>_<n>_samples_batchtopk)")
     parser.add_argument(
         "--results-dir", type=Path, default=DEFAULT_RESULTS, help="figures and tables (default: %(default)s)"
     )

@@ -176,16 +176,16 @@ class Trainer:
             StepRecord(
                 step=self.steps_done,
                 tokens=self.steps_done * self.config.batch_size,
-                loss=float(loss),
-                reconstruction=float(reconstruction),
-                auxiliary=float(auxiliary),
+                loss=loss.item(),
+                reconstruction=reconstruction.item(),
+                auxiliary=auxiliary.item(),
                 explained_variance=(instruct, fine_tuned),
                 explained_variance_published=(published[0], published[1]),
                 dead_share=float(self.liveness.dead.float().mean()),
                 never_positive_share=float(self.liveness.never_positive.float().mean()),
                 drawn_anew=self.drawn_anew,
                 threshold=self.threshold.value,
-                gradient_norm=float(gradient_norm),
+                gradient_norm=gradient_norm.item(),
                 learning_rate=self.learning_rate(self.steps_done - 1),
             )
         )
@@ -194,7 +194,7 @@ class Trainer:
         if not torch.isfinite(loss):
             state = self.folder / checkpoint.STATE_FILE
             last = f"the last good state is {state}" if state.exists() else "no state was saved before it"
-            raise UserError(f"the loss is {float(loss)} at step {self.steps_done}; {last}; try a lower learning rate")
+            raise UserError(f"the loss is {loss.item()} at step {self.steps_done}; {last}; try a lower learning rate")
 
     def _products(self) -> AbstractContextManager[Any]:
         on_gpu = self.device.type == "cuda"

@@ -8,6 +8,9 @@ import pytest
 from crosscoder.activation_store import ActivationStore
 from made_up_activations import D_MODEL, DOCUMENT_TOKENS, N_DOCUMENTS, planted_activations, write_store
 
+from finqa.paths import Folders
+from finqa.records import TeacherRow, write_teacher_rows
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> ActivationStore:
@@ -15,3 +18,39 @@ def store(tmp_path: Path) -> ActivationStore:
     folder = tmp_path / "activations"
     write_store(folder, planted_activations(N_DOCUMENTS * DOCUMENT_TOKENS, D_MODEL, 16), shard_tokens=800)
     return ActivationStore(folder)
+
+
+@pytest.fixture(scope="session")
+def teacher_rows() -> list[TeacherRow]:
+    """Twelve rows of different lengths, with programs."""
+    return [
+        TeacherRow(
+            prompt=f"###Passage:\n{'net sales rose . ' * (3 + 5 * (i % 4))}\n###Question:\nhow much ?\n###Python",
+            generated_code=f"net_sales_2009 = {206588 + i}\nans = net_sales_2009 - {i}",
+            actual_answer="206588.0",
+            expected_answer="206588",
+            id=f"row-{i}",
+        )
+        for i in range(12)
+    ]
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory, tiny_student: Path, teacher_rows: list[TeacherRow]) -> Path:
+    """A data folder with filtered rows and a LoRA adapter that changes what the tiny student computes."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from finqa import students
+
+    data = tmp_path_factory.mktemp("crosscoder-data")
+    write_teacher_rows(Folders(data=data).filtered("FinQA-mini", "test"), teacher_rows)
+    torch.manual_seed(1)
+    base = students.load_base(str(tiny_student), torch.float32, "cpu")
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    adapted = get_peft_model(base, settings)
+    run = students.StudentRun("FinQA-mini", str(tiny_student), students.settings_for(str(tiny_student)))
+    folder = Folders(data=data).model("FinQA-mini", run.model_id)
+    adapted.save_pretrained(folder)
+    students.load_tokenizer(str(tiny_student)).save_pretrained(folder)
+    return data

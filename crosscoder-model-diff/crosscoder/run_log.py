@@ -1,0 +1,147 @@
+"""Where a training run's figures go: a JSONL file, a progress line or bar, and wandb."""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from finqa.paths import write_atomically
+
+if TYPE_CHECKING:
+    from crosscoder.trainer import StepRecord
+
+WandbMode = Literal["auto", "online", "offline", "off"]
+LINE_EVERY_S = 5.0
+
+
+class RunLog:
+    """Context manager that takes step records: one JSON line each, and a line or bar of progress.
+
+    A resumed run logs some steps again; the file keeps the latest record of a step and is in the order of steps.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._total = 0
+        # What follows the last line break is a line that a killed run did not finish.
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        self._records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self._started = time.monotonic()
+        self._said = float("-inf")
+        self._first_tokens: int | None = None
+        self._bar: Any = None
+        self._wandb: Any = None
+
+    def start_wandb(self, mode: WandbMode, project: str, entity: str | None, name: str, config: dict[str, Any]) -> None:
+        """Log to wandb too; `auto` is online where a key is there, else offline, unless WANDB_MODE says otherwise."""
+        if mode == "off":
+            return
+        import wandb
+
+        chosen = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+        self._wandb = wandb.init(
+            project=project,
+            entity=entity,
+            name=name,
+            config=config,
+            dir=self._path.parent,
+            mode=chosen if mode == "auto" else mode,  # type: ignore[arg-type]
+            settings=wandb.Settings(silent=True, console="off", disable_git=True),
+        )
+
+    def start_progress(self, total_steps: int) -> None:
+        """Begin to show progress: a bar in a terminal, else a line now and then."""
+        self._total = total_steps
+        self._started = time.monotonic()
+        if sys.stdout.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """All records of the run, those before an interruption included."""
+        return self._records
+
+    @property
+    def seconds(self) -> float:
+        """Since the log was opened: the time of this start of the run."""
+        return time.monotonic() - self._started
+
+    def add(self, record: StepRecord) -> None:
+        """Take one record."""
+        values = record._asdict()
+        later = [old for old in self._records if old["step"] >= record.step]
+        self._records = [old for old in self._records if old["step"] < record.step] + [values]
+        if later:
+            write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self._records))
+        else:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(_flat(values), step=record.step)
+        self._show(record)
+
+    def _show(self, record: StepRecord) -> None:
+        line = progress_line(record, self._tokens_per_second(record))
+        if self._bar is not None:
+            self._bar.update(record.step - self._bar.n)
+            self._bar.set_postfix_str(line)
+            return
+        if record.step == self._total or time.monotonic() - self._said > LINE_EVERY_S:
+            self._said = time.monotonic()
+            print(f"step {record.step} of {self._total}: {line}", flush=True)
+
+    def _tokens_per_second(self, record: StepRecord) -> float | None:
+        if self._first_tokens is None:
+            self._first_tokens, self._started = record.tokens, time.monotonic()
+            return None
+        return (record.tokens - self._first_tokens) / max(self.seconds, 1e-9)
+
+
+def progress_line(record: StepRecord, tokens_per_second: float | None) -> str:
+    """Loss, explained variance of both models, dead share and speed of a logged step."""
+    instruct, fine_tuned = record.explained_variance
+    speed = "" if tokens_per_second is None else f", {tokens_per_second:,.0f} tokens/s"
+    return (
+        f"loss {record.loss:.4g}, explained variance {instruct:.4f} and {fine_tuned:.4f}, "
+        f"dead {record.dead_share:.1%}{speed}"
+    )
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """A record with one entry a number: pairs are split by model."""
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, tuple):
+            flat |= {f"{name}/{model}": number for model, number in zip(("instruct", "fine_tuned"), value, strict=True)}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,216 @@
+"""Make one model of a base model and its LoRA adapter, check that it answers as the pair does, and push it.
+
+    python merge_and_push_lora.py                                     FinQA, Mistral-7B-Instruct-v0.3
+    python merge_and_push_lora.py FinQA-mini pocket-mistral --no-push
+    python merge_and_push_lora.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> --push --private
+
+Reads the base model and the adapter, from D/models/<dataset>/<model-id>/, else from the Hub; and for the check a few
+rows of D/clean_with_code (those of the test split where they are there).
+
+Writes D/models/<dataset>/<model-id>-merged/ with a model card and run.json; with --push also
+<HF_NAME>/<model-id>-merged on the Hub. A merged weight is base + adapter rounded to the base's dtype, so the merged
+model's next-token distributions differ a little from the pair's. When the mean KL divergence is above --max-kl, or
+is not well below that of the base model, nothing is kept and nothing pushed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from crosscoder.names import add_push_flags, hub_id
+
+from finqa import hub, merging, students
+from finqa.errors import UserError, report_errors
+from finqa.manifest import write_manifest
+from finqa.paths import SPLITS, Folders, add_folder_flags, write_atomically
+from finqa.records import read_teacher_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+    from transformers import PreTrainedModel
+
+CHECKED_ROWS = 8
+WORST_SHARE = 0.1
+"""Of the base model's divergence from the pair; a merge that is no nearer than this has lost the adapter."""
+OWN_PROMPT = "Read the following passage and then write python code to answer the question:\n###Python"
+"""What is checked where no row is at hand."""
+
+
+class Divergence(NamedTuple):
+    """Mean over the checked tokens, in nats, and share of tokens with the same likeliest next token."""
+
+    merged: float
+    """KL(base + adapter || merged)."""
+    base: float
+    """KL(base + adapter || base): what the adapter does."""
+    agreement: float
+    """Of merged and base + adapter."""
+    n_tokens: int
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    students.add_student_flags(parser)
+    add_folder_flags(parser, results=False)
+    add_push_flags(parser, "merged model")
+    parser.add_argument("--max-kl", type=float, default=0.01, help="nats a token (default: %(default)s)")
+    parser.add_argument("--device", help="torch device of the check (default: a GPU where there is one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a merged model of another adapter")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    student, folders = students.student_from_args(args), Folders.from_args(args)
+    adapter = students.find_adapter(student, folders)
+    if not (adapter / "adapter_config.json").exists():
+        raise UserError(f"{adapter} is a whole model, not an adapter: there is nothing to merge")
+    if student.load_in_4bit:
+        raise UserError("an adapter of a 4-bit base cannot be merged into it; serve the pair, or train without -F")
+    folder = folders.model(student.dataset, f"{student.model_id}-merged")
+    adapter_hash = students.weights_hash(adapter)
+    if is_merged(folder, adapter_hash, args.overwrite):
+        print(f"{folder} is complete and was made from this adapter")
+    else:
+        merge(args, student, adapter, adapter_hash, folder, folders)
+    repository = hub_id(student, folder.name) if args.push else None
+    hub.push_folder(folder, repository, args.push, args.private)
+
+
+def is_merged(folder: Path, adapter_hash: str, overwrite: bool) -> bool:
+    """Whether `folder` holds this adapter's merge; UserError where it holds another's that may not be replaced."""
+    manifest = folder / "run.json"
+    if not manifest.exists():
+        return False
+    if json.loads(manifest.read_text()).get("adapter_hash") == adapter_hash:
+        return True
+    if not overwrite:
+        raise UserError(f"{folder} was made from another adapter; replace it with --overwrite")
+    return False
+
+
+def merge(
+    args: argparse.Namespace,
+    student: students.StudentRun,
+    adapter: Path,
+    adapter_hash: str,
+    folder: Path,
+    folders: Folders,
+) -> None:
+    """Merge beside the final place, check, and move the result there."""
+    started = time.monotonic()
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    merging.merge(student.model, adapter, partial, student.revision)
+    divergence = compare(student, adapter, partial, checked_ids(student, folders), args.device)
+    print(
+        f"KL from base + adapter over {divergence.n_tokens} tokens: merged {divergence.merged:.2g}, base "
+        f"{divergence.base:.2g} nats; {divergence.agreement:.2%} of next tokens agree"
+    )
+    refuse_if_apart(divergence, args.max_kl, partial)
+    write_atomically(partial / "README.md", model_card(student, divergence))
+    write_manifest(
+        partial / "run.json",
+        vars(args),
+        adapter_hash=adapter_hash,
+        base_hash=students.weights_hash(students.resolve_model(student.model, student.revision)),
+        check=divergence._asdict(),
+        seconds=round(time.monotonic() - started, 1),
+    )
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    print(f"merged model in {folder}")
+
+
+def checked_ids(student: students.StudentRun, folders: Folders) -> list[list[int]]:
+    """Token ids of a few training rows of whatever split is there, test first; else of one bare prompt."""
+    tokenizer = students.load_tokenizer(student.model, student.revision)
+    for split in reversed(SPLITS):
+        path = folders.filtered(student.dataset, split)
+        rows = read_teacher_rows(path)[:CHECKED_ROWS] if path.exists() else []
+        if rows:
+            return [students.training_ids(tokenizer, row.prompt, row.generated_code)[0] for row in rows]
+    return [students.training_ids(tokenizer, OWN_PROMPT, "ans = 1 + 1")[0]]
+
+
+def compare(
+    student: students.StudentRun, adapter: Path, merged: Path, rows: list[list[int]], device: str | None
+) -> Divergence:
+    """Next-token distributions of base + adapter, base alone, and the merged model, on the same ids."""
+    import torch
+
+    device = device or students.default_device()
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    pair = students.load_adapter(students.load_base(student.model, dtype, device, False, student.revision), adapter)
+    wanted = [log_probabilities(pair.get_base_model(), ids) for ids in rows]
+    with pair.disable_adapter():
+        base = [log_probabilities(pair.get_base_model(), ids) for ids in rows]
+    del pair
+    whole = students.load_base(str(merged), dtype, device)
+    got = [log_probabilities(whole, ids) for ids in rows]
+    agree = torch.cat([(p.argmax(-1) == q.argmax(-1)) for p, q in zip(wanted, got, strict=True)])
+    return Divergence(
+        merged=mean_divergence(wanted, got),
+        base=mean_divergence(wanted, base),
+        agreement=float(agree.float().mean()),
+        n_tokens=len(agree),
+    )
+
+
+def log_probabilities(model: PreTrainedModel | Module, ids: list[int]) -> Tensor:
+    """[time, vocabulary] fp32, on the CPU."""
+    import torch
+
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids], device=device)).logits[0]
+    return torch.log_softmax(logits.float(), dim=-1).cpu()
+
+
+def mean_divergence(wanted: list[Tensor], got: list[Tensor]) -> float:
+    """Mean over all tokens of KL(wanted || got), in nats."""
+    import torch
+
+    tokens = [(p.exp() * (p - q)).sum(dim=-1) for p, q in zip(wanted, got, strict=True)]
+    return float(torch.cat(tokens).mean())
+
+
+def refuse_if_apart(divergence: Divergence, max_kl: float, partial: Path) -> None:
+    """UserError, and nothing kept, where the merged model is not the pair."""
+    if divergence.merged <= max_kl and divergence.merged <= WORST_SHARE * divergence.base:
+        return
+    shutil.rmtree(partial)
+    raise UserError(
+        f"the merged model is {divergence.merged:.3g} nats from base + adapter (at most {max_kl:g}, and a tenth of "
+        f"the base's {divergence.base:.3g}, are accepted); use base + adapter, or raise --max-kl knowingly"
+    )
+
+
+def model_card(student: students.StudentRun, divergence: Divergence) -> str:
+    """README.md of the merged model."""
+    return f"""---
+base_model: {student.model}
+library_name: transformers
+---
+
+# {student.model_id}-merged
+
+`{student.model}` with the LoRA adapter that was fine-tuned on {student.dataset} to write small Python programs that
+answer questions over earnings reports, merged into its weights. Made by `merge_and_push_lora.py`.
+
+A merged weight is base + adapter, summed in fp32 and rounded to the base's dtype. Over {divergence.n_tokens} tokens of
+its own task, KL(base + adapter || merged) is {divergence.merged:.2g} nats a token, against {divergence.base:.2g} for
+the base model; {divergence.agreement:.2%} of the likeliest next tokens agree.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main))

@@ -1,0 +1,115 @@
+"""Names of activation sets and crosscoders, the default layer, and what is sized to the data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from crosscoder.names import ActivationChoice, default_layer, find_folder, hub_name, model_depth
+from crosscoder.sizing import default_k, default_latents, sized_configs
+
+from finqa.errors import UserError
+from finqa.students import DEFAULT_MODEL, StudentRun, settings_for
+
+
+def choice(model: str = DEFAULT_MODEL, run_name: str = "", **options) -> ActivationChoice:
+    dataset = options.pop("dataset", "FinQA")
+    student = StudentRun(dataset, model, settings_for(model), run_name=run_name)
+    return ActivationChoice(student, **({"layer": 17} | options))
+
+
+SEVEN_B = "mistralai_Mistral-7B-Instruct-v0.3-peftq_proj_k_proj_v_proj_o_proj-bs1-ne1"
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, f"{SEVEN_B}-FinQA-test-layer17-mlp-1024"),
+        ({"site": "residual", "layer": 3, "num_samples": 50}, f"{SEVEN_B}-FinQA-test-layer3-residual-50"),
+        ({"raw": True, "merged": True, "keep_bos": True}, f"{SEVEN_B}-FinQA-test-layer17-mlp-1024-raw-merged-bos"),
+        ({"split": "dev", "dataset": "FinQA-mini"}, f"{SEVEN_B}-FinQA-mini-dev-layer17-mlp-1024"),
+    ],
+)
+def test_an_activation_sets_name_says_what_was_recorded(options, name):
+    assert choice(**options).name == name
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        (choice(), "Mistral-7B-Instruct-v0.3_1k_samples_batchtopk"),
+        (choice(num_samples=2048), "Mistral-7B-Instruct-v0.3_2k_samples_batchtopk"),
+        (choice(num_samples=800), "Mistral-7B-Instruct-v0.3_800_samples_batchtopk"),
+        (choice(run_name="sham"), "Mistral-7B-Instruct-v0.3_1k_samples_batchtopk-sham"),
+        (choice("pocket-mistral"), "pocket-mistral_1k_samples_batchtopk"),
+    ],
+)
+def test_a_crosscoders_name_follows_from_model_and_samples(asked, name):
+    assert asked.crosscoder_name == name
+
+
+@pytest.mark.parametrize(("depth", "layer"), [(32, 17), (5, 3), (2, 1), (1, 1), (40, 21), (80, 42)])
+def test_the_default_layer_is_17_of_32_or_the_nearest_share_of_the_depth(depth, layer):
+    assert default_layer(depth) == layer
+
+
+def test_the_depth_is_read_from_the_models_configuration(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 5}))
+    assert model_depth(str(tmp_path)) == 5
+    assert choice(str(tmp_path), layer=None).resolved_layer == 3
+
+
+def test_a_model_that_is_nowhere_asks_for_the_layer():
+    with pytest.raises(UserError, match="say --layer"):
+        model_depth("nobody/no-such-model")
+
+
+def test_a_name_too_long_for_the_hub_is_cut_and_stays_unique():
+    names = [choice(num_samples=n).name for n in (1024, 2048)]
+    assert all(len(name) > 96 for name in names)
+    assert [len(hub_name(name)) for name in names] == [96, 96]
+    assert hub_name(names[0]) != hub_name(names[1])
+    assert hub_name("short") == "short"
+
+
+def test_a_missing_folder_names_both_places_and_the_command(tmp_path: Path):
+    asked = choice(site="residual")
+    with pytest.raises(UserError) as error:
+        find_folder(tmp_path / "set", asked.student, "config.json", "set", asked.command("collect_activations.py"))
+    assert str(tmp_path / "set") in str(error.value)
+    assert "on the Hub" in str(error.value)
+    command = "python collect_activations.py FinQA mistralai/Mistral-7B-Instruct-v0.3 --layer 17 --site residual"
+    assert str(error.value).endswith(f"make it with: {command}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 1}, "--num-samples must be at least 2"),
+        ({"layer": 0}, "--layer counts from 1"),
+        ({"site": "head"}, "--site is one of mlp, attention, residual"),
+    ],
+)
+def test_a_choice_that_makes_no_sense_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        choice(**options)
+
+
+def test_the_published_dictionary_is_the_default_at_the_published_size():
+    assert (default_latents(4096, 1_260_000), default_k(16_384)) == (16_384, 100)
+
+
+def test_the_pocket_dictionary_is_sized_to_its_width_and_data():
+    crosscoder, training = sized_configs(d_model=256, n_tokens=180_000)
+    assert 512 <= crosscoder.n_latents <= 1024
+    assert 16 <= crosscoder.k <= 32
+    assert training.total_steps(180_000) >= 1000
+
+
+def test_what_is_given_stands():
+    crosscoder, training = sized_configs(
+        256, 180_000, n_latents=300, k=7, batch_size=64, epochs=0.5, learning_rate=1e-2, seed=4
+    )
+    assert (crosscoder.n_latents, crosscoder.k) == (300, 7)
+    assert (training.batch_size, training.epochs, training.learning_rate, training.seed) == (64, 0.5, 1e-2, 4)
