@@ -29,6 +29,7 @@ from crosscoder.names import (
     choice_from_args,
     find_folder,
     hub_id,
+    require_push,
 )
 
 from finqa import hub, students
@@ -36,6 +37,7 @@ from finqa.errors import UserError, report_errors
 from finqa.manifest import file_hash, write_manifest
 from finqa.paths import Folders
 from finqa.records import TeacherRow, read_teacher_rows
+from finqa.weights import weights_hash
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +62,7 @@ def main() -> None:
     args = parse_args()
     choice, folders = choice_from_args(args), Folders.from_args(args)
     folder = folders.activations(choice.name)
+    require_push(args, choice.student, choice.name)
     rows_file = folders.filtered(choice.student.dataset, choice.split)
     rows = read_teacher_rows(rows_file)
     base = students.resolve_model(choice.student.model, choice.student.revision)
@@ -132,8 +135,8 @@ def describe_inputs(
         "load_in_4bit": choice.student.load_in_4bit,
         "fine_tuned": "merged model" if choice.merged else "adapter switched on",
         "dtype": args.dtype or ("bf16" if device.startswith("cuda") else "fp32"),
-        "base_hash": students.weights_hash(base),
-        "fine_tuned_hash": students.weights_hash(fine_tuned),
+        "base_hash": weights_hash(base),
+        "fine_tuned_hash": weights_hash(fine_tuned),
         "rows_hash": file_hash(rows_file),
     }
     return {"fingerprint": fingerprint(documents, facts), "num_samples": len(documents), "device": device, **facts}

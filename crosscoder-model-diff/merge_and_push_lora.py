@@ -23,13 +23,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from crosscoder.names import add_push_flags, hub_id
+from crosscoder.names import add_push_flags, hub_id, require_push
 
 from finqa import hub, merging, students
 from finqa.errors import UserError, report_errors
 from finqa.manifest import write_manifest
 from finqa.paths import SPLITS, Folders, add_folder_flags, write_atomically
 from finqa.records import read_teacher_rows
+from finqa.weights import weights_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,13 +70,14 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     student, folders = students.student_from_args(args), Folders.from_args(args)
+    require_push(args, student, f"{student.model_id}-merged")
     adapter = students.find_adapter(student, folders)
     if not (adapter / "adapter_config.json").exists():
         raise UserError(f"{adapter} is a whole model, not an adapter: there is nothing to merge")
     if student.load_in_4bit:
         raise UserError("an adapter of a 4-bit base cannot be merged into it; serve the pair, or train without -F")
     folder = folders.model(student.dataset, f"{student.model_id}-merged")
-    adapter_hash = students.weights_hash(adapter)
+    adapter_hash = weights_hash(adapter)
     if is_merged(folder, adapter_hash, args.overwrite):
         print(f"{folder} is complete and was made from this adapter")
     else:
@@ -120,7 +122,7 @@ def merge(
         partial / "run.json",
         vars(args),
         adapter_hash=adapter_hash,
-        base_hash=students.weights_hash(students.resolve_model(student.model, student.revision)),
+        base_hash=weights_hash(students.resolve_model(student.model, student.revision)),
         check=divergence._asdict(),
         seconds=round(time.monotonic() - started, 1),
     )

@@ -33,14 +33,16 @@ from crosscoder.names import (
     crosscoder_folder,
     find_folder,
     hub_id,
+    require_push,
 )
-from crosscoder.run_log import RunLog, WandbMode
+from crosscoder.run_log import RunLog
 from crosscoder.sizing import sized_configs
 
 from finqa import hub, students
 from finqa.errors import UserError, report_errors
 from finqa.manifest import write_json, write_manifest
 from finqa.paths import Folders
+from finqa.tracking import wandb_run
 
 if TYPE_CHECKING:
     from crosscoder.activation_store import ActivationStore
@@ -77,8 +79,7 @@ def parse_args() -> argparse.Namespace:
     add("--log-every", type=int, default=50, metavar="STEPS")
     add("--checkpoint-every", type=float, default=60.0, metavar="SECONDS")
     add("--overwrite", action="store_true", help="replace a crosscoder of other settings or data")
-    add("--wandb", choices=get_args(WandbMode), default="auto", help="auto: online where a key is there, else offline")
-    add("--wandb-project", default="crosscoder")
+    add("--wandb-project", default="crosscoder", help="(WANDB_MODE=offline|online|disabled decides where it logs)")
     add("--wandb-entity")
     return parser.parse_args()
 
@@ -89,6 +90,7 @@ def main() -> None:
     name = args.name or choice.crosscoder_name
     folder, results = crosscoder_folder(folders, name), args.results_dir / name
 
+    require_push(args, choice.student, name)
     store = open_store(args, folders)
     crosscoder, training = configs(args, store)
     if args.overwrite:
@@ -183,9 +185,9 @@ def train(
         flush=True,
     )
     both = {"crosscoder": asdict(crosscoder), "training": asdict(training)}
-    log.start_wandb(args.wandb, args.wandb_project, args.wandb_entity, name, both)
-    log.start_progress(trainer.total_steps)
-    return trainer.fit()
+    with wandb_run(args.wandb_project, args.wandb_entity, name, both, args.results_dir / name) as log.wandb_run:
+        log.start_progress(trainer.total_steps)
+        return trainer.fit()
 
 
 def evaluate(

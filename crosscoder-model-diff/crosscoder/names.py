@@ -126,6 +126,13 @@ def add_push_flags(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--private", action="store_true", help="make the Hub repository private")
 
 
+def require_push(args: argparse.Namespace, student: StudentRun, name: str) -> None:
+    """UserError before any work where --push is given and cannot be done."""
+    reason = hub.why_no_push(hub_id(student, name)) if args.push else None
+    if reason:
+        raise UserError(f"cannot push {name}: {reason}")
+
+
 def choice_from_args(args: argparse.Namespace) -> ActivationChoice:
     """The choice that the flags of `add_activation_flags` describe."""
     return ActivationChoice(

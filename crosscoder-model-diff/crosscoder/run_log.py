@@ -1,22 +1,19 @@
-"""Where a training run's figures go: a JSONL file, a progress line or bar, and wandb."""
+"""Where a training run's figures go: a JSONL file, a progress line or bar, and a wandb run."""
 
 from __future__ import annotations
 
 import json
-import netrc
-import os
 import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from finqa.paths import write_atomically
 
 if TYPE_CHECKING:
     from crosscoder.trainer import StepRecord
 
-WandbMode = Literal["auto", "online", "offline", "off"]
 LINE_EVERY_S = 5.0
 
 
@@ -27,6 +24,8 @@ class RunLog:
     """
 
     def __init__(self, path: Path):
+        self.wandb_run: Any = None
+        """Where records go besides the file (finqa.tracking.wandb_run); None is nowhere."""
         self._path = path
         self._total = 0
         # What follows the last line break is a line that a killed run did not finish.
@@ -36,24 +35,6 @@ class RunLog:
         self._said = float("-inf")
         self._first_tokens: int | None = None
         self._bar: Any = None
-        self._wandb: Any = None
-
-    def start_wandb(self, mode: WandbMode, project: str, entity: str | None, name: str, config: dict[str, Any]) -> None:
-        """Log to wandb too; `auto` is online where a key is there, else offline, unless WANDB_MODE says otherwise."""
-        if mode == "off":
-            return
-        import wandb
-
-        chosen = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-        self._wandb = wandb.init(
-            project=project,
-            entity=entity,
-            name=name,
-            config=config,
-            dir=self._path.parent,
-            mode=chosen if mode == "auto" else mode,  # type: ignore[arg-type]
-            settings=wandb.Settings(silent=True, console="off", disable_git=True),
-        )
 
     def start_progress(self, total_steps: int) -> None:
         """Begin to show progress: a bar in a terminal, else a line now and then."""
@@ -72,8 +53,6 @@ class RunLog:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -96,8 +75,8 @@ class RunLog:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
-        if self._wandb is not None:
-            self._wandb.log(_flat(values), step=record.step)
+        if self.wandb_run is not None:
+            self.wandb_run.log(_flat(values), step=record.step)
         self._show(record)
 
     def _show(self, record: StepRecord) -> None:
@@ -136,12 +115,3 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -51,6 +51,6 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory, tiny_student: Path, te
     adapted = get_peft_model(base, settings)
     run = students.StudentRun("FinQA-mini", str(tiny_student), students.settings_for(str(tiny_student)))
     folder = Folders(data=data).model("FinQA-mini", run.model_id)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(str(folder))
     students.load_tokenizer(str(tiny_student)).save_pretrained(folder)
     return data

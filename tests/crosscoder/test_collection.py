@@ -47,7 +47,11 @@ def documents(teacher_rows, tokenizer) -> list[Document]:
 def hooked(model: Any, module: torch.nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """The module's output in a whole forward pass, by a plain hook."""
     seen: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))
+
+    def keep(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = module.register_forward_hook(keep)
     with torch.no_grad():
         model(input_ids=ids, attention_mask=mask)
     handle.remove()
@@ -146,7 +150,8 @@ def test_different_ids_of_the_two_models_are_refused():
 
 
 def test_an_adapter_that_changes_nothing_is_noticed(adapted, documents, tmp_path: Path):
-    same = (adapter_readers(adapted, 2, "mlp")[0],) * 2
+    without_adapter, _ = adapter_readers(adapted, 2, "mlp")
+    same = (without_adapter, without_adapter)
     with pytest.raises(UserError, match="the adapter changes nothing up to this layer"):
         record(same, documents, ActivationWriter(tmp_path / "set", 64), None, "cpu", 300)
     record(same, documents, ActivationWriter(tmp_path / "set", 64), None, "cpu", 300, allow_identical=True)

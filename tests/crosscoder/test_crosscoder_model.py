@@ -40,17 +40,17 @@ def reference_values(model: BatchTopKCrosscoder, x: Tensor) -> list[list[float]]
     for i in range(len(x)):
         row = []
         for j in range(F):
-            total = float(model.b_enc[j])
+            total = model.b_enc[j].item()
             for m in range(2):
                 for a in range(D):
-                    total += float(x[i, m, a]) * float(model.W_enc[m, a, j])
+                    total += x[i, m, a].item() * model.W_enc[m, a, j].item()
             row.append(max(0.0, total))
         rows.append(row)
     return rows
 
 
 def reference_norm(model: BatchTopKCrosscoder, j: int) -> float:
-    return sum(math.sqrt(sum(float(w) ** 2 for w in model.W_dec[j, m])) for m in range(2))
+    return sum(math.sqrt(sum(w.item() ** 2 for w in model.W_dec[j, m])) for m in range(2))
 
 
 def test_values_are_the_rectified_sum_over_both_models(x):
@@ -114,7 +114,7 @@ def test_decoder_norms_decide_what_is_selected():
 
 def test_the_joint_norm_is_the_length_of_both_decoder_vectors_together():
     model = crosscoder("l2")
-    joint = [math.sqrt(sum(float(w) ** 2 for w in model.W_dec[j].flatten())) for j in range(F)]
+    joint = [math.sqrt(sum(w.item() ** 2 for w in model.W_dec[j].flatten())) for j in range(F)]
     assert torch.allclose(model.selection_norms(), torch.tensor(joint, dtype=torch.float64))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from crosscoder.names import ActivationChoice, default_layer, find_folder, hub_name, model_depth
@@ -13,10 +14,11 @@ from finqa.errors import UserError
 from finqa.students import DEFAULT_MODEL, StudentRun, settings_for
 
 
-def choice(model: str = DEFAULT_MODEL, run_name: str = "", **options) -> ActivationChoice:
-    dataset = options.pop("dataset", "FinQA")
+def choice(
+    model: str = DEFAULT_MODEL, run_name: str = "", dataset: str = "FinQA", layer: int | None = 17, **options: Any
+) -> ActivationChoice:
     student = StudentRun(dataset, model, settings_for(model), run_name=run_name)
-    return ActivationChoice(student, **({"layer": 17} | options))
+    return ActivationChoice(student, layer=layer, **options)
 
 
 SEVEN_B = "mistralai_Mistral-7B-Instruct-v0.3-peftq_proj_k_proj_v_proj_o_proj-bs1-ne1"

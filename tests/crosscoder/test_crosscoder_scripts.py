@@ -1,0 +1,181 @@
+"""The scripts as a user runs them: help without torch, clear errors, and the whole diff on a tiny student."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from crosscoder.activation_store import ActivationStore
+from crosscoder.model import BatchTopKCrosscoder
+
+from finqa.paths import REPOSITORY
+
+FOLDER = REPOSITORY / "crosscoder-model-diff"
+SCRIPTS = ("merge_and_push_lora.py", "collect_activations.py", "train.py")
+
+
+def run(script: str, *words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of the folder, from that folder, offline."""
+    return subprocess.run(
+        [sys.executable, script, *map(str, words)],
+        cwd=FOLDER,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def diff(data_folder: Path, tiny_student: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Output of merge, collect, train on the tiny student, and the results folder."""
+    results = tmp_path_factory.mktemp("results")
+    names = ("FinQA-mini", tiny_student, "--data-dir", data_folder)
+    outputs = {
+        "merge": run("merge_and_push_lora.py", *names, "--no-push"),
+        "collect": run("collect_activations.py", *names, "--layer", "2", "--no-push"),
+        "train": run("train.py", *names, "--layer", "2", "--results-dir", results, "--epochs", "20", "--no-push"),
+    }
+    for output in outputs.values():
+        assert output.returncode == 0, output.stderr
+    return outputs, results / "tiny-student_1k_samples_batchtopk"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_quick_and_imports_no_torch(script):
+    started = time.monotonic()
+    output = subprocess.run(
+        [sys.executable, "-X", "importtime", script, "--help"], cwd=FOLDER, capture_output=True, text=True, check=True
+    )
+    assert time.monotonic() - started < 2
+    imported = {line.rsplit("|", 1)[-1].strip() for line in output.stderr.splitlines()}
+    assert imported.isdisjoint({"torch", "transformers", "nnsight", "wandb", "pandas", "matplotlib"})
+    assert "DATASET_NAME" in output.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_adapter_or_set_that_is_nowhere_names_both_places_and_the_command(script, tiny_student, tmp_path: Path):
+    rows = tmp_path / "clean_with_code" / "FinQA-mini" / "finqa-mini_test_generated_filtered.csv"
+    rows.parent.mkdir(parents=True)
+    rows.write_text("prompt,generated_code,actual_answer,expected_answer\na,ans = 1,1.0,1\nb,ans = 2,2.0,2\n")
+    output = run(script, "FinQA-mini", tiny_student, "someone", "--data-dir", tmp_path)
+    assert output.returncode == 1
+    error = output.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: no ")
+    assert str(tmp_path) in error
+    assert "on the Hub as someone/" in error
+    made_by = "collect_activations.py" if script == "train.py" else "main.py"
+    assert f"make it with: python {made_by} FinQA-mini {tiny_student}" in error
+
+
+def test_missing_rows_say_what_makes_them(tiny_student, tmp_path: Path):
+    output = run("collect_activations.py", "FinQA-mini", tiny_student, "--data-dir", tmp_path)
+    assert output.returncode == 1
+    assert "is missing; make it with: python -m preprocessing" in output.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_push_that_cannot_be_done_is_refused_before_any_work(script, data_folder, tiny_student):
+    names = ("FinQA-mini", tiny_student, "someone", "--data-dir", data_folder)
+    output = run(script, *names, "--push", HF_TOKEN="hf_made_up")
+    assert output.returncode == 1
+    assert output.stderr.startswith("error: cannot push")
+    assert "hf_made_up" not in output.stdout + output.stderr
+
+
+@pytest.mark.slow
+def test_the_merged_model_answers_as_the_pair_does(diff, data_folder):
+    outputs, _ = diff
+    assert "of next tokens agree" in outputs["merge"].stdout
+    merged = next((data_folder / "models" / "FinQA-mini").glob("*-merged"))
+    manifest = json.loads((merged / "run.json").read_text())
+    assert manifest["check"]["merged"] < 0.1 * manifest["check"]["base"]
+    assert "base_model:" in (merged / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_merge_that_strays_is_refused_and_not_kept(data_folder, tiny_student, tmp_path: Path):
+    shutil.copytree(data_folder, tmp_path, ignore=shutil.ignore_patterns("*-merged", "activations"), dirs_exist_ok=True)
+    output = run("merge_and_push_lora.py", "FinQA-mini", tiny_student, "--data-dir", tmp_path, "--max-kl", "1e-12")
+    assert output.returncode == 1
+    assert "the merged model is" in output.stderr.splitlines()[-1]
+    (adapter,) = (tmp_path / "models" / "FinQA-mini").iterdir()
+    assert not adapter.name.endswith(("-merged", ".partial"))
+
+
+@pytest.mark.slow
+def test_a_set_is_collected_once_and_replaced_only_when_asked(diff, data_folder, tiny_student):
+    names = ("FinQA-mini", tiny_student, "--data-dir", data_folder, "--layer", "2")
+    again = run("collect_activations.py", *names)
+    assert (again.returncode, "is complete" in again.stdout) == (0, True)
+    other = run("collect_activations.py", *names, "--dtype", "bf16")
+    assert other.returncode == 1
+    assert "replace it with --overwrite" in other.stderr
+
+
+@pytest.mark.slow
+def test_the_merged_model_gives_the_activations_of_the_pair(diff, data_folder, tiny_student):
+    names = ("FinQA-mini", tiny_student, "--data-dir", data_folder, "--layer", "2")
+    assert run("collect_activations.py", *names, "--merged").returncode == 0
+    (of_pair,) = (data_folder / "activations").glob("*-mlp-1024")
+    (of_merged,) = (data_folder / "activations").glob("*-mlp-1024-merged")
+    a, b = (ActivationStore(folder).read(torch.arange(400)).float() for folder in (of_pair, of_merged))
+    assert torch.equal(a[:, 0], b[:, 0])
+    assert (a[:, 1] - b[:, 1]).norm() < 0.1 * (a[:, 1] - a[:, 0]).norm()
+
+
+@pytest.mark.slow
+def test_training_leaves_a_crosscoder_and_its_figures(diff, data_folder):
+    outputs, results = diff
+    assert "held-out explained variance: instruct 0." in outputs["train"].stdout
+    metrics = json.loads((results / "metrics.json").read_text())
+    assert metrics["held_out"]["l0"] > 0
+    assert metrics["n_held_out_documents"] == 1
+    assert {"training.png", "training.svg", "log.jsonl", "run.json"} <= {path.name for path in results.iterdir()}
+    model = BatchTopKCrosscoder.from_pretrained(data_folder / "models" / "crosscoders" / results.name)
+    assert model.threshold == metrics["threshold"]
+
+
+@pytest.mark.slow
+def test_a_finished_crosscoder_is_evaluated_again_and_other_settings_are_refused(diff, data_folder, tiny_student):
+    _, results = diff
+    names = ("FinQA-mini", tiny_student, "--data-dir", data_folder, "--layer", "2", "--results-dir", results.parent)
+    metrics = (results / "metrics.json").read_text()
+    again = run("train.py", *names, "--epochs", "20")
+    assert (again.returncode, "is trained with these settings already" in again.stdout) == (0, True)
+    assert (results / "metrics.json").read_text() == metrics
+    other = run("train.py", *names, "--epochs", "20", "--seed", "1")
+    assert other.returncode == 1
+    assert "holds a crosscoder of other settings or data; give --name, or --overwrite it" in other.stderr
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_top_to_bottom(diff, data_folder, tiny_student, tmp_path: Path):
+    _, results = diff
+    arguments = f"FinQA-mini {tiny_student} --data-dir {data_folder} --layer 2 --results-dir {results.parent}"
+    notebook = ("--to", "html", "--execute", "analysis_and_dashboard.ipynb", "--output-dir", tmp_path)
+    output = run("-m", "jupyter", "nbconvert", *notebook, CROSSCODER_ARGUMENTS=arguments)
+    assert output.returncode == 0, output.stderr
+    for figure in ("relative_decoder_norms", "decoder_cosines", "explained_variance"):
+        for kind in ("png", "svg"):
+            assert (results / f"{figure}.{kind}").stat().st_size > 1000
+    rows = list(csv.DictReader((results / "latents.csv").open()))
+    assert [int(row["latent"]) for row in rows] == list(range(len(rows)))
+    metrics = json.loads((results / "metrics.json").read_text())
+    summary = json.loads((results / "summary.json").read_text())
+    assert summary["explained_variance"] == pytest.approx(metrics["held_out"])
+
+
+def test_the_committed_notebook_has_no_outputs():
+    cells = json.loads((FOLDER / "analysis_and_dashboard.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
