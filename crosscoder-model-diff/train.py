@@ -91,12 +91,19 @@ def main() -> None:
     folder, results = crosscoder_folder(folders, name), args.results_dir / name
 
     require_push(args, choice.student, name)
-    store = open_store(args, folders)
+    recorded = find_folder(
+        folders.activations(choice.name),
+        choice.student,
+        "config.json",
+        "activation set",
+        choice.command("collect_activations.py"),
+    )
+    store = open_store(recorded)
     crosscoder, training = configs(args, store)
     if args.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     with RunLog(results / "log.jsonl") as log:
-        model = trained_already(folder, crosscoder, training, store)
+        model = trained_already(args, folder, crosscoder, training, store)
         if model is None:
             model = train(args, crosscoder, training, store, folder, log, name)
     report = evaluate(model, store, training, log)
@@ -105,15 +112,12 @@ def main() -> None:
     hub.push_folder(folder, hub_id(choice.student, name) if args.push else None, args.push, args.private)
 
 
-def open_store(args: argparse.Namespace, folders: Folders) -> ActivationStore:
+def open_store(folder: Path) -> ActivationStore:
     from crosscoder.activation_store import ActivationStore
 
-    choice = choice_from_args(args)
-    local = folders.activations(choice.name)
-    command = choice.command("collect_activations.py")
-    store = ActivationStore(find_folder(local, choice.student, "config.json", "activation set", command))
+    store = ActivationStore(folder)
     where = "in memory" if store.in_memory else "memory-mapped"
-    print(f"{len(store):,} tokens of {len(store.documents)} documents, {where}, from {store.folder}", flush=True)
+    print(f"{len(store):,} tokens of {len(store.documents)} documents, {where}, from {folder}", flush=True)
     return store
 
 
@@ -139,7 +143,11 @@ def configs(args: argparse.Namespace, store: ActivationStore) -> tuple[Crosscode
 
 
 def trained_already(
-    folder: Path, crosscoder: CrosscoderConfig, training: TrainingConfig, store: ActivationStore
+    args: argparse.Namespace,
+    folder: Path,
+    crosscoder: CrosscoderConfig,
+    training: TrainingConfig,
+    store: ActivationStore,
 ) -> BatchTopKCrosscoder | None:
     """The finished crosscoder of these settings and data; UserError where `folder` holds another."""
     from crosscoder.checkpoint import CONFIG_FILE, read_config
@@ -152,7 +160,7 @@ def trained_already(
     if (found.crosscoder, found.training) != (crosscoder, training) or not same_data:
         raise UserError(f"{folder} holds a crosscoder of other settings or data; give --name, or --overwrite it")
     print(f"{folder} is trained with these settings already")
-    return BatchTopKCrosscoder.from_pretrained(folder)
+    return BatchTopKCrosscoder.from_pretrained(folder).to(args.device or students.default_device())
 
 
 def train(

@@ -93,8 +93,8 @@ def explained_variance(model: BatchTopKCrosscoder, batches: Iterable[Tensor]) ->
 
 
 def decoder_norms(model: BatchTopKCrosscoder) -> Tensor:
-    """[latent, 2]: lengths of the decoder vectors in each model's own units."""
-    return model.raw_decoder().norm(dim=-1)
+    """[latent, 2], on the CPU: lengths of the decoder vectors in each model's own units."""
+    return model.raw_decoder().norm(dim=-1).cpu()
 
 
 def relative_decoder_norm(norms: Tensor) -> Tensor:
@@ -127,6 +127,7 @@ def classify(delta_values: Tensor) -> list[LatentClass]:
 
 
 def decoder_cosines(model: BatchTopKCrosscoder) -> Tensor:
-    """[latent]: cosine of a latent's two decoder vectors; a scale for each model does not change it."""
+    """[latent], on the CPU: cosine of a latent's two decoder vectors; a scale for each model does not change it."""
     with torch.no_grad():
-        return torch.cosine_similarity(model.W_dec[:, 0], model.W_dec[:, 1], dim=-1)
+        # Rounding can take the cosine of two equal vectors above 1, and out of a histogram that ends there.
+        return torch.cosine_similarity(model.W_dec[:, 0], model.W_dec[:, 1], dim=-1).clamp(-1, 1).cpu()

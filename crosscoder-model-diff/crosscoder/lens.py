@@ -13,6 +13,9 @@ from finqa import hub
 from finqa.errors import UserError
 from finqa.students import local_model
 
+AT_ONCE = 1024
+"""Latents whose logits are held at one time."""
+
 
 class Unembedding(NamedTuple):
     """What turns the residual stream into logits; the final normalisation's division is left out."""
@@ -35,8 +38,9 @@ def read_unembedding(model: str, revision: str | None = None) -> Unembedding:
 
 def promoted_tokens(directions: Tensor, unembedding: Unembedding, n: int) -> Tensor:
     """[latent, d_model] -> [latent, n] ids of the tokens whose logits the directions raise most, best first."""
-    logits = (directions * unembedding.norm_weight) @ unembedding.weight.T
-    return torch.topk(logits, n, dim=-1).indices
+    gain, weight = (tensor.to(directions.device) for tensor in unembedding)
+    best = [torch.topk((some * gain) @ weight.T, n, dim=-1).indices for some in directions.split(AT_ONCE)]
+    return torch.cat(best)
 
 
 def _read_tensor(model: str, revision: str | None, names: tuple[str, ...]) -> Tensor:

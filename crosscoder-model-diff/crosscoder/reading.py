@@ -75,7 +75,7 @@ def open_reading(arguments: Sequence[str] = ()) -> Reading:
     training = config.training or TrainingConfig()
     return Reading(
         name=name,
-        model=BatchTopKCrosscoder.from_pretrained(folder),
+        model=BatchTopKCrosscoder.from_pretrained(folder).to(students.default_device()),
         store=store,
         split=store.split(training.held_out_fraction, training.split_seed),
         tokenizer=students.load_tokenizer(choice.student.model, choice.student.revision),

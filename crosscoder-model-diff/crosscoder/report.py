@@ -49,7 +49,7 @@ def crosscoder_report(
     assert model.threshold is not None
     statistics = latent_statistics(model, store, split.train, n_top=1)
     alive = ~statistics.dead
-    norms = analysis.decoder_norms(model).cpu()[alive]
+    norms = analysis.decoder_norms(model)[alive]
     kinds = analysis.classify(analysis.delta(norms))
     last = records[-1] if records else {}
     published = last.get("explained_variance_published")
@@ -64,7 +64,7 @@ def crosscoder_report(
         threshold=model.threshold,
         classes={kind: kinds.count(kind) for kind in analysis.CLASSES},
         median_relative_decoder_norm=float(analysis.relative_decoder_norm(norms).median()),
-        median_decoder_cosine=float(analysis.decoder_cosines(model).cpu()[alive].median()),
+        median_decoder_cosine=float(analysis.decoder_cosines(model)[alive].median()),
     )
 
 

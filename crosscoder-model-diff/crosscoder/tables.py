@@ -64,12 +64,11 @@ def latent_table(
     unembedding: Unembedding,
 ) -> list[LatentRow]:
     """A row a latent, in their order, the dead ones included."""
-    decoder = model.raw_decoder().cpu()
-    norms = decoder.norm(dim=-1)
+    decoder, norms = model.raw_decoder(), analysis.decoder_norms(model)
     deltas, relative = analysis.delta(norms), analysis.relative_decoder_norm(norms)
-    kinds, cosines = analysis.classify(deltas), analysis.decoder_cosines(model).cpu()
+    kinds, cosines = analysis.classify(deltas), analysis.decoder_cosines(model)
     completion = statistics.n_completion_firings / statistics.n_firings.clamp_min(1)
-    promoted = [promoted_tokens(decoder[:, m], unembedding, N_TOKENS) for m in range(2)]
+    promoted = [promoted_tokens(decoder[:, m], unembedding, N_TOKENS).cpu() for m in range(2)]
     contexts = Contexts(store, tokenizer)
     return [
         LatentRow(

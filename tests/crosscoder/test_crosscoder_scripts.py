@@ -22,7 +22,7 @@ FOLDER = REPOSITORY / "crosscoder-model-diff"
 SCRIPTS = ("merge_and_push_lora.py", "collect_activations.py", "train.py")
 
 
-def run(script: str, *words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(script: str | Path, *words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a script of the folder, from that folder, offline."""
     return subprocess.run(
         [sys.executable, script, *map(str, words)],
@@ -142,6 +142,26 @@ def test_training_leaves_a_crosscoder_and_its_figures(diff, data_folder):
     assert {"training.png", "training.svg", "log.jsonl", "run.json"} <= {path.name for path in results.iterdir()}
     model = BatchTopKCrosscoder.from_pretrained(data_folder / "models" / "crosscoders" / results.name)
     assert model.threshold == metrics["threshold"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(diff, data_folder, tiny_student, tmp_path: Path):
+    _, results = diff
+    command = ["train.py", "FinQA-mini", tiny_student, "--data-dir", data_folder, "--layer", "2", "--epochs", "20"]
+    command += ["--name", "killed", "--results-dir", tmp_path, "--checkpoint-every", "0", "--log-every", "1"]
+    checkpoint = data_folder / "models" / "crosscoders" / "killed"
+    with subprocess.Popen([sys.executable, *map(str, command)], cwd=FOLDER, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (checkpoint / "training_state.safetensors").exists():
+            time.sleep(0.005)
+        process.kill()
+    assert not (checkpoint / "config.json").exists()
+    assert run(*command).returncode == 0
+    whole = data_folder / "models" / "crosscoders" / results.name
+    assert (checkpoint / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+    config, expected = (json.loads((folder / "config.json").read_text()) for folder in (checkpoint, whole))
+    assert config == expected
 
 
 @pytest.mark.slow
