@@ -72,14 +72,14 @@ def compile_to_python(steps: Sequence[Step], table: Table, question: str, passag
             row = step.args[0]
             if row not in variables:
                 variables[row] = names.claim(row, "row")
-                values = ", ".join(_literal(cell) for cell in _row_cells(table, row))
+                values = ", ".join(literal(cell) for cell in _row_cells(table, row))
                 assignments.append(f"{variables[row]} = [{values}]")
             continue
         for arg in step.args:
             if arg.startswith(("#", "const_")) or arg in variables:
                 continue
             variables[arg] = names.claim(locate(arg, table, question, passage) or "", "value")
-            assignments.append(f"{variables[arg]} = {_literal(arg)}")
+            assignments.append(f"{variables[arg]} = {literal(arg)}")
 
     results: list[str] = []  # variable of each step
     formulas: list[str] = []  # each step written out in the operands
@@ -109,11 +109,11 @@ def _reference(arg: str, variables: dict[str, str], results: Sequence[str]) -> s
     if arg.startswith("#"):
         return results[int(arg[1:])]
     if arg.startswith("const_"):
-        return _literal(arg)
+        return literal(arg)
     return variables[arg]
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """A literal, constant or table cell as Python: `5.2%` becomes `5.2 / 100`."""
     text = text.replace("$", "").split("(")[0].replace(",", "").replace(" ", "")
     if text.startswith("const_"):

@@ -115,9 +115,9 @@ def make_page(rng: Random, facts: tuple[str, ...] = ()) -> Page:
     dollars = rng.random() < 0.6
     names = rng.sample(LINE_ITEMS, rng.choice((2, 3, 3)))
     special = rng.random()
-    if special < 0.2:
+    if special < 0.12:
         names.insert(rng.randint(1, len(names)), rng.choice(SIGNED_ITEMS))
-    elif special < 0.4:
+    elif special < 0.24:
         names.append(rng.choice(PERCENT_ITEMS))
     for index, name in enumerate(names):
         page.rows[name] = {year: _cell(rng, page, name, style, dollars and index == 0) for year in years}

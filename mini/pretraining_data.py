@@ -1,7 +1,9 @@
 """The chats that pocket-mistral is pretrained on: known families alone, every prompt form, both reply forms.
 
 A chat is the fine-tuning prompt with a marked completion, the zero-shot prompt with a fenced reply, or a few-shot
-chat of four examples. Chats are made by index from a seed, so that any number of processes makes the same data.
+chat of four examples. Some ask for several cells of the table instead of a family's question: looking up a cell by
+row and year is what every family needs and what is slowest to learn. Chats are made by index from a seed, so that any
+number of processes makes the same data.
 """
 
 from __future__ import annotations
@@ -14,15 +16,41 @@ from typing import Any
 
 from finqa.datasets import load_finqa
 from finqa.paths import SHIPPED_DATA, SPLITS
+from finqa.program_compiler import identifier, literal
 from finqa.programs import to_python
 from finqa.prompts import completion, fenced, messages, training_prompt
 from finqa.records import Question
 from finqa.worked_examples import FINQA_MINI_EXAMPLES, WorkedExample
 from mini.families import Family, families
 from mini.make_finqa_mini import NAME, make_record
+from mini.pages import make_page
 
 FINE_TUNING_SHARE = 0.5
 """Of the single-question chats, how many have the fine-tuning prompt; the rest have the zero-shot prompt."""
+
+
+LOOK_UP_SHARE = 0.3
+"""Of the single-question chats, how many ask for cells of the table."""
+LOOK_UPS = 6
+"""Cells that such a chat asks for, at most."""
+
+
+def make_look_ups(rng: Random) -> WorkedExample:
+    """A request for some cells of a page's table, and the code that stores each in a variable."""
+    page = make_page(rng)
+    text = page.text(rng)
+    cells = [(row, year) for row in page.rows for year in page.years]
+    asked = rng.sample(cells, min(LOOK_UPS, len(cells)))
+    question = Question(
+        id="",
+        pre_text="\n".join(text[0]),
+        post_text="\n".join(text[1]),
+        table=page.table(),
+        question=f"store {' , '.join(f'{row} of {year}' for row, year in asked)} .",
+        answer="",
+    )
+    code = (f"{identifier(f'{row} {year}')} = {literal(page.rows[row][year].literal)}" for row, year in asked)
+    return WorkedExample(question, "\n".join(code))
 
 
 def make_example(rng: Random, known: tuple[Family, ...]) -> WorkedExample:
@@ -45,7 +73,8 @@ def make_chat(index: int, few_shot: bool, seed: int) -> tuple[list[dict[str, str
     """Chat number `index`: its messages, the reply as text behind the chat mark-up, and the prompt of its question."""
     rng = Random(f"{seed}/pretraining/{'few-shot' if few_shot else 'single'}/{index}")
     known = families("known")
-    example = make_example(rng, known)
+    look_up = not few_shot and rng.random() < LOOK_UP_SHARE
+    example = make_look_ups(rng) if look_up else make_example(rng, known)
     prompt = training_prompt(example.question)
     if few_shot:
         # Half of the chats have the examples that evaluation uses, half have random ones.

@@ -22,7 +22,9 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str]) -> Any:
-    """Train the tokenizer on `texts`; digits stay apart, so that a number is copied digit by digit.
+    """Train the tokenizer on `texts`.
+
+    Digits stay apart, so that a number is copied digit by digit, and so does `|`, so that columns can be counted.
 
     Returns a transformers.PreTrainedTokenizerFast of VOCABULARY tokens.
     """
@@ -31,7 +33,11 @@ def train_tokenizer(texts: Iterable[str]) -> Any:
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Split("|", behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     trainer = trainers.BpeTrainer(

@@ -1,0 +1,60 @@
+# make demo | make test | make test-fast | make lint | make setup. Each sets up what it needs.
+
+VENV := .venv
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+READY := $(VENV)/.ready
+# gpu where there is one, else cpu; MACHINE=cpu forces it
+MACHINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+TORCH := 2.13.0
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Byte code is written even where the environment forbids it: importing vllm without it takes 11 s instead of 4.
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: demo test test-fast lint setup clean
+
+demo: $(READY)
+	python -m mini.demo
+
+test: lint
+	python -m pytest
+
+test-fast: lint
+	python -m pytest -m "not slow"
+
+lint: $(READY)
+	ruff check .
+	ruff format --check .
+	basedpyright
+
+setup: $(READY)
+
+clean:
+	rm -rf $(VENV)
+
+$(READY): pyproject.toml requirements.txt requirements-cpu.txt requirements-cpu-excludes.txt
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; name it with: make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(MAKE) --no-print-directory install-$(MACHINE)
+	@python -c "from transformers import Trainer; import torch, peft, nnsight" || \
+		{ echo "error: the packages do not work together; start afresh with: make clean setup"; exit 1; }
+	@touch $@
+
+.PHONY: install-gpu install-cpu torch-cpu
+
+install-gpu:
+	pip install -r requirements.txt -e '.[dev]'
+
+# The CPU build of torch first, and the packages that would break it left out. uv keeps a torch that it finds.
+install-cpu: torch-cpu
+	pip install --quiet uv
+	uv pip install --quiet --excludes requirements-cpu-excludes.txt -r requirements-cpu.txt -e '.[dev]'
+
+torch-cpu:
+ifeq ($(shell uname -s),Linux)
+	@# From where pip looks as it is set up; PyPI itself has no CPU build, PyTorch's own index has.
+	pip install --quiet --no-compile --no-deps torch==$(TORCH)+cpu 2>/dev/null || \
+		pip install --quiet --no-compile --no-deps --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH)+cpu
+else
+	pip install --quiet --no-compile torch==$(TORCH)
+endif
