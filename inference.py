@@ -40,7 +40,7 @@ def main() -> int:
     student = find_adapter(run, folders)
 
     tokenizer = load_tokenizer(run.model, run.revision)
-    config = GenerationConfig(args.vllm, run.settings.max_new_tokens, batch_size=1)
+    config = GenerationConfig(args.vllm, args.max_new_tokens or run.settings.max_new_tokens, batch_size=1)
     print(f"question: {question.question}")
     if question.answer:
         print(f"answer in the data set: {question.answer}")
@@ -61,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--id", help="id of a row of the split")
     parser.add_argument("--question", help="a question of your own, about the page in --passage-file")
     parser.add_argument("--passage-file", type=Path, metavar="FILE")
+    parser.add_argument("--max-new-tokens", type=int, help="default: the student's settings")
     parser.add_argument("--VLLM", "--vllm", dest="vllm", action="store_true", help="generate by vLLM")
     return parser.parse_args()
 

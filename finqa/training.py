@@ -70,8 +70,6 @@ def fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders) -> Path
     The folder gets the adapter (or, without peft, the model), tokenizer, checkpoints, training_log.jsonl and
     run.json. Raises UserError where the folder holds a student of another configuration or base.
     """
-    from finqa.completion_trainer import TrainingLog
-
     started = time.monotonic()
     folder = folders.model(run.dataset, run.model_id)
     rows_path = folders.filtered(run.dataset, "train")
@@ -82,6 +80,8 @@ def fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders) -> Path
     if is_student(folder) and (folder / "run.json").exists():
         print(f"already trained: {folder}", flush=True)
         return folder
+
+    from finqa.completion_trainer import TrainingLog
 
     tokenizer = load_tokenizer(run.model, run.revision)
     examples, too_long = tokenised(rows, tokenizer, run.settings.max_seq_length)

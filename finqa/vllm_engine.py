@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +61,10 @@ def vllm_engine(
         rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
         settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
 
-    from vllm import LLM
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+        from vllm import LLM
 
     started = time.monotonic()
     show = sys.stderr.isatty()

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from finqa.datasets import dataset
+from finqa.errors import UserError
+from finqa.evaluation import EvalRow, read_rows, score, summary, write_results
+from finqa.generation import Reply
+from finqa.metrics import compare, mcnemar, metrics, wilson
+from finqa.paths import Folders
+from finqa.predictions import Prediction, read_predictions
+from finqa.records import Question, TeacherRow, write_questions, write_teacher_rows
+from finqa.report import write_report
+from finqa.sandbox import Sandbox
+
+MINI = dataset("FinQA-mini")
+
+
+def row(number: int, expected: str, **more) -> EvalRow:
+    return EvalRow(f"q{number}", f"prompt {number}", expected, more.pop("program", "add(1, 2)"), **more)
+
+
+ROWS = [
+    row(0, "3.0", teacher_solved=True, family="sum", family_kind="known"),
+    row(1, "0.25", teacher_solved=True, family="share", family_kind="new", program="divide(1, 4), add(#0, 0)"),
+    row(2, "yes", teacher_solved=False, family="share", family_kind="new"),
+    row(3, "7", teacher_solved=False, family="sum", family_kind="known", program=""),
+    row(4, "1", teacher_solved=True, family="sum", family_kind="known"),
+]
+REPLIES = [
+    Reply("\nans = 1 + 2\n###End Python", 10, 5, "stop"),
+    Reply("```python\nans = 25.01\n```\n", 10, 9, "stop"),
+    Reply("ans = 2 > 1", 10, 4, "stop"),
+    Reply("ans = nothing", 10, 160, "length"),
+    Reply("", 5000, 0, "prompt_too_long"),
+]
+
+
+@pytest.fixture(scope="module")
+def predictions() -> list[Prediction]:
+    with Sandbox() as sandbox:
+        return score(ROWS, [[1, n] for n in range(5)], lambda prompts: REPLIES, sandbox)[0]
+
+
+def test_each_reply_is_run_and_judged_under_each_rule(predictions: list[Prediction]):
+    assert [p.id for p in predictions] == ["q0", "q1", "q2", "q3", "q4"]
+    assert [p.answer for p in predictions] == [3.0, 25.01, True, None, None]
+    assert [p.correct["strict"] for p in predictions] == [True, False, True, False, False]
+    assert [p.correct["relaxed"] for p in predictions] == [True, True, True, False, False]
+    assert [p.error_kind for p in predictions] == [None, None, None, "exception", "prompt_too_long"]
+    assert [p.program_steps for p in predictions] == [1, 2, 1, None, 1]
+    assert len({p.prompt_hash for p in predictions}) == 5
+
+
+def test_the_metrics_follow_from_the_predictions_file_alone(predictions: list[Prediction], tmp_path: Path):
+    found = write_results(tmp_path, predictions, {"generate": 1.5, "run": 0.1})
+    again = read_predictions(tmp_path)
+    assert again == predictions
+    assert json.loads((tmp_path / "metrics.json").read_text()) == found
+    assert found["accuracy"] == sum(p.correct["strict"] for p in again) / 5 == 0.4
+    assert found["accuracy_relaxed"] == 0.6
+    assert found["share_runs"] == 0.6
+    assert found["errors_by_kind"] == {"exception": 1, "prompt_too_long": 1}
+    assert found["accuracy_teacher_solved"] == 1 / 3 and found["n_teacher_solved"] == 3
+    assert found["accuracy_by_family"] == {"share": 0.5, "sum": 1 / 3}
+    assert found["by_family"]["share"]["kind"] == "new" and found["by_family"]["share"]["n"] == 2
+    assert found["accuracy_by_family_kind"] == {"known": 1 / 3, "new": 0.5}
+    assert found["accuracy_by_steps"] == {"1": 2 / 3, "2": 0.0}
+    assert found["tokens"] == {"prompt": 5040, "new": 178}
+    assert "40.0% [11.8%, 76.9%] of 5" in summary("zero-shot on dev", found)
+
+
+def test_a_reply_with_text_that_no_file_can_hold_is_still_written(predictions: list[Prediction], tmp_path: Path):
+    odd = Prediction(**{**predictions[0].__dict__, "reply": "half \ud800 a pair and a\u2028 separator"})
+    write_results(tmp_path, [odd], {"generate": 0, "run": 0})
+    assert read_predictions(tmp_path) == [odd]
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    # Newcombe 1998, table I, method 3; and the two ends.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_the_interval_is_wilsons(right: int, n: int, low: float, high: float):
+    assert wilson(right, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_mcnemar_is_the_exact_sign_test_of_the_rows_that_differ():
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(5, 5) == 1.0
+    assert mcnemar(0, 5) == pytest.approx(2 / 32)
+    assert mcnemar(2, 10) == mcnemar(10, 2) == pytest.approx(2 * (1 + 12 + 66) / 4096)
+    assert 0 < mcnemar(40, 900) < 1e-200
+    assert not math.isnan(mcnemar(3000, 3100))
+
+
+def test_two_evaluations_are_compared_on_the_rows_they_share(predictions: list[Prediction]):
+    wrong = dict.fromkeys(predictions[0].correct, False)
+    other = [Prediction(**{**p.__dict__, "correct": wrong}) for p in predictions[:3]]
+    assert compare(predictions, other) == (3, 2, 0, 0.5)
+
+
+def teacher(number: int, actual: str, expected: str) -> TeacherRow:
+    return TeacherRow(f"p{number}", "ans = 1", actual, expected, id=f"t{number}", program="add(1, 1)")
+
+
+def test_every_labelled_row_is_scored_and_those_the_teacher_solved_are_marked(tmp_path: Path):
+    folders = Folders(data=tmp_path)
+    solved, failed, unlabelled = teacher(0, "2.0", "2"), teacher(1, "", "3"), teacher(2, "1", "")
+    write_teacher_rows(folders.generated("FinQA-mini", "dev"), [solved, failed, unlabelled])
+    path, rows = read_rows(folders, MINI, "dev")
+    assert path == folders.generated("FinQA-mini", "dev")
+    assert [(r.id, r.teacher_solved) for r in rows] == [("t0", True), ("t1", False)]
+
+
+def test_without_a_teachers_file_the_clean_rows_are_scored_and_else_the_filtered_which_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    folders = Folders(data=tmp_path)
+    with pytest.raises(UserError, match=r"no rows of FinQA-mini dev.*preprocess_finqa --dataset FinQA-mini"):
+        read_rows(folders, MINI, "dev")
+    write_teacher_rows(folders.filtered("FinQA-mini", "dev"), [teacher(0, "2", "2")])
+    path, rows = read_rows(folders, MINI, "dev")
+    assert path == folders.filtered("FinQA-mini", "dev") and rows[0].teacher_solved
+    assert "only the rows that the teacher solved" in capsys.readouterr().out
+    write_questions(folders.clean("FinQA-mini", "dev"), [Question("", "page", "", [["a", "1"]], "what ?", "5")])
+    path, rows = read_rows(folders, MINI, "dev")
+    assert path == folders.clean("FinQA-mini", "dev")
+    assert rows[0].id == "row-0" and rows[0].teacher_solved is None
+    assert rows[0].prompt.endswith("what ?\n###Python")
+
+
+def test_no_teacher_means_no_figure_for_the_rows_it_solved(predictions: list[Prediction]):
+    assert "accuracy_teacher_solved" not in metrics(
+        [Prediction(**{**p.__dict__, "teacher_solved": None}) for p in predictions]
+    )
+
+
+def test_the_report_has_each_type_its_pairs_its_families_and_a_figure(predictions: list[Prediction], tmp_path: Path):
+    student = tmp_path / "FinQA-mini" / "some-student"
+    wrong = dict.fromkeys(predictions[0].correct, False)
+    for eval_type, rows in (
+        ("fine-tuned", predictions),
+        ("zero-shot", [Prediction(**{**p.__dict__, "correct": wrong}) for p in predictions]),
+    ):
+        write_results(student / "test" / eval_type, rows, {"generate": 1, "run": 1})
+    text = write_report(student).read_text()
+    assert "# some-student on FinQA-mini" in text and "## test" in text and "## dev" not in text
+    assert "| zero-shot | 5 | **0.0 [0.0, 43.4]** |" in text
+    assert "| fine-tuned | 5 | **40.0 [11.8, 76.9]** | 60.0" in text
+    assert "| zero-shot | fine-tuned | 5 | 0 | 2 | 0.5 |" in text
+    assert "| share | new | 2 | 0.0 | 50.0 |" in text
+    assert text.index("| zero-shot | 5") < text.index("| fine-tuned | 5")
+    assert (student / "accuracy.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finqa.errors import UserError
+from finqa.generation import Generate, GenerationConfig, Reply, cut_at_stop
+from finqa.hugging_face_engine import hugging_face
+from finqa.serving import MODELS, check_backend, served_models
+from finqa.student_settings import StudentSettings
+from finqa.students import StudentRun, load_base, load_tokenizer, prompt_ids
+from finqa.weights import weights_hash
+
+CONFIG = GenerationConfig(vllm=False, max_new_tokens=12, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_student: Path) -> StudentRun:
+    return StudentRun(dataset="FinQA-mini", model=str(tiny_student), settings=StudentSettings())
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_student: Path) -> list[list[int]]:
+    tokenizer = load_tokenizer(str(tiny_student))
+    texts = [f"net sales in {year} " + "and what ? " * (year % 5) for year in range(2000, 2020)]
+    return [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random adapter, large enough to change every reply."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(1)
+    lora = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    get_peft_model(load_base(str(tiny_student), torch.float32), lora).save_pretrained(folder)
+    (folder / "run.json").write_text(json.dumps({"base_hash": weights_hash(tiny_student)}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("ans = 1\n###End Python\nmore", "ans = 1\n###End Python"),
+        ("```python\nans = 1\n```\nmore ###End Python", "```python\nans = 1\n```\n"),
+        ("```python\nans = 1", "```python\nans = 1"),
+        ("", ""),
+    ],
+)
+def test_a_reply_ends_with_its_first_stop_string(text: str, kept: str):
+    assert cut_at_stop(text, CONFIG.stop) == kept
+
+
+def test_batched_and_padded_replies_are_those_of_prompts_asked_one_by_one(tiny_student: Path, prompts: list[list[int]]):
+    import torch
+
+    # fp32: in bf16 a random model has near-ties that flip with the shape of the batch.
+    model = load_base(str(tiny_student), torch.float32)
+    tokenizer = load_tokenizer(str(tiny_student))
+    together = hugging_face(model, tokenizer, CONFIG)(prompts)
+    alone = [hugging_face(model, tokenizer, CONFIG)([prompt])[0] for prompt in prompts]
+    assert together == alone
+    assert [reply.n_prompt_tokens for reply in together] == [len(prompt) for prompt in prompts]
+
+
+def talkative(generate: Generate, prompts: list[list[int]]) -> tuple[list[int], Reply]:
+    """A prompt whose reply uses up the limit in plain letters, and that reply."""
+    replies = zip(prompts, generate(prompts), strict=True)
+    return next((p, r) for p, r in replies if r.finish_reason == "length" and len(r.text) > 8 and r.text.isascii())
+
+
+def test_a_reply_stops_at_a_stop_string_and_counts_its_own_tokens_alone(tiny_student: Path, prompts: list[list[int]]):
+    import torch
+
+    model, tokenizer = load_base(str(tiny_student), torch.float32), load_tokenizer(str(tiny_student))
+    prompt, whole = talkative(hugging_face(model, tokenizer, CONFIG), prompts)
+    stop = whole.text[3:7]
+    config = GenerationConfig(vllm=False, max_new_tokens=12, batch_size=4, stop=(stop,))
+    stopped = hugging_face(model, tokenizer, config)([prompt, *prompts[:3]])[0]
+    assert stopped.text == whole.text[: whole.text.index(stop) + len(stop)]
+    assert stopped.finish_reason == "stop"
+    assert stopped.n_new_tokens < whole.n_new_tokens == 12
+
+
+def test_a_reply_that_ends_itself_counts_its_end_token(tiny_student: Path, prompts: list[list[int]]):
+    import torch
+
+    model, tokenizer = load_base(str(tiny_student), torch.float32), load_tokenizer(str(tiny_student))
+    prompt, whole = talkative(hugging_face(model, tokenizer, CONFIG), prompts)
+    ids = tokenizer(whole.text, add_special_tokens=False)["input_ids"]
+    model.generation_config.eos_token_id = ids[3]
+    reply = hugging_face(model, tokenizer, CONFIG)([prompt, *prompts[:3]])[0]
+    assert reply.finish_reason == "stop"
+    assert reply.n_new_tokens == ids.index(ids[3]) + 1
+
+
+def test_a_prompt_that_leaves_no_room_is_not_asked_and_the_others_are(tiny_student: Path, prompts: list[list[int]]):
+    config = GenerationConfig(vllm=False, max_new_tokens=12, batch_size=4, max_model_len=60)
+    model, tokenizer = load_base(str(tiny_student)), load_tokenizer(str(tiny_student))
+    replies = hugging_face(model, tokenizer, config)([prompts[0], prompts[0] * 9, prompts[1]])
+    assert replies[1] == Reply("", 9 * len(prompts[0]), 0, "prompt_too_long")
+    assert all(replies[i].n_new_tokens for i in (0, 2))
+
+
+def test_the_base_replies_as_if_there_were_no_adapter(run: StudentRun, adapter: Path, prompts: list[list[int]]):
+    replies = {s.model: s.generate(prompts) for s in served_models(run, adapter, MODELS, CONFIG)}
+    alone = [s.generate(prompts) for s in served_models(run, None, ["base"], CONFIG)]
+    assert replies["base"] == alone[0]
+    assert replies["fine-tuned"] != replies["base"]
+
+
+def test_vllm_where_it_is_not_installed_is_refused_before_anything_is_loaded(
+    run: StudentRun, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"vLLM is not installed.*requirements-cpu\.txt"):
+        check_backend(run, vllm=True)
+    check_backend(run, vllm=False)
+
+
+@pytest.mark.slow
+def test_vllm_replies_as_hugging_face_does_for_base_and_for_the_merged_adapter(
+    run: StudentRun, adapter: Path, prompts: list[list[int]]
+):
+    pytest.importorskip("vllm")
+    expected = {s.model: s.generate(prompts) for s in served_models(run, adapter, MODELS, CONFIG)}
+    config = GenerationConfig(vllm=True, max_new_tokens=12, batch_size=4)
+    for served in served_models(run, adapter, MODELS, config):
+        assert served.facts["adapter"] in ("merged" if served.model == "fine-tuned" else "none", "request")
+        replies = served.generate(prompts)
+        assert [reply.n_prompt_tokens for reply in replies] == [len(prompt) for prompt in prompts]
+        # bf16 kernels differ and a random model has near-ties: the first token has to agree on most prompts.
+        pairs = zip(replies, expected[served.model], strict=True)
+        assert sum(ours.text[:1] == theirs.text[:1] for ours, theirs in pairs) >= 16

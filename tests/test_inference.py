@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finqa.errors import report_errors
+from finqa.paths import REPOSITORY, Folders
+from finqa.records import Question, write_questions
+from finqa.weights import weights_hash
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """A clean test split of one row, and a random adapter where main.py would have left its own."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from finqa.students import load_base
+
+    folders = Folders(data=tmp_path_factory.mktemp("data"))
+    question = Question("page-7", "sales were 12 .", "", [["", "2009"], ["sales", "12"]], "how much ?", "12")
+    write_questions(folders.clean("FinQA-mini", "test"), [question])
+    folder = folders.model("FinQA-mini", "tiny-student-peftq_proj_k_proj_v_proj_o_proj-bs1-ne1")
+    lora = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    get_peft_model(load_base(str(tiny_student), torch.float32), lora).save_pretrained(folder)
+    (folder / "run.json").write_text(json.dumps({"base_hash": weights_hash(tiny_student)}))
+    return folders
+
+
+@pytest.fixture
+def ask(
+    folders: Folders, tiny_student: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., tuple[int, str, str]]:
+    """inference.py in this process; gives exit code, stdout, stderr."""
+    script = runpy.run_path(str(REPOSITORY / "inference.py"))
+
+    def call(*words: object) -> tuple[int, str, str]:
+        names = ["inference.py", "FinQA-mini", str(tiny_student), "--data-dir", str(folders.data)]
+        monkeypatch.setattr(sys, "argv", [*names, *map(str, words)])
+        code = report_errors(script["main"])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def test_a_row_is_asked_of_both_models_and_both_programs_are_run(ask: Callable[..., tuple[int, str, str]]):
+    code, out, err = ask("--id", "page-7", "--max-new-tokens", 12)
+    assert code == 0, err
+    assert "question: how much ?" in out and "answer in the data set: 12" in out
+    assert out.index("base model (zero-shot)") < out.index("fine-tuned model (fine-tuned)")
+    assert out.count("\n--> ") == 2
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_question_of_ones_own_is_asked_about_a_page_in_a_file(
+    ask: Callable[..., tuple[int, str, str]], tmp_path: Path, form: str
+):
+    page = tmp_path / ("page.json" if form == "json" else "page.txt")
+    content = {"pre_text": ["sales rose ."], "post_text": [], "table": [["", "2009"], ["sales", "12"]]}
+    page.write_text(json.dumps(content) if form == "json" else "sales rose .\n|2009\nsales|12\n")
+    code, out, err = ask("--question", "what ?", "--passage-file", page, "--max-new-tokens", 12)
+    assert code == 0, err
+    assert "question: what ?" in out and "answer in the data set" not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--id", "page-8"], "no row 'page-8' in the test split of FinQA-mini"),
+        (["--question", "what ?"], "--question and --passage-file go together"),
+        (["--question", "what ?", "--passage-file", "/nowhere.txt"], "/nowhere.txt is missing"),
+        (["--run-name", "other"], "make it with: python main.py FinQA-mini"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(ask: Callable[..., tuple[int, str, str]], words: list[str], says: str):
+    code, _, err = ask(*words)
+    assert code == 1
+    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert says in line
