@@ -35,7 +35,8 @@ NAME = "FinQA-mini"
 def make_split(split: str, size: int, kinds: tuple[Kind, ...], seed: int) -> list[dict[str, Any]]:
     """`size` raw records, the families of each kind equally often; the same arguments give the same records."""
     order = Random(f"{seed}/{split}/families")
-    known, held_out = families("known"), families(*(k for k in kinds if k != "known"))
+    known = families("known")
+    held_out = [family for kind in kinds if kind != "known" for family in families(kind)]
     n_held_out = round(size * NEW_SHARE.get(split, 0.5)) if held_out else 0
     n_held_out = n_held_out if "known" in kinds else size
     chosen = [held_out[i % len(held_out)] for i in range(n_held_out)]

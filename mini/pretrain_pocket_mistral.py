@@ -39,7 +39,7 @@ class PretrainingConfig:
     few_shot_chats: int = 10_000
     """Chats with four worked examples before the question."""
     steps: int = 6000
-    batch_size: int = 256
+    batch_size: int = 192
     """Single-question chats an update."""
     prompt_weight: float = 0.1
     """Weight of a prompt token's loss; a reply token's is 1. Most of a page is numbers that nothing predicts."""
@@ -86,34 +86,45 @@ _worker: dict[str, Any] = {}
 def _start_worker(folder: str, seed: int, held_out: frozenset[str]) -> None:
     from transformers import AutoTokenizer
 
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker.update(tokenizer=AutoTokenizer.from_pretrained(folder), seed=seed, held_out=held_out)
 
 
-def _make_chats(job: tuple[int, int, bool]) -> list[Chat]:
-    start, stop, few_shot = job
-    return encode_chats(_worker["tokenizer"], range(start, stop), few_shot, _worker["seed"], _worker["held_out"])
+def _make_chats(job: tuple[range, bool]) -> list[Chat]:
+    indices, few_shot = job
+    return encode_chats(_worker["tokenizer"], indices, few_shot, _worker["seed"], _worker["held_out"])
 
 
-def make_chats(folder: Path, count: int, few_shot: bool, seed: int, workers: int) -> list[Chat]:
-    """`count` chats, made by `workers` processes; those of FinQA-mini's questions are left out."""
+def make_chats(folder: Path, config: PretrainingConfig, workers: int) -> tuple[list[Chat], list[Chat]]:
+    """The single-question and the few-shot chats, made by `workers` processes; FinQA-mini's questions are left out."""
     size = 500
-    jobs = [(start, min(start + size, count), few_shot) for start in range(0, count, size)]
-    with get_context("spawn").Pool(workers, _start_worker, (str(folder), seed, shipped_prompts())) as pool:
-        return [chat for chats in pool.imap(_make_chats, jobs) for chat in chats]
+    counts = {False: config.questions, True: config.few_shot_chats}
+    jobs = [
+        (range(start, min(start + size, count)), few_shot)
+        for few_shot, count in counts.items()
+        for start in range(0, count, size)
+    ]
+    made: dict[bool, list[Chat]] = {False: [], True: []}
+    # A forked worker has the imports already; they take a minute on a slow machine.
+    context = get_context("fork" if sys.platform == "linux" else "spawn")
+    with context.Pool(workers, _start_worker, (str(folder), config.seed, shipped_prompts())) as pool:
+        for (_, few_shot), chats in zip(jobs, pool.imap(_make_chats, jobs), strict=True):
+            made[few_shot] += chats
+    return made[False], made[True]
 
 
 class ChatBatches:
     """All chats on the device, read as random batches without end."""
 
     def __init__(self, chats: list[Chat], batch_size: int, seed: int, device: Any):
+        import numpy as np
         import torch
 
         self.lengths = [len(chat.ids) for chat in chats]
-        longest = max(self.lengths)
-        ids = torch.zeros(len(chats), longest, dtype=torch.int16)
+        ids = np.zeros((len(chats), max(self.lengths)), dtype=np.int16)
         for row, chat in enumerate(chats):
-            ids[row, : len(chat.ids)] = torch.tensor(chat.ids, dtype=torch.int16)
-        self.ids = ids.to(device)
+            ids[row, : len(chat.ids)] = chat.ids
+        self.ids = torch.from_numpy(ids).to(device)
         self.ends = torch.tensor(self.lengths).to(device)
         self.reply_starts = torch.tensor([chat.reply_start for chat in chats]).to(device)
         self.batch_size, self.seed, self.device = batch_size, seed, device
@@ -203,13 +214,12 @@ def pretrain(config: PretrainingConfig, chats: list[Chat], few_shot: list[Chat],
     held_out = ChatBatches(chats[-400:], 400, config.seed, device)
     singles = iter(ChatBatches(chats[:-400], config.batch_size, config.seed, device))
     shots = iter(ChatBatches(few_shot, config.few_shot_batch_size, config.seed + 1, device)) if few_shot else None
-    step_loss = torch.compile(weighted_loss) if device.type == "cuda" else weighted_loss
     log, started, tokens = [], time.perf_counter(), 0
     for step in range(config.steps):
         parts = [next(singles)] + ([next(shots)] if shots else [])
         loss = weight = torch.zeros((), device=device)
         for ids, ends, reply_starts in parts:
-            part_loss, part_weight = step_loss(model, ids, ends, reply_starts, config.prompt_weight)
+            part_loss, part_weight = weighted_loss(model, ids, ends, reply_starts, config.prompt_weight)
             part_loss.backward()
             loss, weight = loss + part_loss.detach(), weight + part_weight
             tokens += ids.numel()
@@ -259,8 +269,7 @@ def main() -> None:
     started = time.perf_counter()
     tokenizer = train_tokenizer(tokenizer_texts(config.tokenizer_chats, config.seed))
     tokenizer.save_pretrained(args.output_dir)
-    chats = make_chats(args.output_dir, config.questions, False, config.seed, args.workers)
-    few_shot = make_chats(args.output_dir, config.few_shot_chats, True, config.seed, args.workers)
+    chats, few_shot = make_chats(args.output_dir, config, args.workers)
     mean_length = sum(len(chat.ids) for chat in chats) / len(chats)
     print(
         f"{len(chats):,} chats of {mean_length:.0f} tokens and {len(few_shot):,} few-shot chats "

@@ -8,6 +8,7 @@ number of processes makes the same data.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -91,7 +92,8 @@ def make_chat(index: int, few_shot: bool, seed: int) -> tuple[list[dict[str, str
 class Chat:
     """Token ids of a chat, end token included; the reply starts at `reply_start`."""
 
-    ids: list[int]
+    ids: array[int]
+    """Unsigned 16-bit: hundreds of thousands of chats are held at once."""
     reply_start: int
 
 
@@ -107,7 +109,7 @@ def encode_chats(
     prompt_ids = encode(prompts).input_ids
     reply_ids = encode([reply for _, reply in kept]).input_ids
     return [
-        Chat([*prompt, *reply, tokenizer.eos_token_id], reply_start=len(prompt))
+        Chat(array("H", [*prompt, *reply, tokenizer.eos_token_id]), reply_start=len(prompt))
         for prompt, reply in zip(prompt_ids, reply_ids, strict=True)
     ]
 

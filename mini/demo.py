@@ -1,0 +1,187 @@
+"""Every stage of the project once, on FinQA-mini and pocket-mistral; what `make demo` runs.
+
+    python -m mini.demo
+
+Each stage is the command that a user would type; its output goes to results/demo/<stage>.log. Prints a line a stage
+with its time and its main figure, and at the end where the tables and figures are. A stage that fails stops the demo
+with the end of its log. Evaluation goes through vLLM where it is installed, else through Hugging Face generate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from finqa.datasets import dataset
+from finqa.errors import UserError, report_errors
+from finqa.paths import REPOSITORY, Folders
+from finqa.prompts import EVAL_TYPES
+from finqa.records import read_teacher_rows
+from finqa.student_settings import settings_for
+from finqa.students import StudentRun
+
+DATASET, STUDENT = "FinQA-mini", "pocket-mistral"
+FOLDERS = Folders()
+LOGS = FOLDERS.results / "demo"
+CROSSCODER_FOLDER = REPOSITORY / "crosscoder-model-diff"
+CROSSCODER_RESULTS = CROSSCODER_FOLDER / "results" / f"{STUDENT}_1k_samples_batchtopk"
+LOG_LINES_SHOWN = 15
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the pipeline."""
+
+    name: str
+    command: str
+    figure: Callable[[], str]
+    """The stage's main figure, read from what it wrote."""
+    folder: Path = REPOSITORY
+
+
+def stages() -> list[Stage]:
+    vllm = " --VLLM" if find_spec("vllm") else ""
+    names = f"{DATASET} {STUDENT}"
+    return [
+        Stage("preprocess", f"-m preprocessing.preprocess_finqa --dataset {DATASET}", questions),
+        Stage(
+            "teacher",
+            f"-m preprocessing.process_finqa_code_generation --dataset {DATASET} --teacher program",
+            programs,
+        ),
+        Stage("filter", f"-m preprocessing.filter_valid_answers --dataset {DATASET}", kept),
+        Stage("fine-tune", f"main.py {names} -P --no-push", training_loss),
+        Stage("evaluate", f"main.py {names} -P -NT -T -ET all --no-push{vllm}", accuracies),
+        Stage("inference", f"inference.py {names}", last_line("inference")),
+        Stage("merge", f"merge_and_push_lora.py {names} --no-push", last_line("merge"), CROSSCODER_FOLDER),
+        Stage("activations", f"collect_activations.py {names} --no-push", last_line("activations"), CROSSCODER_FOLDER),
+        Stage("crosscoder", f"train.py {names} --no-push", explained_variance, CROSSCODER_FOLDER),
+        Stage(
+            "notebook",
+            "-m jupyter nbconvert --to html --execute analysis_and_dashboard.ipynb "
+            f"--output-dir {shlex.quote(str(CROSSCODER_RESULTS))}",
+            figures,
+            CROSSCODER_FOLDER,
+        ),
+    ]
+
+
+def run_stage(stage: Stage) -> float:
+    """Run a stage's command, its output in its log; returns the seconds it took. Raises UserError where it fails."""
+    log = LOGS / f"{stage.name}.log"
+    environment = os.environ | {
+        "WANDB_MODE": "offline",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "CROSSCODER_ARGUMENTS": f"{DATASET} {STUDENT}",
+    }
+    started = time.perf_counter()
+    with log.open("w") as output:
+        done = subprocess.run(
+            [sys.executable, *shlex.split(stage.command)],
+            cwd=stage.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if done.returncode:
+        with log.open() as lines:
+            end = "".join(deque(lines, LOG_LINES_SHOWN))
+        raise UserError(f"stage {stage.name} failed (exit code {done.returncode}); the end of {log}:\n{end}")
+    return time.perf_counter() - started
+
+
+def questions() -> str:
+    splits = ("train", "dev", "test")
+    counts = {s: len(dataset(DATASET).load(FOLDERS.raw(DATASET, s)).questions) for s in splits}
+    return ", ".join(f"{count} {split}" for split, count in counts.items()) + " questions"
+
+
+def programs() -> str:
+    rows = read_teacher_rows(FOLDERS.generated(DATASET, "train"))
+    return f"{sum(bool(row.generated_code) for row in rows)} of {len(rows)} training questions have a program"
+
+
+def kept() -> str:
+    n_kept, n_rejected = (
+        len(read_teacher_rows(path))
+        for path in (FOLDERS.filtered(DATASET, "train"), FOLDERS.rejected(DATASET, "train"))
+    )
+    return f"{n_kept} programs give their label, {n_rejected} do not"
+
+
+def student() -> StudentRun:
+    return StudentRun(DATASET, STUDENT, settings_for(STUDENT))
+
+
+def training_loss() -> str:
+    log = (FOLDERS.model(DATASET, student().model_id) / "training_log.jsonl").read_text().splitlines()
+    losses = [record["loss"] for record in map(json.loads, log) if "loss" in record]
+    return f"loss {losses[0]:.3f} to {losses[-1]:.3f}"
+
+
+def accuracies() -> str:
+    shown = []
+    for eval_type in ("zero-shot", "few-shot", "fine-tuned"):
+        assert eval_type in EVAL_TYPES
+        metrics = _json(FOLDERS.evaluation(DATASET, student().model_id, "test", eval_type) / "metrics.json")
+        shown.append(f"{eval_type} {metrics['accuracy']:.1%}")
+    return "accuracy " + ", ".join(shown)
+
+
+def explained_variance() -> str:
+    held_out = _json(CROSSCODER_RESULTS / "metrics.json")["held_out"]
+    return (
+        f"held-out explained variance: instruct {held_out['instruct']:.3f}, fine-tuned {held_out['fine_tuned']:.3f}, "
+        f"difference {held_out['difference']:.3f}"
+    )
+
+
+def figures() -> str:
+    return f"{len(list(CROSSCODER_RESULTS.glob('*.png')))} figures"
+
+
+def last_line(stage: str) -> Callable[[], str]:
+    """The last line of the stage's log."""
+
+    def read() -> str:
+        lines = [line for line in (LOGS / f"{stage}.log").read_text().splitlines() if line.strip()]
+        return lines[-1] if lines else ""
+
+    return read
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    LOGS.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    for stage in stages():
+        print(f"{stage.name:<12}", end="", flush=True)
+        seconds = run_stage(stage)
+        print(f"{seconds:6.0f} s  {stage.figure()}", flush=True)
+    results = FOLDERS.results / DATASET / student().model_id
+    print(f"\nthe whole pipeline in {time.perf_counter() - started:.0f} s; logs in {LOGS}")
+    print(f"accuracy, side by side:  {results / 'metrics.md'}")
+    print(f"what fine-tuning changed: {CROSSCODER_RESULTS}")
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main))
