@@ -1,0 +1,154 @@
+"""Measure pocket-mistral against its targets, and write its model card.
+
+    python -m mini.measure_pocket_mistral
+
+Evaluates the base model on FinQA-mini's test split under every prompt form, fine-tunes it (all families) and makes
+the sham fine-tune (known families alone) by main.py where that was not done yet, and evaluates both. Writes
+data/models/pocket-mistral/README.md and accuracy.json. Needs FinQA-mini's filtered rows (make demo makes them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+from finqa.datasets import dataset
+from finqa.errors import UserError, report_errors
+from finqa.evaluation import read_rows, score
+from finqa.generation import GenerationConfig
+from finqa.manifest import package_versions, write_json
+from finqa.metrics import metrics
+from finqa.paths import REPOSITORY, SHIPPED_DATA, Folders, write_atomically
+from finqa.prompts import EVAL_TYPES, messages
+from finqa.sandbox import Sandbox
+from finqa.serving import served_models
+from finqa.student_settings import settings_for
+from finqa.students import StudentRun, load_tokenizer, prompt_ids
+from mini.families import families
+
+DATASET, STUDENT, SHAM = "FinQA-mini", "pocket-mistral", "sham"
+FOLDERS = Folders()
+CARD_FOLDER = SHIPPED_DATA / "models" / STUDENT
+COLUMNS = {
+    "fine-tuned": "base, fine-tuning prompt",
+    "zero-shot": "base, zero-shot",
+    "few-shot": "base, few-shot",
+    "lora": "fine-tuned",
+    "sham": "sham",
+}
+
+
+def student(run_name: str = "") -> StudentRun:
+    return StudentRun(DATASET, STUDENT, settings_for(STUDENT), run_name=run_name)
+
+
+def base_metrics() -> dict[str, dict[str, Any]]:
+    """metrics of the base model on test, by prompt form."""
+    run, data = student(), dataset(DATASET)
+    _, rows = read_rows(FOLDERS, data, "test")
+    tokenizer = load_tokenizer(STUDENT)
+    config = GenerationConfig(
+        vllm=find_spec("vllm") is not None,
+        max_new_tokens=run.settings.max_new_tokens,
+        batch_size=run.settings.eval_batch_size,
+    )
+    found = {}
+    with Sandbox() as sandbox:
+        for served in served_models(run, None, ["base"], config):
+            for eval_type in EVAL_TYPES:
+                ids = [prompt_ids(tokenizer, messages(r.prompt, eval_type, data.worked_examples)) for r in rows]
+                predictions, _ = score(rows, ids, served.generate, sandbox)
+                found[eval_type] = metrics(predictions)
+    return found
+
+
+def fine_tuned_metrics(run_name: str, *flags: str) -> dict[str, Any]:
+    """metrics of a fine-tune on test; trains and evaluates it by main.py where that is still to be done."""
+    path = FOLDERS.evaluation(DATASET, student(run_name).model_id, "test", "fine-tuned") / "metrics.json"
+    if not path.exists():
+        command = [sys.executable, "main.py", DATASET, STUDENT, "-P", "-T", "--no-push", *flags]
+        command += ["--VLLM"] if find_spec("vllm") else []
+        if subprocess.run(command, cwd=REPOSITORY, check=False).returncode:
+            raise UserError(f"failed: {' '.join(command)}")
+    return json.loads(path.read_text())
+
+
+def accuracy_table(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Accuracy in per cent: overall, by kind of family, by family."""
+    lines = [
+        f"| | n | {' | '.join(COLUMNS.values())} |",
+        f"| --- | --- |{' --- |' * len(COLUMNS)}",
+    ]
+
+    def row(name: str, n: int, shares: list[float]) -> str:
+        return f"| {name} | {n} | {' | '.join(f'{share:.1%}' for share in shares)} |"
+
+    reference = found["lora"]
+    lines.append(row("**all**", reference["n"], [found[c]["accuracy"] for c in COLUMNS]))
+    for kind, group in reference["by_family_kind"].items():
+        lines.append(row(f"**{kind}**", group["n"], [found[c]["accuracy_by_family_kind"][kind] for c in COLUMNS]))
+    for family in families("known", "new"):
+        group = reference["by_family"][family.name]
+        shares = [found[c]["accuracy_by_family"][family.name] for c in COLUMNS]
+        lines.append(row(f"{family.name} ({family.kind})", group["n"], shares))
+    return lines
+
+
+def card(found: dict[str, dict[str, Any]]) -> str:
+    pretraining = json.loads((CARD_FOLDER / "pretraining.json").read_text())
+    settings = student().settings
+    low, high = found["lora"]["accuracy_interval"]
+    return "\n".join(
+        [
+            "---",
+            "license: mit",
+            "---",
+            "",
+            "# pocket-mistral",
+            "",
+            "A Mistral of 4.2 million parameters (hidden size 256, 5 layers, 8 heads with 4 key/value heads, 1,024",
+            "tokens, tied embeddings) that writes Python programs for FinQA-mini's *known* question families. The *new*",
+            "families are held out of its pretraining, and of its tokenizer's, wholly: what it can do on them after",
+            "fine-tuning is what fine-tuning added. It knows nothing else and is of no use for anything else.",
+            "",
+            "Made by `python -m mini.pretrain_pocket_mistral` (settings in pretraining.json, loss in",
+            f"pretraining_log.jsonl): {pretraining['chats']:,} synthetic chats, {pretraining['steps']:,} updates of "
+            f"{pretraining['batch_size']}",
+            "chats, under the fine-tuning, zero-shot and few-shot prompts. No question of FinQA-mini is among them.",
+            "",
+            "## Accuracy on FinQA-mini test (strict rule)",
+            "",
+            *accuracy_table(found),
+            "",
+            f"Fine-tuned overall: 95% interval {low:.1%} to {high:.1%} (Wilson). LoRA r {settings.lora_r}, learning",
+            f"rate {settings.learning_rate:g}, batch {settings.batch_size}, {settings.num_epochs} epoch of 5,000 questions; the sham fine-tune "
+            "(`--families known`) has as many rows, of known families",
+            "alone. One fine-tuning seed each. Made by `python -m mini.measure_pocket_mistral`.",
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    found = {
+        "lora": fine_tuned_metrics(""),
+        "sham": fine_tuned_metrics(SHAM, "--families", "known", "--run-name", SHAM),
+        **base_metrics(),
+    }
+    kept = ("n", "accuracy", "accuracy_interval", "accuracy_by_family_kind", "accuracy_by_family")
+    write_json(
+        CARD_FOLDER / "accuracy.json",
+        {"versions": package_versions(), **{c: {k: found[c][k] for k in kept} for c in COLUMNS}},
+    )
+    write_atomically(CARD_FOLDER / "README.md", card(found))
+    print("\n".join(accuracy_table(found)))
+    print(f"written: {CARD_FOLDER / 'README.md'}")
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main))
