@@ -111,7 +111,7 @@ def card(found: dict[str, dict[str, Any]]) -> str:
             "# pocket-mistral",
             "",
             "A Mistral of 4.2 million parameters (hidden size 256, 5 layers, 8 heads with 4 key/value heads, 1,024",
-            "tokens, tied embeddings) that writes Python programs for FinQA-mini's *known* question families. The *new*",
+            "tokens, tied embeddings) that writes Python programs for FinQA-mini's *known* families. The *new*",
             "families are held out of its pretraining, and of its tokenizer's, wholly: what it can do on them after",
             "fine-tuning is what fine-tuning added. It knows nothing else and is of no use for anything else.",
             "",
