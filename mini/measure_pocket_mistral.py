@@ -125,9 +125,9 @@ def card(found: dict[str, dict[str, Any]]) -> str:
             *accuracy_table(found),
             "",
             f"Fine-tuned overall: 95% interval {low:.1%} to {high:.1%} (Wilson). LoRA r {settings.lora_r}, learning",
-            f"rate {settings.learning_rate:g}, batch {settings.batch_size}, {settings.num_epochs} epoch of 5,000 questions; the sham fine-tune "
-            "(`--families known`) has as many rows, of known families",
-            "alone. One fine-tuning seed each. Made by `python -m mini.measure_pocket_mistral`.",
+            f"rate {settings.learning_rate:g}, batch {settings.batch_size}, {settings.num_epochs} epoch of 5,000",
+            "questions; the sham fine-tune (`--families known`) has as many rows, of known families alone. One",
+            "fine-tuning seed each. Made by `python -m mini.measure_pocket_mistral`.",
             "",
         ]
     )
