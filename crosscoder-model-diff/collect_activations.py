@@ -31,7 +31,6 @@ from crosscoder.names import (
     hub_id,
     require_push,
 )
-
 from finqa import hub, students
 from finqa.errors import UserError, report_errors
 from finqa.manifest import file_hash, write_manifest
@@ -41,6 +40,7 @@ from finqa.weights import weights_hash
 
 if TYPE_CHECKING:
     import torch
+
     from crosscoder.collection import Document, Read
 
 BYTES_PER_GB = 1e9
@@ -88,8 +88,9 @@ def find_fine_tuned(choice: ActivationChoice, folders: Folders) -> Path:
 
 def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path) -> list[Document]:
     """The first --num-samples rows as token ids, the same for both models' tokenizers."""
-    from crosscoder.collection import assert_same_ids, documents_from_rows
     from transformers import AutoTokenizer
+
+    from crosscoder.collection import assert_same_ids, documents_from_rows
 
     student = choice.student
     tokenizer = students.load_tokenizer(student.model, student.revision)
@@ -164,6 +165,7 @@ def collect(
     folder: Path,
 ) -> None:
     import torch
+
     from crosscoder.activation_store import ActivationWriter
     from crosscoder.collection import record
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from crosscoder.names import add_push_flags, hub_id, require_push
-
 from finqa import hub, merging, students
 from finqa.errors import UserError, report_errors
 from finqa.manifest import write_manifest

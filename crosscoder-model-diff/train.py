@@ -37,7 +37,6 @@ from crosscoder.names import (
 )
 from crosscoder.run_log import RunLog
 from crosscoder.sizing import sized_configs
-
 from finqa import hub, students
 from finqa.errors import UserError, report_errors
 from finqa.manifest import write_json, write_manifest
@@ -173,6 +172,7 @@ def train(
     name: str,
 ) -> BatchTopKCrosscoder:
     import torch
+
     from crosscoder.model import BatchTopKCrosscoder
     from crosscoder.trainer import Trainer
 

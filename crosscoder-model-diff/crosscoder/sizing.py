@@ -1,4 +1,20 @@
-"""Settings that suit the activations at hand, where the user gives none."""
+"""Settings that suit the activations at hand, where the user gives none.
+
+Measured on pocket-mistral (MLP output of layer 3 of 5, 180,000 training tokens, seed 0, held-out documents), with
+1,024 latents and k 25. Explained variance of instruct and fine-tuned model, of their difference, dead latents:
+
+    batch   passes   learning rate   instruct   fine-tuned   difference   dead
+    512     6        3e-4            0.968      0.967        0.471         0.0%
+    512     6        8e-4            0.976      0.975        0.538         0.0%
+    512     3        2e-3            0.976      0.974        0.522         0.3%
+    512     3        4e-3            0.976      0.975        0.511         7.4%
+    256     3        2e-3            0.978      0.976        0.537         1.7%
+    256     4        1.6e-3          0.979      0.978        0.560         1.2%
+
+At 512, 3 passes, 2e-3: reconstruction `l2` gives 0.975, 0.974, 0.513 (so `mse` is the default), a decoder norm of 0.1
+at the start 53% dead latents. At a size of 7B nothing was measured: those defaults are the published run's, but for
+more passes and a learning rate between the published one and that of the BatchTopK reference.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +27,14 @@ LATENTS_PER_FEATURE = 4
 TOKENS_PER_LATENT = 64
 """A dictionary has no more latents than one for so many training tokens."""
 PUBLISHED_LATENTS, PUBLISHED_K = 16_384, 100
-STEPS_PER_PASS = 300
-"""About as many as the published run's one pass had; decides the batch."""
+LATENTS_PER_BATCH_TOKEN = 4
+"""The dictionary over the tokens of a step, as in the published run (16,384 over 4,096)."""
 SMALLEST_BATCH, LARGEST_BATCH = 128, 4096
 STEPS = 2000
 """A run's length that decides the number of passes."""
-PUBLISHED_LEARNING_RATE = 5e-5
+MEASURED_LATENTS, MEASURED_LEARNING_RATE = 1024, 1.6e-3
+LARGEST_LEARNING_RATE = 2e-3
+"""Above it latents died."""
 
 
 def sized_configs(
@@ -36,7 +54,7 @@ def sized_configs(
     """
     n_latents = n_latents or default_latents(d_model, n_tokens)
     crosscoder = CrosscoderConfig(d_model, n_latents, k or default_k(n_latents), score_norm)
-    batch_size = batch_size or default_batch(n_tokens)
+    batch_size = batch_size or default_batch(n_latents)
     settings = TrainingConfig(
         batch_size=batch_size,
         epochs=epochs or default_epochs(n_tokens, batch_size),
@@ -56,12 +74,9 @@ def default_k(n_latents: int) -> int:
     return max(1, round(PUBLISHED_K * (n_latents / PUBLISHED_LATENTS) ** 0.5))
 
 
-def default_batch(n_tokens: int) -> int:
-    """A power of two that gives a pass about as many steps as the published run's."""
-    batch = SMALLEST_BATCH
-    while batch < LARGEST_BATCH and 2 * batch * STEPS_PER_PASS <= n_tokens:
-        batch *= 2
-    return batch
+def default_batch(n_latents: int) -> int:
+    """A quarter of the dictionary."""
+    return min(LARGEST_BATCH, max(SMALLEST_BATCH, n_latents // LATENTS_PER_BATCH_TOKEN))
 
 
 def default_epochs(n_tokens: int, batch_size: int) -> float:
@@ -70,5 +85,5 @@ def default_epochs(n_tokens: int, batch_size: int) -> float:
 
 
 def default_learning_rate(n_latents: int) -> float:
-    """Falls with the root of the dictionary, as in the BatchTopK reference."""
-    return PUBLISHED_LEARNING_RATE * 4 * (PUBLISHED_LATENTS / n_latents) ** 0.5
+    """Falls with the size of the dictionary: 1.6e-3 at 1,024 latents, 1e-4 at 16,384."""
+    return min(LARGEST_LEARNING_RATE, MEASURED_LEARNING_RATE * MEASURED_LATENTS / n_latents)

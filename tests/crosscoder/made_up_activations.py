@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+
 from crosscoder.activation_store import ActivationWriter, StoredDocument
 
 N_DOCUMENTS, DOCUMENT_TOKENS, D_MODEL = 40, 50, 12

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from crosscoder.activation_store import ActivationStore, ActivationWriter, ShuffledOrder
 from made_up_activations import D_MODEL, DOCUMENT_TOKENS, N_DOCUMENTS, planted_activations, write_store
 from safetensors.torch import load_file
 
+from crosscoder.activation_store import ActivationStore, ActivationWriter, ShuffledOrder
 from finqa.errors import UserError
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from crosscoder.activation_store import ActivationStore, ActivationWriter
 from crosscoder.collection import (
     Document,
@@ -19,8 +21,6 @@ from crosscoder.collection import (
     reader,
     record,
 )
-from torch import Tensor
-
 from finqa import students
 from finqa.errors import UserError
 from finqa.paths import Folders

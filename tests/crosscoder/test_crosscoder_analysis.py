@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from crosscoder import analysis
 from crosscoder.config import CrosscoderConfig
 from crosscoder.model import BatchTopKCrosscoder

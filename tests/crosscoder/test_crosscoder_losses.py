@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from crosscoder import losses
 from torch import Tensor
+
+from crosscoder import losses
 
 B, D = 5, 4
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from crosscoder.config import CrosscoderConfig, ScoreNorm
-from crosscoder.model import BatchTopKCrosscoder, batch_topk
 from safetensors.torch import load_file
 from torch import Tensor
 
+from crosscoder.config import CrosscoderConfig, ScoreNorm
+from crosscoder.model import BatchTopKCrosscoder, batch_topk
 from finqa.errors import UserError
 
 D, F, B, K = 5, 7, 6, 2

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crosscoder.names import ActivationChoice, default_layer, find_folder, hub_name, model_depth
-from crosscoder.sizing import default_k, default_latents, sized_configs
 
+from crosscoder.names import ActivationChoice, default_layer, find_folder, hub_name, model_depth
+from crosscoder.sizing import default_batch, default_k, default_latents, sized_configs
 from finqa.errors import UserError
 from finqa.students import DEFAULT_MODEL, StudentRun, settings_for
 
@@ -99,7 +99,7 @@ def test_a_choice_that_makes_no_sense_is_refused(options, message):
 
 
 def test_the_published_dictionary_is_the_default_at_the_published_size():
-    assert (default_latents(4096, 1_260_000), default_k(16_384)) == (16_384, 100)
+    assert (default_latents(4096, 1_260_000), default_k(16_384), default_batch(16_384)) == (16_384, 100, 4096)
 
 
 def test_the_pocket_dictionary_is_sized_to_its_width_and_data():

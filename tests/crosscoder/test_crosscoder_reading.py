@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from made_up_activations import D_MODEL
+
 from crosscoder import analysis, figures, tables
 from crosscoder.config import CrosscoderConfig
 from crosscoder.lens import Unembedding, promoted_tokens, read_unembedding
 from crosscoder.model import BatchTopKCrosscoder
 from crosscoder.statistics import latent_statistics
-from made_up_activations import D_MODEL
-
 from finqa import students
 from finqa.errors import UserError
 

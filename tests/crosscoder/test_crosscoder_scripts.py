@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from crosscoder.activation_store import ActivationStore
 from crosscoder.model import BatchTopKCrosscoder
-
 from finqa.paths import REPOSITORY
 
 FOLDER = REPOSITORY / "crosscoder-model-diff"

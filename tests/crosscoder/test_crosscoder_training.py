@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_up_activations import planted_activations, write_store
+
 from crosscoder import analysis
 from crosscoder.activation_store import ActivationStore
 from crosscoder.checkpoint import STATE_FILE, read_config
@@ -15,8 +17,6 @@ from crosscoder.liveness import Liveness, draw_anew
 from crosscoder.model import BatchTopKCrosscoder
 from crosscoder.threshold import RunningThreshold, calibrated_threshold
 from crosscoder.trainer import StepRecord, Trainer
-from made_up_activations import planted_activations, write_store
-
 from finqa.errors import UserError
 
 SHAPE = CrosscoderConfig(d_model=12, n_latents=24, k=4)
