@@ -155,7 +155,7 @@ def resolve_model(name: str, revision: str | None = None) -> str:
     folder = local_model(name)
     if folder is not None:
         if not (folder / "config.json").exists():
-            remedy = "; make it with: python -m mini.pretrain" if name == POCKET else ""
+            remedy = "; make it with: python -m mini.pretrain_pocket_mistral" if name == POCKET else ""
             raise UserError(f"{folder} holds no model (config.json is missing){remedy}")
         return str(folder)
     fetched = hub.fetch_folder(name, revision, ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"])

@@ -23,7 +23,7 @@ def wandb_run(project: str, entity: str | None, name: str, config: Mapping[str, 
     import wandb
 
     folder.mkdir(parents=True, exist_ok=True)
-    settings = wandb.Settings(silent=True, console="off")
+    settings = wandb.Settings(silent=True, console="off", disable_git=True)
     with wandb.init(
         project=project,
         entity=entity,
