@@ -25,6 +25,7 @@ from finqa.students import (
     is_student,
     load_base,
     load_tokenizer,
+    quiet_libraries,
     resolve_model,
 )
 from finqa.tracking import wandb_run
@@ -81,6 +82,7 @@ def fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders) -> Path
         print(f"already trained: {folder}", flush=True)
         return folder
 
+    quiet_libraries()
     from finqa.completion_trainer import TrainingLog
 
     tokenizer = load_tokenizer(run.model, run.revision)
@@ -96,7 +98,7 @@ def fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders) -> Path
         trainer.add_callback(TrainingLog(folder / LOG_FILE, trainer, wandb))
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model: Any = trainer.model
-    _save(model, tokenizer, folder)
+    _save(run, model, tokenizer, folder)
     write_manifest(
         folder / "run.json",
         identity,
@@ -205,8 +207,6 @@ def _trainable(run: StudentRun, device: str, bf16: bool) -> PreTrainedModel:
             raise
         names = ", ".join(settings.lora_modules)
         raise UserError(f"{run.model} has no layers called {names}; name its own with --lora-modules") from error
-    # What is saved and pushed names the base as the user did, not the folder it was found in.
-    model.peft_config["default"].base_model_name_or_path = run.model
     return model
 
 
@@ -269,11 +269,16 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     before = json.loads(path.read_text())
     changed = sorted(key for key in identity.keys() | before.keys() if identity.get(key) != before.get(key))
     if changed:
-        told = ", ".join(f"{key} {before.get(key)} -> {identity.get(key)}" for key in changed)
+        told = ", ".join(f"{key} {_short(before.get(key))} -> {_short(identity.get(key))}" for key in changed)
         raise UserError(
             f"{folder} was begun with another configuration ({told}); give this run a --run-name of its own, "
             "or delete that folder"
         )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:8]}..." if len(text) == 64 else text
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -286,11 +291,16 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+def _save(run: StudentRun, model: Any, tokenizer: Any, folder: Path) -> None:
     """Write the adapter (or model) and tokenizer; the weights come last, so a folder with weights is whole."""
     staged = folder / "unfinished.tmp"
     shutil.rmtree(staged, ignore_errors=True)
-    model.save_pretrained(staged)
+    if run.peft:
+        # What is saved and pushed names the base as the user did, not the folder it was found in.
+        model.peft_config["default"].base_model_name_or_path = run.model
+        model.save_pretrained(staged, save_embedding_layers=False)
+    else:
+        model.save_pretrained(staged)
     tokenizer.save_pretrained(staged)
     for file in sorted(staged.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         file.replace(folder / file.name)

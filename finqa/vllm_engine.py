@@ -61,14 +61,14 @@ def vllm_engine(
         rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
         settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
-        from vllm import LLM
-
     started = time.monotonic()
     show = sys.stderr.isatty()
-    engine = LLM(model=model, tokenizer=tokenizer, disable_log_stats=True, use_tqdm_on_load=show, **settings)
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        from vllm import LLM
+
+        engine = LLM(model=model, tokenizer=tokenizer, disable_log_stats=True, use_tqdm_on_load=show, **settings)
     facts = {"engine": "vllm", "device": device, "dtype": str(engine.model_config.dtype).removeprefix("torch.")}
     try:
         yield engine, facts | {"settings": settings, "start_seconds": round(time.monotonic() - started, 1)}
