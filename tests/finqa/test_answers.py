@@ -7,9 +7,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from finqa.answers import RULES, Rule, match
 from hypothesis import given
 from hypothesis import strategies as st
+
+from finqa.answers import RULES, Rule, match
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from finqa.datasets import DATASETS
 from finqa.errors import UserError
 from finqa.prompts import (
@@ -48,7 +49,8 @@ def test_a_prompt_leads_back_to_its_page():
 
 def test_published_prompts_with_inline_markers_and_indents_are_read_too():
     page = page_from_prompt(
-        "Read ...\n    ###Passage: sales rose .\n\n|2009\nnet sales|5829\n\nend .\n    ###Question: why?\n    ###Python\n    "
+        "Read ...\n    ###Passage: sales rose .\n\n|2009\nnet sales|5829\n\nend .\n"
+        "    ###Question: why?\n    ###Python\n    "
     )
     assert page.question == "why?"
     assert page.table == [["", "2009"], ["net sales", "5829"]]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from finqa.errors import UserError
 from finqa.records import (
     Question,
@@ -17,8 +20,6 @@ from finqa.records import (
     write_rejected,
     write_teacher_rows,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00"), max_size=30)
 

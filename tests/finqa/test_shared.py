@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from finqa.datasets import dataset, load_finqa
 from finqa.errors import UserError, report_errors
 from finqa.manifest import folder_hash, write_manifest

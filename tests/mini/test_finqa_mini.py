@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 import pytest
+
 from finqa.answers import match
 from finqa.datasets import load_finqa
 from finqa.paths import SHIPPED_DATA, SPLITS

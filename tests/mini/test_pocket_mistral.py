@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from finqa.paths import REPOSITORY, SHIPPED_DATA
 from mini.families import families
 from mini.pretraining_data import encode_chats, make_chat, shipped_prompts
