@@ -16,6 +16,8 @@ from finqa.prompts import EVAL_TYPES
 
 ORDER = ("zero-shot", "few-shot", "fine-tuned")
 assert set(ORDER) == set(EVAL_TYPES)
+COLORS = {"zero-shot": "#0072B2", "few-shot": "#56B4E9", "fine-tuned": "#D55E00"}
+"""Of the Okabe-Ito palette, which colour-blind readers can tell apart."""
 FIGURE = "accuracy.png"
 
 
@@ -181,21 +183,21 @@ def _draw_families(axes: Any, split: str, evaluations: list[Evaluation]) -> None
     names = []
     for place, family in enumerate(families):
         groups = [e.metrics.get("by_family", {}).get(family) for e in evaluations]
-        names.append(family + (f"\n({kind})" if (kind := next(g for g in groups if g).get("kind")) else ""))
+        names.append(family + (f" ({kind})" if (kind := next(g for g in groups if g).get("kind")) else ""))
         for number, (e, group) in enumerate(zip(evaluations, groups, strict=True)):
             if group:
                 _bar(axes, place + (number - (len(evaluations) - 1) / 2) * width, group, e.eval_type, width)
     axes.set_xticks(range(len(families)), names, rotation=45, ha="right", fontsize=7)
     axes.set_ylim(0, 1)
-    axes.set_title(f"{split}, by question family")
+    axes.set_title(f"{split}, by question family", loc="left")
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    axes.legend(unique.values(), unique.keys(), fontsize=7, loc="upper right")
+    # Above the panel: inside it would cover bars.
+    axes.legend(unique.values(), unique.keys(), ncols=3, frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
 
 
 def _bar(axes: Any, place: float, found: dict[str, Any], eval_type: str, width: float) -> None:
     low, high = found["accuracy_interval"]
     share = found["accuracy"]
-    color = f"C{ORDER.index(eval_type)}"
-    axes.bar(place, share, width, color=color, label=eval_type)
+    axes.bar(place, share, width, color=COLORS[eval_type], label=eval_type)
     axes.errorbar(place, share, [[max(0, share - low)], [max(0, high - share)]], color="black", lw=0.8, capsize=2)
