@@ -57,10 +57,6 @@ def cut_at_stop(text: str, stop: tuple[str, ...]) -> str:
     return text[: min(ends)] if ends else text
 
 
-def _too_long(prompt: list[int]) -> Reply:
-    return Reply("", len(prompt), 0, "prompt_too_long")
-
-
 def prompt_too_long(prompt: list[int]) -> Reply:
     """The reply to a prompt that leaves no room for one."""
     return Reply("", len(prompt), 0, "prompt_too_long")

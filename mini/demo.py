@@ -26,7 +26,6 @@ from typing import Any
 from finqa.datasets import dataset
 from finqa.errors import UserError, report_errors
 from finqa.paths import REPOSITORY, Folders
-from finqa.prompts import EVAL_TYPES
 from finqa.records import read_teacher_rows
 from finqa.student_settings import settings_for
 from finqa.students import StudentRun
@@ -63,7 +62,7 @@ def stages() -> list[Stage]:
         Stage("filter", f"-m preprocessing.filter_valid_answers --dataset {DATASET}", kept),
         Stage("fine-tune", f"main.py {names} -P --no-push", training_loss),
         Stage("evaluate", f"main.py {names} -P -NT -T -ET all --no-push{vllm}", accuracies),
-        Stage("inference", f"inference.py {names}", last_line("inference")),
+        Stage("inference", f"inference.py {names}", both_answers),
         Stage("merge", f"merge_and_push_lora.py {names} --no-push", last_line("merge"), CROSSCODER_FOLDER),
         Stage("activations", f"collect_activations.py {names} --no-push", last_line("activations"), CROSSCODER_FOLDER),
         Stage("crosscoder", f"train.py {names} --no-push", explained_variance, CROSSCODER_FOLDER),
@@ -136,10 +135,16 @@ def training_loss() -> str:
 def accuracies() -> str:
     shown = []
     for eval_type in ("zero-shot", "few-shot", "fine-tuned"):
-        assert eval_type in EVAL_TYPES
         metrics = _json(FOLDERS.evaluation(DATASET, student().model_id, "test", eval_type) / "metrics.json")
         shown.append(f"{eval_type} {metrics['accuracy']:.1%}")
     return "accuracy " + ", ".join(shown)
+
+
+def both_answers() -> str:
+    log = (LOGS / "inference.log").read_text().splitlines()
+    label = next(line.rpartition(": ")[2] for line in log if line.startswith("answer in the data set"))
+    base, fine_tuned = (line.removeprefix("--> ") for line in log if line.startswith("--> "))
+    return f"base {base}, fine-tuned {fine_tuned}, label {label}"
 
 
 def explained_variance() -> str:
