@@ -164,7 +164,8 @@ def _read_rows(path: Path, required: Sequence[str], remedy: str) -> list[dict[st
 
 def _write_rows(path: Path, columns: Sequence[str], rows: Iterable[dict[str, str]]) -> None:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    # The csv module quotes a line break only where the terminator has it: with "\n" a lone "\r" would end a row.
+    writer = csv.DictWriter(text, columns, lineterminator="\r\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue())

@@ -72,7 +72,7 @@ def test_the_pretraining_prompt_is_the_one_that_fine_tuning_has(tokenizer: Any):
             continue
         [chat] = encode_chats(tokenizer, [index], False, 7, frozenset())
         code = reply.removeprefix("\n").rsplit("\n", 1)[0]
-        assert (chat.ids, chat.reply_start) == training_ids(tokenizer, prompt, code)
+        assert (list(chat.ids), chat.reply_start) == training_ids(tokenizer, prompt, code)
 
 
 def test_the_shipped_model_is_small_and_has_the_documented_shape():
