@@ -121,7 +121,7 @@ def test_missing_columns_are_one_line(command: Command, tmp_path: Path) -> None:
 
 @pytest.mark.skipif("FINQA_ROWS" not in os.environ, reason="FINQA_ROWS names no folder with real rows")
 def test_the_program_teacher_keeps_every_real_row(command: Command, tmp_path: Path) -> None:
-    shutil.copytree(os.environ["FINQA_ROWS"], tmp_path / "FinQA")
+    shutil.copytree(Path(os.environ["FINQA_ROWS"]) / "raw", tmp_path / "FinQA")
 
     command("preprocess_finqa", "--split", "all")
     command("process_finqa_code_generation", "--teacher", "program", "--split", "all")
