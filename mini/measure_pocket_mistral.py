@@ -13,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,7 +29,7 @@ from finqa.sandbox import Sandbox
 from finqa.serving import served_models
 from finqa.student_settings import settings_for
 from finqa.students import StudentRun, load_tokenizer, prompt_ids
-from mini.families import families
+from mini.families import Kind, families
 
 DATASET, STUDENT, SHAM = "FinQA-mini", "pocket-mistral", "sham"
 FOLDERS = Folders()
@@ -98,6 +99,32 @@ def accuracy_table(found: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def targets(found: dict[str, dict[str, Any]]) -> list[str]:
+    """What the model must be like for the diff to have a known answer, what was measured, and whether it holds."""
+
+    def worst(column: str, kind: Kind, pick: Callable[[Iterable[float]], float]) -> float:
+        return pick(found[column]["accuracy_by_family"][family.name] for family in families(kind))
+
+    base_known = found["fine-tuned"]["accuracy_by_family_kind"]["known"]
+    base_new = max(worst(column, "new", max) for column in ("fine-tuned", "zero-shot", "few-shot"))
+    zero, few, tuned = (found[column]["accuracy"] for column in ("zero-shot", "few-shot", "lora"))
+    tuned_new, sham_new = worst("lora", "new", min), worst("sham", "new", max)
+    rows = [
+        ("base, known families, fine-tuning prompt: at least 90%", base_known, base_known >= 0.9),
+        ("base, each new family, any prompt: at most 5%", base_new, base_new <= 0.05),
+        ("zero-shot, all: 30% to 65%", zero, 0.3 <= zero <= 0.65),
+        ("few-shot, all: at most 10 points under zero-shot", few, few >= zero - 0.1),
+        ("fine-tuned, all: at least 85%", tuned, tuned >= 0.85),
+        ("fine-tuned, each new family: at least 60%", tuned_new, tuned_new >= 0.6),
+        ("sham, each new family: at most 5%", sham_new, sham_new <= 0.05),
+    ]
+    return [
+        "| target | measured | holds |",
+        "| --- | --- | --- |",
+        *(f"| {target} | {share:.1%} | {'yes' if holds else '**no**'} |" for target, share, holds in rows),
+    ]
+
+
 def card(found: dict[str, dict[str, Any]]) -> str:
     pretraining = json.loads((CARD_FOLDER / "pretraining.json").read_text())
     settings = student().settings
@@ -120,7 +147,11 @@ def card(found: dict[str, dict[str, Any]]) -> str:
             f"{pretraining['batch_size']}",
             "chats, under the fine-tuning, zero-shot and few-shot prompts. No question of FinQA-mini is among them.",
             "",
-            "## Accuracy on FinQA-mini test (strict rule)",
+            "## Targets",
+            "",
+            *targets(found),
+            "",
+            "## Accuracy on FinQA-mini test (strict rule, greedy)",
             "",
             *accuracy_table(found),
             "",
@@ -146,7 +177,7 @@ def main() -> None:
         {"versions": package_versions(), **{c: {k: found[c][k] for k in kept} for c in COLUMNS}},
     )
     write_atomically(CARD_FOLDER / "README.md", card(found))
-    print("\n".join(accuracy_table(found)))
+    print("\n".join([*targets(found), "", *accuracy_table(found)]))
     print(f"written: {CARD_FOLDER / 'README.md'}")
 
 
