@@ -56,6 +56,8 @@ def load_finqa(path: Path) -> LoadedSplit:
     `answer` is `exe_ans`, or `answer` where that is empty. Rows without a question or an answer, or of another shape,
     are dropped with their reason. Raises UserError where the file is missing, is no JSON, or is no list.
     """
+    if not path.exists():
+        raise UserError(f"{path} is missing")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -19,8 +19,10 @@ class WorkedExample:
     code: str
 
 
-def _example(pre_text: str, table: list[list[str]], post_text: str, question: str, answer: str, code: str):
-    return WorkedExample(Question("", pre_text, post_text, table, question, answer), code)
+def _example(
+    pre_text: str, table: list[list[str]], post_text: str, question: str, answer: str, program: str, code: str
+) -> WorkedExample:
+    return WorkedExample(Question("", pre_text, post_text, table, question, answer, program), code)
 
 
 FINQA_EXAMPLES = (
@@ -36,6 +38,7 @@ FINQA_EXAMPLES = (
         "net sales rose in 2011 on higher volumes in north america .",
         "what was the percentage change in net sales from 2010 to 2011?",
         "0.07923",
+        "subtract(1284.5, 1190.2), divide(#0, 1190.2)",
         "net_sales_2011 = 1284.5\n"
         "net_sales_2010 = 1190.2\n"
         "# (net_sales_2011 - net_sales_2010) / net_sales_2010\n"
@@ -53,6 +56,7 @@ FINQA_EXAMPLES = (
         "interest is not included . the credit facility bears interest at 4.25% ( 4.25 % ) .",
         "what portion of the long-term debt is due in 2015?",
         "0.11628",
+        "divide(250, 2150)",
         "long_term_debt_due_in_2015 = 250\n"
         "long_term_debt_total = 2150\n"
         "ans = long_term_debt_due_in_2015 / long_term_debt_total",
@@ -69,6 +73,7 @@ FINQA_EXAMPLES = (
         "",
         "what was the average number of shares repurchased in august and september?",
         "450000",
+        "add(500000, 400000), divide(#0, const_2)",
         "shares_repurchased_august = 500000\n"
         "shares_repurchased_september = 400000\n"
         "# (shares_repurchased_august + shares_repurchased_september) / 2\n"
@@ -85,6 +90,7 @@ FINQA_EXAMPLES = (
         "returns assume that dividends are reinvested .",
         "did lakeside utilities outperform the industry index by the end of 2008?",
         "no",
+        "greater(138.75, 142.02)",
         "lakeside_utilities_2008 = 138.75\nindustry_index_2008 = 142.02\n"
         'ans = "yes" if lakeside_utilities_2008 > industry_index_2008 else "no"',
     ),
@@ -101,6 +107,7 @@ FINQA_MINI_EXAMPLES = (
         "about 456 customers were added on average in each month .",
         "how much did amortization move in 2005 compared to 2003?",
         "4767.0",
+        "subtract(8458, 3691)",
         "amortization_2005 = 8458\namortization_2003 = 3691\nans = amortization_2005 - amortization_2003",
     ),
     _example(
@@ -114,6 +121,7 @@ FINQA_MINI_EXAMPLES = (
         "",
         "for 2004 , what is capital expenditures divided by stock compensation?",
         "1.82956",
+        "divide(663.4, 362.6)",
         "capital_expenditures_2004 = 663.4\n"
         "stock_compensation_2004 = 362.6\n"
         "ans = capital_expenditures_2004 / stock_compensation_2004",
@@ -128,6 +136,7 @@ FINQA_MINI_EXAMPLES = (
         "the credit facility of $ 754 expires in 2016 .",
         "what was the highest premiums earned in the table?",
         "4935.0",
+        "table_max(premiums earned, none)",
         "premiums_earned = [352, 4935, 989]\nans = max(premiums_earned)",
     ),
     _example(
@@ -141,6 +150,7 @@ FINQA_MINI_EXAMPLES = (
         "management plans for an annual growth of 4.5% ( 4.5 % ) .",
         "what number of authorized units is left?",
         "446.0",
+        "subtract(917, 471)",
         "board_authorized_units = 917\n"
         "board_authorized_units_issued = 471\n"
         "ans = board_authorized_units - board_authorized_units_issued",

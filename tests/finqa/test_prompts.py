@@ -6,6 +6,7 @@ import pytest
 
 from finqa.datasets import DATASETS
 from finqa.errors import UserError
+from finqa.programs import execute
 from finqa.prompts import (
     END_PYTHON,
     PYTHON,
@@ -108,10 +109,12 @@ def test_the_worked_examples_give_their_answers(name: str):
         variables: dict[str, object] = {}
         exec(example.code, variables)
         assert match(variables["ans"], example.question.answer), example.question.question
+        assert match(execute(example.question.program, example.question.table), example.question.answer)
 
 
 def test_the_teacher_sees_the_hint_only_when_asked_to():
     with_hint, without = (teacher_messages(QUESTION, FINQA_EXAMPLES, hint=hint) for hint in (True, False))
+    assert all("Hint" in turn["content"] for turn in with_hint if turn["role"] == "user")
     assert QUESTION.program in with_hint[-1]["content"]
     assert all(QUESTION.program not in turn["content"] for turn in without)
 

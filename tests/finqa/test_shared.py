@@ -66,6 +66,11 @@ def test_broken_json_is_refused_with_its_place(tmp_path: Path):
         load_finqa(path)
 
 
+def test_a_missing_raw_file_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"train\.json is missing"):
+        load_finqa(tmp_path / "train.json")
+
+
 def test_unusable_rows_are_dropped_with_their_reason(tmp_path: Path):
     path = tmp_path / "train.json"
     good = {"question": "why?", "program": "add(1, 2)", "exe_ans": 3.0, "answer": ""}
