@@ -22,7 +22,7 @@ from finqa.evaluation import MODEL_OF_TYPE
 from finqa.generation import GenerationConfig
 from finqa.paths import SPLITS, Folders, add_folder_flags
 from finqa.prompts import EvalType
-from finqa.records import Question, parse_table, read_questions
+from finqa.records import Question, read_questions
 from finqa.sandbox import Run, Sandbox
 from finqa.serving import check_backend, served_models
 from finqa.students import add_student_flags, find_adapter, load_tokenizer, prompt_ids, student_from_args
@@ -99,7 +99,7 @@ def page(path: Path, question: str) -> Question:
     try:
         content = json.loads(text)
         pre_text, post_text = ("\n".join(content.get(name, [])) for name in ("pre_text", "post_text"))
-        table = parse_table("\n".join("|".join(map(str, row)) for row in content.get("table", [])))
+        table = [[str(cell) for cell in row] for row in content.get("table", [])]
     except (json.JSONDecodeError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is no page (a JSON object with pre_text, post_text, table): {error}") from error
     return Question("", pre_text, post_text, table, question, "")

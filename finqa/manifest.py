@@ -107,17 +107,3 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's content, as hexadecimal text."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def folder_hash(folder: Path, patterns: tuple[str, ...] = ("*.safetensors", "*.bin", "*.pt")) -> str:
-    """One SHA-256 over the names and contents of the weight files of a folder.
-
-    Raises FileNotFoundError where no file matches: an empty hash would compare equal to any other empty one.
-    """
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no {' or '.join(patterns)}")
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.name.encode() + b"\0" + file_hash(path).encode() + b"\0")
-    return digest.hexdigest()

@@ -8,16 +8,12 @@ from typing import Any
 
 import pytest
 
+from mini.tokenizer import CHAT_TEMPLATE
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.pop("HF_NAME", None)
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-    "[INST] {{ message['content'] }}[/INST]{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}"
-    "{% endfor %}"
-)
 
 CORPUS = [
     "read the following passage and then write python code to answer the question:",

@@ -12,8 +12,9 @@ import pytest
 
 from finqa.datasets import dataset, load_finqa
 from finqa.errors import UserError, report_errors
-from finqa.manifest import folder_hash, write_manifest
+from finqa.manifest import write_manifest
 from finqa.paths import REPOSITORY, Folders, write_atomically
+from finqa.weights import weights_hash
 
 
 def test_a_user_error_is_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str]):
@@ -104,14 +105,14 @@ def test_a_manifest_says_what_made_the_result(tmp_path: Path):
 
 
 def test_the_hash_of_a_folder_follows_its_weights(tmp_path: Path):
-    with pytest.raises(FileNotFoundError):
-        folder_hash(tmp_path)
+    with pytest.raises(UserError, match="holds no safetensors weights"):
+        weights_hash(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"1")
-    first = folder_hash(tmp_path)
+    first = weights_hash(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    assert folder_hash(tmp_path) == first
+    assert weights_hash(tmp_path) == first
     (tmp_path / "model.safetensors").write_bytes(b"2")
-    assert folder_hash(tmp_path) != first
+    assert weights_hash(tmp_path) != first
 
 
 SCRIPTS = [

@@ -66,10 +66,10 @@ def test_no_question_of_finqa_mini_is_in_the_pretraining_data(tokenizer: Any):
 def test_the_pretraining_prompt_is_the_one_that_fine_tuning_has(tokenizer: Any):
     from finqa.students import training_ids
 
-    for index in range(40):
-        messages, reply, prompt = make_chat(index, few_shot=False, seed=7)
-        if messages[0]["content"] != prompt:
-            continue
+    made = {index: make_chat(index, few_shot=False, seed=7) for index in range(40)}
+    asked = {index: chat for index, chat in made.items() if chat[0][0]["content"] == chat[2]}
+    assert len(asked) > 10
+    for index, (_, reply, prompt) in asked.items():
         [chat] = encode_chats(tokenizer, [index], False, 7, frozenset())
         code = reply.removeprefix("\n").rsplit("\n", 1)[0]
         assert (list(chat.ids), chat.reply_start) == training_ids(tokenizer, prompt, code)
