@@ -34,11 +34,11 @@ from mini.tokenizer import MAX_POSITIONS, train_tokenizer
 class PretrainingConfig:
     """One pretraining run."""
 
-    questions: int = 250_000
+    questions: int = 220_000
     """Single-question chats; seen in random order, again from the start when they run out."""
     few_shot_chats: int = 10_000
     """Chats with four worked examples before the question."""
-    steps: int = 6000
+    steps: int = 4000
     batch_size: int = 192
     """Single-question chats an update."""
     prompt_weight: float = 0.1
