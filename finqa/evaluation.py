@@ -149,7 +149,7 @@ def _prediction(row: EvalRow, ids: list[int], reply: Reply, code: str, run: Run)
         answer=run.answer,
         expected=row.expected,
         correct={rule: answers.match(run.answer, row.expected, rule) for rule in answers.RULES},
-        error_kind="prompt_too_long" if unasked else run.error_kind,
+        error_kind="prompt-too-long" if unasked else run.error_kind,
         error_message=run.message,
         n_prompt_tokens=reply.n_prompt_tokens,
         n_new_tokens=reply.n_new_tokens,

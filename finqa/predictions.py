@@ -28,7 +28,7 @@ class Prediction:
     correct: dict[Rule, bool]
     """Verdict under each answer rule."""
     error_kind: str | None
-    """From the sandbox, or `prompt_too_long`; None where the code ran."""
+    """From the sandbox, or `prompt-too-long`; None where the code ran."""
     error_message: str
     n_prompt_tokens: int
     n_new_tokens: int

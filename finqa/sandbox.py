@@ -53,17 +53,16 @@ from finqa.sandbox_helper import FROM_PROGRAM, HEADER, REQUEST, SYSTEM_CALLS
 
 ERROR_KINDS = (
     "syntax",  # the program does not compile
-    "exception",  # it raised: the message has type, text and line of the error
-    "no_answer",  # it ended without setting ans
-    "answer_type",  # ans is neither a number, a bool nor a short text
-    "not_finite",  # ans is NaN, infinite, or too large for a float
-    "cpu_time",  # it used up its CPU time
-    "wall_time",  # it was not done in a time far above the CPU limit (it waits for something)
+    "runtime",  # it raised: the message has the exception's name, its text and the line, in this order
+    "no-answer",  # it ended without setting ans
+    "bad-answer",  # ans is neither a number, a bool nor a short text, or it is NaN, infinite or too large for a float
+    "cpu-time",  # it used up its CPU time
+    "wall-time",  # it was not done in a time far above the CPU limit (it waits for something)
     "memory",  # it needs more memory than allowed
-    "killed",  # it asked for a forbidden system call, crashed, or ended its process itself
-    "helper",  # the helper process died under it, twice
+    "forbidden",  # it made a system call that the filter does not let through
+    "crashed",  # a signal, an end without a result, garbage in the pipe, or the helper died under it, twice
 )
-_KINDS_OF_A_PROGRAM = ("syntax", "exception", "no_answer", "answer_type", "not_finite", "memory")
+_KINDS_OF_A_PROGRAM = ("syntax", "runtime", "no-answer", "bad-answer", "memory")
 
 DEFAULT_WORKERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 LONGEST_PROGRAM = 1_000_000
@@ -173,7 +172,7 @@ class Sandbox:
                         if deaths[number] < _TRIES:
                             waiting.appendleft(number)
                             continue
-                        run = Run(None, "helper", "the sandbox's helper process died while the program ran")
+                        run = Run(None, "crashed", "the sandbox's helper process died while the program ran")
                     runs[number] = run
                     if progress is not None:
                         progress(len(runs), len(codes))
@@ -312,7 +311,7 @@ def read_reply(tag: bytes, content: bytes) -> Run:
             raise ValueError("not finite")
         return Run(number, None, "")
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-        return Run(None, "killed", "the program wrote to the pipe that carries its result")
+        return Run(None, "crashed", "the program wrote to the pipe that carries its result")
 
 
 def _one_line(text: str) -> str:

@@ -280,8 +280,8 @@ def run_program(code: bytes, steps: list[Callable[[], None]], settings: dict) ->
             time.sleep(0.0005)
     end(child)
     if len(line) >= LONGEST_REPLY:
-        return FROM_HELPER, failure("killed", "the program wrote to the pipe that carries its result")
-    return FROM_HELPER, failure("wall_time", f"the program was not done after {wall_s:g} s")
+        return FROM_HELPER, failure("crashed", "the program wrote to the pipe that carries its result")
+    return FROM_HELPER, failure("wall-time", f"the program was not done after {wall_s:g} s")
 
 
 def read_line(reading: int, deadline: float) -> tuple[bytes, bool]:
@@ -324,12 +324,12 @@ def end_all_others() -> None:
 def how_it_ended(status: int, used_s: float, cpu_s: float) -> bytes:
     code = os.waitstatus_to_exitcode(status)
     if -code in (signal.SIGPROF, signal.SIGXCPU) or (-code == signal.SIGKILL and used_s >= cpu_s):
-        return failure("cpu_time", f"the program used more than {cpu_s:g} s of CPU time")
+        return failure("cpu-time", f"the program used more than {cpu_s:g} s of CPU time")
     if -code == signal.SIGSYS:
-        return failure("killed", "the program asked the system for something that computing does not need")
+        return failure("forbidden", "the program asked the system for something that computing does not need")
     if code < 0:
-        return failure("killed", f"the program's process ended by signal {signal.Signals(-code).name}")
-    return failure("killed", f"the program's process ended without a result (exit code {code})")
+        return failure("crashed", f"the program's process ended by signal {signal.Signals(-code).name}")
+    return failure("crashed", f"the program's process ended without a result (exit code {code})")
 
 
 # In the program's process
@@ -382,9 +382,9 @@ def compute(code: bytes) -> bytes:
         variables.clear()
         raise
     except BaseException as error:  # noqa: BLE001  whatever it raises is the program's result
-        return failure("exception", describe(error))
+        return failure("runtime", describe(error))
     if "ans" not in variables:
-        return failure("no_answer", "the program does not set ans")
+        return failure("no-answer", "the program does not set ans")
     return answer_line(variables["ans"])
 
 
@@ -392,17 +392,17 @@ def answer_line(answer: object) -> bytes:
     """Only exact types count, so no method of the program's own runs here."""
     if type(answer) is str:
         if len(answer) > LONGEST_TEXT:
-            return failure("answer_type", f"ans is a text of {len(answer):,} characters")
+            return failure("bad-answer", f"ans is a text of {len(answer):,} characters")
     elif type(answer) in (int, float, decimal.Decimal, fractions.Fraction):
         try:
             number = float(answer)  # pyright: ignore[reportArgumentType]
         except (OverflowError, ValueError):  # above 1.8e308; a signalling NaN
             number = math.nan
         if not math.isfinite(number):
-            return failure("not_finite", "ans is not a finite number")
+            return failure("bad-answer", "ans is not a finite number")
         return b'{"answer": %s}\n' % float.__repr__(number).encode()
     elif type(answer) is not bool:
-        return failure("answer_type", f"ans is of type {type(answer).__name__}")
+        return failure("bad-answer", f"ans is of type {type(answer).__name__}")
     return b'{"answer": %s}\n' % json.dumps(answer).encode()
 
 

@@ -11,8 +11,8 @@ The column actual_answer is believed: the stage before wrote it by running the p
 to check one, --rerun runs every program again and judges by that. Of a published file only the columns prompt,
 generated_code, actual_answer and expected_answer are needed.
 
-Reasons: `wrong_answer`; `no_answer` and `no_program`, where a published file says nothing more; the sandbox's error
-kind (`exception`, `cpu_time`, ...) where the program failed; `teacher_...` where the teacher wrote none.
+Reasons: `wrong-answer`; `no-answer` and `no-program`, where a published file says nothing more; the sandbox's error
+kind (`runtime`, `cpu-time`, ...) where the program failed; `teacher-...` where the teacher wrote none.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def filter_split(dataset_name: str, split: str, folders: Folders, rule: Rule, re
 def rejection(row: TeacherRow, rule: Rule) -> str:
     """Why a row is not kept; empty where its program gives the label."""
     if not row.generated_code.strip():
-        return row.error_kind or "no_program"
+        return row.error_kind or "no-program"
     if match(row.actual_answer, row.expected_answer, rule):
         return ""
-    return row.error_kind or ("wrong_answer" if row.actual_answer else "no_answer")
+    return row.error_kind or ("wrong-answer" if row.actual_answer else "no-answer")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -46,7 +46,7 @@ class Summary:
 
 
 def by_reason(reasons: Counter[str]) -> str:
-    """` (wrong_answer 12, exception 3)`, the commonest first; empty where there is none."""
+    """` (wrong-answer 12, runtime 3)`, the commonest first; empty where there is none."""
     return f" ({', '.join(f'{reason} {count}' for reason, count in reasons.most_common())})" if reasons else ""
 
 

@@ -51,7 +51,7 @@ def test_each_reply_is_run_and_judged_under_each_rule(predictions: list[Predicti
     assert [p.answer for p in predictions] == [3.0, 25.01, True, None, None]
     assert [p.correct["strict"] for p in predictions] == [True, False, True, False, False]
     assert [p.correct["relaxed"] for p in predictions] == [True, True, True, False, False]
-    assert [p.error_kind for p in predictions] == [None, None, None, "exception", "prompt_too_long"]
+    assert [p.error_kind for p in predictions] == [None, None, None, "runtime", "prompt-too-long"]
     assert [p.program_steps for p in predictions] == [1, 2, 1, None, 1]
     assert len({p.prompt_hash for p in predictions}) == 5
 
@@ -64,7 +64,7 @@ def test_the_metrics_follow_from_the_predictions_file_alone(predictions: list[Pr
     assert found["accuracy"] == sum(p.correct["strict"] for p in again) / 5 == 0.4
     assert found["accuracy_relaxed"] == 0.6
     assert found["share_runs"] == 0.6
-    assert found["errors_by_kind"] == {"exception": 1, "prompt_too_long": 1}
+    assert found["errors_by_kind"] == {"runtime": 1, "prompt-too-long": 1}
     assert found["accuracy_teacher_solved"] == 1 / 3 and found["n_teacher_solved"] == 3
     assert found["accuracy_by_family"] == {"share": 0.5, "sum": 1 / 3}
     assert found["by_family"]["share"]["kind"] == "new" and found["by_family"]["share"]["n"] == 2

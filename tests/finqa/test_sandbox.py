@@ -67,28 +67,28 @@ FAILING = {
     "indentation": ("a = 1\n  b = 2", "syntax", "IndentationError: unexpected indent (line 2)"),
     "a null byte": ("ans = 1\0", "syntax", None),
     "a lone surrogate": ("ans = '\ud800'", "syntax", None),
-    "division by zero": ("a = 1\nans = a / 0", "exception", "ZeroDivisionError: division by zero (line 2)"),
+    "division by zero": ("a = 1\nans = a / 0", "runtime", "ZeroDivisionError: division by zero (line 2)"),
     "the line is the program's own, not a library's": (
         "import statistics\n\nstatistics.mean([])",
-        "exception",
+        "runtime",
         "StatisticsError: mean requires at least one data point (line 3)",
     ),
-    "unknown name": ("ans = x", "exception", "NameError: name 'x' is not defined (line 1)"),
-    "no numpy": ("import numpy", "exception", "ModuleNotFoundError: No module named 'numpy' (line 1)"),
-    "no text of an error": ("raise KeyboardInterrupt", "exception", "KeyboardInterrupt (line 1)"),
-    "SystemExit": ("ans = 1\nraise SystemExit", "exception", "SystemExit (line 2)"),
-    "input": ("ans = input()", "exception", None),
-    "no ans": ("answer = 3", "no_answer", "the program does not set ans"),
-    "an empty program": ("", "no_answer", None),
-    "None": ("ans = None", "answer_type", "ans is of type NoneType"),
-    "list": ("ans = [1]", "answer_type", "ans is of type list"),
-    "complex": ("ans = 1j", "answer_type", "ans is of type complex"),
-    "long text": ("ans = 'x' * 5000", "answer_type", "ans is a text of 5,000 characters"),
-    "NaN": ("ans = float('nan')", "not_finite", None),
-    "infinity": ("ans = 1e999", "not_finite", None),
-    "an int above every float": ("ans = 10**400", "not_finite", None),
-    "a Decimal above every float": ("from decimal import Decimal\nans = Decimal('1e999')", "not_finite", None),
-    "a signalling NaN": ("from decimal import Decimal\nans = Decimal('sNaN')", "not_finite", None),
+    "unknown name": ("ans = x", "runtime", "NameError: name 'x' is not defined (line 1)"),
+    "no numpy": ("import numpy", "runtime", "ModuleNotFoundError: No module named 'numpy' (line 1)"),
+    "no text of an error": ("raise KeyboardInterrupt", "runtime", "KeyboardInterrupt (line 1)"),
+    "SystemExit": ("ans = 1\nraise SystemExit", "runtime", "SystemExit (line 2)"),
+    "input": ("ans = input()", "runtime", None),
+    "no ans": ("answer = 3", "no-answer", "the program does not set ans"),
+    "an empty program": ("", "no-answer", None),
+    "None": ("ans = None", "bad-answer", "ans is of type NoneType"),
+    "list": ("ans = [1]", "bad-answer", "ans is of type list"),
+    "complex": ("ans = 1j", "bad-answer", "ans is of type complex"),
+    "long text": ("ans = 'x' * 5000", "bad-answer", "ans is a text of 5,000 characters"),
+    "NaN": ("ans = float('nan')", "bad-answer", None),
+    "infinity": ("ans = 1e999", "bad-answer", None),
+    "an int above every float": ("ans = 10**400", "bad-answer", None),
+    "a Decimal above every float": ("from decimal import Decimal\nans = Decimal('1e999')", "bad-answer", None),
+    "a signalling NaN": ("from decimal import Decimal\nans = Decimal('sNaN')", "bad-answer", None),
 }
 
 
@@ -109,7 +109,7 @@ def test_a_program_sees_nothing_of_the_one_before(sandbox: Sandbox):
     assert (
         sandbox.run_many(["import math\nmath.pi = 3\nx = ans = 1", "import math\nans = math.pi"])[1].answer == math.pi
     )
-    assert sandbox.run("ans = x").error_kind == "exception"
+    assert sandbox.run("ans = x").error_kind == "runtime"
 
 
 # Many programs

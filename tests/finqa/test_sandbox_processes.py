@@ -60,7 +60,7 @@ def test_a_program_whose_helper_dies_twice_is_given_up_and_the_others_run():
         killer = kill_when_busy(opened, times=2)
         given_up, after = opened.run_many(["while True: pass", BUSY])
         killer.join()
-    assert (given_up.answer, given_up.error_kind) == (None, "helper")
+    assert (given_up.answer, given_up.error_kind) == (None, "crashed")
     assert after.answer == 3_000_000.0
 
 
@@ -161,7 +161,7 @@ def test_without_seccomp_it_works_and_says_once_that_isolation_is_weaker():
         "        codes = ['ans = 6 * 7', 'while True: pass', 'open(\"/etc/passwd\")', 'ans = 1']\n"
         "        print([(run.answer, run.error_kind) for run in opened.run_many(codes)])\n"
     )
-    expected = "False\n[(42.0, None), (None, 'cpu_time'), (None, 'exception'), (1.0, None)]\n"
+    expected = "False\n[(42.0, None), (None, 'cpu-time'), (None, 'runtime'), (1.0, None)]\n"
     assert done.stdout == expected * 2
     assert done.stderr.count("isolation is weaker") == 1
     assert len(done.stderr.splitlines()) == 1
@@ -182,7 +182,7 @@ def test_where_namespaces_are_forbidden_the_filter_still_holds():
         "    codes = ['ans = 6 * 7', 'import os; os.fork()', 'open(\"/etc/passwd\")', 'ans = 1']\n"
         "    print([(run.answer, run.error_kind) for run in opened.run_many(codes)])\n"
     )
-    assert done.stdout == "[]\nTrue\n[(42.0, None), (None, 'killed'), (None, 'exception'), (1.0, None)]\n"
+    assert done.stdout == "[]\nTrue\n[(42.0, None), (None, 'forbidden'), (None, 'runtime'), (1.0, None)]\n"
     assert done.stderr == ""
 
 

@@ -43,15 +43,15 @@ def rejected(data_dir: Path) -> list[dict[str, str]]:
         (row(actual="True", expected="yes"), ""),
         (row(actual="no", expected="no"), ""),
         (row(actual="257", expected="257.0"), ""),
-        (row(actual="2.0"), "wrong_answer"),
-        (row(actual="14.464", expected="0.14464"), "wrong_answer"),
-        (row(actual="1.0", expected="yes"), "wrong_answer"),
-        (row(actual="nan", expected="nan"), "wrong_answer"),
-        (row(actual=""), "no_answer"),
-        (row(actual="", error_kind="cpu_time"), "cpu_time"),
-        (row(code="", actual=""), "no_program"),
-        (row(code=" \n", actual="1.0"), "no_program"),
-        (row(code="", actual="", error_kind="teacher_length"), "teacher_length"),
+        (row(actual="2.0"), "wrong-answer"),
+        (row(actual="14.464", expected="0.14464"), "wrong-answer"),
+        (row(actual="1.0", expected="yes"), "wrong-answer"),
+        (row(actual="nan", expected="nan"), "wrong-answer"),
+        (row(actual=""), "no-answer"),
+        (row(actual="", error_kind="cpu-time"), "cpu-time"),
+        (row(code="", actual=""), "no-program"),
+        (row(code=" \n", actual="1.0"), "no-program"),
+        (row(code="", actual="", error_kind="teacher-length"), "teacher-length"),
     ],
 )
 def test_a_row_is_kept_or_rejected_for_a_reason(judged: TeacherRow, reason: str) -> None:
@@ -66,8 +66,8 @@ def test_every_row_lands_in_one_of_the_two_files_in_order(command: Command, tmp_
 
     assert [r.id for r in filtered(tmp_path)] == ["1", "4", "7"]
     assert [r["id"] for r in rejected(tmp_path)] == ["0", "2", "3", "5", "6", "8", "9"]
-    assert {r["reason"] for r in rejected(tmp_path)} == {"wrong_answer"}
-    assert "FinQA train: 10 rows in, 3 kept, 7 rejected (wrong_answer 7)" in done.stdout
+    assert {r["reason"] for r in rejected(tmp_path)} == {"wrong-answer"}
+    assert "FinQA train: 10 rows in, 3 kept, 7 rejected (wrong-answer 7)" in done.stdout
 
 
 def test_a_published_file_with_four_columns_loads(command: Command, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_published_file_with_four_columns_loads(command: Command, tmp_path: Pa
 
     assert done.returncode == 0, done.stderr
     assert [r.actual_answer for r in filtered(tmp_path)] == ["1"]
-    assert [r["reason"] for r in rejected(tmp_path)] == ["wrong_answer"]
+    assert [r["reason"] for r in rejected(tmp_path)] == ["wrong-answer"]
 
 
 def test_the_recorded_answer_is_believed_and_rerun_is_not_fooled(command: Command, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_the_recorded_answer_is_believed_and_rerun_is_not_fooled(command: Comman
 
     command("filter_valid_answers", "--split", "train", "--rerun")
     assert [(r.id, r.actual_answer) for r in filtered(tmp_path)] == [("never run", "1.0")]
-    assert [(r["id"], r["actual_answer"], r["reason"]) for r in rejected(tmp_path)] == [("lie", "2.0", "wrong_answer")]
+    assert [(r["id"], r["actual_answer"], r["reason"]) for r in rejected(tmp_path)] == [("lie", "2.0", "wrong-answer")]
 
 
 def test_a_looser_rule_keeps_more(command: Command, tmp_path: Path) -> None:
