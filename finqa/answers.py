@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from decimal import Decimal
-from fractions import Fraction
+from numbers import Real
 from typing import Literal
 
 Rule = Literal["strict", "relaxed", "reported"]
@@ -59,7 +59,7 @@ def normalise(answer: object) -> float | Literal["yes", "no"] | None:
         if not _NUMBER.fullmatch(text):
             return None
         answer = text.replace(",", "")
-    elif not isinstance(answer, int | float | Decimal | Fraction):
+    elif not isinstance(answer, Real | Decimal):  # int, float, Fraction, and what numpy has no Python number for
         return None
     try:
         value = float(answer)
