@@ -65,15 +65,16 @@ class _Names:
 def compile_to_python(steps: Sequence[Step], table: Table, question: str, passage: str) -> str:
     """See finqa.programs.to_python."""
     names = _Names()
-    variables: dict[str, str] = {}  # operand as written, or row name of a table operation -> variable
+    variables: dict[str, str] = {}  # operand as written -> variable
+    rows: dict[str, str] = {}  # row name of a table operation -> variable; a row may be called 2009
     assignments: list[str] = []
     for step in steps:
         if step.op in TABLE_OPERATIONS:
             row = step.args[0]
-            if row not in variables:
-                variables[row] = names.claim(row, "row")
+            if row not in rows:
+                rows[row] = names.claim(row, "row")
                 values = ", ".join(literal(cell) for cell in _row_cells(table, row))
-                assignments.append(f"{variables[row]} = [{values}]")
+                assignments.append(f"{rows[row]} = [{values}]")
             continue
         for arg in step.args:
             if arg.startswith(("#", "const_")) or arg in variables:
@@ -87,16 +88,16 @@ def compile_to_python(steps: Sequence[Step], table: Table, question: str, passag
     for index, step in enumerate(steps):
         last = index == len(steps) - 1
         results.append("ans" if last else names.claim(_RESULT_NAME[step.op], "step"))
-        computation.append(f"{results[-1]} = {_expression(step, variables, results)}")
-        formula = _expression(step, variables, formulas)
+        computation.append(f"{results[-1]} = {_expression(step, variables, rows, results)}")
+        formula = _expression(step, variables, rows, formulas)
         formulas.append(formula if step.op in ("table_max", "table_min", "table_sum") or last else f"({formula})")
     comment = [f"# {formulas[-1]}"] if len(steps) > 1 else []
     return "\n".join(assignments + comment + computation)
 
 
-def _expression(step: Step, variables: dict[str, str], results: Sequence[str]) -> str:
+def _expression(step: Step, variables: dict[str, str], rows: dict[str, str], results: Sequence[str]) -> str:
     if step.op in TABLE_OPERATIONS:
-        return _TABLE_EXPRESSION[step.op].format(variables[step.args[0]])
+        return _TABLE_EXPRESSION[step.op].format(rows[step.args[0]])
     a, b = (_reference(arg, variables, results) for arg in step.args)
     if step.op == "greater":
         return f'"yes" if {a} > {b} else "no"'
@@ -115,14 +116,14 @@ def _reference(arg: str, variables: dict[str, str], results: Sequence[str]) -> s
 
 def literal(text: str) -> str:
     """A literal, constant or table cell as Python: `5.2%` becomes `5.2 / 100`."""
-    text = text.replace("$", "").split("(")[0].replace(",", "").replace(" ", "")
+    text = "".join(text.replace("$", "").split("(")[0].replace(",", "").split())
     if text.startswith("const_"):
         text = text.removeprefix("const_").replace("m", "-", 1)
     percent = text.endswith("%")
     text = text.removesuffix("%")
     sign = "-" if text.startswith("-") else ""
-    whole, dot, rest = text.lstrip("+-").partition(".")
-    text = sign + (whole.lstrip("0") or "0") + dot + rest  # Python refuses 007
+    text = text.lstrip("+-")
+    text = sign + re.sub(r"^0+(?=\d)", "", f"0{text}" if text.startswith(".") else text)  # Python refuses 007
     return f"{text} / 100" if percent else text
 
 

@@ -22,6 +22,9 @@ _OPERATION = "|".join(ARITHMETIC + TABLE_OPERATIONS)
 # A row name may hold parentheses and commas, so a step ends only where the next one starts, or the program ends.
 _STEP = re.compile(rf"\s*(?P<op>{_OPERATION})\((?P<args>.*?)\)\s*(?:,(?=\s*(?:{_OPERATION})\()|$)", re.DOTALL)
 
+# ASCII: Python reads the digits of other scripts as text, but not as source code.
+_NUMBER = re.compile(r"[+-]?\s*(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII)
+
 
 class ProgramError(ValueError):
     """A program that cannot be parsed or run, and why."""
@@ -131,10 +134,11 @@ def number(text: str) -> float | None:
         text = text.removeprefix("const_").replace("m", "-", 1)
     scale = 1.0
     if text.endswith("%"):
-        text, scale = text.removesuffix("%"), 100.0
-    if not re.fullmatch(r"[+-]?\s*(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", text):
+        text, scale = text.removesuffix("%").strip(), 100.0
+    if not _NUMBER.fullmatch(text):
         return None
-    return float(text.replace(" ", "")) / scale
+    value = float("".join(text.split())) / scale
+    return value if math.isfinite(value) else None
 
 
 def cell_number(cell: str) -> float | None:
