@@ -27,7 +27,10 @@ What this does not cover:
 - CPU and memory up to the limits, once a worker.
 - Without seccomp (macOS, or pyseccomp missing) a program is held by the limits and what namespaces there are. The
   limits keep every file closed, but without an empty root folder it could remove files of its user, and without a pid
-  namespace send signals and, as root, leave processes behind. That isolation is weaker is said once on stderr.
+  namespace send signals and, as root, leave processes behind. macOS has none of the namespaces and does not keep the
+  memory limit: there a program may take what memory it can fill in its CPU time. Which protections are missing is
+  said once on stderr (`Sandbox.missing`).
+- Without the namespaces alone (many containers forbid them) the filter still stops all of the above.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ from dataclasses import asdict, dataclass
 from finqa import sandbox_helper
 from finqa.errors import UserError
 from finqa.sandbox_filter import compiled_filter
-from finqa.sandbox_helper import FROM_PROGRAM, HEADER, REQUEST, SYSTEM_CALLS
+from finqa.sandbox_helper import FROM_PROGRAM, HEADER, PROTECTIONS, REQUEST, SYSTEM_CALLS
 
 ERROR_KINDS = (
     "syntax",  # the program does not compile
@@ -124,10 +127,10 @@ class Sandbox:
 
     def __enter__(self) -> Sandbox:
         self._helpers = [_Helper(self.limits)]
-        if SYSTEM_CALLS not in self.protections:
+        if SYSTEM_CALLS in self.missing:
             _say_once(
-                "sandbox: no system-call filter on this system, so isolation is weaker; Linux has it with libseccomp2 "
-                f"and `pip install pyseccomp`. Active: {', '.join(self.protections)}"
+                "sandbox: isolation is weaker, since this system lacks the system-call filter (Linux has it with "
+                f"libseccomp2 and `pip install pyseccomp`). Missing: {', '.join(self.missing)}"
             )
         return self
 
@@ -140,6 +143,11 @@ class Sandbox:
     def protections(self) -> tuple[str, ...]:
         """Names of the protections that are active on this system."""
         return self._helpers[0].protections
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Names of the protections that this system does not have."""
+        return tuple(name for name in PROTECTIONS if name not in self.protections)
 
     def run(self, code: str) -> Run:
         """Run one program."""

@@ -50,6 +50,25 @@ PRELOADED = (
 
 SYSTEM_CALLS = "system calls"
 """The name of the protection that matters most."""
+PROTECTIONS = (
+    "user namespace",
+    "pid namespace",
+    "network namespace",
+    "ipc namespace",
+    "mount namespace",
+    "empty root folder",
+    "no capabilities",
+    "no new privileges",
+    "end with the helper",
+    "cpu time",
+    "memory",
+    "file size",
+    "core dumps",
+    "processes",
+    "open files",
+    SYSTEM_CALLS,
+)
+"""All there are; `empty folder` stands in for the empty root folder where chroot is not allowed."""
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
 _SECCOMP_MODE_FILTER = 2
@@ -60,6 +79,8 @@ _NAMESPACES = {  # the user namespace comes first: it gives the right to make th
     "ipc namespace": 0x08000000,
     "mount namespace": 0x00020000,
 }
+_NUMBERS = (int, float, decimal.Decimal, fractions.Fraction)
+_NOTHING = object()
 _OUT_OF_MEMORY = b'{"error_kind": "memory", "message": "MemoryError: the program needs too much memory"}\n'
 
 Step = tuple[str, Callable[[], None]]
@@ -373,53 +394,68 @@ def compute(code: bytes) -> bytes:
     random.seed(0)  # the same program gives the same answer every time
     try:
         program = compile(code.decode("utf-8", "surrogatepass"), PROGRAM_FILE, "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, OverflowError, RecursionError) as error:
-        return failure("syntax", describe(error))
+    except SyntaxError as error:
+        where = f" (line {error.lineno})" if error.lineno else ""
+        return failure("syntax", f"{type(error).__name__}: {error.msg}{where}")
+    except (ValueError, OverflowError, RecursionError) as error:
+        return failure("syntax", describe(error, None))
     variables = module.__dict__
     try:
         exec(program, variables)
+        answer = variables.get("ans", _NOTHING)  # in here: a key of the program's own may compare as it likes
     except MemoryError:
         variables.clear()
         raise
     except BaseException as error:  # noqa: BLE001  whatever it raises is the program's result
-        return failure("runtime", describe(error))
-    if "ans" not in variables:
+        return failure("runtime", describe(error, line_of(sys.exc_info()[2])))
+    if answer is _NOTHING:
         return failure("no-answer", "the program does not set ans")
-    return answer_line(variables["ans"])
+    return answer_line(answer)
 
 
 def answer_line(answer: object) -> bytes:
-    """Only exact types count, so no method of the program's own runs here."""
+    """The answer's line. Only exact types count, compared by identity: a class may redefine everything else."""
     if type(answer) is str:
         if len(answer) > LONGEST_TEXT:
             return failure("bad-answer", f"ans is a text of {len(answer):,} characters")
-    elif type(answer) in (int, float, decimal.Decimal, fractions.Fraction):
+    elif any(type(answer) is kind for kind in _NUMBERS):
         try:
             number = float(answer)  # pyright: ignore[reportArgumentType]
-        except (OverflowError, ValueError):  # above 1.8e308; a signalling NaN
+        except MemoryError:
+            raise
+        except BaseException:  # noqa: BLE001  above 1.8e308; a signalling NaN; a Fraction that was tampered with
             number = math.nan
         if not math.isfinite(number):
             return failure("bad-answer", "ans is not a finite number")
         return b'{"answer": %s}\n' % float.__repr__(number).encode()
     elif type(answer) is not bool:
-        return failure("bad-answer", f"ans is of type {type(answer).__name__}")
+        return failure("bad-answer", f"ans is of type {class_name(type(answer))}")
     return b'{"answer": %s}\n' % json.dumps(answer).encode()
 
 
-def describe(error: BaseException) -> str:
-    """Type, text and line of an error."""
-    lines = [error.lineno] if isinstance(error, SyntaxError) and error.lineno else []
+def describe(error: BaseException, line: int | None) -> str:
+    """Name, text and line of an error. Class and text may be the program's own: what they raise leaves the text out."""
     try:
-        text = str(error.msg if isinstance(error, SyntaxError) else error)
-    except BaseException:  # noqa: BLE001  the class may be the program's own
+        text = str.__getitem__(str(error), slice(LONGEST_MESSAGE))  # never a str of the program's own class
+    except BaseException:  # noqa: BLE001
         text = ""
-    trace = error.__traceback__
+    where = f" (line {line})" if line else ""
+    return f"{class_name(type(error))}{': ' if text else ''}{text}{where}"
+
+
+def class_name(kind: type) -> str:
+    """A class's name, asked of `type` itself: a metaclass may have a __name__ of its own."""
+    return type.__dict__["__name__"].__get__(kind)[:LONGEST_MESSAGE]
+
+
+def line_of(trace: types.TracebackType | None) -> int | None:
+    """The last line of the program's own that an error passed through."""
+    line = None
     while trace:
         if trace.tb_frame.f_code.co_filename == PROGRAM_FILE:
-            lines.append(trace.tb_lineno)
+            line = trace.tb_lineno
         trace = trace.tb_next
-    where = f" (line {lines[-1]})" if lines else ""
-    return f"{type(error).__name__}{': ' if text else ''}{text[:LONGEST_MESSAGE]}{where}"
+    return line
 
 
 def failure(error_kind: str, message: str) -> bytes:
