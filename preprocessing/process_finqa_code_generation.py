@@ -1,7 +1,8 @@
 """Have a teacher write a Python program for every question, and run it.
 
     python -m preprocessing.process_finqa_code_generation [--split train|dev|test|all] [--dataset FinQA]
-        [--teacher openai|program] [--model gpt-5] [--base-url URL] [--max-concurrent 32] [--no-hint] [--limit N]
+        [--teacher openai|program] [--model gpt-5] [--base-url URL] [--max-concurrent 32] [--no-hint] [--attempts N]
+        [--limit N] [--dry-run] [--max-cost DOLLARS] [--batch submit|status|fetch]
 
 Reads  D/clean/FinQA/{split}.csv
 Writes D/clean_with_code/FinQA/finqa_{split}_generated.csv: prompt, generated_code, actual_answer, expected_answer, id,
@@ -9,9 +10,19 @@ Writes D/clean_with_code/FinQA/finqa_{split}_generated.csv: prompt, generated_co
        generated_code is empty where the teacher failed. Beside it the run manifest finqa_{split}_generated.run.json
 
 `--teacher openai` (the default) asks a model and needs OPENAI_API_KEY; `--base-url` names any compatible server, for
-instance vLLM's. Every answer is first written to finqa_{split}_generated.journal.jsonl: killed and started again, the
-command asks only for what is missing, and with a larger --max-completion-tokens for what was cut off as well. Delete
-the journal to ask anew.
+instance vLLM's. Every try is first written to finqa_{split}_generated.journal.jsonl: killed and started again, the
+command asks only for what is missing, and with a larger --max-completion-tokens for what was cut off as well. At a
+kill, the requests under way (at most --max-concurrent) are lost and sent again; Ctrl-C waits for them. Delete the
+journal to ask anew.
+
+Money: `--dry-run` prints the first prompt and an estimate and sends nothing; the estimate is printed before the first
+request in any case. `--max-cost` ends the run before more dollars are spent, by this run and the earlier ones in the
+journals of the chosen splits: what is under way is finished and kept, the files are written with what there is, and
+the exit code is not zero. A request that timed out may be billed without an answer, which nobody here can count.
+
+`--batch submit` sends what is missing through the Batch API instead (half the price at OpenAI, done within a day),
+`--batch status` says how far it is, and `--batch fetch` takes the answers into the same journal and writes the files.
+
 `--teacher program` compiles the gold programs: no network, no cost.
 
 Where more than --max-failed-share of the rows have no program, the files are written all the same, and the exit code
@@ -23,16 +34,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 from finqa.datasets import Dataset, dataset
 from finqa.errors import UserError, report_errors
 from finqa.manifest import file_hash, write_manifest
 from finqa.paths import SPLITS, Folders, add_folder_flags, chosen_splits
 from finqa.prompts import training_prompt
-from finqa.records import Question, TeacherRow, read_questions, write_teacher_rows
-from preprocessing.openai_teacher import OpenAITeacher, OpenAITeacherConfig
+from finqa.records import Question, TeacherRow, read_questions, read_teacher_rows, write_teacher_rows
+from preprocessing.openai_teacher import OpenAITeacher
 from preprocessing.run_programs import with_answers
 from preprocessing.summary import Summary, by_reason, count, manifest_of
+from preprocessing.teacher_config import add_teacher_flags, config_from
 from preprocessing.teachers import ProgramTeacher, Reply, Teacher
 
 
@@ -41,39 +55,63 @@ def main() -> None:
     data, folders, splits = dataset(args.dataset), Folders.from_args(args), chosen_splits(args.split)
     questions = {split: read_questions(folders.clean(data.name, split)) for split in splits}
     for split in splits:
-        teacher = make_teacher(args, data, split, folders)
-        process_finqa_samples(data, split, folders, questions[split][: args.limit], teacher, args.max_failed_share)
+        chosen = questions[split][: args.limit]
+        if args.dry_run:
+            print(f"{data.name} {split}: {make_teacher(args, data, split, folders).dry_run(chosen)}", flush=True)
+            continue
+        if args.limit is not None:
+            check_not_shortened(folders.generated(data.name, split), len(chosen))
+        process_finqa_samples(
+            data,
+            split,
+            folders,
+            chosen,
+            make_teacher(args, data, split, folders),
+            args.max_failed_share,
+            of_rows=len(questions[split]),
+        )
 
 
 def make_teacher(args: argparse.Namespace, data: Dataset, split: str, folders: Folders) -> Teacher:
     """The teacher that the flags name; an OpenAI teacher keeps its journal beside the split's output."""
     if args.teacher == "program":
         return ProgramTeacher()
-    config = OpenAITeacherConfig(
-        model=args.model,
-        hint=args.hint,
-        max_completion_tokens=args.max_completion_tokens,
-        temperature=args.temperature,
-        base_url=args.base_url,
-        max_concurrent=args.max_concurrent,
-        max_retries=args.max_retries,
-        timeout_s=args.timeout_s,
+    journals = {s: journal_of(folders.generated(data.name, s)) for s in chosen_splits(args.split)}
+    return OpenAITeacher(
+        config_from(args), data.worked_examples, journals[split], data.answer_rule, paid_in=journals.values()
     )
-    journal = folders.generated(data.name, split).with_suffix(".journal.jsonl")
-    return OpenAITeacher(config, data.worked_examples, journal)
+
+
+def journal_of(output: Path) -> Path:
+    """Where an OpenAI teacher keeps what it was asked and answered for an output."""
+    return output.with_suffix(".journal.jsonl")
+
+
+def check_not_shortened(output: Path, rows: int) -> None:
+    """Raises UserError where writing so many rows would replace a longer output."""
+    there = len(read_teacher_rows(output)) if output.exists() else 0
+    if there > rows:
+        raise UserError(
+            f"{output} has {there} rows and --limit would replace them by {rows}; move it away first, or give another "
+            "--data-dir"
+        )
 
 
 def process_finqa_samples(
     data: Dataset,
     split: str,
     folders: Folders,
-    questions: list[Question],
+    questions: Sequence[Question],
     teacher: Teacher,
     max_failed_share: float = 0.2,
+    of_rows: int | None = None,
 ) -> None:
     """Ask the teacher, run its programs, write the generated CSV and its manifest, print the summary.
 
-    Raises UserError, after writing, where more than `max_failed_share` of the rows have no program.
+    `of_rows` is the number of rows of the split, where `questions` are only its first.
+
+    Raises UserError, after writing, where the teacher stopped before its last question, or more than
+    `max_failed_share` of the rows have no program.
     """
     start = time.monotonic()
     replies = teacher(questions)
@@ -86,6 +124,7 @@ def process_finqa_samples(
     summary = Summary(f"{data.name} {split}", len(rows), failed, seconds, output, "with a program", "without")
     did_not_run = count(row.error_kind for row in rows if row.generated_code)
     clean = folders.clean(data.name, split)
+    shortened = of_rows is not None and len(rows) < of_rows
     write_manifest(
         manifest_of(output),
         {"dataset": data.name, "split": split, **teacher.settings},
@@ -93,9 +132,17 @@ def process_finqa_samples(
         usage=teacher.usage(),
         did_not_run=dict(did_not_run.most_common()),
         **summary.facts(),
+        **teacher.facts(),
+        **({"only_the_first_of": of_rows} if shortened else {}),
     )
-    broken = f"{did_not_run.total()} programs do not run{by_reason(did_not_run)}" if did_not_run else ""
-    print(summary, *filter(None, [broken, teacher.usage()]), sep="; ", flush=True)
+    notes = (
+        f"only the first {len(rows)} of {of_rows} rows (--limit)" if shortened else "",
+        f"{did_not_run.total()} programs do not run{by_reason(did_not_run)}" if did_not_run else "",
+        teacher.usage(),
+    )
+    print(summary, *filter(None, notes), sep="; ", flush=True)
+    if teacher.stopped:
+        raise UserError(f"{teacher.stopped}; {output} has what there is")
     if summary.left_out_share > max_failed_share:
         example = next(reply for reply in replies if reply.error_kind)
         raise UserError(
@@ -122,7 +169,6 @@ def teacher_row(question: Question, reply: Reply) -> TeacherRow:
 
 
 def parse_arguments() -> argparse.Namespace:
-    defaults = OpenAITeacherConfig()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="FinQA", help="FinQA or FinQA-mini (default: %(default)s)")
     parser.add_argument("--split", choices=(*SPLITS, "all"), default="all", help="(default: %(default)s)")
@@ -131,31 +177,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max-failed-share", type=share, default=0.2, help="of rows without a program (default: %(default)s)"
     )
-    openai = parser.add_argument_group("the OpenAI teacher")
-    openai.add_argument("--model", default=defaults.model, help="(default: %(default)s)")
-    openai.add_argument("--base-url", help="address of a compatible server, e.g. http://localhost:8000/v1")
-    openai.add_argument(
-        "--hint",
-        action=argparse.BooleanOptionalAction,
-        default=defaults.hint,
-        help="put the gold program into the prompt (default: yes)",
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the first prompt and the estimate; send and write nothing"
     )
-    openai.add_argument(
-        "--max-concurrent", type=int, default=defaults.max_concurrent, help="requests at a time (default: %(default)s)"
-    )
-    openai.add_argument(
-        "--max-completion-tokens",
-        type=int,
-        default=defaults.max_completion_tokens,
-        help="limit of a reply, its reasoning included (default: %(default)s)",
-    )
-    openai.add_argument("--temperature", type=float, help="sent only if given: reasoning models refuse it")
-    openai.add_argument(
-        "--max-retries", type=int, default=defaults.max_retries, help="of one request (default: %(default)s)"
-    )
-    openai.add_argument(
-        "--timeout-s", type=float, default=defaults.timeout_s, help="seconds for one reply (default: %(default)s)"
-    )
+    add_teacher_flags(parser)
     add_folder_flags(parser, results=False)
     return parser.parse_args()
 

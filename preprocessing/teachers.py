@@ -22,8 +22,10 @@ class Reply:
     finish_reason: str = ""
     """Why the model stopped writing (`stop`, `length`, `content_filter`, ...); empty from the program teacher."""
     error_kind: str = ""
-    """Starts with `teacher_`, so that it is told from what went wrong in the sandbox; empty where there is code."""
+    """Starts with `teacher-`, so that it is told from what went wrong in the sandbox; empty where there is code."""
     error_message: str = ""
+    attempts: int = 1
+    """Times the teacher was asked, the last of which this reply is."""
 
 
 class Teacher(Protocol):
@@ -38,10 +40,23 @@ class Teacher(Protocol):
         """What the run manifest says about this teacher. Holds no key."""
         ...
 
+    @property
+    def stopped(self) -> str:
+        """Why the last call ended before all questions were asked, and how to go on; empty where it did not."""
+        ...
+
     def __call__(self, questions: Sequence[Question]) -> list[Reply]: ...
 
     def usage(self) -> str:
         """What the calls so far cost, for the summary line; empty where they cost nothing."""
+        ...
+
+    def facts(self) -> dict[str, object]:
+        """The same for the manifest."""
+        ...
+
+    def dry_run(self, questions: Sequence[Question]) -> str:
+        """What a call would do and cost; does nothing of it."""
         ...
 
 
@@ -49,6 +64,7 @@ class ProgramTeacher:
     """Compiles the gold program of each question to Python (finqa.programs.to_python)."""
 
     settings: dict[str, object] = {"teacher": "program"}  # noqa: RUF012
+    stopped = ""
 
     def __call__(self, questions: Sequence[Question]) -> list[Reply]:
         return [self._reply(question) for question in questions]
@@ -56,10 +72,16 @@ class ProgramTeacher:
     def usage(self) -> str:
         return ""
 
+    def facts(self) -> dict[str, object]:
+        return {}
+
+    def dry_run(self, questions: Sequence[Question]) -> str:
+        return f"{len(questions)} gold programs to compile; no request, no cost"
+
     def _reply(self, question: Question) -> Reply:
         if not question.program:
-            return Reply(error_kind="teacher_program", error_message="the question has no gold program")
+            return Reply(error_kind="teacher-program", error_message="the question has no gold program")
         try:
             return Reply(code=to_python(question.program, question.table, question.question, question.passage))
         except ProgramError as error:
-            return Reply(error_kind="teacher_program", error_message=str(error))
+            return Reply(error_kind="teacher-program", error_message=str(error))

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from command_fixture import Command
+from made_up_rows import every_operation, write_raw
 from teacher_server import TeacherServer, running_teacher_server
+from teaching import Teach
 
 
 @pytest.fixture
@@ -19,3 +21,17 @@ def command(tmp_path: Path) -> Command:
 def teacher_server() -> Iterator[TeacherServer]:
     with running_teacher_server() as server:
         yield server
+
+
+@pytest.fixture
+def teach(command: Command, teacher_server: TeacherServer) -> Teach:
+    return Teach(command, teacher_server)
+
+
+@pytest.fixture
+def questions(command: Command, tmp_path: Path) -> int:
+    """Clean rows for every operation; returns how many."""
+    rows = every_operation("train")
+    write_raw(tmp_path, train=rows)
+    command("preprocess_finqa", "--split", "train")
+    return len(rows)

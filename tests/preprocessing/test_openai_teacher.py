@@ -1,58 +1,19 @@
 from __future__ import annotations
 
-import json
-import signal
-import time
 from pathlib import Path
 
 import pytest
 from command_fixture import Command, the_one_line
 from made_up_rows import every_operation, raw_row, write_raw
 from teacher_server import HINT, Fault, TeacherServer
+from teaching import KEY, Teach, number_in, only_for
 
 from finqa.errors import UserError
-from finqa.records import TeacherRow, read_teacher_rows
 from preprocessing.openai_teacher import OpenAITeacherConfig
-
-KEY = "sk-secret-of-the-tests"
-
-
-def number_in(question: str) -> int:
-    """The number at the end of the id that a made-up question quotes."""
-    return int(question.split("MADE/up/")[1].split()[0])
-
-
-@pytest.fixture
-def teach(command: Command, teacher_server: TeacherServer):
-    """Run the command on split train against the server."""
-
-    def run(*flags: str, key: str = KEY):
-        server = ("--base-url", teacher_server.url)
-        return command("process_finqa_code_generation", "--split", "train", *server, *flags, OPENAI_API_KEY=key)
-
-    return run
-
-
-@pytest.fixture
-def questions(command: Command, tmp_path: Path) -> int:
-    """Clean rows for every operation; returns how many."""
-    rows = every_operation("train")
-    write_raw(tmp_path, train=rows)
-    command("preprocess_finqa", "--split", "train")
-    return len(rows)
-
-
-def generated(data_dir: Path) -> list[TeacherRow]:
-    return read_teacher_rows(data_dir / "clean_with_code/FinQA/finqa_train_generated.csv")
-
-
-def only_for(name: str, fault: Fault, times: int = 1_000_000):
-    """The fault, for the question that has `name` in it, the first `times` times."""
-    return lambda question, nth: fault if f"/{name} " in question and nth <= times else None
 
 
 def test_the_three_commands_keep_every_row_a_good_teacher_solves(
-    command: Command, teach, questions: int, tmp_path: Path
+    command: Command, teach: Teach, questions: int, tmp_path: Path
 ) -> None:
     done = teach()
     assert done.returncode == 0, done.stderr
@@ -60,19 +21,19 @@ def test_the_three_commands_keep_every_row_a_good_teacher_solves(
     filtered = command("filter_valid_answers", "--split", "train")
 
     assert f"{questions} rows in, {questions} kept, 0 rejected" in filtered.stdout
-    assert all(row.finish_reason == "stop" for row in generated(tmp_path))
+    assert all(row.finish_reason == "stop" for row in teach.rows)
 
 
 def test_rows_stay_in_order_whatever_order_replies_come_in(
-    teach, questions: int, teacher_server: TeacherServer, tmp_path: Path
+    teach: Teach, questions: int, teacher_server: TeacherServer, tmp_path: Path
 ) -> None:
     teacher_server.fault = only_for("add", 500, times=1)
     teach("--max-concurrent", "8")
-    assert [row.id for row in generated(tmp_path)] == [row["id"] for row in every_operation("train")]
+    assert [row.id for row in teach.rows] == [row["id"] for row in every_operation("train")]
 
 
 def test_the_request_is_few_shot_with_the_hint_last_and_no_temperature(
-    teach, questions: int, teacher_server: TeacherServer
+    teach: Teach, questions: int, teacher_server: TeacherServer
 ) -> None:
     teach()
     for body in teacher_server.bodies:
@@ -83,27 +44,33 @@ def test_the_request_is_few_shot_with_the_hint_last_and_no_temperature(
         assert body["model"] == "gpt-5" and body["max_completion_tokens"] >= 8_000
 
 
-def test_no_hint_keeps_the_gold_program_out_of_the_prompt(teach, questions: int, teacher_server: TeacherServer) -> None:
+def test_no_hint_keeps_the_gold_program_out_of_the_prompt(
+    teach: Teach, questions: int, teacher_server: TeacherServer
+) -> None:
     teach("--no-hint")
     prompts = [body["messages"][-1]["content"] for body in teacher_server.bodies]
     assert len(prompts) == questions and not any(HINT in prompt or "divide(" in prompt for prompt in prompts)
 
 
-def test_model_temperature_and_limit_are_sent_as_given(teach, questions: int, teacher_server: TeacherServer) -> None:
+def test_model_temperature_and_limit_are_sent_as_given(
+    teach: Teach, questions: int, teacher_server: TeacherServer
+) -> None:
     teach("--model", "small-one", "--temperature", "0.5", "--max-completion-tokens", "77", "--limit", "1")
     (body,) = teacher_server.bodies
     assert (body["model"], body["temperature"], body["max_completion_tokens"]) == ("small-one", 0.5, 77)
 
 
 def test_no_more_than_max_concurrent_requests_are_under_way(
-    teach, questions: int, teacher_server: TeacherServer
+    teach: Teach, questions: int, teacher_server: TeacherServer
 ) -> None:
     teacher_server.delay_s = 0.1
     teach("--max-concurrent", "3")
     assert teacher_server.most_at_a_time == 3
 
 
-def test_a_passing_fault_is_asked_again(command: Command, teach, teacher_server: TeacherServer, tmp_path: Path) -> None:
+def test_a_passing_fault_is_asked_again(
+    command: Command, teach: Teach, teacher_server: TeacherServer, tmp_path: Path
+) -> None:
     faults: list[Fault] = [429, 500, 503, 408, 409, "reset"]
     write_raw(tmp_path, train=[raw_row(f"MADE/up/{i}") for i in range(len(faults))])
     command("preprocess_finqa", "--split", "train")
@@ -112,11 +79,11 @@ def test_a_passing_fault_is_asked_again(command: Command, teach, teacher_server:
     done = teach()
 
     assert done.returncode == 0, done.stderr
-    assert all(row.actual_answer for row in generated(tmp_path))
+    assert all(row.actual_answer for row in teach.rows)
     assert set(teacher_server.asked.values()) == {3}
 
 
-def test_the_server_says_how_long_to_wait(teach, questions: int, teacher_server: TeacherServer) -> None:
+def test_the_server_says_how_long_to_wait(teach: Teach, questions: int, teacher_server: TeacherServer) -> None:
     teacher_server.fault = lambda question, nth: 429 if nth == 1 else None
     teacher_server.headers_of_faults = {"Retry-After": "2"}
     teach("--limit", "1")
@@ -125,21 +92,22 @@ def test_the_server_says_how_long_to_wait(teach, questions: int, teacher_server:
 
 
 def test_a_lasting_fault_is_an_error_of_its_row_alone(
-    command: Command, teach, teacher_server: TeacherServer, tmp_path: Path
+    command: Command, teach: Teach, teacher_server: TeacherServer, tmp_path: Path
 ) -> None:
     kinds: dict[Fault, str] = {
         None: "",
-        "length": "teacher_length",
-        "filtered": "teacher_content_filter",
-        "refusal": "teacher_refusal",
-        "empty": "teacher_empty",
-        "html": "teacher_malformed",
-        "no-json": "teacher_malformed",
-        "no-choices": "teacher_malformed",
-        400: "teacher_refused",
-        500: "teacher_server",
-        429: "teacher_rate_limit",
-        "reset": "teacher_connection",
+        "length": "teacher-length",
+        "filtered": "teacher-content-filter",
+        "refusal": "teacher-refusal",
+        "empty": "teacher-empty",
+        "html": "teacher-malformed",
+        "no-json": "teacher-malformed",
+        "no-choices": "teacher-malformed",
+        "torn": "teacher-connection",
+        400: "teacher-bad-request",
+        500: "teacher-server",
+        429: "teacher-rate-limit",
+        "reset": "teacher-connection",
     }
     faults = list(kinds)
     write_raw(tmp_path, train=[raw_row(f"MADE/up/{i}") for i in range(len(faults))])
@@ -149,12 +117,12 @@ def test_a_lasting_fault_is_an_error_of_its_row_alone(
     done = teach("--max-retries", "1", "--max-failed-share", "1")
 
     assert done.returncode == 0, done.stderr
-    solved, *failed = generated(tmp_path)
+    solved, *failed = teach.rows
     assert solved.actual_answer and solved.error_kind == ""
     for fault, row in zip(faults[1:], failed, strict=True):
         assert (row.generated_code, row.actual_answer, row.error_kind) == ("", "", kinds[fault]), fault
         assert row.error_message and "\n" not in row.error_message
-    assert "11 without (teacher_malformed 3," in done.stdout
+    assert "12 without (teacher-malformed 3," in done.stdout
 
 
 def test_without_a_key_nothing_is_sent(command: Command, questions: int, teacher_server: TeacherServer) -> None:
@@ -172,7 +140,7 @@ def test_without_a_key_nothing_is_sent(command: Command, questions: int, teacher
     ],
 )
 def test_what_would_meet_every_request_stops_at_once(
-    teach, questions: int, teacher_server: TeacherServer, status: int, code: str, says: str
+    teach: Teach, questions: int, teacher_server: TeacherServer, status: int, code: str, says: str
 ) -> None:
     teacher_server.fault, teacher_server.error_code = lambda question, nth: status, code
     line = the_one_line(teach("--max-concurrent", "1", "--max-retries", "0"))
@@ -181,7 +149,7 @@ def test_what_would_meet_every_request_stops_at_once(
 
 
 def test_a_parameter_that_every_request_is_refused_for_stops_early(
-    command: Command, teach, teacher_server: TeacherServer, tmp_path: Path
+    command: Command, teach: Teach, teacher_server: TeacherServer, tmp_path: Path
 ) -> None:
     write_raw(tmp_path, train=[raw_row(f"MADE/up/{i}") for i in range(60)])
     command("preprocess_finqa", "--split", "train")
@@ -198,7 +166,7 @@ def test_a_server_that_is_not_there_is_one_line(command: Command, questions: int
 
 
 def test_the_key_is_sent_and_written_nowhere(
-    teach, questions: int, teacher_server: TeacherServer, tmp_path: Path
+    teach: Teach, questions: int, teacher_server: TeacherServer, tmp_path: Path
 ) -> None:
     teacher_server.fault = only_for("divide", 400)
     done = teach()
@@ -224,81 +192,62 @@ def test_a_setting_out_of_range_is_refused_by_name(setting: str, value: object) 
 
 
 def test_what_was_answered_is_not_asked_again(
-    teach, questions: int, teacher_server: TeacherServer, tmp_path: Path
+    teach: Teach, questions: int, teacher_server: TeacherServer, tmp_path: Path
 ) -> None:
     teacher_server.fault = only_for("divide", 400)
     teach()
-    before = generated(tmp_path)
+    before = teach.rows
     teacher_server.fault = only_for("nothing", None)
     teacher_server.bodies.clear()
 
     done = teach()
 
     assert len(teacher_server.bodies) == 1
-    assert f"1 asked, {questions - 1} from the journal" in done.stdout
-    assert [row for row in generated(tmp_path) if not row.id.endswith("/divide")] == [
+    assert f"1 replies paid for, {questions - 1} rows from the journal" in done.stdout
+    assert [row for row in teach.rows if not row.id.endswith("/divide")] == [
         row for row in before if not row.id.endswith("/divide")
     ]
 
 
-def test_a_changed_parameter_asks_anew(teach, questions: int, teacher_server: TeacherServer) -> None:
+def test_a_changed_parameter_asks_anew(teach: Teach, questions: int, teacher_server: TeacherServer) -> None:
     teach("--limit", "2")
     teach("--limit", "2", "--temperature", "1")
     assert len(teacher_server.bodies) == 4
 
 
-def test_a_larger_limit_asks_again_only_for_what_was_cut_off(
-    teach, questions: int, teacher_server: TeacherServer, tmp_path: Path
+def test_what_was_cut_off_is_asked_for_once_more_with_twice_the_limit(
+    teach: Teach, questions: int, teacher_server: TeacherServer
 ) -> None:
     teacher_server.fault = only_for("divide", "length", times=1)
+
+    teach("--max-completion-tokens", "9000")
+
+    assert sorted(body["max_completion_tokens"] for body in teacher_server.bodies) == [9_000] * questions + [18_000]
+    assert all(row.actual_answer for row in teach.rows)
+    lines = [line for line in teach.journal_lines() if line.get("finish_reason") == "length" or line["limit"] > 9_000]
+    assert [(line["finish_reason"], line["limit"]) for line in lines] == [("length", 9_000), ("stop", 18_000)]
+    assert lines[0]["key"] == lines[1]["key"]
+
+
+def test_a_larger_limit_asks_again_only_for_what_was_cut_off(
+    teach: Teach, questions: int, teacher_server: TeacherServer, tmp_path: Path
+) -> None:
+    teacher_server.fault = only_for("divide", "length", times=2)
     teach()
+    assert [row.error_kind for row in teach.rows].count("teacher-length") == 1
     teacher_server.bodies.clear()
 
     teach("--max-completion-tokens", "40000")
 
     assert [body["max_completion_tokens"] for body in teacher_server.bodies] == [40_000]
-    assert all(row.actual_answer for row in generated(tmp_path))
+    assert all(row.actual_answer for row in teach.rows)
 
 
 def test_equal_questions_are_paid_for_once(
-    command: Command, teach, teacher_server: TeacherServer, tmp_path: Path
+    command: Command, teach: Teach, teacher_server: TeacherServer, tmp_path: Path
 ) -> None:
     write_raw(tmp_path, train=[raw_row("a", question="twice?"), raw_row("b", question="twice?")])
     command("preprocess_finqa", "--split", "train")
     teach()
     assert len(teacher_server.bodies) == 1
-    assert [bool(row.actual_answer) for row in generated(tmp_path)] == [True, True]
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_three_times_pays_for_nothing_twice(
-    command: Command, teach, teacher_server: TeacherServer, tmp_path: Path
-) -> None:
-    rows = [raw_row(f"MADE/up/{i}") for i in range(60)]
-    write_raw(tmp_path, train=rows)
-    command("preprocess_finqa", "--split", "train")
-    teacher_server.delay_s = 0.02
-    flags = ("--split", "train", "--base-url", teacher_server.url, "--max-concurrent", "2")
-    journal = tmp_path / "clean_with_code/FinQA/finqa_train_generated.journal.jsonl"
-    for kill in range(3):
-        process = command.start("process_finqa_code_generation", *flags, OPENAI_API_KEY=KEY)
-        while not journal.exists() or journal.read_bytes().count(b"\n") < 12 * (kill + 1):
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-
-    done = teach("--max-concurrent", "2")
-
-    assert done.returncode == 0, done.stderr
-    assert [row.id for row in generated(tmp_path)] == [row["id"] for row in rows]
-    assert all(row.actual_answer for row in generated(tmp_path))
-    # A kill can hit a request on its way, at most --max-concurrent of them; none that had reached the journal.
-    assert len(teacher_server.bodies) <= len(rows) + 3 * 2
-
-
-def test_tokens_are_counted_in_the_manifest(teach, questions: int, tmp_path: Path) -> None:
-    teach()
-    manifest = json.loads((tmp_path / "clean_with_code/FinQA/finqa_train_generated.run.json").read_text())
-    assert f"{questions * 100:,} tokens read, {questions * 10:,} written" in manifest["usage"]
-    assert manifest["config"]["model"] == "gpt-5" and manifest["config"]["hint"] is True
+    assert [bool(row.actual_answer) for row in teach.rows] == [True, True]

@@ -74,8 +74,8 @@ def test_there_is_one_row_for_each_clean_row_even_where_the_teacher_fails(comman
     rows = generated(tmp_path)
     assert [row.id for row in rows] == ["a", "b", "c", "d"]
     assert [bool(row.generated_code) for row in rows] == [True, False, False, True]
-    assert [row.error_kind for row in rows] == ["", "teacher_program", "teacher_program", ""]
-    assert "4 rows in, 2 with a program, 2 without (teacher_program 2)" in done.stdout
+    assert [row.error_kind for row in rows] == ["", "teacher-program", "teacher-program", ""]
+    assert "4 rows in, 2 with a program, 2 without (teacher-program 2)" in done.stdout
 
 
 def test_too_many_failures_are_an_error_after_the_files_are_written(command: Command, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_row_whose_program_does_not_run_keeps_the_program_and_says_why(command
     done = command("process_finqa_code_generation", "--teacher", "program", "--split", "train")
 
     assert done.returncode == 0, done.stderr
-    assert "1 programs do not run (exception 1)" in done.stdout
+    assert "1 programs do not run (runtime 1)" in done.stdout
     row = generated(tmp_path)[1]
     assert row.generated_code and row.actual_answer == ""
     assert row.error_kind and "ZeroDivisionError" in row.error_message

@@ -1,0 +1,166 @@
+"""One request to a chat-completions server, and what its outcome means.
+
+There are four outcomes: an answer; a fault that may pass, so that the request is sent again; a fault of this request
+alone (a 400, a refused content); and a UserError for what every other request would meet as well (a bad key, an
+unknown model, an exhausted quota).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finqa.errors import UserError
+from preprocessing.journal import Answer, Failure
+
+if TYPE_CHECKING:
+    import openai
+
+Request = dict[str, Any]
+"""The body of a chat completion request."""
+
+PASSING_STATUS = (408, 409, 425, 429)
+"""Client errors that asking again can mend; so can any 5xx."""
+NO_MONEY = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "access_terminated"}
+OF_EVERY_REQUEST = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}
+"""Codes of a 400 that blame the parameters, which are the same in all requests."""
+MALFORMED_TRIES = 2
+"""A reply that is no chat completion may have been paid for: it is asked for once more, not --max-retries times."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A try that got no answer."""
+
+    failure: Failure
+    tries: float = 1
+    """Times the request may be sent in all, by this kind of fault: inf where only --max-retries limits it."""
+    retry_after_s: float | None = None
+    limited: bool = False
+    """Whether the server asks to slow down."""
+
+
+async def send(client: openai.AsyncOpenAI, request: Request, timeout_s: float) -> Answer | Fault:
+    """Send a request once. Raises UserError for what every other request would meet as well."""
+    import openai
+
+    try:
+        async with asyncio.timeout(timeout_s):
+            response = await client.chat.completions.with_raw_response.create(**request)
+    except (openai.APITimeoutError, TimeoutError):
+        return Fault(Failure("teacher-timeout", f"no reply within {timeout_s:g} s (--timeout-s)"), tries=math.inf)
+    except openai.APIConnectionError as error:
+        message = f"{client.base_url}: {one_line(error.__cause__ or error)}"
+        return Fault(Failure("teacher-connection", message), tries=math.inf)
+    except openai.APIStatusError as error:
+        return status_fault(error, request["model"], str(client.base_url))
+    except openai.OpenAIError as error:
+        return Fault(Failure("teacher-malformed", one_line(error)), tries=MALFORMED_TRIES)
+    outcome = answer_from(_json(response.text), request["max_completion_tokens"])
+    return Fault(outcome, tries=MALFORMED_TRIES) if isinstance(outcome, Failure) else outcome
+
+
+def status_fault(error: openai.APIStatusError, model: str, server: str) -> Fault:
+    """What a status of 4xx or 5xx means; raises UserError where it stops the run."""
+    status, codes, message = error.status_code, {error.code, error.type}, one_line(error)
+    if codes & NO_MONEY or status == 402:
+        raise UserError(f"the account has no quota left: {message}") from error
+    if status in (401, 403):
+        raise UserError(f"the server refuses the key in OPENAI_API_KEY: {message}") from error
+    if status == 404 or "model_not_found" in codes:
+        raise UserError(f"no model {model!r} at {server}: {message}") from error
+    if codes & OF_EVERY_REQUEST:
+        raise UserError(f"the server refuses a parameter of every request: {message}") from error
+    may_pass = status in PASSING_STATUS or status >= 500
+    asked = error.response.headers.get("x-should-retry")
+    tries = math.inf if may_pass and asked != "false" else 1
+    wait = retry_after_s(error.response.headers)
+    return Fault(Failure(status_kind(status), message), tries, wait, limited=status == 429)
+
+
+def status_kind(status: int) -> str:
+    """The error kind of a row whose request ended with this status."""
+    if status == 429:
+        return "teacher-rate-limit"
+    return "teacher-server" if status >= 500 else "teacher-bad-request"
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the server asks to wait: `retry-after-ms`, or `retry-after` in seconds or as a date."""
+    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers.get(name, "")) / unit
+        except ValueError:
+            continue
+        if 0 <= seconds < math.inf:
+            return seconds
+    try:
+        date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
+    except ValueError:
+        return None
+    return max(0.0, date.timestamp() - time.time())
+
+
+def answer_from(body: object, limit: int, batch: str = "") -> Answer | Failure:
+    """The answer in the body of a chat completion; a failure where it is none. Nothing about `body` is believed."""
+    choice = _first(_field(body, "choices"))
+    message = _field(choice, "message")
+    if not isinstance(message, dict):
+        return Failure("teacher-malformed", f"the server sent no chat completion: {one_line(body)[:200]!r}")
+    usage, refusal = _field(body, "usage"), message.get("refusal")
+    return Answer(
+        text=storable(_text(message.get("content")) or _text(refusal)),
+        finish_reason="refusal" if refusal else _text(_field(choice, "finish_reason")),
+        model=_text(_field(body, "model")),
+        prompt_tokens=_count(usage, "prompt_tokens"),
+        completion_tokens=_count(usage, "completion_tokens"),
+        limit=limit,
+        cached_tokens=_count(_field(usage, "prompt_tokens_details"), "cached_tokens"),
+        reasoning_tokens=_count(_field(usage, "completion_tokens_details"), "reasoning_tokens"),
+        batch=batch,
+    )
+
+
+def one_line(error: object) -> str:
+    """A server's message in one line of 500 characters at most. Servers quote a key that they refuse, or part of it."""
+    return re.sub(r"\bsk-[\w*.-]{4,}", "[key]", " ".join(storable(str(error)).split()))[:500]
+
+
+def storable(text: str) -> str:
+    """Text without the key, and without the halves of surrogate pairs that JSON can carry and a file cannot."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if len(key) >= 8:
+        text = text.replace(key, "[key]")
+    return text.encode(errors="replace").decode()
+
+
+def _json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _field(value: object, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def _first(value: object) -> object:
+    return value[0] if isinstance(value, list) and value else None
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _count(usage: object, name: str) -> int:
+    value = _field(usage, name)
+    return value if isinstance(value, int) and value > 0 else 0

@@ -1,0 +1,175 @@
+"""What to ask next about a question, as a function of the journal alone.
+
+So a run that was killed takes up every question where it was, and batches, single requests and the table at the end
+all see the same thing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from finqa.answers import Rule, match
+from finqa.prompts import extract_code, teacher_messages
+from finqa.records import Question
+from finqa.sandbox import Run
+from finqa.worked_examples import WorkedExample
+from preprocessing.chat_request import Request, one_line
+from preprocessing.journal import Answer, Journal, request_key
+from preprocessing.run_programs import answer_text
+from preprocessing.teacher_config import OpenAITeacherConfig
+from preprocessing.teachers import Reply
+
+LARGER_LIMIT = 2
+"""A reply that was cut off is asked for once more with so many times the limit."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A request that the journal holds no answer to yet."""
+
+    key: str
+    request: Request
+    cut: Answer | None = None
+    """An answer to it that a smaller limit cut off."""
+    so_far: Reply | None = None
+    """What the question has come to if this is never answered: that cut reply, or the attempt before."""
+
+    @property
+    def limit(self) -> int:
+        return self.request["max_completion_tokens"]
+
+    @property
+    def characters(self) -> int:
+        return sum(len(message["content"]) for message in self.request["messages"])
+
+
+class Conversation:
+    """Leads the talk about each question.
+
+    With `attempts` above 1 a program that does not run, or does not give the label, goes back to the teacher as its own
+    turn, followed by the error, or by what it gave and that this is not the right answer. The label is never shown, not
+    even beside the hint: a program that only assigns it would pass the filter and teach nothing. What the teacher does
+    learn from the label is one bit an attempt, that it was missed. So without the hint many attempts come to guessing
+    until the filter is content, and the programs that pass are less to be trusted than those of a first attempt; the
+    manifest counts them by attempt.
+
+    A reply without a program (cut off, refused, empty) is not asked again with other words.
+
+    Args:
+        config: How to ask.
+        examples: Worked examples, shown before each question.
+        rule: When a program's result is the label.
+        journal: What was asked and answered so far.
+        run: Runs a program in the sandbox; called where `attempts` is above 1.
+    """
+
+    def __init__(
+        self,
+        config: OpenAITeacherConfig,
+        examples: tuple[WorkedExample, ...],
+        rule: Rule,
+        journal: Journal,
+        run: Callable[[str], Run],
+    ) -> None:
+        self.config = config
+        self.examples = examples
+        self.rule: Rule = rule
+        self.journal = journal
+        self._run_program = run
+
+    def first_request(self, question: Question) -> Request:
+        """What the talk about a question opens with; without its limit."""
+        return self._request(self._opening(question))
+
+    def next_step(self, question: Question) -> Reply | Wanted:
+        """What became of the question, or what is to be asked next."""
+        messages, so_far = self._opening(question), None
+        for attempt in range(1, self.config.attempts + 1):
+            request = self._request(messages)
+            key = request_key(request)
+            answer = self.journal.answer(key)
+            limit = next_limit(answer, self.config.max_completion_tokens)
+            if answer is None or limit:
+                so_far = reply_from(answer, attempt) if answer else so_far
+                return Wanted(key, request | {"max_completion_tokens": limit}, answer, so_far)
+            reply = so_far = reply_from(answer, attempt)
+            if not reply.code or attempt == self.config.attempts:
+                return reply
+            run = self._run(key, reply.code)
+            if run.error_kind is None and match(run.answer, question.answer, self.rule):
+                return reply
+            messages += [
+                {"role": "assistant", "content": reply.code},
+                {"role": "user", "content": complaint(run)},
+            ]
+        raise AssertionError("the last attempt always returns")
+
+    def outcome(self, question: Question) -> Reply:
+        """The row of the question as things stand: what it has come to, or why there is no more of it."""
+        step = self.next_step(question)
+        if isinstance(step, Reply):
+            return step
+        if step.so_far is not None:
+            return step.so_far
+        failure = self.journal.failure(step.key)
+        if failure is None:
+            return Reply(error_kind="teacher-not-asked", error_message="the run ended before this question was asked")
+        return Reply(error_kind=failure.kind, error_message=failure.message)
+
+    def _opening(self, question: Question) -> list[dict[str, str]]:
+        system, *turns = teacher_messages(question, self.examples, hint=self.config.hint)
+        if self.config.system_role != "user":
+            return [system | {"role": self.config.system_role}, *turns]
+        first = turns[0] | {"content": f"{system['content']}\n\n{turns[0]['content']}"}
+        return [first, *turns[1:]]
+
+    def _request(self, messages: list[dict[str, str]]) -> Request:
+        request: Request = {"model": self.config.model, "messages": list(messages)}
+        for name in ("temperature", "reasoning_effort"):
+            if getattr(self.config, name) is not None:
+                request[name] = getattr(self.config, name)
+        return request
+
+    def _run(self, key: str, code: str) -> Run:
+        """What the program gave, by the journal where it was run before: the same talk is told from it again."""
+        run = self.journal.run(key)
+        if run is None:
+            run = self._run_program(code)
+            if not self.journal.read_only:
+                self.journal.add_run(key, run)
+        return run
+
+
+def next_limit(answer: Answer | None, limit: int) -> int:
+    """The limit to ask with next: `limit` at first, a larger one once after it cut the reply off; 0 for no more."""
+    if answer is None:
+        return limit
+    if answer.finish_reason != "length":
+        return 0
+    return next((larger for larger in (limit, limit * LARGER_LIMIT) if answer.limit < larger), 0)
+
+
+def reply_from(answer: Answer, attempt: int = 1) -> Reply:
+    """The program in an answer. A reply that was cut off or refused has none, whatever its text looks like."""
+    if answer.finish_reason != "stop":
+        reason = re.sub(r"[^a-z0-9]+", "-", answer.finish_reason.lower()).strip("-")[:40] or "no-finish-reason"
+        return Reply(
+            finish_reason=answer.finish_reason,
+            error_kind=f"teacher-{reason}",
+            error_message=f"finish_reason is {reason}, at most {answer.limit} tokens: {one_line(answer.text)[-200:]}",
+            attempts=attempt,
+        )
+    code = extract_code(answer.text)
+    if not code.strip():
+        message = "the reply holds no program"
+        return Reply(finish_reason="stop", error_kind="teacher-empty", error_message=message, attempts=attempt)
+    return Reply(code=code, finish_reason="stop", attempts=attempt)
+
+
+def complaint(run: Run) -> str:
+    """What the teacher is told about a program that failed. The label is not in it."""
+    if run.error_kind is not None:
+        return f"The program does not run ({run.error_kind}: {run.message}). Write the whole program again."
+    return f"The program gives {answer_text(run.answer)}, which is not the right answer. Write the whole program again."

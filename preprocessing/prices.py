@@ -1,0 +1,220 @@
+"""What a teacher costs: the table of prices, what was spent, and the estimate before the first request.
+
+prices.json beside this file has list prices in dollars per million tokens, with a date: check them before a large
+run. `--prices FILE` adds models or overrides fields, in the same form:
+
+    {"models": {"my-model": {"input": 0.5, "cached_input": 0.1, "output": 2.0, "batch": 0.5}}}
+
+`cached_input` is `input` where it is left out, and `batch`, the share of the price that a batched request costs, is 1.
+A model that is in no table is counted in tokens alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from finqa.errors import UserError
+from preprocessing.journal import Answer
+
+SHIPPED_PRICES = Path(__file__).with_name("prices.json")
+CHARACTERS_A_TOKEN = 3.3
+"""Of FinQA's pages, on the low side so that the estimate is on the high one; measured where a journal has answers."""
+TOKENS_A_REPLY = 1_000
+"""Assumed of a reply, its reasoning included, until a journal has answers to measure it from."""
+_FIELDS = ("input", "cached_input", "output", "batch")
+_DATED = re.compile(r"-\d{4}-?\d{2}-?\d{2}$")
+
+
+@dataclass(frozen=True)
+class Price:
+    """Of one model, in dollars per million tokens."""
+
+    input: float
+    cached_input: float
+    output: float
+    batch: float = 1.0
+    """Share of the price that a request in a batch costs."""
+
+    def of(self, answer: Answer) -> float:
+        """Dollars for one answer. Reasoning tokens are among the completion tokens, cached among the prompt's."""
+        cached = min(answer.cached_tokens, answer.prompt_tokens)
+        millionths = (
+            (answer.prompt_tokens - cached) * self.input
+            + cached * self.cached_input
+            + answer.completion_tokens * self.output
+        )
+        return millionths / 1e6 * (self.batch if answer.batch else 1.0)
+
+
+def price_of(model: str, extra: Path | None = None) -> Price | None:
+    """The price of `model`, also under its dated name (`gpt-5-2025-08-07`); None where no table has it.
+
+    Raises UserError where a table cannot be read.
+    """
+    shipped, added = _models_in(SHIPPED_PRICES), _models_in(extra) if extra else {}
+    for name in (model, _DATED.sub("", model)):
+        if name in shipped or name in added:
+            fields = {**shipped.get(name, {}), **added.get(name, {})}
+            missing = [field for field in ("input", "output") if field not in fields]
+            if missing:
+                raise UserError(f"{extra}: {name!r} lacks {' and '.join(missing)}, in dollars per million tokens")
+            return Price(**{"cached_input": fields["input"], **fields})
+    return None
+
+
+def price_date() -> str:
+    """The day of the shipped prices."""
+    return json.loads(SHIPPED_PRICES.read_text())["date"]
+
+
+def _models_in(path: Path) -> dict[str, dict[str, float]]:
+    try:
+        models = json.loads(path.read_text(encoding="utf-8"))["models"]
+        for name, fields in models.items():
+            for field, value in fields.items():
+                if field not in _FIELDS:
+                    raise UserError(
+                        f"{path}: {name!r} has an unknown field {field!r}; it may have {', '.join(_FIELDS)}"
+                    )
+                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                    raise UserError(f"{path}: {field} of {name!r} must be a number of 0 or more, not {value!r}")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); --prices names a file like {SHIPPED_PRICES.name}"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f'{path} is no table of prices; it must look like {{"models": {{"name": {{"input": 1.0, "output": 2.0}}}}}}'
+        ) from None
+    return models
+
+
+class Spending:
+    """Tokens and dollars so far, over all splits of a command, and the most that may be spent.
+
+    What earlier runs paid (`before`: the answers in the journals) counts against `max_cost` too, so a run that is
+    killed and started again keeps to it.
+    """
+
+    def __init__(self, price: Price | None, max_cost: float | None = None, before: Iterable[Answer] = ()) -> None:
+        self.price = price
+        self.max_cost = max_cost
+        self.spent_before = sum(price.of(answer) for answer in before) if price else 0.0
+        self.answers: list[Answer] = []
+        self.dollars = 0.0
+        self.assumed_dollars = 0.0
+        """Of one request, until there are answers to take the mean of."""
+
+    def add(self, answer: Answer) -> None:
+        self.answers.append(answer)
+        self.dollars += self.price.of(answer) if self.price else 0.0
+
+    @property
+    def total(self) -> float:
+        """Dollars, with what earlier runs paid."""
+        return self.spent_before + self.dollars
+
+    def allows(self, under_way: int) -> bool:
+        """Whether one more request may be sent while `under_way` are: by the mean cost so far it stays affordable.
+
+        With nothing under way it is allowed as long as there is money left at all.
+        """
+        if self.max_cost is None:
+            return True
+        if not under_way:
+            return self.total < self.max_cost
+        mean = self.dollars / len(self.answers) if self.answers else self.assumed_dollars
+        return self.total + (under_way + 1) * mean <= self.max_cost
+
+    def __str__(self) -> str:
+        tokens = (
+            f"{self._sum('prompt_tokens'):,} tokens read ({self._sum('cached_tokens'):,} cached), "
+            f"{self._sum('completion_tokens'):,} written ({self._sum('reasoning_tokens'):,} reasoning)"
+        )
+        return f"{tokens}, ${self.dollars:.2f}" if self.price else tokens
+
+    def facts(self) -> Mapping[str, object]:
+        """The figures as a manifest has them."""
+        fields = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
+        counts: dict[str, object] = {field: self._sum(field) for field in fields}
+        return counts | {"dollars": round(self.dollars, 6) if self.price else None}
+
+    def _sum(self, field: str) -> int:
+        return sum(getattr(answer, field) for answer in self.answers)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of what is still to be asked, before it is."""
+
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    most_completion_tokens: int
+    """If every reply used its whole limit."""
+    measured: int
+    """Number of answers that the tokens of a reply are the mean of; 0 where they are assumed."""
+    price: Price | None
+    batch: bool = False
+
+    @property
+    def dollars(self) -> float | None:
+        return self._cost(self.completion_tokens)
+
+    def _cost(self, completion_tokens: int) -> float | None:
+        if self.price is None:
+            return None
+        return self.price.of(
+            Answer("", "", "", self.prompt_tokens, completion_tokens, batch="yes" if self.batch else "")
+        )
+
+    def __str__(self) -> str:
+        each = round(self.completion_tokens / self.requests) if self.requests else 0
+        source = f"the mean of {self.measured:,} so far" if self.measured else "assumed"
+        tokens = (
+            f"{self.requests:,} requests, about {self.prompt_tokens:,} tokens to read and "
+            f"{self.completion_tokens:,} to write ({each:,} a reply, {source})"
+        )
+        if self.price is None:
+            return f"{tokens}; no price is known for the model (--prices)"
+        most = self._cost(self.most_completion_tokens)
+        return (
+            f"{tokens}, about ${self.dollars:.2f}; at most ${most:.2f} if every reply used its whole limit; list prices"
+            f" of {price_date()}, to be checked"
+        )
+
+
+def estimate(
+    prompts: Iterable[tuple[int, int]],
+    answered: Iterable[tuple[int, Answer]],
+    price: Price | None,
+    batch: bool = False,
+) -> Estimate:
+    """What requests will cost.
+
+    Args:
+        prompts: Characters and limit of each request that is to be sent.
+        answered: Characters of requests like them, with their answers, to measure from.
+        price: None counts tokens alone.
+        batch: Whether they are sent as a batch.
+    """
+    sizes = list(prompts)
+    known = [(characters, answer) for characters, answer in answered if answer.prompt_tokens]
+    read = sum(answer.prompt_tokens for _, answer in known)
+    ratio = sum(characters for characters, _ in known) / read if read else CHARACTERS_A_TOKEN
+    written = sum(answer.completion_tokens for _, answer in known) / len(known) if known else TOKENS_A_REPLY
+    limits = [limit for _, limit in sizes]
+    return Estimate(
+        requests=len(sizes),
+        prompt_tokens=round(sum(characters for characters, _ in sizes) / ratio),
+        completion_tokens=round(sum(min(written, limit) for limit in limits)),
+        most_completion_tokens=sum(limits),
+        measured=len(known),
+        price=price,
+        batch=batch,
+    )
