@@ -14,12 +14,17 @@ URL/train.json, URL/dev.json and URL/test.json, and must still be the official o
 from __future__ import annotations
 
 import argparse
+import errno
+import fcntl
 import hashlib
 import http.client
+import os
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from finqa.errors import UserError, report_errors
@@ -37,6 +42,9 @@ FIRST_WAIT_S = 1.0
 """Before the second attempt; twice that before the third, and so on."""
 CHUNK_BYTES = 1 << 20
 SOCKET_TIMEOUT_S = 60.0
+MAX_BYTES = 1 << 29
+"""Where a server that never stops is cut off; the official files are far smaller."""
+OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main() -> None:
@@ -50,8 +58,8 @@ def main() -> None:
 def download_file(url: str, path: Path, blob_id: str) -> str:
     """Make `path` the file whose git blob id is `blob_id`, from `url` where it is not there yet.
 
-    Returns one line that says what was done. Raises UserError when the server has no such file, or another
-    one; `path` then does not exist.
+    Returns one line that says what was done. Raises UserError when the server has no such file, or another one (`path`
+    then does not exist), and while another process downloads to `path`.
     """
     if path.exists():
         if git_blob_id(path) == blob_id:
@@ -63,19 +71,29 @@ def download_file(url: str, path: Path, blob_id: str) -> str:
     part = path.with_name(f"{path.name}.part")
 
     start = time.monotonic()
-    resumed = part.exists()
-    fetch(url, part)
-    found = git_blob_id(part)
-    if found != blob_id and resumed:  # What was there may have come from elsewhere: once more, from nothing.
-        part.unlink()
-        fetch(url, part)
-        found = git_blob_id(part)
-    if found != blob_id:
-        part.unlink()
-        raise UserError(f"{url} is not the official file (git blob {found}, expected {blob_id}); nothing was kept")
-    part.replace(path)
+    with alone(part):
+        resumed = part.stat().st_size > 0
+        found = fetch(url, part, blob_id)
+        if found != blob_id and resumed:  # What was there may have come from elsewhere: once more, from nothing.
+            os.truncate(part, 0)
+            found = fetch(url, part, blob_id)
+        if found != blob_id:
+            part.unlink()
+            raise UserError(f"{url} is not the official file (git blob {found}, expected {blob_id}); nothing was kept")
+        part.replace(path)
     megabytes = path.stat().st_size / 1e6
     return f"{path}: {megabytes:.1f} MB in {time.monotonic() - start:.1f} s, verified"
+
+
+@contextmanager
+def alone(part: Path) -> Iterator[None]:
+    """Nobody else writes to `part`, or it could change between its check and its renaming; makes it if need be."""
+    with part.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{part} is being written by another download; wait for it, or end it") from None
+        yield
 
 
 def git_blob_id(path: Path) -> str:
@@ -87,23 +105,31 @@ def git_blob_id(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fetch(url: str, part: Path) -> None:
-    """Stream `url` to `part`, going on after what `part` already holds; what may pass is tried again."""
+def fetch(url: str, part: Path, blob_id: str) -> str:
+    """Stream `url` to `part`, going on after what `part` already holds; what may pass is tried again.
+
+    Returns the git blob id of what has arrived. A file that arrived whole is taken, whatever the server said of its
+    length.
+    """
     reason = ""
     for attempt in range(ATTEMPTS):
         try:
             fetch_once(url, part)
-            return
+            return git_blob_id(part)
         except urllib.error.HTTPError as error:
-            if error.code == 416:  # What is there is longer than the file: it belongs to another one.
-                part.unlink()
-            elif error.code < 500 and error.code != 429:
+            if error.code < 500 and error.code not in (416, 429):
                 raise UserError(f"{url}: HTTP {error.code} {error.reason}; name a mirror with --url-base") from error
             reason = f"HTTP {error.code} {error.reason}"
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+            if isinstance(error, OSError) and error.errno in OUT_OF_ROOM:
+                raise UserError(f"cannot write {part}: {error.strerror}; make room and run again") from None
             reason = str(getattr(error, "reason", error)) or type(error).__name__
         except ValueError as error:
             raise UserError(f"{url} is no address to download from: {error}") from error
+        if git_blob_id(part) == blob_id:
+            return blob_id
+        if reason.startswith("HTTP 416"):  # What is there is longer than the file: it belongs to another one.
+            os.truncate(part, 0)
         if attempt + 1 < ATTEMPTS:
             time.sleep(FIRST_WAIT_S * 2**attempt)
     raise UserError(
@@ -112,8 +138,11 @@ def fetch(url: str, part: Path) -> None:
 
 
 def fetch_once(url: str, part: Path) -> None:
-    """One request; raises OSError or HTTPException when the connection ends before the file does."""
-    held = part.stat().st_size if part.exists() else 0
+    """One request; raises OSError or HTTPException when the connection ends before the file does.
+
+    Raises UserError for more than MAX_BYTES, which is no FinQA file.
+    """
+    held = part.stat().st_size
     request = urllib.request.Request(url, headers={"Range": f"bytes={held}-"} if held else {})
     with urllib.request.urlopen(request, timeout=SOCKET_TIMEOUT_S) as response:
         goes_on = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {held}-")
@@ -123,7 +152,10 @@ def fetch_once(url: str, part: Path) -> None:
             while chunk := response.read(CHUNK_BYTES):
                 file.write(chunk)
                 received += len(chunk)
-    if length is not None and received < int(length):
+                if file.tell() > MAX_BYTES:
+                    os.truncate(part, 0)
+                    raise UserError(f"{url} is not the official file (over {MAX_BYTES >> 20} MiB); nothing was kept")
+    if length is not None and length.isdecimal() and received < int(length):
         raise http.client.IncompleteRead(b"", int(length) - received)
 
 

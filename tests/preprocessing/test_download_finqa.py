@@ -1,14 +1,16 @@
 from __future__ import annotations
 
-import hashlib
+import fcntl
+import gzip
+import signal
 import subprocess
-import threading
+import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from command_fixture import Command, the_one_line
+from file_server import FileServer, blob_id, running_file_server
 
 from finqa.errors import UserError
 from preprocessing import download_finqa
@@ -16,61 +18,13 @@ from preprocessing.download_finqa import download_file, git_blob_id
 
 CONTENT = b'[{"id": "made up"}]\n' * 200_000
 """4 MB: several chunks."""
-BLOB_ID = hashlib.sha1(b"blob %d\0" % len(CONTENT) + CONTENT).hexdigest()
-
-
-class FileServer(ThreadingHTTPServer):
-    """Serves `content` under every name, with ranges; can be told to break off or to answer with an error."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.content = CONTENT
-        self.break_off_after: list[int] = []
-        """Bytes sent before the connection ends, for the next requests."""
-        self.status: int | None = None
-        self.ranges: list[str | None] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: FileServer
-
-    def do_GET(self) -> None:
-        wanted = self.headers.get("Range")
-        self.server.ranges.append(wanted)
-        if self.server.status:
-            self.send_error(self.server.status)
-            return
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
-        if start >= len(self.server.content):
-            self.send_error(416)
-            return
-        content = self.server.content[start:]
-        self.send_response(206 if wanted else 200)
-        if wanted:
-            whole = len(self.server.content)
-            self.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: self.server.break_off_after.pop(0)] if self.server.break_off_after else content)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Silent."""
+BLOB_ID = blob_id(CONTENT)
 
 
 @pytest.fixture
 def file_server() -> Iterator[FileServer]:
-    with FileServer() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
+    with running_file_server(CONTENT) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture(autouse=True)
@@ -156,3 +110,118 @@ def test_the_command_refuses_a_mirror_with_other_files(
 
 def test_an_address_that_is_none_is_one_line(command: Command) -> None:
     assert "not an address" in the_one_line(command("download_finqa", "--url-base", "not an address"))
+
+
+# --- Servers that misbehave: either the right file has its name in the end, or none has ------------------------------
+
+
+def outcome(file_server: FileServer, tmp_path: Path) -> bool:
+    """Whether the download succeeds; whatever happens, no other content has the file's name and nothing is left."""
+    path = tmp_path / "train.json"
+    try:
+        download_file(f"{file_server.url}/train.json", path, BLOB_ID)
+    except UserError:
+        assert not path.exists()
+        return False
+    assert path.read_bytes() == CONTENT
+    assert list(tmp_path.iterdir()) == [path]
+    return True
+
+
+def test_a_server_that_ignores_ranges_sends_all_of_it_again(file_server: FileServer, tmp_path: Path) -> None:
+    file_server.ignores_ranges = True
+    file_server.break_off_after = [1_000_000]
+    assert outcome(file_server, tmp_path)
+    assert file_server.ranges == [None, "bytes=1000000-"]
+
+
+@pytest.mark.parametrize("off_by", [-700, 500])
+def test_a_server_that_sends_another_range_does_not_mix_up_the_file(
+    file_server: FileServer, tmp_path: Path, off_by: int
+) -> None:
+    file_server.range_off_by = off_by
+    (tmp_path / "train.json.part").write_bytes(CONTENT[:1_000_000])
+    assert outcome(file_server, tmp_path)
+
+
+@pytest.mark.parametrize("off_by", [1, 100_000])
+def test_a_file_that_arrived_whole_is_taken_though_more_was_announced(
+    file_server: FileServer, tmp_path: Path, off_by: int
+) -> None:
+    file_server.length_off_by = off_by
+    assert outcome(file_server, tmp_path)
+
+
+def test_a_file_longer_than_announced_is_refused(file_server: FileServer, tmp_path: Path) -> None:
+    file_server.length_off_by = -100
+    assert not outcome(file_server, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_much_is_refused(file_server: FileServer, tmp_path: Path) -> None:
+    file_server.content = CONTENT + b"\n"
+    assert not outcome(file_server, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_never_stops_is_cut_off(
+    file_server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download_finqa, "MAX_BYTES", 6 << 20)
+    file_server.endless = True
+    assert not outcome(file_server, tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) == 0
+
+
+@pytest.mark.parametrize("break_off_after", [[], [1_000_000, 0, 2_000_000]])
+def test_chunked_transfer_may_break_off(file_server: FileServer, tmp_path: Path, break_off_after: list[int]) -> None:
+    file_server.chunked = True
+    file_server.break_off_after = break_off_after
+    assert outcome(file_server, tmp_path)
+
+
+@pytest.mark.parametrize("keep", [None, -200], ids=["whole", "truncated"])
+def test_a_compressed_body_that_was_not_asked_for_is_refused(
+    file_server: FileServer, tmp_path: Path, keep: int | None
+) -> None:
+    file_server.encoding = "gzip"
+    file_server.content = gzip.compress(CONTENT)[:keep]
+    assert not outcome(file_server, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_connections_that_always_break_off_are_an_error_that_keeps_what_came(
+    file_server: FileServer, tmp_path: Path
+) -> None:
+    file_server.break_off_after = [300_000] * download_finqa.ATTEMPTS
+    assert not outcome(file_server, tmp_path)
+    assert (tmp_path / "train.json.part").read_bytes() == CONTENT[: 300_000 * download_finqa.ATTEMPTS]
+    assert outcome(file_server, tmp_path)
+
+
+def test_kill_9_midway_leaves_no_file_and_what_came_is_used(
+    command: Command, file_server: FileServer, tmp_path: Path
+) -> None:
+    file_server.seconds_a_chunk = 0.1
+    process = command.start("download_finqa", "--split", "train", "--url-base", file_server.url)
+    part = tmp_path / "FinQA" / "train.json.part"
+    deadline = time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size >= 1 << 20) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert [file.name for file in part.parent.iterdir()] == ["train.json.part"]
+
+    held = part.stat().st_size
+    file_server.seconds_a_chunk = 0
+    file_server.ranges.clear()
+    assert outcome(file_server, part.parent)
+    assert held >= 1 << 20 and file_server.ranges == [f"bytes={held}-"]
+
+
+def test_a_second_download_of_the_same_file_is_refused(file_server: FileServer, tmp_path: Path) -> None:
+    with (tmp_path / "train.json.part").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another download"):
+            download_file(f"{file_server.url}/train.json", tmp_path / "train.json", BLOB_ID)
+    assert file_server.ranges == []
