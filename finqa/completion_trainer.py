@@ -9,12 +9,15 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finqa.paths import write_atomically
 from finqa.training_rows import LengthGrouped
+
+if TYPE_CHECKING:
+    from finqa.captured_steps import CapturedSteps
 
 LINE_EVERY_S = 10.0
 
@@ -24,15 +27,35 @@ class CompletionTrainer(Trainer):
 
     tokens_seen = 0
     """Real tokens in the batches since this process started."""
+    captured: CapturedSteps | None = None
+    _capture = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         examples: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(example.ids) for example in examples]
         return LengthGrouped(lengths, self.args.train_batch_size, self.args.seed)
 
+    def capture_steps(self) -> None:
+        """Compute steps as CUDA graphs (finqa.captured_steps): one GPU, packed rows."""
+        self._capture = True
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         self.tokens_seen += int(inputs.pop("n_tokens"))
-        return super().training_step(model, inputs, num_items_in_batch)
+        if not self._capture:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self.captured is None:
+            from finqa.captured_steps import CapturedSteps
+
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            self.captured = CapturedSteps(trained, lambda batch, n: model(**batch, num_items_in_batch=n).loss)
+        model.train()
+        return self.captured(self._prepare_inputs(inputs), num_items_in_batch)
+
+
+def without_printing(trainer: CompletionTrainer) -> CompletionTrainer:
+    """The same trainer, without transformers' own lines in the log."""
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 class TrainingLog(TrainerCallback):

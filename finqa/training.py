@@ -11,30 +11,29 @@ import json
 import os
 import shutil
 import time
-import types
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finqa.errors import UserError
 from finqa.manifest import file_hash, write_json, write_manifest
+from finqa.packing import packed_collator
 from finqa.paths import Folders
 from finqa.students import (
     StudentRun,
     default_device,
     is_student,
-    load_base,
     load_tokenizer,
     quiet_libraries,
     resolve_model,
 )
 from finqa.tracking import wandb_run
+from finqa.trainable import Speed, is_packed, made_trainable, trainable
 from finqa.training_rows import Example, Families, collator, read_training_rows, rows_hash, tokenised
 from finqa.weights import weights_hash
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainingArguments
 
     from finqa.completion_trainer import CompletionTrainer
 
@@ -55,6 +54,7 @@ class TrainingConfig:
     """The first so many rows only."""
     save_steps: int | None = None
     """Updates between two checkpoints; None makes ten in a run."""
+    speed: Speed = Speed()  # noqa: RUF009  frozen
     wandb_project: str = "finqa-lora"
     wandb_entity: str | None = None
 
@@ -120,21 +120,44 @@ def fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders) -> Path
 
 
 def make_trainer(
-    run: StudentRun, config: TrainingConfig, examples: list[Example], pad_id: int, folder: Path
+    run: StudentRun,
+    config: TrainingConfig,
+    examples: list[Example],
+    pad_id: int,
+    folder: Path,
+    base: PreTrainedModel | None = None,
 ) -> CompletionTrainer:
-    """The Trainer of a run, its model loaded and made ready."""
-    from transformers import PrinterCallback, TrainingArguments, set_seed
+    """The Trainer of a run, its model made ready; `base` is loaded where it is not given."""
+    from transformers import set_seed
 
-    from finqa.completion_trainer import CompletionTrainer
+    from finqa.completion_trainer import CompletionTrainer, without_printing
 
-    settings = run.settings
     device = default_device()
     bf16 = device != "cpu" or cpu_multiplies_bf16()
     set_seed(config.seed)
-    model = _trainable(run, device, bf16)
+    model = trainable(run, device, bf16, config.speed) if base is None else made_trainable(base, run, config.speed)
+    packed = is_packed(model)
+    trainer = CompletionTrainer(
+        model=model,
+        args=training_arguments(run, config, len(examples), bf16, device, folder),
+        train_dataset=examples,  # pyright: ignore[reportArgumentType]
+        data_collator=packed_collator(pad_id) if packed else collator(pad_id),  # pyright: ignore[reportArgumentType]
+    )
+    if packed and config.speed.captured and trainer.args.world_size == 1:
+        trainer.capture_steps()
+    return without_printing(trainer)
+
+
+def training_arguments(
+    run: StudentRun, config: TrainingConfig, n_rows: int, bf16: bool, device: str, folder: Path
+) -> TrainingArguments:
+    """The Trainer's arguments of a run over `n_rows` rows."""
+    from transformers import TrainingArguments
+
+    settings = run.settings
     rows_an_update = settings.batch_size * run.grad_accum * int(os.environ.get("WORLD_SIZE", "1"))
-    updates = -(-len(examples) // rows_an_update) * settings.num_epochs
-    arguments = TrainingArguments(
+    updates = -(-n_rows // rows_an_update) * settings.num_epochs
+    return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=run.grad_accum,
@@ -156,14 +179,6 @@ def make_trainer(
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    trainer = CompletionTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=examples,  # pyright: ignore[reportArgumentType]
-        data_collator=collator(pad_id),  # pyright: ignore[reportArgumentType]
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -171,72 +186,6 @@ def cpu_multiplies_bf16() -> bool:
     import torch
 
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _trainable(run: StudentRun, device: str, bf16: bool) -> PreTrainedModel:
-    import torch
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
-    settings = run.settings
-    whole_in_fp32 = not run.peft and not run.load_in_4bit
-    dtype = torch.bfloat16 if bf16 and not whole_in_fp32 else torch.float32
-    if run.load_in_4bit and not run.peft:
-        raise UserError("a 4-bit base cannot be trained as a whole; give -P for an adapter, or leave out -F")
-    base = load_base(run.model, dtype, device, run.load_in_4bit, run.revision)
-    base.config.use_cache = False
-    if device == "cpu":
-        from finqa.cpu_attention import use_block_causal
-
-        use_block_causal(base)
-    loss_on_completion(base)
-    if not run.peft:
-        return base
-    if run.load_in_4bit:
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    lora = LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=list(settings.lora_modules),
-        task_type="CAUSAL_LM",
-    )
-    try:
-        model: Any = get_peft_model(base, lora)
-    except ValueError as error:
-        if "target module" not in str(error).lower():
-            raise
-        names = ", ".join(settings.lora_modules)
-        raise UserError(f"{run.model} has no layers called {names}; name its own with --lora-modules") from error
-    return model
-
-
-def loss_on_completion(model: PreTrainedModel) -> None:
-    """Give a causal model a forward pass that returns the loss and applies the head only where there is one.
-
-    Logits of the prompt would be three quarters of the head's work and, at a large vocabulary, most of the memory.
-    Everything around the model (peft, DDP, autocast) still calls its `forward`.
-    """
-    from transformers.modeling_outputs import CausalLMOutput
-
-    from finqa.training_rows import completion_positions
-
-    def forward(
-        self: Any,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutput:
-        """input_ids, labels [rows, length]; the loss is a mean over labelled tokens of the whole update."""
-        import torch
-
-        where, targets = completion_positions(labels)
-        hidden = getattr(self, self.base_model_prefix)(input_ids=input_ids, use_cache=False).last_hidden_state
-        logits = self.get_output_embeddings()(hidden[where]).float()
-        total: Any = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-        return CausalLMOutput(loss=total / (len(targets) if num_items_in_batch is None else num_items_in_batch))
-
-    model.forward = types.MethodType(forward, model)
 
 
 def _identity(run: StudentRun, config: TrainingConfig, base_hash: str, data_hash: str) -> dict[str, Any]:
@@ -252,6 +201,7 @@ def _identity(run: StudentRun, config: TrainingConfig, base_hash: str, data_hash
         **settings,
         "lora_modules": list(run.settings.lora_modules),
         "seed": config.seed,
+        "fp8_base": config.speed.fp8_base,
         "families": config.families,
         "base_hash": base_hash,
         "rows_hash": data_hash,

@@ -15,7 +15,8 @@ from finqa.paths import Folders
 from finqa.records import TeacherRow, write_teacher_rows
 from finqa.student_settings import StudentSettings
 from finqa.students import StudentRun, load_adapter, load_base, load_tokenizer, training_ids
-from finqa.training import TrainingConfig, fine_tune, last_checkpoint, loss_on_completion
+from finqa.trainable import loss_on_completion
+from finqa.training import TrainingConfig, fine_tune, last_checkpoint
 from finqa.training_rows import (
     NO_LOSS,
     Example,

@@ -1,0 +1,159 @@
+"""A student made ready to train: base weights, adapter, attention, the loss, what makes it fast on this device."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finqa.errors import UserError
+from finqa.students import StudentRun, load_base
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How a training step is computed; none of it changes the recipe, `fp8_base` changes its arithmetic."""
+
+    packed: bool = True
+    """Rows end to end without padding, where GPU and model allow it."""
+    compiled: bool = True
+    """Decoder layers through torch.compile, on a GPU."""
+    captured: bool = True
+    """Short steps as CUDA graphs, on one GPU with packed rows."""
+    fp8_base: bool = False
+    """The frozen base in 8-bit floats (finqa.fp8_base)."""
+    checkpointing: bool = False
+    """Activations of a layer are computed again in the backward pass: less memory, a third more time."""
+
+
+def trainable(run: StudentRun, device: str, bf16: bool, speed: Speed) -> PreTrainedModel:
+    """The student's model on `device`, with an adapter where the run has one; see `made_trainable`."""
+    import torch
+
+    if run.load_in_4bit and not run.peft:
+        raise UserError("a 4-bit base cannot be trained as a whole; give -P for an adapter, or leave out -F")
+    whole_in_fp32 = not run.peft and not run.load_in_4bit
+    dtype = torch.bfloat16 if bf16 and not whole_in_fp32 else torch.float32
+    return made_trainable(load_base(run.model, dtype, device, run.load_in_4bit, run.revision), run, speed)
+
+
+def made_trainable(base: PreTrainedModel, run: StudentRun, speed: Speed) -> PreTrainedModel:
+    """The same base, with its loss on the completion, attention and layers as `speed` says, and the run's adapter.
+
+    Raises UserError where the base has no layers of the names that get an adapter, or `fp8_base` is not possible.
+    """
+    device = next(base.parameters()).device.type
+    base.config.use_cache = False
+    if device == "cpu":
+        from finqa.cpu_attention import use_block_causal
+
+        use_block_causal(base)
+    elif speed.packed:
+        from finqa.packing import use_packed
+
+        use_packed(base)
+    loss_on_completion(base)
+    model = _with_adapter(base, run) if run.peft else base
+    if speed.fp8_base:
+        _to_fp8(base, run, device)
+    if speed.checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if device == "cuda" and speed.compiled:
+        for layer in decoder_layers(base):
+            layer.compile(dynamic=True)
+    return model
+
+
+def is_packed(model: PreTrainedModel) -> bool:
+    """Whether the model takes the batches of finqa.packing."""
+    from finqa.packing import NAME
+
+    return model.config._attn_implementation == NAME
+
+
+def decoder_layers(base: PreTrainedModel) -> Any:
+    return getattr(base, base.base_model_prefix).layers
+
+
+def _with_adapter(base: PreTrainedModel, run: StudentRun) -> Any:
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if run.load_in_4bit:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    try:
+        return get_peft_model(base, lora_config(run))
+    except ValueError as error:
+        if "target module" not in str(error).lower():
+            raise
+        names = ", ".join(run.settings.lora_modules)
+        raise UserError(f"{run.model} has no layers called {names}; name its own with --lora-modules") from error
+
+
+def lora_config(run: StudentRun) -> LoraConfig:
+    from peft import LoraConfig
+
+    settings = run.settings
+    return LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(settings.lora_modules),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _to_fp8(base: PreTrainedModel, run: StudentRun, device: str) -> None:
+    import torch
+
+    from finqa.fp8_base import to_fp8
+
+    if not run.peft or run.load_in_4bit:
+        raise UserError("--fp8-base is for a frozen bf16 base with an adapter: give -P, and leave out -F")
+    if device != "cuda" or torch.cuda.get_device_capability() < (8, 9):
+        raise UserError("--fp8-base needs a GPU with 8-bit float products (compute capability 8.9 or above)")
+    to_fp8(decoder_layers(base))
+
+
+def loss_on_completion(model: PreTrainedModel) -> None:
+    """Give a causal model a forward pass that returns the loss and applies the head only where there is one.
+
+    Logits of the prompt would be three quarters of the head's work and, at a large vocabulary, most of the memory.
+    Everything around the model (peft, DDP, autocast) still calls its `forward`.
+    """
+    from transformers.modeling_outputs import CausalLMOutput
+
+    from finqa.training_rows import NO_LOSS, completion_positions
+
+    def forward(
+        self: Any,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        predicting: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **rows: Any,
+    ) -> CausalLMOutput:
+        """The loss is a mean over labelled tokens of the whole update.
+
+        input_ids, labels [rows, length] as the collator makes them, or a batch of finqa.packing.
+        """
+        import torch
+
+        model = getattr(self, self.base_model_prefix)
+        if predicting is None:
+            where, targets = completion_positions(labels)
+            hidden = model(input_ids=input_ids, use_cache=False).last_hidden_state[where]
+        else:
+            targets = labels
+            hidden = model(input_ids=input_ids, use_cache=False, **rows).last_hidden_state[0, predicting]
+        logits = self.get_output_embeddings()(hidden).float()
+        total: Any = torch.nn.functional.cross_entropy(logits, targets, ignore_index=NO_LOSS, reduction="sum")
+        return CausalLMOutput(
+            loss=total / ((targets != NO_LOSS).sum() if num_items_in_batch is None else num_items_in_batch)
+        )
+
+    model.forward = types.MethodType(forward, model)

@@ -1,0 +1,75 @@
+"""Packed rows learn what padded rows learn; the GPU's own parts are held against float64 where a GPU is."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from finqa.packing import LENGTH_STEP, TARGETS_STEP, packed_collator
+from finqa.students import load_base
+from finqa.trainable import loss_on_completion
+from finqa.training_rows import NO_LOSS, Example, collator
+
+ROWS = [
+    Example("a", tuple(range(5, 60)), 40),
+    Example("b", tuple(range(9, 150)), 139),
+    Example("c", (7, 8, 9, 2), 1),
+]
+
+
+def attention_by_row(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """What torch's varlen_attn computes, written out: each row by itself, causal."""
+    import torch
+
+    assert window_size == (-1, 0)
+    out = torch.empty_like(query)
+    starts = cu_seq_q.tolist()
+    assert max(b - a for a, b in pairwise(starts)) <= max_q == max_k
+    for begin, end in pairwise(starts):
+        q, k, v = (x[begin:end].transpose(0, 1) for x in (query, key, value))
+        out[begin:end] = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=True
+        ).transpose(0, 1)
+    return out
+
+
+def test_a_packed_batch_holds_each_row_and_where_it_begins():
+    batch = packed_collator(0)(ROWS)
+    n = sum(len(row.ids) for row in ROWS)
+    assert batch["n_tokens"] == n
+    assert batch["input_ids"].shape == batch["position_ids"].shape == (1, -(-n // LENGTH_STEP) * LENGTH_STEP)
+    starts = batch["cu_seq_lens_q"].tolist()
+    assert starts == [0, 55, 196, n, batch["input_ids"].shape[1]]
+    for row, begin, end in zip(ROWS, starts, starts[1:], strict=False):
+        assert tuple(batch["input_ids"][0, begin:end].tolist()) == row.ids
+        assert batch["position_ids"][0, begin:end].tolist() == list(range(len(row.ids)))
+    real = batch["labels"] != NO_LOSS
+    assert len(batch["labels"]) == len(batch["predicting"]) == TARGETS_STEP
+    assert real[1:].sum() == real.sum(), "the Trainer leaves the first out of its count"
+    learnt = batch["input_ids"][0, batch["predicting"][real] + 1]
+    assert learnt.tolist() == batch["labels"][real].tolist() == [i for row in ROWS for i in row.ids[row.n_prompt :]]
+
+
+def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(tiny_student: Path, monkeypatch):
+    import torch
+    from torch.nn.attention import varlen
+    from transformers.modeling_utils import AttentionInterface
+
+    from finqa import packing
+
+    monkeypatch.setattr(varlen, "varlen_attn", attention_by_row)
+    padded = load_base(str(tiny_student), dtype=torch.float32)
+    packed = load_base(str(tiny_student), dtype=torch.float32)
+    AttentionInterface.register(packing.NAME, packing.packed_attention)
+    packed.set_attn_implementation(packing.NAME)
+    losses = []
+    for model, collate in ((padded, collator(0)), (packed, packed_collator(0))):
+        loss_on_completion(model)
+        batch: dict[str, Any] = collate(ROWS)
+        batch.pop("n_tokens")
+        losses.append(model(**batch).loss)
+        losses[-1].backward()
+    torch.testing.assert_close(losses[1], losses[0])
+    for (name, a), b in zip(packed.named_parameters(), padded.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=lambda m, name=name: f"{name}: {m}")
