@@ -104,7 +104,9 @@ class Spending:
     def __init__(self, price: Price | None, max_cost: float | None = None, before: Iterable[Answer] = ()) -> None:
         self.price = price
         self.max_cost = max_cost
-        self.spent_before = sum(price.of(answer) for answer in before) if price else 0.0
+        earlier = list(before)
+        self.spent_before = sum(price.of(answer) for answer in earlier) if price else 0.0
+        self._answers_before = len(earlier)
         self.answers: list[Answer] = []
         self.dollars = 0.0
         self.assumed_dollars = 0.0
@@ -122,13 +124,14 @@ class Spending:
     def allows(self, under_way: int) -> bool:
         """Whether one more request may be sent while `under_way` are: by the mean cost so far it stays affordable.
 
-        With nothing under way it is allowed as long as there is money left at all.
+        Before the first answer one request is let in wherever there is money left, to see what it costs.
         """
         if self.max_cost is None:
             return True
-        if not under_way:
+        known = self._answers_before + len(self.answers)
+        if not known and not under_way:
             return self.total < self.max_cost
-        mean = self.dollars / len(self.answers) if self.answers else self.assumed_dollars
+        mean = self.total / known if known else self.assumed_dollars
         return self.total + (under_way + 1) * mean <= self.max_cost
 
     def __str__(self) -> str:
@@ -142,7 +145,7 @@ class Spending:
         """The figures as a manifest has them."""
         fields = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
         counts: dict[str, object] = {field: self._sum(field) for field in fields}
-        return counts | {"dollars": round(self.dollars, 6) if self.price else None}
+        return counts | {"dollars": self.dollars if self.price else None}
 
     def _sum(self, field: str) -> int:
         return sum(getattr(answer, field) for answer in self.answers)

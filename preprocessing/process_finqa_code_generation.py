@@ -52,6 +52,7 @@ from preprocessing.teachers import ProgramTeacher, Reply, Teacher
 
 def main() -> None:
     args = parse_arguments()
+    config_from(args)  # A flag out of range is said before anything else.
     data, folders, splits = dataset(args.dataset), Folders.from_args(args), chosen_splits(args.split)
     questions = {split: read_questions(folders.clean(data.name, split)) for split in splits}
     for split in splits:
