@@ -26,6 +26,7 @@ from finqa import datasets, hub
 from finqa.errors import UserError, report_errors
 from finqa.evaluation import EvaluationConfig, evaluate, read_rows
 from finqa.generation import GenerationConfig
+from finqa.model_card import write_student_card
 from finqa.paths import Folders, add_folder_flags
 from finqa.prompts import EVAL_TYPES, EvalType
 from finqa.serving import check_backend
@@ -42,6 +43,7 @@ def main() -> int:
 
     if args.train:
         folder = fine_tune(run, training, folders)
+        write_student_card(run, folder)
         hub.push_folder(folder, None if args.push is False else run.hub_id, args.push, args.private)
         if evaluation:
             # In a process of its own: the engine finds the memory and the threads that training held.

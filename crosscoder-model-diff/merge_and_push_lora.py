@@ -27,6 +27,7 @@ from crosscoder.names import add_push_flags, hub_id, require_push
 from finqa import hub, merging, students
 from finqa.errors import UserError, report_errors
 from finqa.manifest import write_manifest
+from finqa.model_card import metadata
 from finqa.paths import SPLITS, Folders, add_folder_flags, write_atomically
 from finqa.records import read_teacher_rows
 from finqa.weights import weights_hash
@@ -197,14 +198,11 @@ def refuse_if_apart(divergence: Divergence, max_kl: float, partial: Path) -> Non
 
 def model_card(student: students.StudentRun, divergence: Divergence) -> str:
     """README.md of the merged model."""
-    return f"""---
-base_model: {student.model}
-library_name: transformers
----
-
+    name = Path(student.model).name if students.local_model(student.model) else student.model
+    return f"""{metadata(student.model, "transformers")}
 # {student.model_id}-merged
 
-`{student.model}` with the LoRA adapter that was fine-tuned on {student.dataset} to write small Python programs that
+`{name}` with the LoRA adapter that was fine-tuned on {student.dataset} to write small Python programs that
 answer questions over earnings reports, merged into its weights. Made by `merge_and_push_lora.py`.
 
 A merged weight is base + adapter, summed in fp32 and rounded to the base's dtype. Over {divergence.n_tokens} tokens of

@@ -18,8 +18,8 @@ def merged(model: str, student: Path, revision: str | None = None) -> Iterator[P
         yield Path(folder)
 
 
-def merge(model: str, student: Path, folder: Path, revision: str | None = None) -> None:
-    """Write base + adapter as one model, tokenizer included.
+def merge(model: str, student: Path, folder: Path, revision: str | None = None, max_shard_size: str = "5GB") -> None:
+    """Write base + adapter as one model, in files of at most `max_shard_size`, tokenizer included.
 
     The sum is taken in fp32 and rounded once, to the dtype of the base (bf16 for every student here), so a
     merged weight is the bf16 number nearest to base + scale * B A. It still is a rounded one: logits differ
@@ -32,5 +32,5 @@ def merge(model: str, student: Path, folder: Path, revision: str | None = None) 
     stored = AutoConfig.from_pretrained(path).dtype or torch.bfloat16
     base = load_base(model, dtype=torch.float32, device="cpu", revision=revision)
     whole = load_adapter(base, student).merge_and_unload().to(stored)
-    whole.save_pretrained(folder)
+    whole.save_pretrained(folder, max_shard_size=max_shard_size)
     load_tokenizer(model, revision).save_pretrained(folder)

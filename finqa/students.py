@@ -93,6 +93,7 @@ class StudentRun:
         if self.settings.num_epochs != defaults.num_epochs:
             words.append(f"--NUM_EPOCHS {self.settings.num_epochs}")
         words += [f"--run-name {self.run_name}"] if self.run_name else []
+        words += [f"--revision {self.revision}"] if self.revision else []
         return " ".join(words)
 
 
@@ -236,8 +237,8 @@ def find_adapter(run: StudentRun, folders: Folders) -> Path:
     fetched = hub.fetch_folder(hub_id) if hub_id else None
     if fetched is not None and is_student(fetched):
         return fetched
-    elsewhere = f"on the Hub as {hub_id}" if hub_id else "on the Hub (no HF_NAME is known)"
-    raise UserError(f"no fine-tuned model in {local}, nor {elsewhere}; make it with: {run.training_command()}")
+    nowhere = f"no fine-tuned model in {local}, nor {hub.looked_for(hub_id)}"
+    raise UserError(f"{nowhere}; make it with: {run.training_command()}")
 
 
 def is_student(folder: Path) -> bool:

@@ -192,5 +192,4 @@ def find_folder(local: Path, student: StudentRun, marker: str, what: str, comman
     fetched = hub.fetch_folder(repository) if repository else None
     if fetched is not None and (fetched / marker).exists():
         return fetched
-    elsewhere = f"on the Hub as {repository}" if repository else "on the Hub (no HF_NAME is known)"
-    raise UserError(f"no {what} in {local}, nor {elsewhere}; make it with: {command}")
+    raise UserError(f"no {what} in {local}, nor {hub.looked_for(repository)}; make it with: {command}")
