@@ -251,12 +251,23 @@ class _Helper:
         return self._replies.fileno()
 
     def start_program(self, number: int, code: str) -> None:
-        self.program = number
+        """Hand over a program. A helper found dead is replaced: this program had no part in that."""
         source = code.encode("utf-8", "surrogatepass")
-        data = memoryview(HEADER.pack(REQUEST, len(source)) + source)
-        with contextlib.suppress(BrokenPipeError):  # the helper is dead, as take_result will see
+        request = HEADER.pack(REQUEST, len(source)) + source
+        if self._process.poll() is not None or not self._send(request):
+            self.restart()
+            self._send(request)
+        self.program = number
+
+    def _send(self, request: bytes) -> bool:
+        """Whether the helper took the request; if not, it is dead, as take_result will see."""
+        data = memoryview(request)
+        try:
             while data:
                 data = data[os.write(self._requests.fileno(), data) :]
+        except BrokenPipeError:
+            return False
+        return True
 
     def take_result(self) -> tuple[int, Run | None]:
         """Number and result of the program that was started; no result when the helper has died."""
