@@ -175,9 +175,10 @@ def _mentions(text: str, value: float):
 
 def _same(found: float | None, value: float) -> bool:
     # A program may quote a percentage as a plain number, and drop a sign that the bracket shows.
-    return found is not None and any(
-        abs(v - value) <= 1e-9 * max(1.0, abs(value)) for v in (found, found * 100, -found)
-    )
+    if found is None:
+        return False
+    tolerance = 1e-9 * max(1.0, abs(value))
+    return abs(found - value) <= tolerance or abs(found * 100 - value) <= tolerance or abs(found + value) <= tolerance
 
 
 def _words(text: str) -> list[str]:
