@@ -6,6 +6,7 @@ Reads  D/clean_with_code/FinQA/finqa_{split}_generated.csv
 Writes finqa_{split}_generated_filtered.csv beside it: the rows whose answer is right (finqa.answers, by the data
        set's rule), in their order; finqa_{split}_generated_rejected.csv: the others with their reason; and the run
        manifest finqa_{split}_generated_filtered.run.json
+Prints for each split how many rows were kept, how many rejected for which reason, and their shares
 
 The column actual_answer is believed: the stage before wrote it by running the program. For a file from elsewhere, or
 to check one, --rerun runs every program again and judges by that. Of a published file only the columns prompt,
@@ -29,14 +30,15 @@ from finqa.manifest import file_hash, write_manifest
 from finqa.paths import SPLITS, Folders, add_folder_flags, chosen_splits
 from finqa.records import TeacherRow, read_teacher_rows, write_rejected, write_teacher_rows
 from preprocessing.run_programs import with_answers
-from preprocessing.summary import Summary, count, manifest_of
+from preprocessing.summary import Summary, count, manifest_of, table_of_reasons
 
 
 def main() -> None:
     args = parse_arguments()
     data, folders = dataset(args.dataset), Folders.from_args(args)
     for split in chosen_splits(args.split):
-        print(filter_split(data.name, split, folders, args.rule or data.answer_rule, args.rerun), flush=True)
+        summary = filter_split(data.name, split, folders, args.rule or data.answer_rule, args.rerun)
+        print(summary, table_of_reasons(summary), sep="\n", flush=True)
 
 
 def filter_split(dataset_name: str, split: str, folders: Folders, rule: Rule, rerun: bool = False) -> Summary:

@@ -45,6 +45,14 @@ class Summary:
         }
 
 
+def table_of_reasons(summary: Summary) -> str:
+    """What became of a split's rows, as a table of reason, rows and share: those kept first, then the commonest."""
+    counts = [(summary.kept_as, summary.kept), *summary.left_out.most_common()]
+    width = max(len("reason"), *(len(reason) for reason, _ in counts))
+    lines = [f"{reason:<{width}}  {rows:>6,}  {rows / max(summary.rows, 1):>6.1%}" for reason, rows in counts]
+    return "\n".join(f"  {line}" for line in (f"{'reason':<{width}}  {'rows':>6}  {'share':>6}", *lines))
+
+
 def by_reason(reasons: Counter[str]) -> str:
     """` (wrong-answer 12, runtime 3)`, the commonest first; empty where there is none."""
     return f" ({', '.join(f'{reason} {count}' for reason, count in reasons.most_common())})" if reasons else ""

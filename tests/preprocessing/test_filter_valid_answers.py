@@ -70,6 +70,29 @@ def test_every_row_lands_in_one_of_the_two_files_in_order(command: Command, tmp_
     assert "FinQA train: 10 rows in, 3 kept, 7 rejected (wrong-answer 7)" in done.stdout
 
 
+def test_the_table_of_reasons_accounts_for_every_row(command: Command, tmp_path: Path) -> None:
+    right, wrong, silent = row(), row(actual="3"), row(actual="", error_kind="cpu-time")
+    write_generated(tmp_path, [right] * 3 + [wrong] * 4 + [silent] + [row(code="", actual="")] * 2)
+
+    lines = command("filter_valid_answers", "--split", "train").stdout.splitlines()
+
+    assert lines[0].startswith("FinQA train: 10 rows in, 3 kept, 7 rejected")
+    assert [line.split() for line in lines[1:]] == [
+        ["reason", "rows", "share"],
+        ["kept", "3", "30.0%"],
+        ["wrong-answer", "4", "40.0%"],
+        ["no-program", "2", "20.0%"],
+        ["cpu-time", "1", "10.0%"],
+    ]
+    assert len(rejected(tmp_path)) == 7
+
+
+def test_an_empty_file_has_an_empty_table(command: Command, tmp_path: Path) -> None:
+    write_generated(tmp_path, [])
+    last = command("filter_valid_answers", "--split", "train").stdout.splitlines()[-1]
+    assert last.split() == ["kept", "0", "0.0%"]
+
+
 def test_a_published_file_with_four_columns_loads(command: Command, tmp_path: Path) -> None:
     folder(tmp_path).mkdir(parents=True)
     with (folder(tmp_path) / "finqa_train_generated.csv").open("w", newline="") as file:
