@@ -53,31 +53,44 @@ class Dataset:
 def load_finqa(path: Path) -> LoadedSplit:
     """Read a file in FinQA's raw schema: a list of {id, pre_text, post_text, table, qa}.
 
-    `answer` is `exe_ans`, or `answer` where that is empty. Rows without a question or an answer, or of another shape,
-    are dropped with their reason. Raises UserError where the file is missing, is no JSON, or is no list.
+    `answer` is `exe_ans`, or `answer` where that is empty or no finite number. Rows without a question or an answer, or
+    of another shape, are dropped with their reason. Ids name a row everywhere after this: a row whose id another one
+    has is kept as `<id>#2`, `<id>#3`. Raises UserError where the file is missing, is no JSON, or is no list.
     """
     if not path.exists():
         raise UserError(f"{path} is missing")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=lambda not_finite: None)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path} is broken JSON at line {error.lineno}, column {error.colno} ({error.msg}); get it again"
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); get it again") from None
+    except (RecursionError, ValueError) as error:  # nested thousands deep, or a number of thousands of digits
+        raise UserError(f"{path} is JSON that cannot be read ({error}); get it again") from None
     if not isinstance(raw, list):
         raise UserError(f"{path} holds a {type(raw).__name__}, not a list of questions; get it again")
     questions, dropped = [], []
+    ids: set[str] = set()
     for index, row in enumerate(raw):
         row_id = str(row.get("id") or f"row {index}") if isinstance(row, dict) else f"row {index}"
         try:
-            questions.append(_finqa_question(row, row_id))
+            questions.append(_finqa_question(row, _distinct(row_id, ids)))
+            ids.add(questions[-1].id)
         except (KeyError, TypeError, AttributeError):
             dropped.append(DroppedRow(row_id, "not in FinQA's schema"))
         except ValueError as error:
             dropped.append(DroppedRow(row_id, str(error)))
     return LoadedSplit(questions, dropped)
+
+
+def _distinct(row_id: str, ids: set[str]) -> str:
+    name, count = row_id, 1
+    while name in ids:
+        count += 1
+        name = f"{row_id}#{count}"
+    return name
 
 
 def _finqa_question(row: dict[str, Any], row_id: str) -> Question:
@@ -99,8 +112,8 @@ def _finqa_question(row: dict[str, Any], row_id: str) -> Question:
         question=question,
         answer=answer,
         program=(qa.get("program") or "").strip(),
-        family=qa.get("family", ""),
-        family_kind=qa.get("family_kind", ""),
+        family=_text(qa.get("family")),
+        family_kind=_text(qa.get("family_kind")),
     )
     _check_unicode(loaded)
     return loaded
@@ -109,7 +122,7 @@ def _finqa_question(row: dict[str, Any], row_id: str) -> Question:
 def _check_unicode(question: Question) -> None:
     """JSON can escape half a surrogate pair, which no UTF-8 file can hold."""
     cells = [cell for line in question.table for cell in line]
-    texts = [question.id, question.pre_text, question.post_text, question.question, question.answer, question.program]
+    texts = [value for value in vars(question).values() if isinstance(value, str)]
     try:
         "".join(texts + cells).encode()
     except UnicodeEncodeError:
@@ -117,6 +130,8 @@ def _check_unicode(question: Question) -> None:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, list | dict):
+        raise TypeError("a label that is a container")
     return "" if value is None else str(value).strip()
 
 

@@ -75,9 +75,20 @@ def chosen_splits(split: str) -> tuple[str, ...]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name beside `path` and rename it, so that a killed run leaves no half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
+    """Write a file under a temporary name beside `path` and rename it, so that a killed run leaves no half file.
+
+    Text is written as UTF-8; half a surrogate pair, which a model's reply can hold and UTF-8 cannot, as `\\ud800`.
+    An OSError names `path`.
+    """
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_and_rename(path, data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write_and_rename(path: Path, data: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

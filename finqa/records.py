@@ -83,7 +83,7 @@ def parse_table(text: str) -> Table:
 def read_questions(path: Path) -> list[Question]:
     """Read a clean CSV. `id`, `program` and the family columns may be absent; other columns are ignored.
 
-    Raises UserError for a missing file or column, or a row with too many cells.
+    Raises UserError for a missing file or column, a file that was cut off, or a row with too many or too few cells.
     """
     rows = _read_rows(path, _REQUIRED_CLEAN, "python -m preprocessing.preprocess_finqa")
     return [
@@ -115,7 +115,7 @@ def write_questions(path: Path, questions: Sequence[Question]) -> None:
 def read_teacher_rows(path: Path) -> list[TeacherRow]:
     """Read a generated, filtered or rejected CSV; the published files with only the first four columns load too.
 
-    Raises UserError for a missing file or column.
+    Raises UserError as read_questions does.
     """
     rows = _read_rows(path, _REQUIRED_TEACHER, "python -m preprocessing.process_finqa_code_generation")
     return [TeacherRow(**{c: row[c] for c in _TEACHER_COLUMNS if c in row}) for row in rows]
@@ -150,15 +150,20 @@ def _read_rows(path: Path, required: Sequence[str], remedy: str) -> list[dict[st
         text = path.read_bytes().decode("utf-8-sig")  # read_text would change a carriage return inside a cell
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
-    missing = [column for column in required if column not in (reader.fieldnames or ())]
-    if missing:
-        raise UserError(f"{path} lacks the column {', '.join(missing)}; make it again with: {remedy}")
-    rows = []
-    for number, row in enumerate(reader, start=1):
-        if None in row:
-            raise UserError(f"{path}, row {number}: more cells than columns; make it again with: {remedy}")
-        rows.append(row)
+    # Strict, because a file that was cut off inside quotes would else be read as if it were whole.
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows: list[dict[str, str]] = []
+    try:
+        missing = [column for column in required if column not in (reader.fieldnames or ())]
+        if missing:
+            raise UserError(f"{path} lacks the column {', '.join(missing)}; make it again with: {remedy}")
+        for row in reader:
+            if None in row or None in row.values():
+                more = "more" if None in row else "fewer"
+                raise UserError(f"{path}, row {len(rows) + 1}: {more} cells than columns; make it again with: {remedy}")
+            rows.append(row)
+    except csv.Error as error:
+        raise UserError(f"{path}, row {len(rows) + 1}: {error}; make it again with: {remedy}") from None
     return rows
 
 

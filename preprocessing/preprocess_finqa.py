@@ -7,7 +7,7 @@ Writes D/clean/FinQA/{train,dev,test}.csv: pre_text, post_text, table, question,
        family_kind where the data set has them), and beside each its run manifest {split}.run.json
 
 Rows without a question or an answer, or of another shape, are dropped; the summary counts them by reason, the
-manifest names them.
+manifest names them. A second row of one id is kept as `<id>#2`.
 """
 
 from __future__ import annotations

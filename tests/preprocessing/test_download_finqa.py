@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fcntl
 import gzip
+import resource
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ from command_fixture import Command, the_one_line
 from file_server import FileServer, blob_id, running_file_server
 
 from finqa.errors import UserError
+from finqa.paths import REPOSITORY
 from preprocessing import download_finqa
 from preprocessing.download_finqa import download_file, git_blob_id
 
@@ -225,3 +227,22 @@ def test_a_second_download_of_the_same_file_is_refused(file_server: FileServer, 
         with pytest.raises(UserError, match="another download"):
             download_file(f"{file_server.url}/train.json", tmp_path / "train.json", BLOB_ID)
     assert file_server.ranges == []
+
+
+def test_no_room_is_one_line_at_once_and_keeps_what_came(
+    command: Command, file_server: FileServer, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands for a full disk."""
+    limit = 1 << 20
+    done = subprocess.run(
+        command.line("download_finqa", "--split", "train", "--url-base", file_server.url),
+        cwd=REPOSITORY,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    line = the_one_line(done)
+    assert "train.json.part" in line and "make room" in line
+    assert file_server.ranges == [None]
+    assert (tmp_path / "FinQA/train.json.part").read_bytes() == CONTENT[:limit]
