@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from finqa.records import Question
 from finqa.sandbox import Run, Sandbox
 from finqa.worked_examples import WorkedExample
 from preprocessing.asking import Asker, make_client, run_together
+from preprocessing.batches import batches_file, under_way
 from preprocessing.conversation import Conversation, Wanted
 from preprocessing.journal import Answer, Journal, answers_in, request_key
 from preprocessing.prices import Estimate, Spending, estimate, price_of
@@ -87,34 +88,50 @@ class OpenAITeacher:
     def __call__(self, questions: Sequence[Question]) -> list[Reply]:
         self.stopped = ""
         with self.open_journal() as journal, self.conversation(journal) as talk:
-            missing = [question for question in questions if isinstance(talk.next_step(question), Wanted)]
-            self.from_journal += len(questions) - len(missing)
+            missing = self.count_settled(talk, questions)
             if missing:
+                self._check_no_batch(talk, missing)
                 api_key()  # Before the estimate is worth reading.
                 planned = self.plan(talk, questions)
                 print(f"estimate: {planned}{self._more_attempts()}", flush=True)
                 self.spending.assumed_dollars = (planned.dollars or 0.0) / max(1, planned.requests)
                 asyncio.run(self._ask_all(missing, talk))
-            replies = [talk.outcome(question) for question in questions]
+            return self.replies(talk, questions)
+
+    def count_settled(self, talk: Conversation, questions: Sequence[Question]) -> list[Question]:
+        """Count the rows that the journal settles as it is, and return the questions that it does not."""
+        missing = [question for question in questions if isinstance(talk.next_step(question), Wanted)]
+        self.from_journal += len(questions) - len(missing)
+        return missing
+
+    def replies(self, talk: Conversation, questions: Sequence[Question]) -> list[Reply]:
+        """What the journal says about each question."""
+        replies = [talk.outcome(question) for question in questions]
         self._attempts.update(reply.attempts for reply in replies)
         return replies
 
-    def dry_run(self, questions: Sequence[Question]) -> str:
+    def dry_run(self, questions: Sequence[Question], batch: bool = False) -> str:
         """The first prompt and the estimate. Sends and writes nothing, and needs no key."""
         with Journal(self.journal_path, read_only=True) as journal, self.conversation(journal) as talk:
             steps = (talk.next_step(question) for question in questions)
             first = next((step for step in steps if isinstance(step, Wanted)), None)
-            planned = self.plan(talk, questions)
+            planned = self.plan(talk, questions, batch)
         if first is None:
             return "nothing is to be asked: the journal has every answer"
         prompt = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in first.request["messages"])
         others = {name: value for name, value in first.request.items() if name != "messages"}
         return f"{prompt}\n\n{json.dumps(others)}\n\nestimate: {planned}{self._more_attempts()}"
 
-    def plan(self, talk: Conversation, questions: Sequence[Question], batch: bool = False) -> Estimate:
-        """What is to be asked next of the questions, equal ones once."""
+    def plan(
+        self,
+        talk: Conversation,
+        questions: Sequence[Question],
+        batch: bool = False,
+        leave_out: Collection[str] = (),
+    ) -> Estimate:
+        """What is to be asked next of the questions, equal ones once, without those in a batch already."""
         steps = [talk.next_step(question) for question in questions]
-        wanted = {step.key: step for step in steps if isinstance(step, Wanted)}
+        wanted = {step.key: step for step in steps if isinstance(step, Wanted) and step.key not in leave_out}
         answered: list[tuple[int, Answer]] = []
         for question in questions:
             request = talk.first_request(question)
@@ -122,6 +139,16 @@ class OpenAITeacher:
             if answer is not None:
                 answered.append((Wanted("", request).characters, answer))
         return estimate([(step.characters, step.limit) for step in wanted.values()], answered, self.price, batch)
+
+    def _check_no_batch(self, talk: Conversation, questions: Sequence[Question]) -> None:
+        waiting = under_way(batches_file(self.journal_path))
+        steps = (talk.next_step(question) for question in questions) if waiting else ()
+        paid = sum(isinstance(step, Wanted) and step.key in waiting for step in steps)
+        if paid:
+            raise UserError(
+                f"{paid} of the questions are in batches under way ({batches_file(self.journal_path)}) and would be "
+                "paid for twice; take their answers first with --batch fetch"
+            )
 
     @contextlib.contextmanager
     def open_journal(self) -> Iterator[Journal]:

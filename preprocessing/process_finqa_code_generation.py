@@ -43,6 +43,8 @@ from finqa.manifest import file_hash, write_manifest
 from finqa.paths import SPLITS, Folders, add_folder_flags, chosen_splits
 from finqa.prompts import training_prompt
 from finqa.records import Question, TeacherRow, read_questions, read_teacher_rows, write_teacher_rows
+from preprocessing.batch_teacher import BatchTeacher
+from preprocessing.batches import REQUESTS_A_BATCH
 from preprocessing.openai_teacher import OpenAITeacher
 from preprocessing.run_programs import with_answers
 from preprocessing.summary import Summary, by_reason, count, manifest_of
@@ -55,22 +57,26 @@ def main() -> None:
     config_from(args)  # A flag out of range is said before anything else.
     data, folders, splits = dataset(args.dataset), Folders.from_args(args), chosen_splits(args.split)
     questions = {split: read_questions(folders.clean(data.name, split)) for split in splits}
+    errors: list[UserError] = []
     for split in splits:
-        chosen = questions[split][: args.limit]
+        chosen, whole = questions[split][: args.limit], len(questions[split])
+        teacher = make_teacher(args, data, split, folders)
         if args.dry_run:
-            print(f"{data.name} {split}: {make_teacher(args, data, split, folders).dry_run(chosen)}", flush=True)
-            continue
-        if args.limit is not None:
-            check_not_shortened(folders.generated(data.name, split), len(chosen))
-        process_finqa_samples(
-            data,
-            split,
-            folders,
-            chosen,
-            make_teacher(args, data, split, folders),
-            args.max_failed_share,
-            of_rows=len(questions[split]),
-        )
+            print(f"{data.name} {split}: {teacher.dry_run(chosen)}", flush=True)
+        elif isinstance(teacher, BatchTeacher) and args.batch == "submit":
+            print(f"{data.name} {split}: {teacher.submit(chosen, args.batch_requests)}", flush=True)
+        elif isinstance(teacher, BatchTeacher) and args.batch == "status":
+            print(f"{data.name} {split}: {teacher.status()}", flush=True)
+        else:
+            try:
+                check_not_shortened(folders.generated(data.name, split), len(chosen), whole)
+                process_finqa_samples(data, split, folders, chosen, teacher, args.max_failed_share, of_rows=whole)
+            except UserError as error:
+                if not args.batch:
+                    raise
+                errors.append(error)  # The batches of the other splits can be fetched all the same.
+    if errors:
+        raise UserError("; ".join(map(str, errors)))
 
 
 def make_teacher(args: argparse.Namespace, data: Dataset, split: str, folders: Folders) -> Teacher:
@@ -78,9 +84,10 @@ def make_teacher(args: argparse.Namespace, data: Dataset, split: str, folders: F
     if args.teacher == "program":
         return ProgramTeacher()
     journals = {s: journal_of(folders.generated(data.name, s)) for s in chosen_splits(args.split)}
-    return OpenAITeacher(
+    teacher = OpenAITeacher(
         config_from(args), data.worked_examples, journals[split], data.answer_rule, paid_in=journals.values()
     )
+    return BatchTeacher(teacher) if args.batch else teacher
 
 
 def journal_of(output: Path) -> Path:
@@ -88,9 +95,9 @@ def journal_of(output: Path) -> Path:
     return output.with_suffix(".journal.jsonl")
 
 
-def check_not_shortened(output: Path, rows: int) -> None:
-    """Raises UserError where writing so many rows would replace a longer output."""
-    there = len(read_teacher_rows(output)) if output.exists() else 0
+def check_not_shortened(output: Path, rows: int, whole: int) -> None:
+    """Raises UserError where writing only the first `rows` of the `whole` rows would replace a longer output."""
+    there = len(read_teacher_rows(output)) if rows < whole and output.exists() else 0
     if there > rows:
         raise UserError(
             f"{output} has {there} rows and --limit would replace them by {rows}; move it away first, or give another "
@@ -181,9 +188,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the first prompt and the estimate; send and write nothing"
     )
+    parser.add_argument(
+        "--batch", choices=("submit", "status", "fetch"), help="go through the Batch API instead of single requests"
+    )
+    parser.add_argument(
+        "--batch-requests", type=at_least_one, default=REQUESTS_A_BATCH, help="of one batch (default: %(default)s)"
+    )
     add_teacher_flags(parser)
     add_folder_flags(parser, results=False)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.batch and args.teacher != "openai":
+        parser.error("--batch is of --teacher openai")
+    return args
 
 
 def at_least_one(text: str) -> int:
