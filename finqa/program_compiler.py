@@ -43,6 +43,8 @@ _STOP_WORDS = frozenset(
     )
 )
 _MAX_WORDS = 5
+_NEAR = 400
+"""Characters on either side of a number in the text that are looked at for its name: a line can be a whole page."""
 _NUMBER_IN_TEXT = re.compile(r"(?<![\w.])-?\d[\d,]*\.?\d*(?![\w])")
 
 
@@ -161,13 +163,13 @@ def _mentions(text: str, value: float):
     for line in text.split("\n"):
         for found in _NUMBER_IN_TEXT.finditer(line):
             literal = found[0].rstrip(",.")
-            after = line[found.end() :].split()
+            after = line[found.end() : found.end() + _NEAR].split()
             if after[:1] == ["%"] or line[found.end() : found.end() + 1] == "%":
                 literal += "%"
                 after = after[1:]
             if not _same(number(literal), value):
                 continue
-            sentence = re.split(r"[.;:] ", line[: found.start()])[-1]
+            sentence = re.split(r"[.;:] ", line[max(0, found.start() - _NEAR) : found.start()])[-1]
             before = [w for w in _words(sentence) if not w.isdigit()]
             unit = [w for w in after[:2] if w.isalpha() and w not in _STOP_WORDS]
             yield " ".join(before[-4:] + unit[:1])
