@@ -166,9 +166,9 @@ def test_a_row_may_have_the_name_of_an_operand():
 
 def test_a_number_is_named_in_a_page_of_one_long_line():
     """Twenty thousand sentences without a line break; only what stands near a number is read for its name."""
-    page = " ".join(f"item {n} was {n + 100_000} dollars ." for n in range(20_000)) + " store rent was 77 dollars ."
-    code = to_python("add(77, 119999)", [["", ""]], "what?", page)
-    assert code.splitlines()[:2] == ["store_rent_dollars = 77", "item_dollars = 119999"]
+    page = " ".join(f"item {n} was {n + 100_000} dollars ." for n in range(20_000)) + " store rent was 7.5 dollars ."
+    code = to_python("add(7.5, 119999)", [["", ""]], "what?", page)
+    assert code.splitlines()[:2] == ["store_rent_dollars = 7.5", "item_dollars = 119999"]
 
 
 # --- Real programs ----------------------------------------------------------------------------------------------------
