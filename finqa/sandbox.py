@@ -40,7 +40,7 @@ import functools
 import json
 import math
 import os
-import selectors
+import select
 import subprocess
 import sys
 import tempfile
@@ -189,10 +189,10 @@ class Sandbox:
     def _answered(self) -> list[_Helper]:
         """The helpers with something to read, waiting for one; all busy ones, ended, if that takes far too long."""
         busy = {helper.fileno(): helper for helper in self._helpers if helper.program is not None}
-        with selectors.DefaultSelector() as selector:
-            for descriptor in busy:
-                selector.register(descriptor, selectors.EVENT_READ)
-            ready = [busy[key.fd] for key, _ in selector.select(self.limits.wall_s + _GRACE_S)]
+        poll = select.poll()
+        for descriptor in busy:
+            poll.register(descriptor, select.POLLIN)
+        ready = [busy[descriptor] for descriptor, _ in poll.poll((self.limits.wall_s + _GRACE_S) * 1000)]
         if ready:
             return ready
         for helper in busy.values():

@@ -16,12 +16,12 @@ from __future__ import annotations
 import ctypes
 import decimal
 import fractions
+import functools
 import gc
 import importlib
 import json
 import math
 import os
-import random
 import resource
 import select
 import signal
@@ -43,10 +43,10 @@ RESULT_FD = 3
 """The only descriptor that a program's process has: the writing end of its own pipe."""
 PROGRAM_FILE = "<program>"
 PRELOADED = (
-    "cmath statistics numbers datetime calendar _strptime re string collections itertools functools operator bisect "
-    "heapq copy enum typing dataclasses"
+    "cmath statistics numbers datetime calendar _strptime re string collections itertools operator bisect heapq copy "
+    "enum typing dataclasses"
 )
-"""What a program can import beside the modules above. Nothing is read from disk once programs run."""
+"""What a program can import beside `random` and the modules above. Nothing is read from disk once programs run."""
 
 SYSTEM_CALLS = "system calls"
 """The name of the protection that matters most."""
@@ -89,6 +89,7 @@ Step = tuple[str, Callable[[], None]]
 
 def main() -> int:
     settings = json.loads(sys.argv[1])
+    import_random()
     for name in PRELOADED.split():
         importlib.import_module(name)
     sys.path.clear()
@@ -116,6 +117,19 @@ def serve(steps: list[Callable[[], None]], settings: dict, leftovers: bool) -> N
         if leftovers and os.getpid() == 1:
             end_all_others()
         send(*reply)
+
+
+def import_random() -> None:
+    """Seed `random` once for all programs, so that the same program gives the same answer every time.
+
+    On import it asks to be seeded anew in every fork, a tenth of what a program costs: here it is not heard.
+    """
+    register = os.register_at_fork
+    os.register_at_fork = lambda **_: None
+    try:
+        importlib.import_module("random").seed(0)
+    finally:
+        os.register_at_fork = register
 
 
 def take_default_signals() -> None:
@@ -180,18 +194,19 @@ def become_first_process(libc: ctypes.CDLL) -> None:
 def protections(settings: dict, size_b: int) -> list[Step]:
     """What a program's process does before it runs the program; the system-call filter closes the door, so last."""
     cpu_s, memory_b = settings["cpu_s"], settings["memory_mb"] * 1_048_576
+    lower_cpu = lowering(resource.RLIMIT_CPU, math.ceil(cpu_s) + 1)  # for a program that stops the timer
 
     def limit_cpu() -> None:
         signal.setitimer(signal.ITIMER_PROF, cpu_s)  # exact; SIGPROF ends the process
-        lower(resource.RLIMIT_CPU, math.ceil(cpu_s) + 1)  # for a program that stops the timer
+        lower_cpu()
 
     steps: list[Step] = [
         ("cpu time", limit_cpu),
-        ("memory", lambda: lower(resource.RLIMIT_AS, size_b + memory_b)),
-        ("file size", lambda: lower(resource.RLIMIT_FSIZE, 0)),
-        ("core dumps", lambda: lower(resource.RLIMIT_CORE, 0)),
-        ("processes", lambda: lower(resource.RLIMIT_NPROC, 0)),
-        ("open files", lambda: lower(resource.RLIMIT_NOFILE, 0)),
+        ("memory", lowering(resource.RLIMIT_AS, size_b + memory_b)),
+        ("file size", lowering(resource.RLIMIT_FSIZE, 0)),
+        ("core dumps", lowering(resource.RLIMIT_CORE, 0)),
+        ("processes", lowering(resource.RLIMIT_NPROC, 0)),
+        ("open files", lowering(resource.RLIMIT_NOFILE, 0)),
     ]
     if sys.platform == "linux":
         prctl = ctypes.CDLL(None).prctl
@@ -201,11 +216,12 @@ def protections(settings: dict, size_b: int) -> list[Step]:
     return steps
 
 
-def lower(limit: int, value: int) -> None:
+def lowering(limit: int, value: int) -> Callable[[], None]:
+    """The step that lowers a limit to `value`, or to the highest that this process may have."""
     _, highest = resource.getrlimit(limit)
     if highest != resource.RLIM_INFINITY:
         value = min(value, highest)
-    resource.setrlimit(limit, (value, value))
+    return functools.partial(resource.setrlimit, limit, (value, value))
 
 
 def system_call_filter(instructions: bytes) -> Callable[[], None]:
@@ -391,7 +407,6 @@ def compute(code: bytes) -> bytes:
     sys.modules["__main__"] = module
     sys.argv = [PROGRAM_FILE]
     sys.stdin, sys.stdout, sys.stderr = None, Discard(), Discard()
-    random.seed(0)  # the same program gives the same answer every time
     try:
         program = compile(code.decode("utf-8", "surrogatepass"), PROGRAM_FILE, "exec", dont_inherit=True)
     except SyntaxError as error:
