@@ -32,6 +32,8 @@ PASSING_STATUS = (408, 409, 425, 429)
 NO_MONEY = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "access_terminated"}
 OF_EVERY_REQUEST = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}
 """Codes of a 400 that blame the parameters, which are the same in all requests."""
+_ABOUT_ROLES = re.compile(r"\broles?\b|\bsystem (role|message|prompt)|user and assistant", re.IGNORECASE)
+"""In the message of a chat template that takes no system turn."""
 MALFORMED_TRIES = 2
 """A reply that is no chat completion may have been paid for: it is asked for once more, not --max-retries times."""
 
@@ -79,6 +81,8 @@ def status_fault(error: openai.APIStatusError, model: str, server: str) -> Fault
         raise UserError(f"no model {model!r} at {server}: {message}") from error
     if codes & OF_EVERY_REQUEST:
         raise UserError(f"the server refuses a parameter of every request: {message}") from error
+    if status == 400 and _ABOUT_ROLES.search(message):
+        message += "; a model without a system role needs --system-role user"
     may_pass = status in PASSING_STATUS or status >= 500
     asked = error.response.headers.get("x-should-retry")
     tries = math.inf if may_pass and asked != "false" else 1
