@@ -1,6 +1,6 @@
 """What the sandbox costs a program, beside cheaper and dearer ways to run it, all in one run.
 
-    python -m benchmarks.bench_sandbox [--rows 1000] [--repeats 5] [--interpreters 100]
+    python -m benchmarks.bench_sandbox [--rows 1000] [--repeats 5] [--interpreters 100] [--out FOLDER]
 
 Programs: what the program teacher writes for the first --rows training questions of FinQA-mini. Every way runs the
 same programs and must give the same answers; the ways take turns, so that a busy moment of the machine hits all alike.
@@ -10,7 +10,7 @@ same programs and must give the same answers; the ways take turns, so that a bus
 - everything on, one worker;
 - everything on, two workers: a gain of 2 needs two idle cores beside the calling process's own small share.
 
-Prints a table; writes benchmarks/results/sandbox.json and sandbox.md.
+Prints a table; writes sandbox.json and sandbox.md into benchmarks/results, or into --out.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from unittest import mock
 
-from benchmarks.record import markdown_table, summary, write_record
+from benchmarks.record import RESULTS, markdown_table, summary, write_record
 from finqa.datasets import dataset
 from finqa.errors import UserError, report_errors
 from finqa.paths import Folders, add_folder_flags
@@ -62,7 +63,7 @@ def main() -> None:
         "scaling_two_workers": round(per_program[ONE]["median"] / per_program[TWO]["median"], 3),
     }
     note = f"n = {len(codes)} programs ({args.interpreters} with a fresh interpreter), {args.repeats} repeats."
-    path = write_record("sandbox", record, f"{note}\n\n{table}")
+    path = write_record("sandbox", record, f"{note}\n\n{table}", args.out)
     print(f"\n{note} Written to {path}")
 
 
@@ -147,6 +148,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--interpreters", type=int, default=100, help="programs for the first way (default: %(default)s)"
     )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record (default: %(default)s)")
     add_folder_flags(parser, results=False)
     args = parser.parse_args()
     if min(args.rows, args.repeats, args.interpreters) < 1 or args.interpreters > args.rows:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from finqa.sandbox import LONGEST_PROGRAM, Run, Sandbox, SandboxLimits
+from finqa.sandbox import ERROR_KINDS, LONGEST_PROGRAM, Run, Sandbox, SandboxLimits
 
 QUICK = SandboxLimits(cpu_s=0.3, wall_s=2.0)
 HARMLESS = "ans = 6 * 7"
@@ -97,6 +97,11 @@ def test_a_failing_program_says_why(sandbox: Sandbox, code: str, kind: str, mess
     run = sandbox.run(code)
     assert (run.answer, run.error_kind) == (None, kind)
     assert run.message if message is None else run.message == message
+
+
+def test_the_kinds_of_error_are_these_and_no_other():
+    expected = "syntax runtime no-answer bad-answer cpu-time wall-time memory forbidden crashed"
+    assert " ".join(ERROR_KINDS) == expected
 
 
 def test_the_same_program_gives_the_same_answer_in_every_helper(sandbox: Sandbox):
