@@ -17,9 +17,9 @@ demo: $(READY)
 	python -m mini.demo
 
 # FinQA, from the download to the filtered CSVs, by the teacher that costs nothing: make data [DATA_DIR=D] [URL_BASE=URL]
-# A killed or failed run goes on when it is started again. A CSV of programs that is there, from whichever teacher, is
-# kept: delete it to have it made again. (A generated CSV of ours, known by its manifest, is filtered until its filtered
-# CSV has a manifest too, which is written last.)
+# A killed or failed run goes on when it is started again. A CSV of programs that is there is kept: delete the filtered
+# one to have it made again. (A generated CSV with a manifest is ours, so it is filtered until its filtered CSV has a
+# manifest too, which is written last; until then the program teacher, whose failures the CSV keeps, writes it again.)
 DATA_DIR ?= data
 data: $(READY)
 	@python -m preprocessing.download_finqa --data-dir "$(DATA_DIR)" $(if $(URL_BASE),--url-base "$(URL_BASE)")
@@ -29,8 +29,10 @@ data: $(READY)
 		if [ -e "$${csv}_filtered.csv" ] && { [ -e "$${csv}_filtered.run.json" ] || [ ! -e "$$csv.run.json" ]; }; then \
 			echo "$${csv}_filtered.csv: already there"; continue; \
 		fi; \
-		[ -e "$$csv.csv" ] || python -m preprocessing.process_finqa_code_generation \
-			--teacher program --split $$split --data-dir "$(DATA_DIR)" || exit 1; \
+		if [ ! -e "$$csv.csv" ] || grep -qs '"teacher": "program"' "$$csv.run.json"; then \
+			python -m preprocessing.process_finqa_code_generation \
+				--teacher program --split $$split --data-dir "$(DATA_DIR)" || exit 1; \
+		fi; \
 		python -m preprocessing.filter_valid_answers --split $$split --data-dir "$(DATA_DIR)" || exit 1; \
 	done
 

@@ -87,15 +87,16 @@ def test_it_stops_at_the_first_stage_that_fails_with_its_line(make_data: MakeDat
     assert make_data().returncode == 0
 
 
-def test_a_failing_teacher_stops_it_before_the_filter(make_data: MakeData) -> None:
+def test_a_failing_teacher_stops_it_before_the_filter_each_time(make_data: MakeData) -> None:
     make_data.server.files["dev.json"] = json.dumps([raw_row("MADE/d", "no program", exe_ans=1)]).encode()
-    done = make_data()
-    assert done.returncode != 0
-    errors = [line for line in done.stderr.splitlines() if not line.startswith("make")]
-    assert len(errors) == 1 and "finqa_dev_generated.csv" in errors[0] and "no program" in errors[0]
-    assert make_data.csv("train", "generated_filtered").exists()
-    assert not make_data.csv("dev", "generated_filtered").exists()
-    assert not make_data.csv("test", "generated").exists()
+    for _ in range(2):
+        done = make_data()
+        assert done.returncode != 0
+        errors = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+        assert len(errors) == 1 and "finqa_dev_generated.csv" in errors[0] and "no program" in errors[0]
+        assert make_data.csv("train", "generated_filtered").exists()
+        assert not make_data.csv("dev", "generated_filtered").exists()
+        assert not make_data.csv("test", "generated").exists()
 
 
 def test_published_files_that_were_dropped_in_are_kept(make_data: MakeData) -> None:
@@ -127,3 +128,15 @@ def test_what_a_killed_run_did_not_write_is_made(make_data: MakeData, lost: str)
 
     assert make_data().returncode == 0
     assert set(make_data.files()) == whole
+
+
+def test_the_programs_of_another_teacher_are_filtered_and_not_written_again(make_data: MakeData) -> None:
+    rows = [TeacherRow("p", "ans = 1", "1.0", "1", id="MADE/d")]
+    write_teacher_rows(make_data.csv("dev", "generated"), rows)
+    make_data.csv("dev", "generated").with_suffix(".run.json").write_text('{"config": {"teacher": "openai"}}')
+    before = make_data.files()
+
+    assert make_data().returncode == 0
+
+    assert before.items() <= make_data.files().items()
+    assert read_teacher_rows(make_data.csv("dev", "generated_filtered")) == rows
