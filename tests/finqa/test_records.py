@@ -52,8 +52,8 @@ def test_published_files_of_four_columns_load(tmp_path: Path):
 
 def test_rejected_rows_keep_their_reason_and_load_as_rows(tmp_path: Path):
     row = TeacherRow("p", "ans = 2", "2", "1", id="7")
-    write_rejected(tmp_path / "r.csv", [(row, "wrong_answer")])
-    assert "wrong_answer" in (tmp_path / "r.csv").read_text()
+    write_rejected(tmp_path / "r.csv", [(row, "wrong-answer")])
+    assert "wrong-answer" in (tmp_path / "r.csv").read_text()
     assert read_teacher_rows(tmp_path / "r.csv") == [row]
 
 

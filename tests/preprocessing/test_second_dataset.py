@@ -47,6 +47,6 @@ def test_a_toy_data_set_goes_through_all_stages_by_its_own_rule(toy: Dataset, tm
     judged = filter_split("Toy-QA", "dev", folders, toy.answer_rule)
 
     assert dict(cleaned.left_out) == {"no answer": 1}
-    assert (judged.kept, dict(judged.left_out)) == (1, {"wrong_answer": 1})
+    assert (judged.kept, dict(judged.left_out)) == (1, {"wrong-answer": 1})
     generated = read_teacher_rows(tmp_path / "clean_with_code/Toy-QA/toy-qa_dev_generated.csv")
     assert [(row.id, row.actual_answer) for row in generated] == [("0", "50.0"), ("2", "2.0")]
