@@ -223,7 +223,9 @@ class Batches:
             yield
         except openai.APIStatusError as error:
             if error.status_code == 404:
-                raise UserError(f"{what}: not found; is it the same server and account, and has it a Batch API? {one_line(error)}") from error
+                raise UserError(
+                    f"{what}: not found; is it the same server and account, and has it a Batch API? {one_line(error)}"
+                ) from error
             fault = status_fault(error, self.config.model, str(self.config.base_url))
             raise UserError(f"{what} failed: {fault.failure.message}") from error
         except openai.APIError as error:

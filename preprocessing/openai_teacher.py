@@ -77,7 +77,7 @@ class OpenAITeacher:
         return {"teacher": "openai", **asdict(self.config)}
 
     def usage(self) -> str:
-        rows = f"{len(self.spending.answers)} replies paid for, {self.from_journal} rows from the journal"
+        rows = f"{self.spending.answers} replies paid for, {self.from_journal} rows from the journal"
         return f"{rows}, {self.spending}"
 
     def facts(self) -> dict[str, object]:

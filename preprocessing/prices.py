@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ CHARACTERS_A_TOKEN = 3.3
 TOKENS_A_REPLY = 1_000
 """Assumed of a reply, its reasoning included, until a journal has answers to measure it from."""
 _FIELDS = ("input", "cached_input", "output", "batch")
+_COUNTED = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
 _DATED = re.compile(r"-\d{4}-?\d{2}-?\d{2}$")
 
 
@@ -107,13 +109,17 @@ class Spending:
         earlier = list(before)
         self.spent_before = sum(price.of(answer) for answer in earlier) if price else 0.0
         self._answers_before = len(earlier)
-        self.answers: list[Answer] = []
+        self.answers = 0
+        self.tokens: Counter[str] = Counter()
+        """By the names of Answer's fields; cached tokens are among the prompt's, reasoning among the completion's."""
         self.dollars = 0.0
         self.assumed_dollars = 0.0
         """Of one request, until there are answers to take the mean of."""
 
     def add(self, answer: Answer) -> None:
-        self.answers.append(answer)
+        self.answers += 1
+        for field in _COUNTED:
+            self.tokens[field] += getattr(answer, field)
         self.dollars += self.price.of(answer) if self.price else 0.0
 
     @property
@@ -128,7 +134,7 @@ class Spending:
         """
         if self.max_cost is None:
             return True
-        known = self._answers_before + len(self.answers)
+        known = self._answers_before + self.answers
         if not known and not under_way:
             return self.total < self.max_cost
         mean = self.total / known if known else self.assumed_dollars
@@ -136,19 +142,14 @@ class Spending:
 
     def __str__(self) -> str:
         tokens = (
-            f"{self._sum('prompt_tokens'):,} tokens read ({self._sum('cached_tokens'):,} cached), "
-            f"{self._sum('completion_tokens'):,} written ({self._sum('reasoning_tokens'):,} reasoning)"
+            f"{self.tokens['prompt_tokens']:,} tokens read ({self.tokens['cached_tokens']:,} cached), "
+            f"{self.tokens['completion_tokens']:,} written ({self.tokens['reasoning_tokens']:,} reasoning)"
         )
         return f"{tokens}, ${self.dollars:.2f}" if self.price else tokens
 
     def facts(self) -> Mapping[str, object]:
         """The figures as a manifest has them."""
-        fields = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
-        counts: dict[str, object] = {field: self._sum(field) for field in fields}
-        return counts | {"dollars": self.dollars if self.price else None}
-
-    def _sum(self, field: str) -> int:
-        return sum(getattr(answer, field) for answer in self.answers)
+        return {field: self.tokens[field] for field in _COUNTED} | {"dollars": self.dollars if self.price else None}
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         server, path = self.server, self.path.removeprefix("/v1")
-        content = self.rfile.read(int(self.headers["Content-Length"]))
+        length = int(self.headers["Content-Length"])
+        content = self.rfile.read(length)
+        if len(content) < length:  # The client was killed while it sent.
+            self.close_connection = True
+            return
         with server.lock:
             server.keys.add(self.headers.get("Authorization"))
         if path != "/chat/completions":
