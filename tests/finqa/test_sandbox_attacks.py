@@ -161,6 +161,7 @@ CHANGES_A_FILE = {
 }
 
 
+@needs_filter
 @pytest.mark.parametrize("code", CHANGES_A_FILE.values(), ids=CHANGES_A_FILE.keys())
 def test_no_file_is_changed(sandbox: Sandbox, tmp_path: Path, code: str):
     target = tmp_path / "kept"
