@@ -92,6 +92,8 @@ class Asker:
                 raise UserError("the server counts no tokens (usage), so --max-cost cannot be kept; leave it out")
             return
         self.journal.add_failure(key, outcome.failure)
+        if outcome.stops and not self.spending.answers:
+            raise UserError(outcome.stops)
         self._server_seen |= outcome.failure.kind not in _NOT_THERE
         wait = outcome.retry_after_s
         if wait is not None and wait > LONGEST_RETRY_AFTER_S:
@@ -170,7 +172,8 @@ def _on_interrupt(action: Callable[[], None]) -> Iterator[None]:
 
     with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # Not in a thread, not on Windows.
         for number in signals:
-            loop.add_signal_handler(number, first)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # As in a job that a shell put into the background.
+                loop.add_signal_handler(number, first)
     try:
         yield
     finally:

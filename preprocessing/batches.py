@@ -45,6 +45,7 @@ class BatchRecord:
     mark: str
     requests: tuple[str, ...]
     """Custom ids: `<key>.<limit>` of each request."""
+    model: str
     id: str = ""
     """Empty until the server has said it."""
     status: str = "validating"
@@ -120,7 +121,7 @@ class Batches:
             for names, content in split_into_files(wanted, most_requests):
                 with self._one_line("uploading the requests"):
                     file = client.files.create(file=(f"{self.path.stem}.jsonl", content), purpose="batch")
-                record = BatchRecord(mark=uuid.uuid4().hex, requests=names)
+                record = BatchRecord(mark=uuid.uuid4().hex, requests=names, model=self.config.model)
                 self._save(record)
                 made.append(self._create(client, file.id, record))
         return made
@@ -158,7 +159,7 @@ class Batches:
                 with self._one_line(f"fetching {file} of batch {batch.id}"):
                     text = client.files.content(file).text
                 for line in text.splitlines():
-                    name, outcome = read_line(line, batch.id)
+                    name, outcome = read_line(line, record.model, batch.id)
                     if name in waiting:
                         waiting.remove(name)
                         new += self._keep(name, outcome)
@@ -232,7 +233,7 @@ class Batches:
             raise UserError(f"{what} failed: {one_line(error.__cause__ or error)}; try again") from error
 
 
-def read_line(line: str, batch: str) -> tuple[str, Answer | Failure]:
+def read_line(line: str, asked: str, batch: str) -> tuple[str, Answer | Failure]:
     """The custom id of a line of an output or error file, and what it says. An unreadable line has no id."""
     try:
         fields: dict[str, Any] = json.loads(line)
@@ -248,7 +249,7 @@ def read_line(line: str, batch: str) -> tuple[str, Answer | Failure]:
     status = response.get("status_code")
     if status != 200:
         return name, Failure(status_kind(status if isinstance(status, int) else 500), one_line(response.get("body")))
-    return name, answer_from(response.get("body"), limit, batch)
+    return name, answer_from(response.get("body"), limit, asked, batch)
 
 
 def _reason(batch: Batch) -> str:

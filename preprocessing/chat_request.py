@@ -48,6 +48,8 @@ class Fault:
     retry_after_s: float | None = None
     limited: bool = False
     """Whether the server asks to slow down."""
+    stops: str = ""
+    """What every other request would meet as well, unless one of them was answered."""
 
 
 async def send(client: openai.AsyncOpenAI, request: Request, timeout_s: float) -> Answer | Fault:
@@ -66,7 +68,7 @@ async def send(client: openai.AsyncOpenAI, request: Request, timeout_s: float) -
         return status_fault(error, request["model"], str(client.base_url))
     except openai.OpenAIError as error:
         return Fault(Failure("teacher-malformed", one_line(error)), tries=MALFORMED_TRIES)
-    outcome = answer_from(_json(response.text), request["max_completion_tokens"])
+    outcome = answer_from(_json(response.text), request["max_completion_tokens"], request["model"])
     return Fault(outcome, tries=MALFORMED_TRIES) if isinstance(outcome, Failure) else outcome
 
 
@@ -75,8 +77,11 @@ def status_fault(error: openai.APIStatusError, model: str, server: str) -> Fault
     status, codes, message = error.status_code, {error.code, error.type}, one_line(error)
     if codes & NO_MONEY or status == 402:
         raise UserError(f"the account has no quota left: {message}") from error
-    if status in (401, 403):
-        raise UserError(f"the server refuses the key in OPENAI_API_KEY: {message}") from error
+    refused = f"the server refuses the key in OPENAI_API_KEY: {message}"
+    if status == 401:
+        raise UserError(refused) from error
+    if status == 403:  # Some servers say so of one request's content.
+        return Fault(Failure("teacher-forbidden", message), stops=refused)
     if status == 404 or "model_not_found" in codes:
         raise UserError(f"no model {model!r} at {server}: {message}") from error
     if codes & OF_EVERY_REQUEST:
@@ -113,7 +118,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
     return max(0.0, date.timestamp() - time.time())
 
 
-def answer_from(body: object, limit: int, batch: str = "") -> Answer | Failure:
+def answer_from(body: object, limit: int, asked: str, batch: str = "") -> Answer | Failure:
     """The answer in the body of a chat completion; a failure where it is none. Nothing about `body` is believed."""
     choice = _first(_field(body, "choices"))
     message = _field(choice, "message")
@@ -130,6 +135,7 @@ def answer_from(body: object, limit: int, batch: str = "") -> Answer | Failure:
         cached_tokens=_count(_field(usage, "prompt_tokens_details"), "cached_tokens"),
         reasoning_tokens=_count(_field(usage, "completion_tokens_details"), "reasoning_tokens"),
         batch=batch,
+        asked=asked,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finqa.answers import Rule, match
 from finqa.prompts import extract_code, teacher_messages
@@ -153,19 +153,15 @@ def next_limit(answer: Answer | None, limit: int) -> int:
 
 def reply_from(answer: Answer, attempt: int = 1) -> Reply:
     """The program in an answer. A reply that was cut off or refused has none, whatever its text looks like."""
+    reply = Reply(finish_reason=answer.finish_reason, model=answer.model, attempts=attempt)
     if answer.finish_reason != "stop":
         reason = re.sub(r"[^a-z0-9]+", "-", answer.finish_reason.lower()).strip("-")[:40] or "no-finish-reason"
-        return Reply(
-            finish_reason=answer.finish_reason,
-            error_kind=f"teacher-{reason}",
-            error_message=f"finish_reason is {reason}, at most {answer.limit} tokens: {one_line(answer.text)[-200:]}",
-            attempts=attempt,
-        )
+        message = f"finish_reason is {reason}, at most {answer.limit} tokens: {one_line(answer.text)[-200:]}"
+        return replace(reply, error_kind=f"teacher-{reason}", error_message=message)
     code = extract_code(answer.text)
     if not code.strip():
-        message = "the reply holds no program"
-        return Reply(finish_reason="stop", error_kind="teacher-empty", error_message=message, attempts=attempt)
-    return Reply(code=code, finish_reason="stop", attempts=attempt)
+        return replace(reply, error_kind="teacher-empty", error_message="the reply holds no program")
+    return replace(reply, code=code)
 
 
 def complaint(run: Run) -> str:

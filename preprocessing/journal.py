@@ -45,6 +45,8 @@ class Answer:
     reasoning_tokens: int = 0
     batch: str = ""
     """Id of the batch that the request was part of; empty for one sent by itself."""
+    asked: str = ""
+    """The model as it was asked for, by which the price is known."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from preprocessing.asking import Asker, make_client, run_together
 from preprocessing.batches import batches_file, under_way
 from preprocessing.conversation import Conversation, Wanted
 from preprocessing.journal import Answer, Journal, answers_in, request_key
-from preprocessing.prices import Estimate, Spending, estimate, price_of
+from preprocessing.prices import Estimate, Price, Spending, estimate, price_of
 from preprocessing.progress import Progress
 from preprocessing.teacher_config import OpenAITeacherConfig, api_key
 from preprocessing.teachers import Reply
@@ -67,10 +67,14 @@ class OpenAITeacher:
                 f"--max-cost needs a price and {config.model!r} has none; give it with --prices FILE "
                 "(preprocessing/prices.json shows the form)"
             )
-        self.spending = Spending(self.price, config.max_cost, answers_in({journal_path, *paid_in}))
+        prices: dict[str, Price | None] = {"": self.price}  # Journals of the first form do not name the model.
+        paid = answers_in({journal_path, *paid_in})
+        prices |= {name: price_of(name, config.prices) for name in {answer.asked for answer in paid} if name}
+        self.spending = Spending(self.price, config.max_cost, [(prices[answer.asked], answer) for answer in paid])
         self.stopped = ""
         self.from_journal = 0
         self._attempts: Counter[int] = Counter()
+        self._models: Counter[str] = Counter()
 
     @property
     def settings(self) -> dict[str, object]:
@@ -78,12 +82,19 @@ class OpenAITeacher:
 
     def usage(self) -> str:
         rows = f"{self.spending.answers} replies paid for, {self.from_journal} rows from the journal"
-        return f"{rows}, {self.spending}"
+        in_all = f" (${self.spending.total:.2f} with earlier runs)" if self.spending.spent_before else ""
+        return f"{rows}, {self.spending}{in_all}"
 
     def facts(self) -> dict[str, object]:
-        """Tokens, dollars, and the rows by the attempt that they are of."""
+        """Tokens, dollars, the rows by the attempt that they are of, and by the model as the server names it."""
         attempts = {str(attempt): rows for attempt, rows in sorted(self._attempts.items())}
-        return {**self.spending.facts(), "rows_from_journal": self.from_journal, "rows_by_attempt": attempts}
+        return {
+            **self.spending.facts(),
+            "dollars_with_earlier_runs": self.spending.total if self.price else None,
+            "rows_from_journal": self.from_journal,
+            "rows_by_attempt": attempts,
+            "rows_by_model": dict(self._models.most_common()),
+        }
 
     def __call__(self, questions: Sequence[Question]) -> list[Reply]:
         self.stopped = ""
@@ -108,6 +119,7 @@ class OpenAITeacher:
         """What the journal says about each question."""
         replies = [talk.outcome(question) for question in questions]
         self._attempts.update(reply.attempts for reply in replies)
+        self._models.update(reply.model for reply in replies if reply.model)
         return replies
 
     def dry_run(self, questions: Sequence[Question], batch: bool = False) -> str:

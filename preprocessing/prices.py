@@ -99,16 +99,21 @@ def _models_in(path: Path) -> dict[str, dict[str, float]]:
 class Spending:
     """Tokens and dollars so far, over all splits of a command, and the most that may be spent.
 
-    What earlier runs paid (`before`: the answers in the journals) counts against `max_cost` too, so a run that is
-    killed and started again keeps to it.
+    What earlier runs paid (`before`: the answers in the journals, each with its model's price) counts against
+    `max_cost` too, so a run that is killed and started again keeps to it.
     """
 
-    def __init__(self, price: Price | None, max_cost: float | None = None, before: Iterable[Answer] = ()) -> None:
+    def __init__(
+        self,
+        price: Price | None,
+        max_cost: float | None = None,
+        before: Iterable[tuple[Price | None, Answer]] = (),
+    ) -> None:
         self.price = price
         self.max_cost = max_cost
-        earlier = list(before)
-        self.spent_before = sum(price.of(answer) for answer in earlier) if price else 0.0
-        self._answers_before = len(earlier)
+        costs = [(own, own.of(answer)) for own, answer in before if own is not None]
+        self.spent_before = sum(cost for _, cost in costs)
+        self._alike_before = [cost for own, cost in costs if own == price]
         self.answers = 0
         self.tokens: Counter[str] = Counter()
         """By the names of Answer's fields; cached tokens are among the prompt's, reasoning among the completion's."""
@@ -134,10 +139,10 @@ class Spending:
         """
         if self.max_cost is None:
             return True
-        known = self._answers_before + self.answers
+        known = len(self._alike_before) + self.answers
         if not known and not under_way:
             return self.total < self.max_cost
-        mean = self.total / known if known else self.assumed_dollars
+        mean = (sum(self._alike_before) + self.dollars) / known if known else self.assumed_dollars
         return self.total + (under_way + 1) * mean <= self.max_cost
 
     def __str__(self) -> str:

@@ -198,7 +198,7 @@ def parse_arguments() -> argparse.Namespace:
     add_folder_flags(parser, results=False)
     args = parser.parse_args()
     if args.batch and args.teacher != "openai":
-        parser.error("--batch is of --teacher openai")
+        parser.error("--batch needs --teacher openai")
     return args
 
 

@@ -24,6 +24,8 @@ class Reply:
     error_kind: str = ""
     """Starts with `teacher-`, so that it is told from what went wrong in the sandbox; empty where there is code."""
     error_message: str = ""
+    model: str = ""
+    """As the server names it; empty from the program teacher."""
     attempts: int = 1
     """Times the teacher was asked, the last of which this reply is."""
 

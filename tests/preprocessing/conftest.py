@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from command_fixture import Command
-from made_up_rows import every_operation, write_raw
+from made_up_rows import every_operation
 from teacher_server import TeacherServer, running_teacher_server
-from teaching import Teach
+from teaching import Teach, write_clean
 
 
 @pytest.fixture
@@ -29,9 +29,8 @@ def teach(command: Command, teacher_server: TeacherServer) -> Teach:
 
 
 @pytest.fixture
-def questions(command: Command, tmp_path: Path) -> int:
+def questions(tmp_path: Path) -> int:
     """Clean rows for every operation; returns how many."""
     rows = every_operation("train")
-    write_raw(tmp_path, train=rows)
-    command("preprocess_finqa", "--split", "train")
+    write_clean(tmp_path, train=rows)
     return len(rows)

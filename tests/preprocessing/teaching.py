@@ -17,8 +17,10 @@ from command_fixture import Command
 from made_up_rows import raw_row, write_raw
 from teacher_server import Fault, TeacherServer
 
+from finqa.datasets import load_finqa
 from finqa.errors import report_errors
-from finqa.records import TeacherRow, read_teacher_rows
+from finqa.paths import SPLITS, Folders
+from finqa.records import TeacherRow, read_teacher_rows, write_questions
 from preprocessing import process_finqa_code_generation
 
 KEY = "sk-secret-of-the-tests"
@@ -58,8 +60,7 @@ class Teach:
 
     def clean_rows(self, count: int) -> None:
         """Make so many clean rows, numbered in their ids."""
-        write_raw(self.command.data_dir, train=[raw_row(f"MADE/up/{i}") for i in range(count)])
-        self.command("preprocess_finqa", "--split", "train")
+        write_clean(self.command.data_dir, train=[raw_row(f"MADE/up/{i}") for i in range(count)])
 
     @property
     def rows(self) -> list[TeacherRow]:
@@ -78,6 +79,14 @@ class Teach:
 
     def manifest(self) -> dict[str, Any]:
         return json.loads(self.output.with_suffix(".run.json").read_text())
+
+
+def write_clean(data_dir: Path, **rows_by_split: list[dict[str, Any]]) -> None:
+    """The clean CSVs of raw rows, as the stage before writes them."""
+    write_raw(data_dir, **rows_by_split)
+    folders = Folders(data=data_dir)
+    for split in SPLITS:
+        write_questions(folders.clean("FinQA", split), load_finqa(folders.raw("FinQA", split)).questions)
 
 
 def number_in(question: str) -> int:

@@ -220,7 +220,7 @@ def test_files_are_split_at_the_limits() -> None:
 
 @pytest.mark.parametrize("line", ["", "{", "7", "{}", '{"custom_id": 7}', '{"custom_id": "k.x"}'])
 def test_a_damaged_line_of_an_output_is_nobodys(line: str) -> None:
-    assert read_line(line, "batch_0")[0] == ""
+    assert read_line(line, "gpt-5", "batch_0")[0] == ""
 
 
 def test_a_damaged_list_of_batches_is_one_line(tmp_path: Path) -> None:

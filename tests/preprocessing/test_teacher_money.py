@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from command_fixture import the_one_line
-from made_up_rows import raw_row, write_raw
+from made_up_rows import raw_row
 from teacher_server import TeacherServer
-from teaching import Teach, only_for
+from teaching import Teach, only_for, write_clean
 
 from finqa.errors import UserError
 from preprocessing.journal import Answer
@@ -102,13 +102,26 @@ def test_max_cost_counts_what_earlier_runs_paid(teach: Teach, teacher_server: Te
 
 
 def test_max_cost_counts_the_journals_of_all_chosen_splits(teach: Teach, teacher_server: TeacherServer) -> None:
-    write_raw(teach.command.data_dir, train=[raw_row("a")], dev=[raw_row("b")])
-    teach.command("preprocess_finqa")
+    write_clean(teach.command.data_dir, train=[raw_row("a")], dev=[raw_row("b")])
     teacher_server.usage = USAGE
 
     line = the_one_line(teach("--split", "all", "--max-cost", str(A_REPLY * 0.9)))
 
     assert len(teacher_server.bodies) == 1 and "finqa_dev_generated.csv" in line
+
+
+def test_each_earlier_answer_counts_at_the_price_of_its_own_model(teach: Teach, teacher_server: TeacherServer) -> None:
+    teach.clean_rows(4)
+    teacher_server.usage = USAGE
+    teach("--model", "mine")
+    teach("--model", "gpt-5")
+
+    done = teach("--model", "gpt-5-mini", "--max-cost", str(4 * A_REPLY * 1.3))
+
+    # gpt-5-mini costs a fifth of gpt-5; the model without a price costs nothing that is known.
+    assert done.returncode == 0, done.stderr
+    assert teach.manifest()["dollars_with_earlier_runs"] == pytest.approx(4 * A_REPLY * 1.2)
+    assert teach.manifest()["rows_by_model"] == {"gpt-5-mini-dated": 4}
 
 
 def test_max_cost_needs_a_price(teach: Teach, questions: int, teacher_server: TeacherServer) -> None:
