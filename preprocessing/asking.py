@@ -27,6 +27,8 @@ GIVEN_UP_IN_A_ROW = 20
 row given up after all their retries mean that the server is gone."""
 TRIES_WITHOUT_A_SERVER = 4
 """Of the first requests, where no server was ever reached."""
+UNLUCKY = 4
+"""A request that was told to slow down so many times waits longer than the server says, and lets others pass."""
 LONGEST_RETRY_AFTER_S = 600.0
 """Where the server asks for a longer pause, the run ends and says when to start again."""
 _NOT_THERE = ("teacher-connection", "teacher-timeout")
@@ -48,15 +50,24 @@ class Asker:
         config: How many at a time, how often, how long.
         journal: Takes every answer and every failed try.
         spending: Counts tokens and dollars; lets no request pass where they are used up.
+        answered_before: Whether earlier runs got answers to requests like these, so that refusals are of single rows.
     """
 
-    def __init__(self, client: AsyncOpenAI, config: OpenAITeacherConfig, journal: Journal, spending: Spending) -> None:
+    def __init__(
+        self,
+        client: AsyncOpenAI,
+        config: OpenAITeacherConfig,
+        journal: Journal,
+        spending: Spending,
+        answered_before: bool = False,
+    ) -> None:
         self.client = client
         self.config = config
         self.journal = journal
         self.spending = spending
         self.throttle = Throttle(config.max_concurrent, spending.allows)
         self.given_up = 0
+        self._answered = answered_before
         self._given_up_in_a_row = 0
         self._server_seen = False
 
@@ -78,8 +89,10 @@ class Asker:
                 self._give_up(outcome)
                 return False
             self._check_server(outcome, tries)
-            if not outcome.limited:  # The pause after a 429 is everybody's, and kept at the entrance.
+            if not outcome.limited:
                 await self.throttle.sleep(max(outcome.retry_after_s or 0.0, backoff_s(tries)))
+            elif tries >= UNLUCKY:  # The pause after a 429 is everybody's, and kept at the entrance.
+                await self.throttle.sleep(backoff_s(tries))
         raise AssertionError("the last try always returns")
 
     def _keep(self, key: str, outcome: Answer | Fault, entered: float) -> None:
@@ -87,12 +100,13 @@ class Asker:
             self.journal.add_answer(key, outcome)
             self.spending.add(outcome)
             self.throttle.speed_up()
-            self._server_seen, self._given_up_in_a_row = True, 0
+            self._answered = self._server_seen = True
+            self._given_up_in_a_row = 0
             if self.spending.max_cost is not None and not outcome.prompt_tokens:
                 raise UserError("the server counts no tokens (usage), so --max-cost cannot be kept; leave it out")
             return
         self.journal.add_failure(key, outcome.failure)
-        if outcome.stops and not self.spending.answers:
+        if outcome.stops and not self._answered:
             raise UserError(outcome.stops)
         self._server_seen |= outcome.failure.kind not in _NOT_THERE
         wait = outcome.retry_after_s
@@ -112,8 +126,8 @@ class Asker:
         self.given_up += 1
         self._given_up_in_a_row += 1
         passing = fault.tries > 1
-        if self._given_up_in_a_row >= GIVEN_UP_IN_A_ROW and (passing or not self.spending.answers):
-            which = "last" if self.spending.answers else "first"
+        if self._given_up_in_a_row >= GIVEN_UP_IN_A_ROW and (passing or not self._answered):
+            which = "last" if self._answered else "first"
             raise UserError(
                 f"the {which} {GIVEN_UP_IN_A_ROW} requests all failed: {fault.failure.message}; once that is mended, "
                 "start the same command again: what was answered is kept"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from finqa.errors import UserError
 from finqa.records import Question
-from preprocessing.batches import FINISHED, REQUESTS_A_BATCH, Batches, under_way
+from preprocessing.batches import FINISHED, REQUESTS_A_BATCH, Batches, reason, under_way
 from preprocessing.conversation import Conversation, Wanted
 from preprocessing.openai_teacher import OpenAITeacher
 from preprocessing.teachers import Reply
@@ -35,8 +35,8 @@ class BatchTeacher:
     def facts(self) -> dict[str, object]:
         return self.teacher.facts()
 
-    def dry_run(self, questions: Sequence[Question]) -> str:
-        return self.teacher.dry_run(questions, batch=True)
+    def dry_run(self, questions: Sequence[Question], show_prompt: bool = True) -> str:
+        return self.teacher.dry_run(questions, show_prompt, batch=True)
 
     def submit(self, questions: Sequence[Question], most_requests: int = REQUESTS_A_BATCH) -> str:
         """Send what is missing and in no batch; returns a line about it."""
@@ -58,10 +58,10 @@ class BatchTeacher:
         with self.teacher.open_journal() as journal:
             looked = Batches(self.teacher.config, journal).look()
         lines = []
-        for record, batch in looked:
+        for _, batch in looked:
             counts = batch.request_counts
             done = f", {counts.completed} of {counts.total} done, {counts.failed} failed" if counts else ""
-            lines.append(f"{record.id} is {batch.status}{done}")
+            lines.append(f"{reason(batch)}{done}")
         return "; ".join(lines) or "no batch is under way"
 
     def __call__(self, questions: Sequence[Question]) -> list[Reply]:
@@ -75,6 +75,8 @@ class BatchTeacher:
                 if batch.status not in FINISHED:
                     running.append(f"{record.id} is {batch.status}")
                     continue
+                if batch.status != "completed":
+                    print(reason(batch), flush=True)
                 for answer in batches.take(record, batch):
                     self.teacher.spending.add(answer)
             if running:

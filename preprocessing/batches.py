@@ -164,7 +164,7 @@ class Batches:
                         waiting.remove(name)
                         new += self._keep(name, outcome)
         for name in sorted(waiting):
-            self._keep(name, Failure(f"teacher-batch-{batch.status}", _reason(batch)))
+            self._keep(name, Failure(f"teacher-batch-{batch.status}", reason(batch)))
         self._save(replace(record, taken=True, status=batch.status))
         return new
 
@@ -252,7 +252,8 @@ def read_line(line: str, asked: str, batch: str) -> tuple[str, Answer | Failure]
     return name, answer_from(response.get("body"), limit, asked, batch)
 
 
-def _reason(batch: Batch) -> str:
+def reason(batch: Batch) -> str:
+    """How a batch stands, with what the server says about it."""
     errors = batch.errors.data if batch.errors and batch.errors.data else []
     said = "; ".join(one_line(f"{error.code}: {error.message}") for error in errors[:3])
-    return f"batch {batch.id} is {batch.status}{': ' + said if said else ' and has no line for this request'}"
+    return f"batch {batch.id} is {batch.status}{': ' + said if said else ''}"

@@ -85,7 +85,8 @@ def status_fault(error: openai.APIStatusError, model: str, server: str) -> Fault
     if status == 404 or "model_not_found" in codes:
         raise UserError(f"no model {model!r} at {server}: {message}") from error
     if codes & OF_EVERY_REQUEST:
-        raise UserError(f"the server refuses a parameter of every request: {message}") from error
+        stops = f"the server refuses a parameter of every request: {message}"
+        return Fault(Failure("teacher-bad-request", message), stops=stops)
     if status == 400 and _ABOUT_ROLES.search(message):
         message += "; a model without a system role needs --system-role user"
     may_pass = status in PASSING_STATUS or status >= 500

@@ -83,6 +83,10 @@ class Conversation:
         """What the talk about a question opens with; without its limit."""
         return self._request(self._opening(question))
 
+    def opening_answer(self, question: Question) -> Answer | None:
+        """The answer to that."""
+        return self.journal.answer(request_key(self.first_request(question)))
+
     def next_step(self, question: Question) -> Reply | Wanted:
         """What became of the question, or what is to be asked next."""
         messages, so_far = self._opening(question), None

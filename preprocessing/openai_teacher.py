@@ -29,7 +29,7 @@ from finqa.worked_examples import WorkedExample
 from preprocessing.asking import Asker, make_client, run_together
 from preprocessing.batches import batches_file, under_way
 from preprocessing.conversation import Conversation, Wanted
-from preprocessing.journal import Answer, Journal, answers_in, request_key
+from preprocessing.journal import Answer, Journal, answers_in
 from preprocessing.prices import Estimate, Price, Spending, estimate, price_of
 from preprocessing.progress import Progress
 from preprocessing.teacher_config import OpenAITeacherConfig, api_key
@@ -106,7 +106,8 @@ class OpenAITeacher:
                 planned = self.plan(talk, questions)
                 print(f"estimate: {planned}{self._more_attempts()}", flush=True)
                 self.spending.assumed_dollars = (planned.dollars or 0.0) / max(1, planned.requests)
-                asyncio.run(self._ask_all(missing, talk))
+                answered_before = any(talk.opening_answer(question) for question in questions)
+                asyncio.run(self._ask_all(missing, talk, answered_before))
             return self.replies(talk, questions)
 
     def count_settled(self, talk: Conversation, questions: Sequence[Question]) -> list[Question]:
@@ -122,7 +123,7 @@ class OpenAITeacher:
         self._models.update(reply.model for reply in replies if reply.model)
         return replies
 
-    def dry_run(self, questions: Sequence[Question], batch: bool = False) -> str:
+    def dry_run(self, questions: Sequence[Question], show_prompt: bool = True, batch: bool = False) -> str:
         """The first prompt and the estimate. Sends and writes nothing, and needs no key."""
         with Journal(self.journal_path, read_only=True) as journal, self.conversation(journal) as talk:
             steps = (talk.next_step(question) for question in questions)
@@ -130,9 +131,12 @@ class OpenAITeacher:
             planned = self.plan(talk, questions, batch)
         if first is None:
             return "nothing is to be asked: the journal has every answer"
+        said = f"estimate: {planned}{self._more_attempts()}"
+        if not show_prompt:
+            return said
         prompt = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in first.request["messages"])
         others = {name: value for name, value in first.request.items() if name != "messages"}
-        return f"{prompt}\n\n{json.dumps(others)}\n\nestimate: {planned}{self._more_attempts()}"
+        return f"{prompt}\n\n{json.dumps(others)}\n\n{said}"
 
     def plan(
         self,
@@ -146,10 +150,9 @@ class OpenAITeacher:
         wanted = {step.key: step for step in steps if isinstance(step, Wanted) and step.key not in leave_out}
         answered: list[tuple[int, Answer]] = []
         for question in questions:
-            request = talk.first_request(question)
-            answer = talk.journal.answer(request_key(request))
+            answer = talk.opening_answer(question)
             if answer is not None:
-                answered.append((Wanted("", request).characters, answer))
+                answered.append((Wanted("", talk.first_request(question)).characters, answer))
         return estimate([(step.characters, step.limit) for step in wanted.values()], answered, self.price, batch)
 
     def _check_no_batch(self, talk: Conversation, questions: Sequence[Question]) -> None:
@@ -181,7 +184,7 @@ class OpenAITeacher:
 
             yield Conversation(self.config, self.examples, self.rule, journal, run)
 
-    async def _ask_all(self, questions: Sequence[Question], talk: Conversation) -> None:
+    async def _ask_all(self, questions: Sequence[Question], talk: Conversation, answered_before: bool) -> None:
         """Fill the journal with what the questions need, `max_concurrent` requests at a time."""
         progress = Progress("teacher", len(questions))
         queue = iter(questions)
@@ -189,7 +192,7 @@ class OpenAITeacher:
         given_up: set[str] = set()
 
         async with make_client(self.config) as client:
-            asker = Asker(client, self.config, talk.journal, self.spending)
+            asker = Asker(client, self.config, talk.journal, self.spending, answered_before)
 
             async def settle(question: Question) -> None:
                 while isinstance(step := await self._next_step(talk, question), Wanted) and step.key not in given_up:

@@ -62,7 +62,7 @@ def main() -> None:
         chosen, whole = questions[split][: args.limit], len(questions[split])
         teacher = make_teacher(args, data, split, folders)
         if args.dry_run:
-            print(f"{data.name} {split}: {teacher.dry_run(chosen)}", flush=True)
+            print(f"{data.name} {split}: {teacher.dry_run(chosen, show_prompt=split == splits[0])}", flush=True)
         elif isinstance(teacher, BatchTeacher) and args.batch == "submit":
             print(f"{data.name} {split}: {teacher.submit(chosen, args.batch_requests)}", flush=True)
         elif isinstance(teacher, BatchTeacher) and args.batch == "status":

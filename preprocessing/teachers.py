@@ -57,8 +57,8 @@ class Teacher(Protocol):
         """The same for the manifest."""
         ...
 
-    def dry_run(self, questions: Sequence[Question]) -> str:
-        """What a call would do and cost; does nothing of it."""
+    def dry_run(self, questions: Sequence[Question], show_prompt: bool = True) -> str:
+        """What a call would do and cost, with the first prompt; does nothing of it."""
         ...
 
 
@@ -77,7 +77,7 @@ class ProgramTeacher:
     def facts(self) -> dict[str, object]:
         return {}
 
-    def dry_run(self, questions: Sequence[Question]) -> str:
+    def dry_run(self, questions: Sequence[Question], show_prompt: bool = True) -> str:
         return f"{len(questions)} gold programs to compile; no request, no cost"
 
     def _reply(self, question: Question) -> Reply:

@@ -105,9 +105,10 @@ def test_a_failed_batch_says_why_and_can_be_sent_again(
     teacher_server.batches.status = "failed"
     teacher_server.batches.errors = [{"code": "token_limit_exceeded", "message": "too many enqueued on purpose"}]
 
-    line = the_one_line(teach("--batch", "fetch"))
+    fetched = teach("--batch", "fetch")
 
-    assert f"{questions} requests are still wanted" in line
+    assert f"{questions} requests are still wanted" in the_one_line(fetched)
+    assert "batch_0 is failed: token_limit_exceeded" in fetched.stdout
     assert {row.error_kind for row in teach.rows} == {"teacher-batch-failed"}
     assert "token_limit_exceeded: too many enqueued on purpose" in teach.rows[0].error_message
     assert f"{questions} requests submitted as batch_1" in teach("--batch", "submit").stdout

@@ -74,6 +74,18 @@ def test_a_dry_run_prints_the_first_prompt_needs_no_key_and_leaves_nothing(
     assert not teacher_server.bodies and not teach.output.parent.exists()
 
 
+def test_the_progress_line_has_tokens_and_dollars(
+    teach: Teach, questions: int, teacher_server: TeacherServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("preprocessing.progress.PLAIN_EVERY_S", 0.0)
+    teacher_server.usage = USAGE
+    lines = [line for line in teach().stderr.splitlines() if line.startswith("teacher: ")]
+    assert len(lines) == questions
+    assert lines[-1].startswith(f"teacher: {questions} of {questions}, ")
+    assert "22,000 tokens read (16,500 cached), 8,800 written" in lines[-1]
+    assert f"${questions * A_REPLY:.2f}, 0 failed" in lines[-1]
+
+
 def test_max_cost_ends_the_run_in_time_and_says_how_to_go_on(teach: Teach, teacher_server: TeacherServer) -> None:
     teach.clean_rows(40)
     teacher_server.usage, teacher_server.delay_s = USAGE, 0.02
