@@ -178,6 +178,7 @@ def training_arguments(
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
+        accelerator_config={"non_blocking": True},  # else every batch's copy waits for the update before it
     )
 
 
