@@ -41,7 +41,7 @@ class CompletionTrainer(Trainer):
             from bitsandbytes.optim import optimizer as implementation
 
             # It waits for the GPU after every tensor, which only its paged states need: a sixth of a short update.
-            implementation.sync_gpu = lambda tensor: None
+            implementation.sync_gpu = lambda tensor: None  # pyright: ignore[reportPrivateImportUsage]
         return optimizer
 
     def capture_steps(self) -> None:
