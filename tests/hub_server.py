@@ -127,7 +127,10 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
+        if self.fault and self.fault.status is None:
+            self.wfile.write(body[: self.fault.after_bytes])
+            self._break()
+        elif self.command != "HEAD":
             self.wfile.write(body)
 
     def _break(self) -> None:
@@ -332,7 +335,7 @@ ROUTES: tuple[tuple[str, str, Callable[..., None]], ...] = (
 @contextmanager
 def hub_server(folder: Path) -> Iterator[HubServer]:
     server = HubServer(folder)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield server
     finally:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_contents import Account
+from hub_server import hub_server
 
 from crosscoder.activation_store import ActivationStore
 from crosscoder.model import BatchTopKCrosscoder
@@ -103,9 +105,14 @@ def test_the_merged_model_answers_as_the_pair_does(diff, data_folder):
 
 
 @pytest.mark.slow
-def test_a_merge_that_strays_is_refused_and_not_kept(data_folder, tiny_student, tmp_path: Path):
+def test_a_merge_that_strays_is_refused_and_neither_kept_nor_pushed(data_folder, tiny_student, tmp_path: Path):
     shutil.copytree(data_folder, tmp_path, ignore=shutil.ignore_patterns("*-merged", "activations"), dirs_exist_ok=True)
-    output = run("merge_and_push_lora.py", "FinQA-mini", tiny_student, "--data-dir", tmp_path, "--max-kl", "1e-12")
+    words = ["FinQA-mini", tiny_student, "writer", "--push", "--data-dir", tmp_path, "--max-kl", "1e-12"]
+    with hub_server(tmp_path / "hub") as hub:
+        hub.accounts = {"hf_thewriterstoken": Account("writer")}
+        there = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_thewriterstoken"}
+        output = run("merge_and_push_lora.py", *words, **there, HF_HUB_OFFLINE="0", NO_PROXY="*")
+        assert hub.asked("GET", "/api/whoami-v2") and not hub.repositories
     assert output.returncode == 1
     assert "the merged model is" in output.stderr.splitlines()[-1]
     (adapter,) = (tmp_path / "models" / "FinQA-mini").iterdir()
