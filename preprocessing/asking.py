@@ -70,6 +70,7 @@ class Asker:
         self._answered = answered_before
         self._given_up_in_a_row = 0
         self._server_seen = False
+        self._said: set[str] = set()
 
     async def ask(self, key: str, request: Request) -> bool:
         """Put the answer into the journal; False where the request was given up.
@@ -89,6 +90,7 @@ class Asker:
                 self._give_up(outcome)
                 return False
             self._check_server(outcome, tries)
+            self._say_once(outcome)
             if not outcome.limited:
                 await self.throttle.sleep(max(outcome.retry_after_s or 0.0, backoff_s(tries)))
             elif tries >= UNLUCKY:  # The pause after a 429 is everybody's, and kept at the entrance.
@@ -121,6 +123,12 @@ class Asker:
     def _check_server(self, fault: Fault, tries: int) -> None:
         if not self._server_seen and fault.failure.kind == "teacher-connection" and tries >= TRIES_WITHOUT_A_SERVER:
             raise UserError(f"no server answers, after {tries} tries: {fault.failure.message}")
+
+    def _say_once(self, fault: Fault) -> None:
+        """A run that waits says what for, the first time that each kind of fault comes."""
+        if fault.failure.kind not in self._said:
+            self._said.add(fault.failure.kind)
+            print(f"{fault.failure.kind}: {fault.failure.message}; it is tried again", flush=True)
 
     def _give_up(self, fault: Fault) -> None:
         self.given_up += 1

@@ -21,8 +21,9 @@ def test_every_try_is_in_the_journal(teach: Teach, teacher_server: TeacherServer
     teach.clean_rows(2)
     teacher_server.fault = lambda question, nth: 503 if nth <= 2 else None
 
-    teach()
+    done = teach()
 
+    assert done.stdout.count("teacher-server: Error code: 503") == 1 and "it is tried again" in done.stdout
     kinds = Counter(line.get("failure", {}).get("kind", "answer") for line in teach.journal_lines())
     assert kinds == {"teacher-server": 4, "answer": 2}
 
