@@ -182,5 +182,20 @@ def test_the_merged_model_replies_as_base_and_adapter_together(tiny_student: Pat
     assert (whole - together).norm() < 0.05 * (plain - together).norm()
 
 
+def test_a_large_merged_model_is_written_in_shards_with_the_same_weights(
+    tiny_student: Path, adapter: Path, tmp_path: Path
+):
+    import torch
+
+    from finqa.merging import merge
+
+    for name, size in (("whole", "5GB"), ("sharded", "100KB")):
+        merge(str(tiny_student), adapter, tmp_path / name, max_shard_size=size)
+    shards = sorted((tmp_path / "sharded").glob("*.safetensors"))
+    assert len(shards) > 1 and len(list((tmp_path / "whole").glob("*.safetensors"))) == 1
+    whole, sharded = (load_base(str(tmp_path / name), torch.float32).state_dict() for name in ("whole", "sharded"))
+    assert whole.keys() == sharded.keys() and all(torch.equal(whole[key], sharded[key]) for key in whole)
+
+
 def test_settings_are_saved_beside_what_they_made_as_plain_values():
     assert json.loads(json.dumps(StudentSettings().__dict__))["lora_r"] == 512
