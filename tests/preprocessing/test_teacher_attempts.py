@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from teacher_server import TeacherServer
 from teaching import Teach, number_in
 
 from finqa.records import read_questions
+from finqa.sandbox import Run
+from preprocessing.conversation import Conversation, Wanted
+from preprocessing.journal import Answer, Journal
+from preprocessing.teacher_config import OpenAITeacherConfig
 
 
 def failing_until(good_turn: int, bad: str = "ans = 41"):
@@ -99,6 +104,24 @@ def test_an_attempt_that_cannot_be_had_leaves_the_program_before_it(
     teacher_server.fault = lambda question, nth: None
     teach("--attempts", "2")
     assert teach.rows[0].actual_answer == "2256.7"
+
+
+def test_what_a_program_gave_once_is_not_found_out_again(teach: Teach, tmp_path: Path) -> None:
+    """A program whose result depends on the machine (a time limit, say) must not change the talk when it is resumed."""
+    teach.clean_rows(1)
+    question = read_questions(teach.command.data_dir / "clean/FinQA/train.csv")[0]
+    config = OpenAITeacherConfig(attempts=2)
+    with Journal(tmp_path / "j.jsonl") as journal:
+        ran: list[str] = []
+        talk = Conversation(config, (), "strict", journal, lambda code: ran.append(code) or Run(7.0, None, ""))
+        opening = talk.next_step(question)
+        assert isinstance(opening, Wanted)
+        journal.add_answer(opening.key, Answer("ans = 7", "stop", "m", limit=config.max_completion_tokens))
+        followed = talk.next_step(question)
+        assert ran == ["ans = 7"]
+    with Journal(tmp_path / "j.jsonl") as journal:
+        talk = Conversation(config, (), "strict", journal, lambda code: Run(None, "cpu-time", "slow today"))
+        assert talk.next_step(question) == followed
 
 
 @pytest.mark.slow

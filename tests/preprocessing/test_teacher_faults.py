@@ -28,6 +28,17 @@ def test_every_try_is_in_the_journal(teach: Teach, teacher_server: TeacherServer
     assert kinds == {"teacher-server": 4, "answer": 2}
 
 
+@pytest.mark.parametrize(("headers", "least"), [({}, 0.25), ({"Retry-After": "0.8"}, 0.8)])
+def test_a_fault_is_followed_by_a_wait(
+    teach: Teach, teacher_server: TeacherServer, headers: dict[str, str], least: float
+) -> None:
+    teach.clean_rows(1)
+    teacher_server.fault, teacher_server.headers_of_faults = lambda question, nth: 503 if nth == 1 else None, headers
+    teach()
+    first, second = teacher_server.times
+    assert second - first >= least
+
+
 @pytest.mark.parametrize("fault", ["stall", "torn", "no-json"])
 def test_a_reply_that_does_not_come_whole_is_asked_for_again(
     teach: Teach, teacher_server: TeacherServer, fault: Fault
