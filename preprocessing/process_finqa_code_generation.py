@@ -23,6 +23,12 @@ the exit code is not zero. A request that timed out may be billed without an ans
 `--batch submit` sends what is missing through the Batch API instead (half the price at OpenAI, done within a day),
 `--batch status` says how far it is, and `--batch fetch` takes the answers into the same journal and writes the files.
 
+A row without a program says why in error_kind: teacher-length, teacher-content-filter (how the reply ended),
+teacher-refusal, teacher-empty, teacher-malformed (what came), teacher-bad-request, teacher-forbidden (what the server
+refused), teacher-rate-limit, teacher-server, teacher-timeout, teacher-connection (given up after --max-retries),
+teacher-batch-failed, teacher-batch-expired, teacher-batch-cancelled, teacher-batch-error, teacher-not-asked; and
+teacher-program of the program teacher.
+
 `--teacher program` compiles the gold programs: no network, no cost.
 
 Where more than --max-failed-share of the rows have no program, the files are written all the same, and the exit code
