@@ -39,7 +39,12 @@ class Commands:
         """What the Hub was asked by the training and its push."""
 
     def __call__(
-        self, script: str, *words: object, token: str | None = WRITER, elsewhere: str = "data", home: str = "home"
+        self,
+        script: str,
+        *words: object,
+        token: str | None = WRITER,
+        elsewhere: str = "data",
+        home: str = "home",
     ) -> subprocess.CompletedProcess[str]:
         """Run a script with the data folder `elsewhere`. What it says never holds a token, nor a bar."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
@@ -50,7 +55,7 @@ class Commands:
         command = [sys.executable, REPOSITORY / script, *words, *where]
         done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
         assert WRITER not in done.stdout + done.stderr and READER not in done.stdout + done.stderr
-        assert "Traceback" not in done.stderr and "\r" not in done.stderr
+        assert "Traceback" not in done.stderr and "\r" not in done.stderr, done.stderr
         return done
 
     def rows_alone(self, name: str) -> str:
