@@ -1,0 +1,134 @@
+"""Triton kernels of a crosscoder's training step that touch only the active latents.
+
+Of a batch of B tokens k*B pairs (token, latent) are active, k of every F: a product over all of them is mostly zeros.
+Pairs are held sorted by token and, a second time, by latent. Rows of weights are `width` = 2 * d_model numbers, both
+models one vector. Sums are fp32. Importing this module needs Triton, which comes with PyTorch for a GPU.
+"""
+
+from __future__ import annotations
+
+import triton  # pyright: ignore[reportMissingImports]  not installed without a GPU
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+
+@triton.jit
+def candidates(
+    product, bias, norms, bound, counter, scores, values, indices, positive,
+    n_tokens, n_latents, capacity, tokens: tl.constexpr, latents: tl.constexpr,
+):  # fmt: skip
+    """Of a tile [tokens, latents]: value = ReLU(product + bias), score = value * norm; those with a score above
+    `bound` are appended, in any order, to scores, values and indices (token * n_latents + latent). `counter` counts
+    them, also what is over `capacity`. Sets `positive` of each latent that has a positive value."""
+    token = tl.program_id(0) * tokens + tl.arange(0, tokens)
+    latent = tl.program_id(1) * latents + tl.arange(0, latents)
+    inside = (token < n_tokens)[:, None] & (latent < n_latents)[None, :]
+    index = token[:, None].to(tl.int64) * n_latents + latent[None, :]
+    value = tl.load(product + index, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(bias + latent, mask=latent < n_latents, other=0.0)[None, :]
+    value = tl.where(inside & (value > 0), value, 0.0)
+    any_positive = tl.max(value, 0) > 0
+    tl.store(positive + latent, 1, mask=any_positive & (latent < n_latents))
+    score = value * tl.load(norms + latent, mask=latent < n_latents, other=0.0)[None, :]
+    chosen = inside & (score > tl.load(bound))
+    flags = tl.reshape(chosen.to(tl.int32), [tokens * latents])
+    count = tl.sum(flags, 0)
+    if count > 0:
+        place = tl.atomic_add(counter, count) + tl.cumsum(flags, 0) - 1
+        write = (flags > 0) & (place < capacity)
+        tl.store(scores + place, tl.reshape(score, [tokens * latents]), mask=write)
+        tl.store(values + place, tl.reshape(value, [tokens * latents]), mask=write)
+        tl.store(indices + place, tl.reshape(index, [tokens * latents]), mask=write)
+
+
+@triton.jit
+def decode_and_differentiate(
+    starts, latents, values, decoder, bias, x, error, gradient, value_gradients, losses,
+    width, d_model, gradient_scale, l2: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """One token: its reconstruction, error and loss, the loss's gradient at the reconstruction, and at its values.
+
+    mse: loss |e|^2 and gradient gradient_scale * e; l2: sum over models of |e_m| and gradient_scale * e_m / |e_m|.
+    `latents` and `values` are the pairs in order of tokens, those of token t from starts[t] to starts[t + 1].
+    """
+    token = tl.program_id(0)
+    column = tl.arange(0, block)
+    inside = column < width
+    row = token.to(tl.int64) * width + column
+    e = tl.load(bias + column, mask=inside, other=0.0) - tl.load(x + row, mask=inside, other=0.0).to(tl.float32)
+    first, last = tl.load(starts + token), tl.load(starts + token + 1)
+    for pair in range(first, last):
+        weight = decoder + tl.load(latents + pair).to(tl.int64) * width
+        e += tl.load(values + pair) * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    e = tl.where(inside, e, 0.0)
+    tl.store(error + row, e.to(error.dtype.element_ty), mask=inside)
+    square = e * e
+    if l2:
+        norm_0 = tl.sqrt(tl.maximum(tl.sum(tl.where(column < d_model, square, 0.0), 0), 1e-30))
+        norm_1 = tl.sqrt(tl.maximum(tl.sum(tl.where(column >= d_model, square, 0.0), 0), 1e-30))
+        tl.store(losses + token, norm_0 + norm_1)
+        g = gradient_scale * e / tl.where(column < d_model, norm_0, norm_1)
+    else:
+        tl.store(losses + token, tl.sum(square, 0))
+        g = gradient_scale * e
+    rounded = g.to(gradient.dtype.element_ty)
+    tl.store(gradient + row, rounded, mask=inside)
+    g = rounded.to(tl.float32)
+    for pair in range(first, last):
+        weight = decoder + tl.load(latents + pair).to(tl.int64) * width
+        dot = tl.sum(g * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32), 0)
+        tl.store(value_gradients + pair, dot)
+
+
+@triton.jit
+def weight_gradients(
+    starts, tokens, values, value_gradients, gradient, x, decoder_gradient, encoder_gradient, bias_gradient, squares,
+    width, blocks, block: tl.constexpr,
+):  # fmt: skip
+    """Of one latent, `block` columns of its decoder's and its encoder's gradient.
+
+    The pairs are in order of latents, those of latent j from starts[j] to starts[j + 1]. `squares` [latents, blocks]
+    takes the sum of the squares of what was written.
+    """
+    latent, part = tl.program_id(0), tl.program_id(1)
+    column = part * block + tl.arange(0, block)
+    inside = column < width
+    decoder = tl.zeros([block], tl.float32)
+    encoder = tl.zeros([block], tl.float32)
+    bias = 0.0
+    for pair in range(tl.load(starts + latent), tl.load(starts + latent + 1)):
+        row = tl.load(tokens + pair).to(tl.int64) * width + column
+        slope = tl.load(value_gradients + pair)
+        decoder += tl.load(values + pair) * tl.load(gradient + row, mask=inside, other=0.0).to(tl.float32)
+        encoder += slope * tl.load(x + row, mask=inside, other=0.0).to(tl.float32)
+        bias += slope
+    row = latent.to(tl.int64) * width + column
+    tl.store(decoder_gradient + row, decoder.to(decoder_gradient.dtype.element_ty), mask=inside)
+    tl.store(encoder_gradient + row, encoder.to(encoder_gradient.dtype.element_ty), mask=inside)
+    tl.store(squares + latent * blocks + part, tl.sum(decoder * decoder, 0) + tl.sum(encoder * encoder, 0))
+    if part == 0:
+        tl.store(bias_gradient + latent, bias)
+
+
+@triton.jit
+def adam_rows(
+    weight, gradient, first_moment, second_moment, copy, norms, clip,
+    learning_rate, beta_1, beta_2, correction_1, correction_2, width, d_model, block: tl.constexpr,
+):  # fmt: skip
+    """Adam on one row of fp32 weights from its gradient times `clip`; writes the bf16 copy in the same pass, and the
+    norms [2] of the new row's two halves. Kingma and Ba 2015; epsilon 1e-8; correction_i is 1 - beta_i ** step."""
+    row = tl.program_id(0)
+    column = tl.arange(0, block)
+    inside = column < width
+    place = row.to(tl.int64) * width + column
+    g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32) * tl.load(clip)
+    m = beta_1 * tl.load(first_moment + place, mask=inside, other=0.0) + (1 - beta_1) * g
+    v = beta_2 * tl.load(second_moment + place, mask=inside, other=0.0) + (1 - beta_2) * g * g
+    step = learning_rate * (m / correction_1) / (tl.sqrt(v / correction_2) + 1e-8)
+    w = tl.load(weight + place, mask=inside, other=0.0) - step
+    tl.store(first_moment + place, m, mask=inside)
+    tl.store(second_moment + place, v, mask=inside)
+    tl.store(weight + place, w, mask=inside)
+    tl.store(copy + place, w.to(copy.dtype.element_ty), mask=inside)
+    square = tl.where(inside, w * w, 0.0)
+    tl.store(norms + 2 * row, tl.sqrt(tl.sum(tl.where(column < d_model, square, 0.0), 0)))
+    tl.store(norms + 2 * row + 1, tl.sqrt(tl.sum(tl.where(column >= d_model, square, 0.0), 0)))

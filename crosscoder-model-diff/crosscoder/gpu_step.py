@@ -1,0 +1,302 @@
+"""A training step of the BatchTopK crosscoder on a GPU, its gradients written by hand.
+
+The same step as crosscoder.trainer takes through autograd. What makes it fast: one dense product (the encoder), all
+else on the active pairs of token and latent; weights as fp32 masters with bf16 copies for the products, both written
+by one pass of Adam; nothing waits for the GPU.
+
+The encoder is held transposed, [latent, 2 * d_model], like the decoder: the model's W_enc becomes a view of that.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]  not installed without a GPU
+from torch import Tensor
+
+from crosscoder import gpu_kernels as kernels
+from crosscoder.config import N_MODELS, Reconstruction
+from crosscoder.model import BatchTopKCrosscoder
+
+CAPACITY = 4
+"""Candidates of the selection that there is room for, over the pairs that are kept."""
+BOUND = 0.7
+"""Of the last step's smallest kept score: pairs below are no candidates. Too few, and the step starts from 0."""
+COLUMNS = 1024
+"""Of a row of gradients, in one program: a latent that fires for every token is shared by several."""
+CLIP_EPSILON = 1e-6
+"""As in torch.nn.utils.clip_grad_norm_."""
+
+
+class Step(NamedTuple):
+    """What a step leaves for the log, the threshold and the counts of live latents. All on the GPU."""
+
+    reconstruction: Tensor
+    """[]: the reconstruction loss."""
+    auxiliary: Tensor
+    """[]: the auxiliary loss; 0 where no latent was dead."""
+    gradient_norm: Tensor
+    """[]: over all parameters, before clipping."""
+    smallest_score: Tensor
+    """[]: smallest positive score that was kept; infinity where none was."""
+    selected: Tensor
+    """[latent] bool: active for a token of the batch."""
+    positive: Tensor
+    """[latent] bool: positive before the selection for a token of the batch."""
+    error: Tensor
+    """[batch, 2 * d_model] bf16: reconstruction less input."""
+
+
+class _Pairs(NamedTuple):
+    """The active pairs in order of their rows: tokens, or latents."""
+
+    starts: Tensor
+    """[rows + 1] int32: where each row's pairs begin."""
+    other: Tensor
+    """[pairs] int32: the latent of each pair in order of tokens, or the token in order of latents."""
+    values: Tensor
+    """[pairs] fp32."""
+
+
+class GpuStep:
+    """Steps of one model and one optimiser.
+
+    Args:
+        model: On the GPU, fp32.
+        optimizer: torch Adam over the model's parameters. Moments live in its state, where checkpoints find them;
+            the biases are updated by it.
+        reconstruction: As in TrainingConfig.
+        max_grad_norm: As in TrainingConfig.
+        product_dtype: Of the copies that the products read.
+    """
+
+    def __init__(
+        self,
+        model: BatchTopKCrosscoder,
+        optimizer: torch.optim.Optimizer,
+        reconstruction: Reconstruction,
+        max_grad_norm: float,
+        product_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.reconstruction, self.max_grad_norm = reconstruction, max_grad_norm
+        self.n_latents, self.k = model.config.n_latents, model.config.k
+        self.width = N_MODELS * model.config.d_model
+        device = model.b_dec.device
+        self.decoder = model.W_dec.data.view(self.n_latents, self.width)
+        self.encoder = _transposed(model.W_enc.data).contiguous()
+        model.W_enc.data = self.encoder.t().view(model.W_enc.shape)
+        self.moments = {
+            "encoder": self._moments(model.W_enc, transposed=True),
+            "decoder": self._moments(model.W_dec, transposed=False),
+        }
+        self.decoder_copy, self.encoder_copy = self.decoder.to(product_dtype), self.encoder.to(product_dtype)
+        self.decoder_gradient = torch.empty_like(self.decoder_copy)
+        self.encoder_gradient = torch.empty_like(self.encoder_copy)
+        self.norms = torch.empty((self.n_latents, N_MODELS), device=device)
+        self.unused_norms = torch.empty_like(self.norms)
+        self.bound = torch.zeros((), device=device)
+        self.steps = int(self.moments["decoder"][2])
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over weights that were changed from outside: fresh latents, a resumed run."""
+        self.decoder_copy.copy_(self.decoder)
+        self.encoder_copy.copy_(self.encoder)
+        self.norms.copy_(self.decoder.view(self.n_latents, N_MODELS, -1).norm(dim=-1))
+        self.bound.zero_()
+
+    def __call__(
+        self, raw: Tensor, learning_rate: float, dead: Tensor | None = None, aux_k: int = 0, aux_weight: float = 0.0
+    ) -> Step:
+        """Take one step.
+
+        raw [batch, 2, d_model] activations as the models have them; `dead` [n] int64 the latents of the auxiliary
+        loss, None for no such loss.
+        """
+        x = self.model.scale(raw).flatten(1).to(self.decoder_copy.dtype)
+        batch = len(x)
+        product = x @ self.encoder_copy.t()
+        score_norms = self._score_norms()
+        index, values, smallest, positive = self._select(product, score_norms)
+        index, values = _sorted(index, values)
+        by_token = _Pairs(_starts(index, self.n_latents, batch), (index % self.n_latents).int(), values)
+        error, gradient, value_gradients, losses = self._decode(x, by_token)
+        index, order = torch.sort((index % self.n_latents) * batch + index // self.n_latents)
+        by_latent = _Pairs(_starts(index, batch, self.n_latents), (index % batch).int(), values[order])
+        bias_gradient, squares = self._weight_gradients(x, gradient, by_latent, value_gradients[order])
+        auxiliary = torch.zeros((), device=x.device)
+        if dead is not None and len(dead) and aux_weight:
+            auxiliary = self._auxiliary(x, product, score_norms, error, dead, aux_k, aux_weight, bias_gradient)
+            squares = torch.stack(
+                [g.norm(dtype=torch.float32) ** 2 for g in (self.decoder_gradient, self.encoder_gradient)]
+            )
+        decoder_bias_gradient = gradient.sum(0, dtype=torch.float32)
+        norm = (squares.sum() + bias_gradient.square().sum() + decoder_bias_gradient.square().sum()).sqrt()
+        clip = (self.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+        self._adam(learning_rate, clip, bias_gradient, decoder_bias_gradient)
+
+        per_token = losses.sum() / batch
+        selected = (
+            torch.zeros(self.n_latents, device=x.device).index_put_((by_token.other,), values, accumulate=True) > 0
+        )
+        return Step(
+            reconstruction=per_token if self.reconstruction == "mse" else per_token / N_MODELS,
+            auxiliary=auxiliary,
+            gradient_norm=norm,
+            smallest_score=smallest,
+            selected=selected,
+            positive=positive.bool(),
+            error=error,
+        )
+
+    def _score_norms(self) -> Tensor:
+        """[latent] fp32; see BatchTopKCrosscoder.selection_norms."""
+        return self.norms.norm(dim=-1) if self.model.config.score_norm == "l2" else self.norms.sum(dim=-1)
+
+    def _select(self, product: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Index (token * latents + latent) and value of the k * batch pairs of the largest scores, in any order; the
+        smallest positive of these scores; which latents are positive for a token. Pairs without a positive score
+        have value 0."""
+        batch = len(product)
+        n_keep = min(self.k * batch, product.numel())
+        capacity = min(CAPACITY * n_keep, product.numel())
+        device = product.device
+        counter = torch.zeros((), dtype=torch.int32, device=device)
+        positive = torch.zeros(self.n_latents, dtype=torch.int8, device=device)
+        scores = torch.full((capacity,), -1.0, device=device)
+        values = torch.empty_like(scores)
+        indices = torch.zeros(capacity, dtype=_index_type(product.numel()), device=device)
+        tile = (32, 128)
+        grid = (triton.cdiv(batch, tile[0]), triton.cdiv(self.n_latents, tile[1]))
+        kernel: Any = kernels.candidates
+        kernel[grid](
+            product, self.model.b_enc, norms, self.bound, counter, scores, values, indices, positive,
+            batch, self.n_latents, capacity, *tile,
+        )  # fmt: skip
+        if not n_keep <= int(counter) <= capacity:  # As at the first step: the bound was no good.
+            dense = torch.relu(product.float() + self.model.b_enc)
+            scores, values = (dense * norms).flatten(), dense.flatten()
+            indices = torch.arange(product.numel(), dtype=indices.dtype, device=device)
+        top = torch.topk(scores, n_keep, sorted=False)
+        kept = top.values > 0
+        smallest = torch.where(kept, top.values, torch.inf).min()
+        self.bound = torch.where(torch.isfinite(smallest), BOUND * smallest, 0.0)
+        return indices[top.indices] * kept, values[top.indices] * kept, smallest, positive
+
+    def _decode(self, x: Tensor, pairs: _Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Error, the loss's gradient at the reconstruction (both [batch, width]) and at the values, losses [batch]."""
+        batch = len(x)
+        error, gradient = torch.empty_like(x), torch.empty_like(x)
+        value_gradients = torch.empty_like(pairs.values)
+        losses = torch.empty(batch, device=x.device)
+        l2 = self.reconstruction == "l2"
+        kernel: Any = kernels.decode_and_differentiate
+        kernel[(batch,)](
+            pairs.starts, pairs.other, pairs.values, self.decoder_copy, self.model.b_dec, x, error, gradient,
+            value_gradients, losses, self.width, self.width // N_MODELS,
+            1 / (N_MODELS * batch) if l2 else 2 / batch, l2, triton.next_power_of_2(self.width), num_warps=8,
+        )  # fmt: skip
+        return error, gradient, value_gradients * (pairs.values > 0), losses
+
+    def _weight_gradients(
+        self, x: Tensor, gradient: Tensor, pairs: _Pairs, value_gradients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Fills the gradients of encoder and decoder; returns b_enc's, and the sums of the squares of the others."""
+        block = min(COLUMNS, triton.next_power_of_2(self.width))
+        blocks = triton.cdiv(self.width, block)
+        bias_gradient = torch.empty(self.n_latents, device=x.device)
+        squares = torch.empty((self.n_latents, blocks), device=x.device)
+        kernel: Any = kernels.weight_gradients
+        kernel[(self.n_latents, blocks)](
+            pairs.starts, pairs.other, pairs.values, value_gradients, gradient, x, self.decoder_gradient,
+            self.encoder_gradient, bias_gradient, squares, self.width, blocks, block,
+        )  # fmt: skip
+        return bias_gradient, squares
+
+    def _auxiliary(
+        self,
+        x: Tensor,
+        product: Tensor,
+        norms: Tensor,
+        error: Tensor,
+        dead: Tensor,
+        aux_k: int,
+        weight: float,
+        bias_gradient: Tensor,
+    ) -> Tensor:
+        """The auxiliary loss (crosscoder.losses.auxiliary_loss); adds `weight` times its gradients to the others."""
+        values = torch.relu(product[:, dead].float() + self.model.b_enc[dead])
+        if aux_k < len(dead):
+            lowest = torch.topk(values * norms[dead], aux_k, dim=-1, sorted=False)
+            values = torch.zeros_like(values).scatter(1, lowest.indices, values.gather(1, lowest.indices))
+        rounded, decoder = values.to(x.dtype), self.decoder_copy[dead]
+        residual = -error.float()
+        variance = (residual - residual.mean(0)).square().sum()
+        left = (rounded @ decoder).float() - residual
+        scale = torch.where(variance > 0, 1 / variance, 0.0)
+        gradient = (2 * weight * scale * left).to(x.dtype)
+        slope = (gradient @ decoder.t()) * (rounded > 0)
+        self.decoder_gradient.index_add_(0, dead, rounded.t() @ gradient)
+        self.encoder_gradient.index_add_(0, dead, slope.t() @ x)
+        bias_gradient.index_add_(0, dead, slope.sum(0, dtype=torch.float32))
+        return left.square().sum() * scale
+
+    def _adam(self, learning_rate: float, clip: Tensor, bias_gradient: Tensor, decoder_bias_gradient: Tensor) -> None:
+        group = self.optimizer.param_groups[0]
+        beta_1, beta_2 = group["betas"]
+        kernel: Any = kernels.adam_rows
+        self.steps += 1
+        for name, weight, gradient, copy, norms in (
+            ("decoder", self.decoder, self.decoder_gradient, self.decoder_copy, self.norms),
+            ("encoder", self.encoder, self.encoder_gradient, self.encoder_copy, self.unused_norms),
+        ):
+            first, second, step = self.moments[name]
+            step += 1
+            kernel[(self.n_latents,)](
+                weight, gradient, first, second, copy, norms, clip, learning_rate, beta_1, beta_2,
+                1 - beta_1**self.steps, 1 - beta_2**self.steps, self.width, self.width // N_MODELS,
+                triton.next_power_of_2(self.width), num_warps=16,
+            )  # fmt: skip
+        self.model.W_enc.grad = self.model.W_dec.grad = None  # so that the optimiser leaves them alone
+        self.model.b_enc.grad = bias_gradient * clip
+        self.model.b_dec.grad = (decoder_bias_gradient * clip).view_as(self.model.b_dec)
+        self.optimizer.step()
+
+    def _moments(self, parameter: torch.nn.Parameter, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Adam's state of a parameter, made where it has none: moments as [latent, width], and the step count."""
+        state: dict[str, Any] = self.optimizer.state[parameter]
+        for name in ("exp_avg", "exp_avg_sq"):
+            there = state.get(name)
+            state[name] = torch.zeros_like(parameter.data) if there is None else _laid_out_like(there, parameter.data)
+        state.setdefault("step", torch.zeros((), device=parameter.device))
+        first, second = (
+            _transposed(state[name]) if transposed else state[name].view(self.n_latents, self.width)
+            for name in ("exp_avg", "exp_avg_sq")
+        )
+        return first, second, state["step"]
+
+
+def _transposed(encoder: Tensor) -> Tensor:
+    """[2, d_model, latent] -> [latent, 2 * d_model], a view."""
+    return encoder.reshape(-1, encoder.shape[-1]).t()
+
+
+def _laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
+    return torch.empty_like(other).copy_(tensor)
+
+
+def _sorted(index: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    index, order = torch.sort(index)
+    return index, values[order]
+
+
+def _starts(index: Tensor, columns: int, rows: int) -> Tensor:
+    """[rows + 1] int32: where each row begins among sorted indices row * columns + column."""
+    bounds = torch.arange(rows + 1, device=index.device, dtype=torch.int64) * columns
+    return torch.searchsorted(index.long(), bounds, out_int32=True)
+
+
+def _index_type(count: int) -> torch.dtype:
+    return torch.int32 if count < 2**31 else torch.int64
