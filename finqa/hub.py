@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from finqa.errors import UserError
 
 LEFT_OUT = ("checkpoint-*/*", "*.tmp", "*.tmp/*", "wandb/*", ".*")
 """What a push leaves at home: checkpoints, logs, and what a killed run left half-written."""
 Purpose = Literal["read", "write"]
+Result = TypeVar("Result")
 
 
 def logged_in_name() -> str | None:
@@ -170,7 +171,7 @@ def _transport_error() -> type[Exception]:
     return HTTPError
 
 
-def _once_more(call: Any) -> Any:
+def _once_more(call: Callable[[], Result]) -> Result:
     """`call`'s result, called again where the connection was reset: the client goes on from all other breaks."""
     from huggingface_hub.errors import HfHubHTTPError
 
