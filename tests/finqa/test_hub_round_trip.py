@@ -171,6 +171,12 @@ def test_without_a_push_the_hub_hears_nothing(commands: Commands):
     assert commands.hub.seen == []
 
 
+def test_without_a_name_the_account_is_the_one_that_is_logged_in(commands: Commands):
+    done = commands("main.py", *STUDENT, *TRAIN, "--push")
+    assert done.returncode == 0 and f"to {commands.hub.url}/writer/{MODEL_ID}" in done.stdout
+    assert not commands.hub.asked("PUT", "/storage/*"), "what is there already is not sent again"
+
+
 def test_training_asks_the_hub_for_nothing_and_the_push_takes_the_lfs_way(commands: Commands):
     model = f"writer/{MODEL_ID}"
     wanted = ["/api/whoami-v2", "/api/whoami-v2", "/api/repos/create", f"/api/models/{model}", "/api/validate-yaml"]
