@@ -49,13 +49,13 @@ from finqa.manifest import file_hash, write_manifest
 from finqa.paths import SPLITS, Folders, add_folder_flags, chosen_splits
 from finqa.prompts import training_prompt
 from finqa.records import Question, TeacherRow, read_questions, read_teacher_rows, write_teacher_rows
-from preprocessing.batch_teacher import BatchTeacher
-from preprocessing.batches import REQUESTS_A_BATCH
-from preprocessing.openai_teacher import OpenAITeacher
 from preprocessing.run_programs import with_answers
 from preprocessing.summary import Summary, by_reason, count, manifest_of
-from preprocessing.teacher_config import add_teacher_flags, config_from
-from preprocessing.teachers import ProgramTeacher, Reply, Teacher
+from preprocessing.teacher.batch_teacher import BatchTeacher
+from preprocessing.teacher.batches import REQUESTS_A_BATCH
+from preprocessing.teacher.config import add_teacher_flags, config_from
+from preprocessing.teacher.openai_teacher import OpenAITeacher
+from preprocessing.teacher.teachers import ProgramTeacher, Reply, Teacher
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from teacher_server import TeacherServer
 from teaching import KEY, Teach, number_in, only_for
 
 from finqa.errors import UserError
-from preprocessing.batches import read_line, read_records, split_into_files
-from preprocessing.conversation import Wanted
+from preprocessing.teacher.batches import read_line, read_records, split_into_files
+from preprocessing.teacher.conversation import Wanted
 
 
 def test_a_batch_gives_the_rows_that_single_requests_give(

@@ -9,7 +9,7 @@ from teacher_server import HINT, Fault, TeacherServer
 from teaching import KEY, Teach, number_in, only_for, write_clean
 
 from finqa.errors import UserError
-from preprocessing.openai_teacher import OpenAITeacherConfig
+from preprocessing.teacher.openai_teacher import OpenAITeacherConfig
 
 
 def test_the_three_commands_keep_every_row_a_good_teacher_solves(

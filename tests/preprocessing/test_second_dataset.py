@@ -13,7 +13,7 @@ from finqa.records import Question, read_teacher_rows
 from preprocessing.filter_valid_answers import filter_split
 from preprocessing.preprocess_finqa import preprocess_split
 from preprocessing.process_finqa_code_generation import process_finqa_samples
-from preprocessing.teachers import ProgramTeacher
+from preprocessing.teacher.teachers import ProgramTeacher
 
 
 def load_toy(path: Path) -> LoadedSplit:

@@ -12,9 +12,9 @@ from teaching import Teach, number_in
 
 from finqa.records import read_questions
 from finqa.sandbox import Run
-from preprocessing.conversation import Conversation, Wanted
-from preprocessing.journal import Answer, Journal
-from preprocessing.teacher_config import OpenAITeacherConfig
+from preprocessing.teacher.config import OpenAITeacherConfig
+from preprocessing.teacher.conversation import Conversation, Wanted
+from preprocessing.teacher.journal import Answer, Journal
 
 
 def failing_until(good_turn: int, bad: str = "ans = 41"):

@@ -12,8 +12,8 @@ from teacher_server import TeacherServer
 from teaching import Teach, only_for, write_clean
 
 from finqa.errors import UserError
-from preprocessing.journal import Answer
-from preprocessing.prices import Price, Spending, estimate, price_of
+from preprocessing.teacher.journal import Answer
+from preprocessing.teacher.prices import Price, Spending, estimate, price_of
 
 USAGE = {
     "prompt_tokens": 2_000,

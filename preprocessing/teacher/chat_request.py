@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finqa.errors import UserError
-from preprocessing.journal import Answer, Failure
+from preprocessing.teacher.journal import Answer, Failure
 
 if TYPE_CHECKING:
     import openai

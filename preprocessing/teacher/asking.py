@@ -13,11 +13,11 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finqa.errors import UserError
-from preprocessing.chat_request import Fault, Request, send
-from preprocessing.journal import Answer, Journal
-from preprocessing.prices import Spending
-from preprocessing.teacher_config import OpenAITeacherConfig, api_key
-from preprocessing.throttle import Stopped, Throttle, backoff_s
+from preprocessing.teacher.chat_request import Fault, Request, send
+from preprocessing.teacher.config import OpenAITeacherConfig, api_key
+from preprocessing.teacher.journal import Answer, Journal
+from preprocessing.teacher.prices import Spending
+from preprocessing.teacher.throttle import Stopped, Throttle, backoff_s
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from finqa.errors import UserError
 from finqa.records import Question
-from preprocessing.batches import FINISHED, REQUESTS_A_BATCH, Batches, reason, under_way
-from preprocessing.conversation import Conversation, Wanted
-from preprocessing.openai_teacher import OpenAITeacher
-from preprocessing.teachers import Reply
+from preprocessing.teacher.batches import FINISHED, REQUESTS_A_BATCH, Batches, reason, under_way
+from preprocessing.teacher.conversation import Conversation, Wanted
+from preprocessing.teacher.openai_teacher import OpenAITeacher
+from preprocessing.teacher.teachers import Reply
 
 FINAL = ("teacher-bad-request",)
 """Failures that sending a request again cannot mend."""

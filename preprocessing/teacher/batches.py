@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from finqa.errors import UserError
 from finqa.paths import write_atomically
-from preprocessing.chat_request import answer_from, one_line, status_fault, status_kind
-from preprocessing.conversation import Wanted
-from preprocessing.journal import Answer, Failure, Journal
-from preprocessing.teacher_config import OpenAITeacherConfig, api_key
+from preprocessing.teacher.chat_request import answer_from, one_line, status_fault, status_kind
+from preprocessing.teacher.config import OpenAITeacherConfig, api_key
+from preprocessing.teacher.conversation import Wanted
+from preprocessing.teacher.journal import Answer, Failure, Journal
 
 if TYPE_CHECKING:
     from openai import OpenAI

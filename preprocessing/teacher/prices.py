@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finqa.errors import UserError
-from preprocessing.journal import Answer
+from preprocessing.teacher.journal import Answer
 
 SHIPPED_PRICES = Path(__file__).with_name("prices.json")
 CHARACTERS_A_TOKEN = 3.3

@@ -3,12 +3,6 @@
 Questions are sent as chat messages (finqa.prompts.teacher_messages), many at once. What comes back goes to the
 journal first; the rows are then made from the journal, in the order of the questions. The key is read from
 OPENAI_API_KEY and kept nowhere.
-
-    journal       what was asked and answered, and paid for
-    conversation  what to ask next about a question, from the journal
-    asking        many requests at once (chat_request: one of them; throttle: how many)
-    prices        what it costs, and will cost
-    batches       the same requests through the Batch API
 """
 
 from __future__ import annotations
@@ -26,14 +20,14 @@ from finqa.errors import UserError
 from finqa.records import Question
 from finqa.sandbox import Run, Sandbox
 from finqa.worked_examples import WorkedExample
-from preprocessing.asking import Asker, make_client, run_together
-from preprocessing.batches import batches_file, under_way
-from preprocessing.conversation import Conversation, Wanted
-from preprocessing.journal import Answer, Journal, answers_in
-from preprocessing.prices import Estimate, Price, Spending, estimate, price_of
 from preprocessing.progress import Progress
-from preprocessing.teacher_config import OpenAITeacherConfig, api_key
-from preprocessing.teachers import Reply
+from preprocessing.teacher.asking import Asker, make_client, run_together
+from preprocessing.teacher.batches import batches_file, under_way
+from preprocessing.teacher.config import OpenAITeacherConfig, api_key
+from preprocessing.teacher.conversation import Conversation, Wanted
+from preprocessing.teacher.journal import Answer, Journal, answers_in
+from preprocessing.teacher.prices import Estimate, Price, Spending, estimate, price_of
+from preprocessing.teacher.teachers import Reply
 
 
 class OpenAITeacher:
@@ -42,7 +36,7 @@ class OpenAITeacher:
     Args:
         config: How to ask.
         examples: Worked examples, shown before each question.
-        journal_path: Where answers are kept (see preprocessing.journal).
+        journal_path: Where answers are kept (see preprocessing.teacher.journal).
         rule: When a program's result is the label, for a second attempt.
         paid_in: Journals whose answers count against `max_cost`; this one's alone where it is left out.
 
@@ -65,7 +59,7 @@ class OpenAITeacher:
         if config.max_cost is not None and self.price is None:
             raise UserError(
                 f"--max-cost needs a price and {config.model!r} has none; give it with --prices FILE "
-                "(preprocessing/prices.json shows the form)"
+                "(preprocessing/teacher/prices.json shows the form)"
             )
         prices: dict[str, Price | None] = {"": self.price}  # Journals of the first form do not name the model.
         paid = answers_in({journal_path, *paid_in})

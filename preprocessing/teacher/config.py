@@ -48,7 +48,7 @@ class OpenAITeacherConfig:
     max_cost: float | None = None
     """Dollars after which no request is sent, what earlier runs paid for the same output included."""
     prices: Path | None = None
-    """A table of prices beside the shipped one (preprocessing.prices)."""
+    """A table of prices beside the shipped one (preprocessing.teacher.prices)."""
 
     def __post_init__(self) -> None:
         for name in ("attempts", "max_completion_tokens", "max_concurrent"):
@@ -141,7 +141,9 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-cost", type=float, metavar="DOLLARS", help="stop before more is spent, earlier runs included"
     )
-    group.add_argument("--prices", type=Path, metavar="FILE", help="prices beside those of preprocessing/prices.json")
+    group.add_argument(
+        "--prices", type=Path, metavar="FILE", help="prices beside those of preprocessing/teacher/prices.json"
+    )
 
 
 def config_from(args: argparse.Namespace) -> OpenAITeacherConfig:

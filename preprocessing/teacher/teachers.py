@@ -1,7 +1,7 @@
 """Who writes the programs that the student learns from.
 
 A teacher takes questions and gives one `Reply` for each, in their order. There are two: `ProgramTeacher` here
-compiles the gold programs (no network, no cost), `OpenAITeacher` in preprocessing.openai_teacher asks a model.
+compiles the gold programs (no network, no cost), `OpenAITeacher` in preprocessing.teacher.openai_teacher asks a model.
 """
 
 from __future__ import annotations

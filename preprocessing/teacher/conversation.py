@@ -15,11 +15,11 @@ from finqa.prompts import extract_code, teacher_messages
 from finqa.records import Question
 from finqa.sandbox import Run
 from finqa.worked_examples import WorkedExample
-from preprocessing.chat_request import Request, one_line
-from preprocessing.journal import Answer, Journal, request_key
 from preprocessing.run_programs import answer_text
-from preprocessing.teacher_config import OpenAITeacherConfig
-from preprocessing.teachers import Reply
+from preprocessing.teacher.chat_request import Request, one_line
+from preprocessing.teacher.config import OpenAITeacherConfig
+from preprocessing.teacher.journal import Answer, Journal, request_key
+from preprocessing.teacher.teachers import Reply
 
 LARGER_LIMIT = 2
 """A reply that was cut off is asked for once more with so many times the limit."""
