@@ -162,12 +162,10 @@ def floor(n_latents: int, args: argparse.Namespace) -> dict[str, float]:
     weight = torch.randn(n_latents, width, device="cuda", dtype=torch.bfloat16)
     latents = torch.randn(args.batch, n_latents, device="cuda", dtype=torch.bfloat16)
 
-    def products() -> None:
-        x @ weight.t()  # encode
-        latents @ weight  # decode
-        latents.t() @ x  # the decoder's gradient
-        x @ weight.t()  # the values' gradient
-        latents.t() @ x  # the encoder's gradient
+    def products() -> list[Tensor]:
+        encode, decode = x @ weight.t(), latents @ weight
+        to_decoder, to_values, to_encoder = latents.t() @ x, x @ weight.t(), latents.t() @ x
+        return [encode, decode, to_decoder, to_values, to_encoder]
 
     source = torch.empty(2**30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
