@@ -20,6 +20,19 @@ os.environ.pop("HF_NAME", None)
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
 CORPUS = [
     "read the following passage and then write python code to answer the question:",
     "###Passage: net sales in 2009 were $ 206,588 ( in millions ) . ###Question: what was the change ?",
