@@ -30,7 +30,7 @@ from finqa.datasets import dataset
 from finqa.errors import UserError, report_errors
 from finqa.paths import Folders, add_folder_flags
 from finqa.sandbox import Run, Sandbox
-from preprocessing.teachers import ProgramTeacher
+from preprocessing.teacher.teachers import ProgramTeacher
 
 Way = Callable[[Sequence[str]], list[float | str | bool | None]]
 """Runs programs and gives their answers."""
