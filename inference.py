@@ -19,7 +19,7 @@ from pathlib import Path
 from finqa import datasets, prompts
 from finqa.errors import UserError, report_errors
 from finqa.evaluation import MODEL_OF_TYPE
-from finqa.generation import GenerationConfig
+from finqa.generation import GenerationConfig, all_replies
 from finqa.paths import SPLITS, Folders, add_folder_flags
 from finqa.prompts import EvalType
 from finqa.records import Question, read_questions
@@ -48,7 +48,7 @@ def main() -> int:
         for served in served_models(run, student, [MODEL_OF_TYPE[asked] for asked in ASKED], config):
             asked: EvalType = next(eval_type for eval_type in ASKED if MODEL_OF_TYPE[eval_type] == served.model)
             chat = prompts.messages(prompts.training_prompt(question), asked, data.worked_examples)
-            code = prompts.extract_code(served.generate([prompt_ids(tokenizer, chat)])[0].text)
+            code = prompts.extract_code(all_replies(served.generate, [prompt_ids(tokenizer, chat)])[0].text)
             show(f"{served.model} model ({asked})", code, sandbox.run(code))
     return 0
 

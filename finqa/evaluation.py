@@ -2,43 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finqa import answers, datasets, programs, prompts
-from finqa.errors import UserError
-from finqa.generation import Generate, GenerationConfig, Reply
+from finqa import datasets, prompts
+from finqa.evaluation_rows import EvalRow, read_rows
+from finqa.generation import Generate, GenerationConfig, all_replies
+from finqa.judging import judge
 from finqa.manifest import file_hash, write_json, write_manifest
 from finqa.metrics import metrics
 from finqa.paths import Folders
 from finqa.predictions import Prediction, write_predictions
 from finqa.prompts import EvalType
-from finqa.records import TeacherRow, read_questions, read_teacher_rows
+from finqa.reply_journal import ReplyJournal, Slot, prompt_slots
 from finqa.report import write_report
-from finqa.sandbox import Run, Sandbox, SandboxLimits
+from finqa.sandbox import Sandbox, SandboxLimits
 from finqa.serving import Model, Served, served_models
-from finqa.students import StudentRun, find_adapter, load_tokenizer, prompt_ids, resolve_model
+from finqa.students import (
+    StudentRun,
+    default_device,
+    find_adapter,
+    load_tokenizer,
+    prompt_ids,
+    quiet_libraries,
+    resolve_model,
+)
 from finqa.weights import weights_hash
 
 MODEL_OF_TYPE: dict[EvalType, Model] = {"fine-tuned": "fine-tuned", "zero-shot": "base", "few-shot": "base"}
-
-
-@dataclass(frozen=True)
-class EvalRow:
-    """A question to score."""
-
-    id: str
-    prompt: str
-    """The fine-tuning prompt; the other prompts are made from it."""
-    expected: str
-    program: str
-    teacher_solved: bool | None
-    family: str = ""
-    family_kind: str = ""
+LINE_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -53,73 +49,158 @@ class EvaluationConfig:
     sandbox: SandboxLimits = field(default_factory=SandboxLimits)
 
 
+@dataclass
+class Task:
+    """One eval type on one split: its rows, their prompts, and the replies there are."""
+
+    name: str
+    model: Model
+    data_file: Path
+    rows: list[EvalRow]
+    prompt_tokens: list[list[int]]
+    folder: Path
+    hashes: dict[str, str | None]
+    samples: int
+    journal: ReplyJournal
+
+    @property
+    def slots(self) -> list[Slot]:
+        """Of every reply: sample s of row r has the place r * samples + s."""
+        return prompt_slots(self.prompt_tokens, self.samples)
+
+    @property
+    def complete(self) -> bool:
+        return all(slot in self.journal.replies for slot in self.slots)
+
+
 def evaluate(run: StudentRun, config: EvaluationConfig, folders: Folders) -> None:
     """Evaluate the student on every split in every eval type, starting as few engines as possible.
 
-    Writes metrics.json, predictions.jsonl and run.json for each, and the comparison of all that is there.
+    Replies that are there under the same settings and weights are not generated again; a model whose replies are all
+    there is not loaded. Writes metrics.json, predictions.jsonl and run.json for each, and the comparison of all that
+    is there.
     """
-    data = datasets.dataset(run.dataset)
-    rows = {split: read_rows(folders, data, split, config.max_rows) for split in config.splits}
     wanted: list[Model] = [MODEL_OF_TYPE[eval_type] for eval_type in config.eval_types]
     student = find_adapter(run, folders) if "fine-tuned" in wanted else None
-    tokenizer = load_tokenizer(run.model, run.revision)
+    tasks = _tasks(run, config, folders, student)
+    missing = [task for task in tasks if not task.complete]
     with Sandbox(config.sandbox) as sandbox:
-        for served in served_models(run, student, wanted, config.generation):
-            hashes = _hashes(run, student if served.model == "fine-tuned" else None)
-            for split, (path, split_rows) in rows.items():
-                for eval_type in config.eval_types:
-                    if MODEL_OF_TYPE[eval_type] != served.model:
-                        continue
-                    chats = [prompts.messages(r.prompt, eval_type, data.worked_examples) for r in split_rows]
-                    ids = [prompt_ids(tokenizer, chat) for chat in chats]
-                    folder = folders.evaluation(run.dataset, run.model_id, split, eval_type)
-                    predictions, seconds = score(split_rows, ids, served.generate, sandbox)
-                    found = write_results(folder, predictions, seconds)
-                    _write_manifest(folder, run, config, served, hashes, path, sandbox, seconds)
-                    print(summary(f"{eval_type} on {split}", found), flush=True)
+        for task in tasks:
+            if task.complete:
+                _finish(task, run, config, sandbox)
+        if missing:
+            for served in served_models(run, student, [task.model for task in missing], config.generation):
+                for task in missing:
+                    if task.model == served.model:
+                        collect_replies(task, served)
+                        _finish(task, run, config, sandbox)
     write_report(folders.results / run.dataset / run.model_id)
 
 
-def read_rows(
-    folders: Folders, data: datasets.Dataset, split: str, max_rows: int | None = None
-) -> tuple[Path, list[EvalRow]]:
-    """Every row of a split that has a label, and the file it is from: the teacher's, else the clean, else the filtered.
+def _tasks(run: StudentRun, config: EvaluationConfig, folders: Folders, student: Path | None) -> list[Task]:
+    data = datasets.dataset(run.dataset)
+    quiet_libraries()
+    tokenizer = load_tokenizer(run.model, run.revision)
+    base_hash = weights_hash(resolve_model(run.model, run.revision))
+    student_hash = weights_hash(student) if student else None
+    tasks = []
+    for split in config.splits:
+        path, rows = read_rows(folders, data, split, config.max_rows)
+        for eval_type in config.eval_types:
+            model = MODEL_OF_TYPE[eval_type]
+            chats = [prompts.messages(r.prompt, eval_type, data.worked_examples) for r in rows]
+            folder = folders.evaluation(run.dataset, run.model_id, split, eval_type + config.generation.folder_suffix)
+            hashes = {"base_hash": base_hash, "student_hash": student_hash if model == "fine-tuned" else None}
+            tasks.append(
+                Task(
+                    name=f"{folder.name} on {split}",
+                    model=model,
+                    data_file=path,
+                    rows=rows,
+                    prompt_tokens=[prompt_ids(tokenizer, chat) for chat in chats],
+                    folder=folder,
+                    hashes=hashes,
+                    samples=config.generation.samples,
+                    journal=ReplyJournal(folder, reply_settings(run, config.generation, eval_type) | hashes),
+                )
+            )
+    return tasks
 
-    Raises UserError where the split has none of them, or no rows.
-    """
-    generated, clean, filtered = (
-        folders.generated(data.name, split),
-        folders.clean(data.name, split),
-        folders.filtered(data.name, split),
+
+def reply_settings(run: StudentRun, config: GenerationConfig, eval_type: EvalType) -> dict[str, Any]:
+    """All that shapes a reply beside its prompt and the weights: replies under other settings are never mixed in."""
+    settings: dict[str, Any] = {
+        "eval_type": eval_type,
+        "engine": "vllm" if config.vllm else "transformers",
+        "device": default_device(),
+        "load_in_4bit": run.load_in_4bit,
+        "max_new_tokens": config.max_new_tokens,
+        "max_model_len": config.max_model_len,
+        "stop": list(config.stop),
+        "temperature": config.temperature,
+        "samples": config.samples,
+        "seed": config.seed if config.temperature else None,
+        "batch_size": None if config.vllm else config.batch_size,
+        "tensor_parallel": config.tensor_parallel,
+    }
+    return settings
+
+
+def collect_replies(task: Task, served: Served) -> None:
+    """Have the missing replies of a task written, each to the journal as it finishes."""
+    asked = [ids for ids in task.prompt_tokens for _ in range(task.samples)]
+    slots = task.slots
+    done = {place for place, slot in enumerate(slots) if slot in task.journal.replies}
+    if done:
+        print(f"{task.name}: going on, {len(done)} of {len(asked)} replies are there", flush=True)
+    task.journal.begin(served.facts)
+    said, count = time.monotonic(), len(done)
+    try:
+        for place, reply in _shown(served.generate(asked, done), task.name, len(asked), count):
+            task.journal.add(slots[place], reply)
+            count += 1
+            if time.monotonic() - said > LINE_EVERY_S and not sys.stderr.isatty():
+                said = time.monotonic()
+                print(f"{task.name}: {count} of {len(asked)} replies", flush=True)
+    finally:
+        task.journal.end()
+
+
+def _shown(replies: Any, what: str, total: int, initial: int) -> Any:
+    """With a bar in a terminal."""
+    if not sys.stderr.isatty():
+        return replies
+    from tqdm import tqdm
+
+    return tqdm(replies, desc=what, total=total, initial=initial, unit="reply", dynamic_ncols=True, leave=False)
+
+
+def _finish(task: Task, run: StudentRun, config: EvaluationConfig, sandbox: Sandbox) -> None:
+    """Run and judge the replies of a task, and write its files; run.json last, which makes them valid."""
+    slots = task.slots
+    replies = [task.journal.replies[slot] for slot in slots]
+    started = time.monotonic()
+    predictions = judge(task.rows, task.prompt_tokens, replies, sandbox, sampled=config.generation.temperature > 0)
+    seconds = {"generate": round(task.journal.seconds, 2), "run": round(time.monotonic() - started, 2)}
+    earlier = task.journal.found
+    task.journal.secure()
+    (task.folder / "run.json").unlink(missing_ok=True)
+    found = write_results(task.folder, predictions, seconds)
+    write_manifest(
+        task.folder / "run.json",
+        {"student": asdict(run), "evaluation": asdict(config)},
+        model_id=run.model_id,
+        generation_key=task.journal.key,
+        generation=task.journal.settings,
+        served=task.journal.served,
+        data={str(task.data_file): file_hash(task.data_file)},
+        sandbox_protections=sandbox.protections,
+        seconds=seconds,
+        **task.hashes,
+        **({"adapter_check": earlier["adapter_check"]} if "adapter_check" in earlier else {}),
     )
-    if generated.exists():
-        path, rows = generated, [_from_teacher(row, data) for row in read_teacher_rows(generated)]
-    elif clean.exists():
-        path = clean
-        rows = [
-            EvalRow(q.id, prompts.training_prompt(q), q.answer, q.program, None, q.family, q.family_kind)
-            for q in read_questions(clean)
-        ]
-    elif filtered.exists():
-        print(
-            f"{split}: only the rows that the teacher solved are here ({filtered}); all are scored better", flush=True
-        )
-        path, rows = filtered, [_from_teacher(row, data) for row in read_teacher_rows(filtered)]
-    else:
-        raise UserError(
-            f"no rows of {data.name} {split} to evaluate on: neither {generated} nor {clean}; make them with: "
-            f"python -m preprocessing.preprocess_finqa --dataset {data.name}"
-        )
-    rows = [row for row in rows if row.expected][:max_rows]
-    if not rows:
-        raise UserError(f"{path} has no row with a label")
-    numbered = [EvalRow(**{**asdict(row), "id": row.id or f"row-{n}"}) for n, row in enumerate(rows)]
-    return path, numbered
-
-
-def _from_teacher(row: TeacherRow, data: datasets.Dataset) -> EvalRow:
-    solved = answers.match(row.actual_answer, row.expected_answer, data.answer_rule)
-    return EvalRow(row.id, row.prompt, row.expected_answer, row.program, solved, row.family, row.family_kind)
+    task.journal.hand_over(slots)
+    print(summary(task.name, found), flush=True)
 
 
 def score(
@@ -127,45 +208,11 @@ def score(
 ) -> tuple[list[Prediction], dict[str, float]]:
     """Predictions in the order of the rows, and the seconds that generating and running took."""
     started = time.monotonic()
-    replies = generate(prompt_tokens)
+    replies = all_replies(generate, prompt_tokens)
     generated = time.monotonic()
-    codes = [prompts.extract_code(reply.text) for reply in replies]
-    runs = sandbox.run_many(codes)
+    predictions = judge(rows, prompt_tokens, replies, sandbox)
     done = time.monotonic()
-    predictions = [
-        _prediction(row, ids, reply, code, run)
-        for row, ids, reply, code, run in zip(rows, prompt_tokens, replies, codes, runs, strict=True)
-    ]
     return predictions, {"generate": round(generated - started, 2), "run": round(done - generated, 2)}
-
-
-def _prediction(row: EvalRow, ids: list[int], reply: Reply, code: str, run: Run) -> Prediction:
-    unasked = reply.finish_reason == "prompt_too_long"
-    return Prediction(
-        id=row.id,
-        prompt_hash=hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest(),
-        reply=reply.text,
-        code=code,
-        answer=run.answer,
-        expected=row.expected,
-        correct={rule: answers.match(run.answer, row.expected, rule) for rule in answers.RULES},
-        error_kind="prompt-too-long" if unasked else run.error_kind,
-        error_message=run.message,
-        n_prompt_tokens=reply.n_prompt_tokens,
-        n_new_tokens=reply.n_new_tokens,
-        finish_reason=reply.finish_reason,
-        program_steps=_steps(row.program),
-        teacher_solved=row.teacher_solved,
-        family=row.family,
-        family_kind=row.family_kind,
-    )
-
-
-def _steps(program: str) -> int | None:
-    try:
-        return len(programs.parse(program)) if program else None
-    except programs.ProgramError:
-        return None
 
 
 def write_results(folder: Path, predictions: Sequence[Prediction], seconds: dict[str, float]) -> dict[str, Any]:
@@ -183,33 +230,4 @@ def summary(what: str, found: dict[str, Any]) -> str:
         f"{what}: accuracy {found['accuracy']:.1%} [{low:.1%}, {high:.1%}] of {found['n']} (relaxed "
         f"{found['accuracy_relaxed']:.1%}, reported rule {found['accuracy_reported_rule']:.1%}), "
         f"{found['share_runs']:.1%} run, {found['seconds']['generate']:.0f} s to generate"
-    )
-
-
-def _hashes(run: StudentRun, student: Path | None) -> dict[str, str | None]:
-    return {
-        "base_hash": weights_hash(resolve_model(run.model, run.revision)),
-        "student_hash": weights_hash(student) if student else None,
-    }
-
-
-def _write_manifest(
-    folder: Path,
-    run: StudentRun,
-    config: EvaluationConfig,
-    served: Served,
-    hashes: dict[str, str | None],
-    data_file: Path,
-    sandbox: Sandbox,
-    seconds: dict[str, float],
-) -> None:
-    write_manifest(
-        folder / "run.json",
-        {"student": asdict(run), "evaluation": asdict(config)},
-        model_id=run.model_id,
-        served=served.facts,
-        data={str(data_file): file_hash(data_file)},
-        sandbox_protections=sandbox.protections,
-        seconds=seconds,
-        **hashes,
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from finqa.errors import UserError
 from finqa.prompts import STOP
@@ -24,8 +25,24 @@ class Reply:
     """`stop`: end token or stop string; `length`: the limit of new tokens; `prompt_too_long`: nothing was asked."""
 
 
-Generate = Callable[[Sequence[list[int]]], list[Reply]]
-"""Greedy replies to prompts given as token ids, in their order."""
+class Generate(Protocol):
+    """Replies to prompts given as token ids, each with its place among them, in the order in which they finish.
+
+    `done` names places that need no reply. All prompts are given even so: an engine that works in batches forms them
+    from all, and a sample draws from a seed of its place, so that a run that goes on writes what a whole one writes.
+    """
+
+    def __call__(self, prompts: Sequence[list[int]], done: Collection[int] = ()) -> Iterator[tuple[int, Reply]]: ...
+
+
+def all_replies(generate: Generate, prompts: Sequence[list[int]]) -> list[Reply]:
+    """Every reply, in the order of the prompts."""
+    replies = dict(generate(prompts))
+    return [replies[place] for place in range(len(prompts))]
+
+
+DEFAULT_TEMPERATURE = 0.7
+"""Of several samples, unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +60,35 @@ class GenerationConfig:
     gpu_memory_utilization: float = 0.9
     tensor_parallel: int = 1
     """GPUs that share one model (vLLM)."""
+    data_parallel: int = 1
+    """Engines that share the prompts, each with `tensor_parallel` GPUs of its own (vLLM)."""
+    samples: int = 1
+    """Replies to each prompt; their answers are voted on."""
+    temperature: float = 0.0
+    """0 takes the likeliest token (greedy)."""
+    seed: int = 3
+    """Of sampling; greedy replies know none."""
 
     def __post_init__(self) -> None:
         if not 0 < self.gpu_memory_utilization <= 1:
             raise UserError(f"--gpu-memory-utilization must be in (0, 1], not {self.gpu_memory_utilization}")
-        if min(self.max_new_tokens, self.batch_size, self.tensor_parallel) < 1:
-            raise UserError("new tokens, batch size and tensor parallel must be at least 1")
+        if min(self.max_new_tokens, self.batch_size, self.tensor_parallel, self.data_parallel, self.samples) < 1:
+            raise UserError("new tokens, batch size, tensor and data parallel, and samples must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"--temperature must be 0 or more, not {self.temperature}")
+        if self.samples > 1 and self.temperature == 0:
+            raise UserError("--samples above 1 needs a --temperature above 0: greedy replies are all the same")
+        if not self.vllm and max(self.tensor_parallel, self.data_parallel) > 1:
+            raise UserError("--tensor-parallel and --data-parallel need --VLLM")
+
+    @property
+    def folder_suffix(self) -> str:
+        """What the name of a results folder ends with: nothing for greedy replies, else `-<n>-samples`."""
+        return f"-{self.samples}-samples" if self.temperature else ""
+
+    def seed_of(self, place: int) -> int:
+        """Seed of the sample at a place among the prompts."""
+        return self.seed * 1_000_000_007 + place
 
 
 def cut_at_stop(text: str, stop: tuple[str, ...]) -> str:

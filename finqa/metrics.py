@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from finqa.answers import RULES, Rule
-from finqa.predictions import Prediction
+from finqa.predictions import PREDICTION_ERROR_KINDS, Prediction
 
 Z_95 = 1.959963984540054
 """Two-sided 95% quantile of the normal distribution."""
@@ -53,9 +53,12 @@ def metrics(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """The content of metrics.json that follows from the predictions alone.
 
     `accuracy` is under the strict rule, as are all figures but `accuracy_relaxed` and `accuracy_reported_rule`.
-    A share of no rows is None.
+    A share of no rows is None. Where rows were sampled, all of these are of the voted answers, and the samples have
+    figures of their own. Raises ValueError for an error kind that is none of PREDICTION_ERROR_KINDS.
     """
     n = len(predictions)
+    if unknown := {p.error_kind for p in predictions if p.error_kind} - set(PREDICTION_ERROR_KINDS):
+        raise ValueError(f"unknown error kind {', '.join(sorted(unknown))}")
     result: dict[str, Any] = {"n": n}
     for rule in RULES:
         result |= _share(METRIC_OF_RULE[rule], [p.correct[rule] for p in predictions])
@@ -69,6 +72,8 @@ def metrics(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "prompt": sum(p.n_prompt_tokens for p in predictions),
         "new": sum(p.n_new_tokens for p in predictions),
     }
+    if any(p.samples for p in predictions):
+        result |= _of_samples(predictions)
     for name, key in (
         ("family", lambda p: p.family),
         ("family_kind", lambda p: p.family_kind),
@@ -84,6 +89,18 @@ def metrics(predictions: Sequence[Prediction]) -> dict[str, Any]:
             }
             result[f"by_{name}"] = {group: _group(rows) for group, rows in sorted(groups.items())}
     return result
+
+
+def _of_samples(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """What single samples are worth. The samples of a row are not independent, so their share has no interval here."""
+    of_rows = [p.samples for p in predictions if p.samples]
+    samples = [sample for of_row in of_rows for sample in of_row]
+    return {
+        "samples_per_row": max(map(len, of_rows)),
+        "accuracy_per_sample": _mean([sample.correct for sample in samples]),
+        "share_runs_per_sample": _mean([sample.error_kind is None for sample in samples]),
+        **_share("any_sample_right", [any(sample.correct for sample in of_row) for of_row in of_rows]),
+    }
 
 
 def _group(rows: Sequence[Prediction]) -> dict[str, Any]:

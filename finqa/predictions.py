@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from finqa.answers import Rule
+from finqa.generation import FinishReason
 from finqa.paths import write_atomically
+from finqa.sandbox import ERROR_KINDS
 
 FILE = "predictions.jsonl"
+PROMPT_TOO_LONG = "prompt-too-long"
+PREDICTION_ERROR_KINDS = (*ERROR_KINDS, PROMPT_TOO_LONG)
+"""Every reason for which a row can be without an answer."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One of several replies to a prompt."""
+
+    reply: str
+    code: str
+    answer: float | str | bool | None
+    correct: bool
+    """Under the strict rule."""
+    error_kind: str | None
+    n_new_tokens: int
+    finish_reason: FinishReason
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One question, what the model wrote for it, and whether that is right."""
+    """One question, what the model wrote for it, and whether that is right.
+
+    With several samples reply, code, answer and finish reason are those of the first sample that gave the answer most
+    of them agree on (of the first sample where none has an answer).
+    """
 
     id: str
     prompt_hash: str
@@ -28,25 +52,39 @@ class Prediction:
     correct: dict[Rule, bool]
     """Verdict under each answer rule."""
     error_kind: str | None
-    """From the sandbox, or `prompt-too-long`; None where the code ran."""
+    """One of PREDICTION_ERROR_KINDS; None where the code ran."""
     error_message: str
     n_prompt_tokens: int
     n_new_tokens: int
-    finish_reason: str
+    """Of the reply; of all samples where there are several."""
+    finish_reason: FinishReason
     program_steps: int | None
     """Steps of the gold program; None where there is none."""
     teacher_solved: bool | None
     """Whether the teacher's program gave the label; None where no teacher was asked."""
     family: str = ""
     family_kind: str = ""
+    samples: tuple[Sample, ...] | None = None
+    """None for a greedy reply."""
+
+
+def prompt_hash(ids: Sequence[int]) -> str:
+    """sha256 of a prompt's token ids."""
+    return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()
 
 
 def write_predictions(folder: Path, predictions: Sequence[Prediction]) -> None:
-    """Write predictions.jsonl, one row a line."""
+    """Write predictions.jsonl, one row a line; `samples` is left out where there is but one reply."""
+    rows = ({k: v for k, v in asdict(row).items() if k != "samples" or v is not None} for row in predictions)
     # Escaped to ASCII: a reply can hold half a surrogate pair, which no UTF-8 file can.
-    write_atomically(folder / FILE, "".join(json.dumps(asdict(row)) + "\n" for row in predictions))
+    write_atomically(folder / FILE, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_predictions(folder: Path) -> list[Prediction]:
     """The inverse of `write_predictions`."""
-    return [Prediction(**json.loads(line)) for line in (folder / FILE).read_text().split("\n") if line]
+    return [_prediction(json.loads(line)) for line in (folder / FILE).read_text().split("\n") if line]
+
+
+def _prediction(row: dict) -> Prediction:
+    samples = row.pop("samples", None)
+    return Prediction(**row, samples=None if samples is None else tuple(Sample(**sample) for sample in samples))

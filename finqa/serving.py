@@ -7,14 +7,14 @@ first; vLLM on a GPU takes it with the request; Hugging Face puts it on the load
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from finqa.errors import UserError
-from finqa.generation import Generate, GenerationConfig
+from finqa.generation import Generate, GenerationConfig, end_ids
 from finqa.merging import merged
 from finqa.students import (
     StudentRun,
@@ -27,6 +27,9 @@ from finqa.students import (
 )
 from finqa.weights import check_base, weights_hash
 
+if TYPE_CHECKING:
+    from finqa.vllm_engine import LogProbs
+
 Model = Literal["base", "fine-tuned"]
 MODELS: tuple[Model, ...] = get_args(Model)
 
@@ -38,7 +41,9 @@ class Served:
     model: Model
     generate: Generate
     facts: dict[str, Any]
-    """Engine, adapter (none, merged, request, switched), dtype, device: for run.json."""
+    """Engine, adapter (none, merged, unmerged, request), dtype, device: for run.json."""
+    logprobs: LogProbs | None = None
+    """Of one vLLM engine alone."""
 
 
 def check_backend(run: StudentRun, vllm: bool) -> None:
@@ -54,7 +59,7 @@ def check_backend(run: StudentRun, vllm: bool) -> None:
 
 def served_models(
     run: StudentRun, student: Path | None, wanted: Sequence[Model], config: GenerationConfig
-) -> Iterator[Served]:
+) -> Generator[Served, None, None]:
     """The wanted models one after the other, with as few engine starts as possible; each is valid until the next.
 
     Args:
@@ -102,23 +107,25 @@ def _by_vllm_with_requests(
     run: StudentRun, student: Path | None, wanted: Sequence[Model], config: GenerationConfig
 ) -> Iterator[Served]:
     """One engine for base and adapter: a GPU serves both at full speed."""
-    from finqa.vllm_engine import vllm_engine, vllm_generate
+    from finqa.vllm_engine import EngineArguments, running_engine
 
-    tokenizer = load_tokenizer(run.model, run.revision)
+    tokenizer: Any = load_tokenizer(run.model, run.revision)
+    ends = end_ids(tokenizer.eos_token_id)
     path = resolve_model(run.model, run.revision)
-    with vllm_engine(path, path, run.load_in_4bit, config, student) as (engine, facts):
+    with running_engine(EngineArguments(path, path, run.load_in_4bit, config, student)) as engine:
         for model in _in_order(wanted):
-            request = student if model == "fine-tuned" else None
-            generate = vllm_generate(engine, tokenizer, config, request)
-            yield Served(model, generate, facts | {"adapter": "request" if request else "none"})
+            adapted = model == "fine-tuned"
+            facts = engine.facts | {"adapter": "request" if adapted else "none"}
+            yield Served(model, engine.generate(adapted, ends), facts, engine.logprobs and engine.logprobs(adapted))
 
 
 def _by_vllm_one_at_a_time(
     run: StudentRun, student: Path | None, adapter: bool, wanted: Sequence[Model], config: GenerationConfig
 ) -> Iterator[Served]:
-    from finqa.vllm_engine import vllm_engine, vllm_generate
+    from finqa.vllm_engine import EngineArguments, running_engine
 
-    tokenizer = load_tokenizer(run.model, run.revision)
+    tokenizer: Any = load_tokenizer(run.model, run.revision)
+    ends = end_ids(tokenizer.eos_token_id)
     base = resolve_model(run.model, run.revision)
     for model in _in_order(wanted):
         if model == "base":
@@ -129,10 +136,10 @@ def _by_vllm_one_at_a_time(
             folder = nullcontext(student)
         with (
             folder as path,
-            vllm_engine(str(path), base, run.load_in_4bit, config, None) as (engine, facts),
+            running_engine(EngineArguments(str(path), base, run.load_in_4bit, config, None)) as engine,
         ):
-            how = "merged" if model == "fine-tuned" and adapter else "none"
-            yield Served(model, vllm_generate(engine, tokenizer, config, None), facts | {"adapter": how})
+            facts = engine.facts | {"adapter": "merged" if model == "fine-tuned" and adapter else "none"}
+            yield Served(model, engine.generate(False, ends), facts, engine.logprobs and engine.logprobs(False))
 
 
 def _in_order(wanted: Sequence[Model]) -> list[Model]:

@@ -1,4 +1,4 @@
-"""Replies by vLLM, on a GPU or a CPU."""
+"""Replies by vLLM, on a GPU or a CPU: an engine in this process, or several beside it (`finqa.data_parallel`)."""
 
 from __future__ import annotations
 
@@ -9,38 +9,81 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from finqa.generation import (
-    FinishReason,
-    Generate,
-    GenerationConfig,
-    Reply,
-    cut_at_stop,
-    end_ids,
-    prompt_too_long,
-)
+from finqa.errors import UserError
+from finqa.generation import FinishReason, Generate, GenerationConfig, Reply, cut_at_stop, prompt_too_long
 from finqa.students import default_device
 
 CONTEXT = 8192
 """Tokens of context that are planned for at most unless told otherwise: a 128k model would ask for a huge cache."""
 CPU_SEQUENCES = 256
 """Replies that are written at the same time on a CPU."""
+TOP_LOGPROBS = 20
+"""Likeliest tokens of which log-probabilities are asked: the most an engine gives unless told otherwise."""
+
+
+LogProbs = Callable[[Sequence[tuple[list[int], int]]], list[list[dict[int, float]]]]
+"""Of sequences (token ids, how many of them are prompt): for every completion token of each, log-probabilities by
+token id of the likeliest tokens at its place, and of itself."""
+
+
+@dataclass(frozen=True)
+class EngineArguments:
+    """What an engine is started with; plain values, so that another process can start it too."""
+
+    model: str
+    """Folder of the model."""
+    tokenizer: str
+    load_in_4bit: bool
+    config: GenerationConfig
+    adapter: Path | None
+    """Folder of the adapter that requests may name."""
+
+
+@dataclass(frozen=True)
+class RunningEngine:
+    """One engine, or several that share the prompts."""
+
+    generate: Callable[[bool, set[int]], Generate]
+    """Takes whether to reply with the adapter, and the end tokens."""
+    facts: dict[str, Any]
+    """For run.json."""
+    logprobs: Callable[[bool], LogProbs] | None
+    """Takes whether to use the adapter; None with several engines."""
 
 
 @contextmanager
-def vllm_engine(
-    model: str, tokenizer: str, load_in_4bit: bool, config: GenerationConfig, adapter: Path | None
-) -> Iterator[tuple[Any, dict[str, Any]]]:
+def running_engine(arguments: EngineArguments) -> Iterator[RunningEngine]:
+    """As many engines as the configuration asks for; they are gone at the end of the block."""
+    if arguments.config.data_parallel > 1:
+        from finqa.data_parallel import parallel_engines
+
+        with parallel_engines(arguments) as (generate, facts):
+            yield RunningEngine(generate, facts, None)
+        return
+    with vllm_engine(arguments) as (engine, facts):
+        config, adapter = arguments.config, arguments.adapter
+        yield RunningEngine(
+            lambda adapted, ends: vllm_generate(engine, ends, config, adapter if adapted else None),
+            facts,
+            lambda adapted: vllm_logprobs(engine, adapter if adapted else None),
+        )
+
+
+@contextmanager
+def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any]]]:
     """A running vLLM engine and what is worth recording of it; it is gone at the end of the block."""
+    config, adapter = arguments.config, arguments.adapter
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     device = default_device()
     settings: dict[str, Any] = {
-        "max_model_len": _limit_of(Path(model), config),
+        "max_model_len": _limit_of(Path(arguments.model), config),
         "tensor_parallel_size": config.tensor_parallel,
         "enable_prefix_caching": True,
         "seed": 0,
@@ -51,15 +94,16 @@ def vllm_engine(
         settings |= {
             "enforce_eager": True,
             "max_num_seqs": CPU_SEQUENCES,
-            "kv_cache_memory_bytes": _cpu_cache_bytes(Path(model), settings["max_model_len"]),
+            "kv_cache_memory_bytes": _cpu_cache_bytes(
+                Path(arguments.model), settings["max_model_len"], config.data_parallel
+            ),
         }
     else:
         settings["gpu_memory_utilization"] = config.gpu_memory_utilization
-    if load_in_4bit:
+    if arguments.load_in_4bit:
         settings["quantization"] = "bitsandbytes"
     if adapter is not None:
-        rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
-        settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+        settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank_limit(adapter)}
 
     started = time.monotonic()
     show = sys.stderr.isatty()
@@ -68,7 +112,13 @@ def vllm_engine(
         warnings.simplefilter("ignore", FutureWarning)
         from vllm import LLM
 
-        engine = LLM(model=model, tokenizer=tokenizer, disable_log_stats=True, use_tqdm_on_load=show, **settings)
+        engine = LLM(
+            model=arguments.model,
+            tokenizer=arguments.tokenizer,
+            disable_log_stats=True,
+            use_tqdm_on_load=show,
+            **settings,
+        )
     facts = {"engine": "vllm", "device": device, "dtype": str(engine.model_config.dtype).removeprefix("torch.")}
     try:
         yield engine, facts | {"settings": settings, "start_seconds": round(time.monotonic() - started, 1)}
@@ -81,38 +131,93 @@ def vllm_engine(
         gc.collect()
 
 
-def vllm_generate(engine: Any, tokenizer: Any, config: GenerationConfig, adapter: Path | None) -> Generate:
-    """Greedy replies by a vLLM engine, all prompts at once; with an adapter where one is given."""
+def vllm_generate(engine: Any, ends: Collection[int], config: GenerationConfig, adapter: Path | None) -> Generate:
+    """Replies by a vLLM engine, all prompts at once; with an adapter where one is given.
 
-    def generate(prompts: Sequence[list[int]]) -> list[Reply]:
+    The engine is stepped here and not by `LLM.generate`, which gives nothing before all is written. What shares a
+    batch differs between a run and one that goes on, so in bf16 a near-tie may fall the other way; a sample that
+    draws from its own seed has the same near-ties.
+    """
+
+    def generate(prompts: Sequence[list[int]], done: Collection[int] = ()) -> Iterator[tuple[int, Reply]]:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
-        from vllm.lora.request import LoRARequest
+        from vllm.sampling_params import RequestOutputKind
 
-        sampling = SamplingParams(
-            temperature=0.0,
-            max_tokens=config.max_new_tokens,
-            stop=list(config.stop),
-            include_stop_str_in_output=True,
-            stop_token_ids=sorted(end_ids(tokenizer.eos_token_id)),
-        )
+        steps, request = engine.llm_engine, _lora_request(adapter)
         limit = engine.model_config.max_model_len
-        fitting = [row for row, prompt in enumerate(prompts) if len(prompt) + config.max_new_tokens <= limit]
-        outputs = engine.generate(
-            [TokensPrompt(prompt_token_ids=prompts[row]) for row in fitting],
-            sampling,
-            use_tqdm=sys.stderr.isatty(),
-            lora_request=LoRARequest("student", 1, str(adapter)) if adapter else None,
-        )
-        replies = [prompt_too_long(prompt) for prompt in prompts]
-        for row, output in zip(fitting, outputs, strict=True):
-            best = output.outputs[0]
-            reason: FinishReason = "length" if best.finish_reason == "length" else "stop"
-            text = cut_at_stop(best.text, config.stop)
-            replies[row] = Reply(text, len(prompts[row]), len(best.token_ids), reason)
-        return replies
+        under_way: set[str] = set()
+        for place in sorted(set(range(len(prompts))) - set(done)):
+            if len(prompts[place]) + config.max_new_tokens > limit:
+                yield place, prompt_too_long(prompts[place])
+                continue
+            sampling = SamplingParams(
+                temperature=config.temperature,
+                seed=config.seed_of(place) if config.temperature else None,
+                max_tokens=config.max_new_tokens,
+                stop=list(config.stop),
+                include_stop_str_in_output=True,
+                stop_token_ids=sorted(ends),
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            prompt = TokensPrompt(prompt_token_ids=prompts[place])
+            steps.add_request(str(place), prompt, sampling, lora_request=request)
+            under_way.add(str(place))
+        try:
+            while under_way:
+                for output in steps.step():
+                    under_way.discard(output.request_id)
+                    place = int(output.request_id)
+                    yield place, _reply(prompts[place], output.outputs[0], config)
+        finally:
+            if under_way:
+                steps.abort_request(sorted(under_way))
 
     return generate
+
+
+def _reply(prompt: list[int], written: Any, config: GenerationConfig) -> Reply:
+    reason: FinishReason = "length" if written.finish_reason == "length" else "stop"
+    return Reply(cut_at_stop(written.text, config.stop), len(prompt), len(written.token_ids), reason)
+
+
+def vllm_logprobs(engine: Any, adapter: Path | None) -> LogProbs:
+    """Log-probabilities of completion tokens by a vLLM engine: the TOP_LOGPROBS likeliest and the token itself."""
+
+    def logprobs(sequences: Sequence[tuple[list[int], int]]) -> list[list[dict[int, float]]]:
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        outputs = engine.generate(
+            [TokensPrompt(prompt_token_ids=ids) for ids, _ in sequences],
+            SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=TOP_LOGPROBS),
+            use_tqdm=False,
+            lora_request=_lora_request(adapter),
+        )
+        return [
+            [{token: entry.logprob for token, entry in place.items()} for place in output.prompt_logprobs[n_prompt:]]
+            for output, (_, n_prompt) in zip(outputs, sequences, strict=True)
+        ]
+
+    return logprobs
+
+
+def _lora_request(adapter: Path | None) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("student", 1, str(adapter)) if adapter else None
+
+
+def _rank_limit(adapter: Path) -> int:
+    """The smallest rank that vLLM can be set to and that holds the adapter's."""
+    from vllm.config.lora import MaxLoRARanks
+
+    rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
+    allowed = [limit for limit in get_args(MaxLoRARanks) if limit >= rank]
+    if not allowed:
+        most = max(get_args(MaxLoRARanks))
+        raise UserError(f"vLLM serves no adapter of rank {rank} (at most {most}); leave out --VLLM, or merge it first")
+    return min(allowed)
 
 
 def _limit_of(model: Path, config: GenerationConfig) -> int:
@@ -120,12 +225,12 @@ def _limit_of(model: Path, config: GenerationConfig) -> int:
     return min(own, config.max_model_len or CONTEXT)
 
 
-def _cpu_cache_bytes(model: Path, max_model_len: int) -> int:
-    """Cache for all sequences at full length, but at most a third of the memory that is free."""
+def _cpu_cache_bytes(model: Path, max_model_len: int, engines: int) -> int:
+    """Cache for all sequences at full length, but for all engines at most a third of the memory that is free."""
     shape = json.loads((model / "config.json").read_text())
     heads = shape["num_attention_heads"]
     width = shape.get("head_dim") or shape["hidden_size"] // heads
     token = 2 * 2 * shape["num_hidden_layers"] * (shape.get("num_key_value_heads") or heads) * width
     wanted = token * max_model_len * CPU_SEQUENCES
     pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 1 << 20
-    return max(1 << 26, min(wanted, pages * os.sysconf("SC_PAGE_SIZE") // 3))
+    return max(1 << 26, min(wanted, pages * os.sysconf("SC_PAGE_SIZE") // (3 * engines)))

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
 
 from finqa.datasets import dataset
 from finqa.errors import UserError
-from finqa.evaluation import EvalRow, read_rows, score, summary, write_results
+from finqa.evaluation import score, summary, write_results
+from finqa.evaluation_rows import EvalRow, read_rows
 from finqa.generation import Reply
 from finqa.metrics import compare, mcnemar, metrics, wilson
 from finqa.paths import Folders
@@ -40,10 +42,15 @@ REPLIES = [
 ]
 
 
+def last_first(prompts: list[list[int]], done: Collection[int] = ()) -> Iterator[tuple[int, Reply]]:
+    """A `Generate` that finishes with the first prompt."""
+    return reversed([(place, REPLIES[place]) for place in range(len(prompts)) if place not in done])
+
+
 @pytest.fixture(scope="module")
 def predictions() -> list[Prediction]:
     with Sandbox() as sandbox:
-        return score(ROWS, [[1, n] for n in range(5)], lambda prompts: REPLIES, sandbox)[0]
+        return score(ROWS, [[1, n] for n in range(5)], last_first, sandbox)[0]
 
 
 def test_each_reply_is_run_and_judged_under_each_rule(predictions: list[Prediction]):

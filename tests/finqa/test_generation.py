@@ -7,7 +7,7 @@ import pytest
 
 from finqa.datasets import dataset
 from finqa.errors import UserError
-from finqa.generation import Generate, GenerationConfig, Reply, cut_at_stop
+from finqa.generation import Generate, GenerationConfig, Reply, all_replies, cut_at_stop
 from finqa.hugging_face_engine import hugging_face
 from finqa.paths import Folders
 from finqa.programs import to_python
@@ -67,15 +67,15 @@ def test_batched_and_padded_replies_are_those_of_prompts_asked_one_by_one(tiny_s
     # fp32: in bf16 a random model has near-ties that flip with the shape of the batch.
     model = load_base(str(tiny_student), torch.float32)
     tokenizer = load_tokenizer(str(tiny_student))
-    together = hugging_face(model, tokenizer, CONFIG)(prompts)
-    alone = [hugging_face(model, tokenizer, CONFIG)([prompt])[0] for prompt in prompts]
+    together = all_replies(hugging_face(model, tokenizer, CONFIG), prompts)
+    alone = [all_replies(hugging_face(model, tokenizer, CONFIG), [prompt])[0] for prompt in prompts]
     assert together == alone
     assert [reply.n_prompt_tokens for reply in together] == [len(prompt) for prompt in prompts]
 
 
 def talkative(generate: Generate, prompts: list[list[int]]) -> tuple[list[int], Reply]:
     """A prompt whose reply uses up the limit in plain letters, and that reply."""
-    replies = zip(prompts, generate(prompts), strict=True)
+    replies = zip(prompts, all_replies(generate, prompts), strict=True)
     return next((p, r) for p, r in replies if r.finish_reason == "length" and len(r.text) > 8 and r.text.isascii())
 
 
@@ -86,7 +86,7 @@ def test_a_reply_stops_at_a_stop_string_and_counts_its_own_tokens_alone(tiny_stu
     prompt, whole = talkative(hugging_face(model, tokenizer, CONFIG), prompts)
     stop = whole.text[3:7]
     config = GenerationConfig(vllm=False, max_new_tokens=12, batch_size=4, stop=(stop,))
-    stopped = hugging_face(model, tokenizer, config)([prompt, *prompts[:3]])[0]
+    stopped = all_replies(hugging_face(model, tokenizer, config), [prompt, *prompts[:3]])[0]
     assert stopped.text == whole.text[: whole.text.index(stop) + len(stop)]
     assert stopped.finish_reason == "stop"
     assert stopped.n_new_tokens < whole.n_new_tokens == 12
@@ -99,7 +99,7 @@ def test_a_reply_that_ends_itself_counts_its_end_token(tiny_student: Path, promp
     prompt, whole = talkative(hugging_face(model, tokenizer, CONFIG), prompts)
     ids = tokenizer(whole.text, add_special_tokens=False)["input_ids"]
     model.generation_config.eos_token_id = ids[3]
-    reply = hugging_face(model, tokenizer, CONFIG)([prompt, *prompts[:3]])[0]
+    reply = all_replies(hugging_face(model, tokenizer, CONFIG), [prompt, *prompts[:3]])[0]
     assert reply.finish_reason == "stop"
     assert reply.n_new_tokens == ids.index(ids[3]) + 1
 
@@ -107,14 +107,14 @@ def test_a_reply_that_ends_itself_counts_its_end_token(tiny_student: Path, promp
 def test_a_prompt_that_leaves_no_room_is_not_asked_and_the_others_are(tiny_student: Path, prompts: list[list[int]]):
     config = GenerationConfig(vllm=False, max_new_tokens=12, batch_size=4, max_model_len=60)
     model, tokenizer = load_base(str(tiny_student)), load_tokenizer(str(tiny_student))
-    replies = hugging_face(model, tokenizer, config)([prompts[0], prompts[0] * 9, prompts[1]])
+    replies = all_replies(hugging_face(model, tokenizer, config), [prompts[0], prompts[0] * 9, prompts[1]])
     assert replies[1] == Reply("", 9 * len(prompts[0]), 0, "prompt_too_long")
     assert all(replies[i].n_new_tokens for i in (0, 2))
 
 
 def test_the_base_replies_as_if_there_were_no_adapter(run: StudentRun, adapter: Path, prompts: list[list[int]]):
-    replies = {s.model: s.generate(prompts) for s in served_models(run, adapter, MODELS, CONFIG)}
-    alone = [s.generate(prompts) for s in served_models(run, None, ["base"], CONFIG)]
+    replies = {s.model: all_replies(s.generate, prompts) for s in served_models(run, adapter, MODELS, CONFIG)}
+    alone = [all_replies(s.generate, prompts) for s in served_models(run, None, ["base"], CONFIG)]
     assert replies["base"] == alone[0]
     assert replies["fine-tuned"] != replies["base"]
 
@@ -149,7 +149,7 @@ def test_vllm_replies_as_hugging_face_does_for_base_and_for_the_merged_adapter(t
     for vllm in (False, True):
         config = GenerationConfig(vllm=vllm, max_new_tokens=80, batch_size=40)
         served = served_models(pocket, student, MODELS, config)
-        replies[vllm] = {s.model: s.generate(asked) for s in served}
+        replies[vllm] = {s.model: all_replies(s.generate, asked) for s in served}
     for model in MODELS:
         pairs = list(zip(replies[False][model], replies[True][model], strict=True))
         # bf16 kernels differ, so that a near-tie may fall the other way; a lost adapter would change far more.
