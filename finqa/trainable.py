@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,18 +28,16 @@ class Speed:
     """Short steps as CUDA graphs, on one GPU with packed rows."""
     fp8_base: bool = False
     """The frozen base in 8-bit floats (finqa.fp8_base)."""
-    checkpointing: bool = False
-    """Activations of a layer are computed again in the backward pass: less memory, a third more time."""
+    checkpointing: bool | None = None
+    """Activations of a layer are computed again in the backward pass: less memory, a third more time. None: where
+    the memory asks for it (finqa.plan)."""
 
 
 def trainable(run: StudentRun, device: str, bf16: bool, speed: Speed) -> PreTrainedModel:
     """The student's model on `device`, with an adapter where the run has one; see `made_trainable`."""
     import torch
 
-    if run.load_in_4bit and not run.peft:
-        raise UserError("a 4-bit base cannot be trained as a whole; give -P for an adapter, or leave out -F")
-    whole_in_fp32 = not run.peft and not run.load_in_4bit
-    dtype = torch.bfloat16 if bf16 and not whole_in_fp32 else torch.float32
+    dtype = torch.bfloat16 if bf16 and run.peft else torch.float32
     return made_trainable(load_base(run.model, dtype, device, run.load_in_4bit, run.revision), run, speed)
 
 
@@ -59,8 +58,11 @@ def made_trainable(base: PreTrainedModel, run: StudentRun, speed: Speed) -> PreT
         use_packed(base)
     loss_on_completion(base)
     model = _with_adapter(base, run) if run.peft else base
+    check_trainable(run, speed, device)
     if speed.fp8_base:
-        _to_fp8(base, run, device)
+        from finqa.fp8_base import to_fp8
+
+        to_fp8(decoder_layers(base))
     if speed.checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if device == "cuda" and speed.compiled:
@@ -77,21 +79,26 @@ def is_packed(model: PreTrainedModel) -> bool:
 
 
 def decoder_layers(base: PreTrainedModel) -> Any:
-    return getattr(base, base.base_model_prefix).layers
+    """The list of decoder layers, whatever the architecture calls it."""
+    import torch
+
+    return next(module for module in base.base_model.modules() if isinstance(module, torch.nn.ModuleList))
 
 
 def _with_adapter(base: PreTrainedModel, run: StudentRun) -> Any:
-    from peft import get_peft_model, prepare_model_for_kbit_training
+    from peft import get_peft_model
 
-    if run.load_in_4bit:
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    # A 4-bit base needs no other preparation: peft freezes it, and norms, embeddings and head stay as for a bf16 one.
     try:
         return get_peft_model(base, lora_config(run))
     except ValueError as error:
         if "target module" not in str(error).lower():
             raise
-        names = ", ".join(run.settings.lora_modules)
-        raise UserError(f"{run.model} has no layers called {names}; name its own with --lora-modules") from error
+        raise no_such_layers(run, run.settings.lora_modules) from error
+
+
+def no_such_layers(run: StudentRun, names: Sequence[str]) -> UserError:
+    return UserError(f"{run.model} has no layers called {', '.join(names)}; name its own with --lora-modules")
 
 
 def lora_config(run: StudentRun) -> LoraConfig:
@@ -107,16 +114,18 @@ def lora_config(run: StudentRun) -> LoraConfig:
     )
 
 
-def _to_fp8(base: PreTrainedModel, run: StudentRun, device: str) -> None:
-    import torch
-
-    from finqa.fp8_base import to_fp8
-
+def check_trainable(run: StudentRun, speed: Speed, device: str) -> None:
+    """Raises UserError, before anything is loaded, for what cannot be trained in this way or on this device."""
+    if run.load_in_4bit and not run.peft:
+        raise UserError("a 4-bit base cannot be trained as a whole; give -P for an adapter, or leave out -F")
+    if not speed.fp8_base:
+        return
     if not run.peft or run.load_in_4bit:
         raise UserError("--fp8-base is for a frozen bf16 base with an adapter: give -P, and leave out -F")
-    if device != "cuda" or torch.cuda.get_device_capability() < (8, 9):
+    import torch
+
+    if device == "cpu" or torch.cuda.get_device_capability() < (8, 9):
         raise UserError("--fp8-base needs a GPU with 8-bit float products (compute capability 8.9 or above)")
-    to_fp8(decoder_layers(base))
 
 
 def loss_on_completion(model: PreTrainedModel) -> None:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finqa import parallel
+from finqa.checkpoints import UNFINISHED, drop_damaged, last_checkpoint, told_when_full
 from finqa.errors import UserError
 from finqa.manifest import file_hash, write_json, write_manifest
 from finqa.packing import packed_collator
 from finqa.paths import Folders
+from finqa.plan import plan_training
 from finqa.students import (
     StudentRun,
     default_device,
@@ -28,8 +30,9 @@ from finqa.students import (
     resolve_model,
 )
 from finqa.tracking import wandb_run
-from finqa.trainable import Speed, is_packed, made_trainable, trainable
-from finqa.training_rows import Example, Families, collator, read_training_rows, rows_hash, tokenised
+from finqa.trainable import Speed, check_trainable, is_packed, made_trainable, trainable
+from finqa.training_figure import draw_training
+from finqa.training_rows import Example, Families, SharedRows, collator, read_training_rows, rows_hash, tokenised
 from finqa.weights import weights_hash
 
 if TYPE_CHECKING:
@@ -68,41 +71,67 @@ class TrainingConfig:
 def fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders) -> Path:
     """Train the student on its data set's filtered rows, or go on where a killed run was; returns its folder.
 
-    The folder gets the adapter (or, without peft, the model), tokenizer, checkpoints, training_log.jsonl and
-    run.json. Raises UserError where the folder holds a student of another configuration or base.
+    The folder gets the adapter (or, without peft, the model), tokenizer, checkpoints, training_log.jsonl with its
+    figure, and run.json. Several processes that a launcher started train together, and the first one writes.
+    Raises UserError where the folder holds a student of another configuration or base, and where memory or disk
+    do not suffice.
     """
-    started = time.monotonic()
     folder = folders.model(run.dataset, run.model_id)
+    with parallel.one_voice(), told_when_full(folder):
+        try:
+            _fine_tune(run, config, folders, folder)
+            parallel.wait_for_all()
+        finally:
+            parallel.part()
+    return folder
+
+
+def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder: Path) -> None:
+    started = time.monotonic()
+    device = parallel.own_device(default_device())
+    check_trainable(run, config.speed, device)
     rows_path = folders.filtered(run.dataset, "train")
-    rows = read_training_rows(rows_path, config.families, config.max_rows)
-    base_hash = weights_hash(resolve_model(run.model, run.revision))
-    identity = _identity(run, config, base_hash, rows_hash(rows))
-    _claim(folder, identity)
-    if is_student(folder) and (folder / "run.json").exists():
-        print(f"already trained: {folder}", flush=True)
-        return folder
-
     quiet_libraries()
-    from finqa.completion_trainer import TrainingLog
+    with parallel.first_goes_first():
+        rows = read_training_rows(rows_path, config.families, config.max_rows)
+        base_hash = weights_hash(resolve_model(run.model, run.revision))
+        identity = _identity(run, config, base_hash, rows_hash(rows))
+        if parallel.is_first():
+            _claim(folder, identity)
+        if is_student(folder) and (folder / "run.json").exists():
+            print(f"already trained: {folder}", flush=True)
+            return
+        tokenizer = load_tokenizer(run.model, run.revision)
+        examples, too_long = tokenised(rows, tokenizer, run.settings.max_seq_length)
+        n_tokens = sum(len(example.ids) for example in examples)
+        print(f"training on {len(examples)} rows, {n_tokens} tokens an epoch: {folder}", flush=True)
+        bits = 16 if multiplies_bf16(device) else 32
+        speed = plan_training(run, config.speed, examples, config.seed, folder, device, bits)
+        if parallel.is_first():
+            drop_damaged(folder)
 
-    tokenizer = load_tokenizer(run.model, run.revision)
-    examples, too_long = tokenised(rows, tokenizer, run.settings.max_seq_length)
-    n_tokens = sum(len(example.ids) for example in examples)
+    from finqa.training_callbacks import TrainingLog, memory_used
+
     pad_id: Any = tokenizer.pad_token_id
-    print(f"training on {len(examples)} rows, {n_tokens} tokens an epoch: {folder}", flush=True)
-    trainer = make_trainer(run, config, examples, pad_id, folder)
+    trainer = make_trainer(run, replace(config, speed=speed), examples, pad_id, folder)
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         print(f"going on from {checkpoint.name}", flush=True)
-    with wandb_run(config.wandb_project, config.wandb_entity, run.model_id, identity, folder) as wandb:
+    tracked = wandb_run(config.wandb_project, config.wandb_entity, run.model_id, identity, folder)
+    with tracked if parallel.is_first() else contextlib.nullcontext() as wandb:
         trainer.add_callback(TrainingLog(folder / LOG_FILE, trainer, wandb))
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not parallel.is_first():
+        return
     model: Any = trainer.model
+    draw_training(folder / LOG_FILE, f"{run.model_id} on {run.dataset}")
     _save(run, model, tokenizer, folder)
     write_manifest(
         folder / "run.json",
         identity,
         student=asdict(run),
+        speed=asdict(speed),
+        processes=parallel.world_size(),
         base_hash=base_hash,
         weights_hash=weights_hash(folder),
         data={str(rows_path): file_hash(rows_path)},
@@ -114,9 +143,9 @@ def fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders) -> Path
         resumed_from=checkpoint.name if checkpoint else None,
         precision="bf16" if trainer.args.bf16 else "fp32",
         attention=model.config._attn_implementation,
+        memory_gb=round(memory_used() / 1e9, 3),
         seconds=round(time.monotonic() - started, 1),
     )
-    return folder
 
 
 def make_trainer(
@@ -131,20 +160,25 @@ def make_trainer(
     from transformers import set_seed
 
     from finqa.completion_trainer import CompletionTrainer, without_printing
+    from finqa.training_callbacks import EpochOrder
 
-    device = default_device()
-    bf16 = device != "cpu" or cpu_multiplies_bf16()
+    device = parallel.own_device(default_device())
+    bf16 = multiplies_bf16(device)
     set_seed(config.seed)
     model = trainable(run, device, bf16, config.speed) if base is None else made_trainable(base, run, config.speed)
     packed = is_packed(model)
+    alone = parallel.world_size() == 1
     trainer = CompletionTrainer(
         model=model,
         args=training_arguments(run, config, len(examples), bf16, device, folder),
-        train_dataset=examples,  # pyright: ignore[reportArgumentType]
+        train_dataset=examples if alone else SharedRows(examples, pad_id),  # pyright: ignore[reportArgumentType]
         data_collator=packed_collator(pad_id) if packed else collator(pad_id),  # pyright: ignore[reportArgumentType]
     )
-    if packed and config.speed.captured and trainer.args.world_size == 1:
+    if packed and config.speed.captured and alone:
         trainer.capture_steps()
+    trainer.add_callback(EpochOrder())
+    if not parallel.is_first():
+        set_seed(config.seed + parallel.rank())  # dropout of its own in every process
     return without_printing(trainer)
 
 
@@ -155,7 +189,7 @@ def training_arguments(
     from transformers import TrainingArguments
 
     settings = run.settings
-    rows_an_update = settings.batch_size * run.grad_accum * int(os.environ.get("WORLD_SIZE", "1"))
+    rows_an_update = settings.batch_size * run.grad_accum * parallel.world_size()
     updates = -(-n_rows // rows_an_update) * settings.num_epochs
     return TrainingArguments(
         output_dir=str(folder),
@@ -175,6 +209,7 @@ def training_arguments(
         save_total_limit=CHECKPOINTS_KEPT,
         logging_steps=10,
         logging_first_step=True,
+        ddp_find_unused_parameters=False,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -182,11 +217,11 @@ def training_arguments(
     )
 
 
-def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has bf16 products (AVX-512 BF16, AMX, Arm BF16), which are about twice as fast as fp32."""
+def multiplies_bf16(device: str) -> bool:
+    """Whether a device has bf16 products; a CPU with AVX-512 BF16, AMX or Arm BF16, where they are twice as fast."""
     import torch
 
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _identity(run: StudentRun, config: TrainingConfig, base_hash: str, data_hash: str) -> dict[str, Any]:
@@ -206,6 +241,7 @@ def _identity(run: StudentRun, config: TrainingConfig, base_hash: str, data_hash
         "families": config.families,
         "base_hash": base_hash,
         "rows_hash": data_hash,
+        **({"processes": parallel.world_size()} if parallel.world_size() > 1 else {}),
     }
 
 
@@ -232,19 +268,9 @@ def _short(value: Any) -> str:
     return f"{text[:8]}..." if len(text) == 64 else text
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; one that a kill cut short lacks its trainer_state.json or part of it."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
-        state = checkpoint / "trainer_state.json"
-        with contextlib.suppress(json.JSONDecodeError):
-            if state.exists() and json.loads(state.read_text()):
-                return checkpoint
-    return None
-
-
 def _save(run: StudentRun, model: Any, tokenizer: Any, folder: Path) -> None:
     """Write the adapter (or model) and tokenizer; the weights come last, so a folder with weights is whole."""
-    staged = folder / "unfinished.tmp"
+    staged = folder / UNFINISHED
     shutil.rmtree(staged, ignore_errors=True)
     if run.peft:
         # What is saved and pushed names the base as the user did, not the folder it was found in.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from finqa import parallel
 from finqa.errors import UserError
 from finqa.records import TeacherRow, read_teacher_rows
 from finqa.students import training_ids
@@ -110,18 +111,43 @@ def collator(pad_id: int) -> Callable[[Sequence[Example]], dict[str, Any]]:
     return collate
 
 
+NO_ROW = -1
+"""What `LengthGrouped` gives in place of a row where there is none left."""
+
+
+class SharedRows(Sequence[Example]):
+    """The rows for several processes: under NO_ROW there is one token without loss.
+
+    The last batch of an epoch seldom has a row for every process, and a process without one must take the step too.
+    """
+
+    def __init__(self, examples: Sequence[Example], pad_id: int):
+        self.examples = examples
+        self.nothing = Example("", (pad_id,), 1)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self.nothing if row == NO_ROW else self.examples[row]
+
+
 class LengthGrouped:
     """Order of the rows in an epoch: shuffled, rows of like length in one batch, batches in random order.
 
     The order follows from seed and epoch alone, so a resumed run sees what the uninterrupted one would have seen.
+    So do several processes: the batches that they take in turn, `batch_size` rows each, make together the batches
+    that one process would have seen with as many rows as all of them; the last one is filled up with NO_ROW.
     """
 
     POOL = 50
     """Batches that are sorted together: more pads less, fewer mixes more."""
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, processes: int | None = None):
+        """`batch_size` is one process's; `processes` is how many there are, as launched where it is not given."""
         self.lengths = lengths
-        self.batch_size = batch_size
+        self.processes = parallel.world_size() if processes is None else processes
+        self.batch_size = batch_size * self.processes
         self.seed = seed
         self.epoch = 0
 
@@ -129,7 +155,10 @@ class LengthGrouped:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self._missing()
+
+    def _missing(self) -> int:
+        return -len(self.lengths) % self.batch_size if self.processes > 1 else 0
 
     def __iter__(self) -> Iterator[int]:
         import torch
@@ -144,7 +173,7 @@ class LengthGrouped:
         # A last batch that is not full stays last: the loader cuts the stream into batches again.
         last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
         shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-        return iter([row for batch in shuffled + last for row in batch])
+        return iter([row for batch in shuffled + last for row in batch] + [NO_ROW] * self._missing())
 
 
 def completion_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,20 +3,18 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from training_parts import SETTINGS, folders_with_rows, launch, script, teacher_row
 
+from finqa.checkpoints import last_checkpoint
 from finqa.errors import UserError
 from finqa.paths import Folders
-from finqa.records import TeacherRow, write_teacher_rows
-from finqa.student_settings import StudentSettings
 from finqa.students import StudentRun, load_adapter, load_base, load_tokenizer, training_ids
 from finqa.trainable import loss_on_completion
-from finqa.training import TrainingConfig, fine_tune, last_checkpoint
+from finqa.training import TrainingConfig, fine_tune
 from finqa.training_rows import (
     NO_LOSS,
     Example,
@@ -26,30 +24,10 @@ from finqa.training_rows import (
     tokenised,
 )
 
-SETTINGS = StudentSettings(
-    lora_r=8,
-    lora_alpha=16,
-    lora_dropout=0.05,
-    learning_rate=1e-2,
-    optim="adamw_torch",
-    batch_size=4,
-    max_seq_length=512,
-    max_new_tokens=32,
-)
-
-
-def teacher_row(number: int, kind: str = "known", padding: int = 0) -> TeacherRow:
-    prompt = f"###Passage:\nsales of {number} {'and more ' * padding}\n###Question:\nwhat ?\n###Python"
-    code = f"sales = {number}\nans = sales - 1"
-    return TeacherRow(prompt, code, str(number - 1), str(number - 1), id=f"row-{number}", family_kind=kind, family="f")
-
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Folders:
-    folders = Folders(data=tmp_path / "data", results=tmp_path / "results")
-    rows = [teacher_row(i, "known" if i % 4 else "new", padding=i % 7) for i in range(40)]
-    write_teacher_rows(folders.filtered("FinQA-mini", "train"), rows)
-    return folders
+    return folders_with_rows(tmp_path)
 
 
 @pytest.fixture
@@ -184,26 +162,17 @@ def test_a_run_that_is_killed_ends_in_the_weights_of_one_that_was_not(
 
     again = Folders(data=tmp_path / "again", results=tmp_path / "results")
     shutil.copytree(folders.data / "clean_with_code", again.data / "clean_with_code")
-    script = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from finqa.paths import Folders\n"
-        "from finqa.training import TrainingConfig, fine_tune\n"
+    dying = (
+        "import os, signal\n"
         "from finqa.completion_trainer import CompletionTrainer\n"
-        "from tests_settings import RUN\n"
         "step = CompletionTrainer.training_step\n"
-        "def dying(self, *a, **k):\n"
+        "def to_die(self, *a, **k):\n"
         "    if self.state.global_step == 17: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return step(self, *a, **k)\n"
-        "CompletionTrainer.training_step = dying\n"
-        "fine_tune(RUN, TrainingConfig(save_steps=4), Folders(data=Path(sys.argv[1])))\n"
+        "CompletionTrainer.training_step = to_die\n"
     )
-    (tmp_path / "tests_settings.py").write_text(
-        f"from finqa.students import StudentRun\nfrom finqa.student_settings import StudentSettings\nRUN = {run!r}\n"
-    )
-    (tmp_path / "dying.py").write_text(script)
-    killed = subprocess.run([sys.executable, str(tmp_path / "dying.py"), str(again.data)], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed = launch(script(tmp_path, "dying", run, config, dying), again.data)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     folder = again.model("FinQA-mini", run.model_id)
     assert not (folder / "adapter_model.safetensors").exists()
     assert last_checkpoint(folder) == folder / "checkpoint-16"
@@ -224,11 +193,3 @@ def test_a_folder_begun_with_another_configuration_is_refused_and_a_run_name_hel
     with pytest.raises(UserError, match=r"learning_rate 0\.01 -> 0\.005.*--run-name"):
         fine_tune(other, config, folders)
     assert fine_tune(replace(other, run_name="slow"), config, folders).name.endswith("-slow")
-
-
-def test_a_checkpoint_that_a_kill_cut_short_is_not_gone_on_from(tmp_path: Path):
-    for step, state in ((10, '{"global_step": 10}'), (20, '{"global_st'), (30, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"

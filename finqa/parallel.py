@@ -1,0 +1,98 @@
+"""Several processes that train one student together, as `torchrun` or `accelerate launch` starts them.
+
+Every process runs the same script. The first one (rank 0) checks, prints and writes; the others follow it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher tells each process; a process that works alone must not find it."""
+
+
+def world_size() -> int:
+    """How many processes train together; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def own_device(kind: str) -> str:
+    """The device of this process: `cuda` becomes `cuda:<n>` where several processes share the machine's GPUs."""
+    return f"{kind}:{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" and world_size() > 1 else kind
+
+
+@contextlib.contextmanager
+def first_goes_first() -> Iterator[None]:
+    """The first process runs the block, then the others do; where it fails, the others end without a word.
+
+    What is wrong for all is so said once, and what the first one writes is there for the others.
+    """
+    if is_first():
+        yield
+        wait_for_all()
+    else:
+        wait_for_all()
+        yield
+
+
+def wait_for_all() -> None:
+    """Returns when every process is here; ends this one where another is gone."""
+    if world_size() == 1:
+        return
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    try:
+        state.wait_for_everyone()
+    except RuntimeError:  # the connection is closed: the launcher stops the others, and the one that failed said why
+        sys.exit(1)
+
+
+def total(number: float) -> float:
+    """The sum of a number over all processes, which all must ask for."""
+    if world_size() == 1:
+        return number
+    import torch
+    from accelerate import PartialState
+
+    added = torch.tensor(number, dtype=torch.float64, device=PartialState().device)
+    torch.distributed.all_reduce(added)
+    return added.item()
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """Only the first process prints on stdout within the block."""
+    if is_first():
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def part() -> None:
+    """Leave the group of processes: what follows is each one's own work."""
+    if world_size() == 1:
+        return
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def alone() -> dict[str, str]:
+    """The environment for a process that is started to work by itself."""
+    return {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}

@@ -1,0 +1,138 @@
+"""Several processes that train together, as torchrun starts them."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from training_parts import SETTINGS, folders_with_rows, launch, read_log, script
+
+from finqa.errors import UserError
+from finqa.paths import REPOSITORY
+from finqa.students import StudentRun
+from finqa.training import TrainingConfig, _claim, _identity
+from finqa.training_rows import NO_ROW, Example, LengthGrouped, SharedRows, collator
+
+N_ROWS = 43
+FP32 = (
+    "import finqa.training\n"
+    "finqa.training.multiplies_bf16 = lambda device: False\n"
+    "arguments = finqa.training.training_arguments\n"
+    "def every_step(*a):\n"
+    "    made = arguments(*a)\n"
+    "    made.logging_steps = 1\n"
+    "    return made\n"
+    "finqa.training.training_arguments = every_step\n"
+)
+"""No bf16 products, and a record for every update."""
+
+
+@pytest.mark.parametrize("n_rows", [80, 83, 85, 1])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_see_together_the_batches_of_one_process_with_as_many_rows(n_rows: int, processes: int):
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler
+
+    lengths = [100 + (i * 37) % 200 for i in range(n_rows)]
+    alone = LengthGrouped(lengths, batch_size=4 * processes, seed=3, processes=1)
+    together = LengthGrouped(lengths, batch_size=4, seed=3, processes=processes)
+    for epoch in (0, 1):
+        alone.set_epoch(epoch)
+        together.set_epoch(epoch)
+        whole = list(BatchSampler(alone, 4 * processes, drop_last=False))
+        batches = BatchSampler(together, 4, drop_last=False)
+        shards = [list(BatchSamplerShard(batches, processes, rank)) for rank in range(processes)]
+        assert {len(shard) for shard in shards} == {len(whole)}
+        for update, wanted in enumerate(whole):
+            seen = [row for shard in shards for row in shard[update] if row != NO_ROW]
+            assert seen == wanted
+
+
+def test_a_process_without_a_row_gets_one_token_without_loss():
+    rows = SharedRows([Example("a", (5, 6, 7, 2), 2)], pad_id=3)
+    assert len(rows) == 1 and [example.id for example in rows] == ["a"]
+    batch = collator(pad_id=3)([rows[NO_ROW], rows[NO_ROW]])
+    assert batch["input_ids"].tolist() == [[3], [3]]
+    assert (batch["labels"] == -100).all()
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one_with_twice_the_rows_and_one_of_them_speaks_and_writes(
+    tiny_student: Path, tmp_path: Path
+):
+    settings = replace(SETTINGS, lora_dropout=0.0, num_epochs=2)
+    config = TrainingConfig(save_steps=5)
+    logs = {}
+    for processes, rows in ((1, 8), (2, 4)):
+        folders = folders_with_rows(tmp_path / str(processes), N_ROWS)
+        run = StudentRun("FinQA-mini", str(tiny_student), replace(settings, batch_size=rows))
+        done = launch(script(tmp_path, f"train_{processes}", run, config, FP32), folders.data, processes=processes)
+        assert done.returncode == 0, done.stderr
+        folder = folders.model("FinQA-mini", run.model_id)
+        logs[processes] = read_log(folder)
+        assert len(re.findall("training on 43 rows", done.stdout)) == 1
+        assert len(re.findall("step 12 of 12", done.stdout)) == 1
+        manifest = json.loads((folder / "run.json").read_text())
+        assert manifest["updates"] == 12 and manifest["processes"] == processes
+        assert manifest["precision"] == "fp32"
+
+    assert [record["step"] for record in logs[1]] == [record["step"] for record in logs[2]] == list(range(1, 13))
+    for one, two in zip(logs[1], logs[2], strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+        # A token stands for each row that the last batch of an epoch lacks.
+        assert 0 <= two["tokens_seen"] - one["tokens_seen"] <= 2 * (48 - N_ROWS)
+    assert logs[1][-1]["loss"] < logs[1][0]["loss"] - 1
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_go_on_from_their_checkpoint_to_the_same_weights(
+    tiny_student: Path, tmp_path: Path
+):
+    from safetensors.torch import load_file
+
+    run = StudentRun("FinQA-mini", str(tiny_student), replace(SETTINGS, num_epochs=2))
+    config = TrainingConfig(save_steps=4)
+    folders = [folders_with_rows(tmp_path / name, N_ROWS) for name in ("whole", "killed")]
+    dying = (
+        "import os, signal\n"
+        "from finqa.completion_trainer import CompletionTrainer\n"
+        "step = CompletionTrainer.training_step\n"
+        "def to_die(self, *a, **k):\n"
+        "    if self.state.global_step == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(self, *a, **k)\n"
+        "CompletionTrainer.training_step = to_die\n"
+    )
+    plain = script(tmp_path, "train", run, config)
+    assert launch(plain, folders[0].data, processes=2).returncode == 0
+    killed = launch(script(tmp_path, "dying", run, config, dying), folders[1].data, processes=2)
+    assert killed.returncode != 0 and str(-signal.SIGKILL) in killed.stderr
+    resumed = launch(plain, folders[1].data, processes=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("going on from checkpoint-8") == 1
+    whole, again = (load_file(f.model("FinQA-mini", run.model_id) / "adapter_model.safetensors") for f in folders)
+    assert whole.keys() == again.keys()
+    for name, weight in whole.items():
+        assert weight.equal(again[name]), name
+
+
+@pytest.mark.slow
+def test_what_is_wrong_for_all_processes_is_said_by_one(tiny_student: Path, tmp_path: Path):
+    folders = folders_with_rows(tmp_path)
+    words = ["FinQA-mini", tiny_student, "-P", "-LM", "no_proj", "--no-push", "--data-dir", folders.data]
+    done = launch(REPOSITORY / "main.py", *words, processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1 and "has no layers called no_proj" in done.stderr
+
+
+def test_two_processes_do_not_go_on_with_what_one_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = StudentRun("FinQA-mini", "some-model", SETTINGS)
+    _claim(tmp_path, _identity(run, TrainingConfig(), "base", "rows"))
+    _claim(tmp_path, _identity(run, TrainingConfig(), "base", "rows"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="processes None -> 2"):
+        _claim(tmp_path, _identity(run, TrainingConfig(), "base", "rows"))

@@ -1,0 +1,69 @@
+"""What the tests of fine-tuning share: rows, settings of a tiny student, a launcher."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from finqa.paths import REPOSITORY, Folders
+from finqa.records import TeacherRow, write_teacher_rows
+from finqa.student_settings import StudentSettings
+
+SETTINGS = StudentSettings(
+    lora_r=8,
+    lora_alpha=16,
+    lora_dropout=0.05,
+    learning_rate=1e-2,
+    optim="adamw_torch",
+    batch_size=4,
+    max_seq_length=512,
+    max_new_tokens=32,
+)
+
+
+def teacher_row(number: int, kind: str = "known", padding: int = 0) -> TeacherRow:
+    prompt = f"###Passage:\nsales of {number} {'and more ' * padding}\n###Question:\nwhat ?\n###Python"
+    code = f"sales = {number}\nans = sales - 1"
+    return TeacherRow(prompt, code, str(number - 1), str(number - 1), id=f"row-{number}", family_kind=kind, family="f")
+
+
+def folders_with_rows(path: Path, n_rows: int = 40) -> Folders:
+    """Data and results folders below `path`, with training rows of several lengths."""
+    folders = Folders(data=path / "data", results=path / "results")
+    rows = [teacher_row(i, "known" if i % 4 else "new", padding=i % 7) for i in range(n_rows)]
+    write_teacher_rows(folders.filtered("FinQA-mini", "train"), rows)
+    return folders
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+
+
+def script(folder: Path, name: str, run: Any, config: Any, prelude: str = "") -> Path:
+    """A script that fine-tunes `run` in the data folder of its first argument, `prelude` before that."""
+    path = folder / f"{name}.py"
+    path.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from finqa.errors import report_errors\n"
+        "from finqa.paths import Folders\n"
+        "from finqa.student_settings import StudentSettings\n"
+        "from finqa.students import StudentRun\n"
+        "from finqa.trainable import Speed\n"
+        "from finqa.training import TrainingConfig, fine_tune\n"
+        f"{prelude}\n"
+        "def main():\n"
+        f"    fine_tune({run!r}, {config!r}, Folders(data=Path(sys.argv[1])))\n"
+        "sys.exit(report_errors(main))\n"
+    )
+    return path
+
+
+def launch(script: Path, *words: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run a script by itself, or in several processes by torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(script), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
