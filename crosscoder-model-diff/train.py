@@ -1,16 +1,23 @@
-"""Train a BatchTopK crosscoder on an activation set, and say how well it explains documents it has not seen.
+"""Train a crosscoder on an activation set, and say how well it explains documents it has not seen.
 
     python train.py                                     the set of FinQA, Mistral-7B-Instruct-v0.3, layer 17
     python train.py FinQA-mini pocket-mistral
     python train.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> --latents 32768 --k 128 --epochs 4 --name wide
+    python train.py FinQA-mini pocket-mistral --method difference-sae
+    torchrun --nproc-per-node 2 train.py FinQA-mini pocket-mistral
+
+--method batchtopk is the crosscoder; l1 (a price on values), partition (shared and delta latents) and difference-sae
+(an autoencoder of the difference) are there to be compared with it, with the same trainer on the same activations.
 
 Reads the activation set that the same names and flags make collect_activations.py write: D/activations/<set>/, else
 its copy on the Hub. Size of the dictionary, k, batch and passes follow from the width and number of the activations
-where no flag gives them (crosscoder/sizing.py).
+where no flag gives them (crosscoder/sizing.py). --preset published takes the published run's settings where no flag
+gives others, and prints what of that run it does not reproduce. Under torchrun each process takes an equal share of
+every batch; latents are selected over the whole batch, and the first process alone writes.
 
 Writes the checkpoint D/models/crosscoders/<name>/ (model.safetensors, config.json; while under way the training state,
 from which the same command goes on after an interruption), and crosscoder-model-diff/results/<name>/: metrics.json,
-log.jsonl, training.png and .svg, run.json. <name> is <short model name>_<n>_samples_batchtopk unless --name says
+log.jsonl, training.png and .svg, run.json. <name> is <short model name>_<n>_samples_<method> unless --name says
 otherwise. A crosscoder that is there with the same settings is not trained again, only evaluated.
 """
 
@@ -21,10 +28,10 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from crosscoder import config as settings
 from crosscoder.config import CrosscoderConfig, TrainingConfig
+from crosscoder.flags import add_method_flags, given_settings
 from crosscoder.names import (
     add_activation_flags,
     add_crosscoder_flags,
@@ -36,7 +43,7 @@ from crosscoder.names import (
     require_push,
 )
 from crosscoder.run_log import RunLog
-from crosscoder.sizing import sized_configs
+from crosscoder.sizing import NOT_REPRODUCED, PUBLISHED, sized_configs
 from finqa import hub, students
 from finqa.errors import UserError, report_errors
 from finqa.manifest import write_json, write_manifest
@@ -46,6 +53,7 @@ from finqa.tracking import wandb_run
 if TYPE_CHECKING:
     from crosscoder.activation_store import ActivationStore
     from crosscoder.model import BatchTopKCrosscoder
+    from crosscoder.ranks import Ranks
     from crosscoder.report import CrosscoderReport
 
 
@@ -54,24 +62,7 @@ def parse_args() -> argparse.Namespace:
     add_activation_flags(parser)
     add_crosscoder_flags(parser)
     add_push_flags(parser, "crosscoder")
-    defaults = TrainingConfig()
-    group = parser.add_argument_group("crosscoder")
-    add = group.add_argument
-    add("--latents", type=int, help="size of the dictionary")
-    add("--k", type=int, help="mean number of active latents a token")
-    add("--score-norm", choices=get_args(settings.ScoreNorm), default="sum", help="(default: %(default)s)")
-    group = parser.add_argument_group("training")
-    add = group.add_argument
-    add("--step-tokens", type=int, help="tokens a step")
-    add("--epochs", type=float, help="passes over the training tokens")
-    add("--learning-rate", type=float)
-    add("--reconstruction", choices=get_args(settings.Reconstruction), default=defaults.reconstruction)
-    add("--decoder-norm", type=float, default=defaults.decoder_norm, help="at the start (default: %(default)s)")
-    add("--decoder-bias", choices=("zero", "median"), default=defaults.decoder_bias, help="at the start")
-    add("--aux-weight", type=float, default=defaults.aux_weight, help="of the auxiliary loss (default: 1/32)")
-    add("--precision", choices=get_args(settings.Precision), default=defaults.precision)
-    add("--held-out", type=float, default=defaults.held_out_fraction, help="share of documents (default: %(default)s)")
-    add("--seed", type=int, default=defaults.seed)
+    add_method_flags(parser)
     group = parser.add_argument_group("running")
     add = group.add_argument
     add("--device", help="torch device (default: a GPU where there is one)")
@@ -86,7 +77,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     choice, folders = choice_from_args(args), Folders.from_args(args)
-    name = args.name or choice.crosscoder_name
+    name = args.name or name_of_method(choice.crosscoder_name, args.method)
     folder, results = crosscoder_folder(folders, name), args.results_dir / name
 
     require_push(args, choice.student, name)
@@ -99,12 +90,18 @@ def main() -> None:
     )
     store = open_store(recorded)
     crosscoder, training = configs(args, store)
-    if args.overwrite:
+    device = args.device or students.default_device()
+    ranks = process_ranks(device)
+    if args.overwrite and ranks.is_main:
         shutil.rmtree(folder, ignore_errors=True)
+    ranks.wait()
     with RunLog(results / "log.jsonl") as log:
-        model = trained_already(args, folder, crosscoder, training, store)
+        model = trained_already(folder, crosscoder, training, store)
         if model is None:
-            model = train(args, crosscoder, training, store, folder, log, name)
+            model = train(args, crosscoder, training, store, folder, log, name, device, ranks)
+    if not ranks.is_main:
+        return
+    model = model.to(device)
     report = evaluate(model, store, training, log)
     write_results(args, results, report, crosscoder, training, store, log)
     print(summary(report, crosscoder, folder, results))
@@ -120,33 +117,32 @@ def open_store(folder: Path) -> ActivationStore:
     return store
 
 
+def name_of_method(name: str, method: str) -> str:
+    """The default name of a crosscoder, which says batchtopk, with another method in its place."""
+    before, _, after = name.rpartition("_batchtopk")
+    return f"{before}_{method}{after}"
+
+
+def process_ranks(device: str) -> Ranks:
+    """This process among those of torchrun."""
+    from crosscoder.ranks import ranks_from_environment
+
+    return ranks_from_environment(device)
+
+
 def configs(args: argparse.Namespace, store: ActivationStore) -> tuple[CrosscoderConfig, TrainingConfig]:
-    """What the flags say, and for the rest what suits the width and number of the activations."""
-    return sized_configs(
-        d_model=store.config.d_model,
-        n_tokens=len(store.split(args.held_out, TrainingConfig.split_seed).train),
-        n_latents=args.latents,
-        k=args.k,
-        batch_size=args.step_tokens,
-        epochs=args.epochs,
-        learning_rate=args.learning_rate,
-        score_norm=args.score_norm,
-        reconstruction=args.reconstruction,
-        decoder_norm=args.decoder_norm,
-        decoder_bias=args.decoder_bias,
-        aux_weight=args.aux_weight,
-        precision=args.precision,
-        held_out_fraction=args.held_out,
-        seed=args.seed,
-    )
+    """What the flags say, then the preset, and for the rest what suits the width and number of the activations."""
+    given = given_settings(args)
+    if args.preset == "published":
+        given = PUBLISHED | given
+        print("not as in the published run: " + "; ".join(NOT_REPRODUCED), flush=True)
+    held_out = given.get("held_out_fraction", TrainingConfig.held_out_fraction)
+    n_tokens = len(store.split(held_out, TrainingConfig.split_seed).train)
+    return sized_configs(store.config.d_model, n_tokens, args.method, **given)
 
 
 def trained_already(
-    args: argparse.Namespace,
-    folder: Path,
-    crosscoder: CrosscoderConfig,
-    training: TrainingConfig,
-    store: ActivationStore,
+    folder: Path, crosscoder: CrosscoderConfig, training: TrainingConfig, store: ActivationStore
 ) -> BatchTopKCrosscoder | None:
     """The finished crosscoder of these settings and data; UserError where `folder` holds another."""
     from crosscoder.checkpoint import CONFIG_FILE, read_config
@@ -159,7 +155,7 @@ def trained_already(
     if (found.crosscoder, found.training) != (crosscoder, training) or not same_data:
         raise UserError(f"{folder} holds a crosscoder of other settings or data; give --name, or --overwrite it")
     print(f"{folder} is trained with these settings already")
-    return BatchTopKCrosscoder.from_pretrained(folder).to(args.device or students.default_device())
+    return BatchTopKCrosscoder.from_pretrained(folder)
 
 
 def train(
@@ -170,26 +166,25 @@ def train(
     folder: Path,
     log: RunLog,
     name: str,
+    device: str,
+    ranks: Ranks,
 ) -> BatchTopKCrosscoder:
     import torch
 
-    from crosscoder.model import BatchTopKCrosscoder
+    from crosscoder.methods import new_dictionary
     from crosscoder.trainer import Trainer
 
     generator = torch.Generator().manual_seed(training.seed)
-    trainer = Trainer(
-        BatchTopKCrosscoder(crosscoder, training.decoder_norm, generator),
-        store,
-        training,
-        folder,
-        on_log=log.add,
-        log_every=args.log_every,
-        checkpoint_every_s=args.checkpoint_every,
-        device=args.device or students.default_device(),
-    )
+    model = new_dictionary(crosscoder, training.decoder_norm, generator, training.directions)
+    options = {"log_every": args.log_every, "checkpoint_every_s": args.checkpoint_every}
+    trainer = Trainer(model, store, training, folder, log.add, **options, device=device, ranks=ranks)
+    if not ranks.is_main:
+        return trainer.fit()
+    processes = f", {ranks.world} processes" if ranks.world > 1 else ""
     print(
-        f"{crosscoder.n_latents:,} latents, k {crosscoder.k}, 2 x {crosscoder.d_model}; {trainer.total_steps:,} steps "
-        f"of {training.batch_size:,} tokens ({training.epochs:g} passes) on {trainer.device}",
+        f"{crosscoder.method}: {crosscoder.n_latents:,} latents, k {crosscoder.k}, {crosscoder.n_inputs} x "
+        f"{crosscoder.d_model}; {trainer.total_steps:,} steps of {training.batch_size:,} tokens "
+        f"({training.epochs:g} passes) on {trainer.device}{processes}",
         flush=True,
     )
     both = {"crosscoder": asdict(crosscoder), "training": asdict(training)}
@@ -235,14 +230,18 @@ def write_results(
 def summary(report: CrosscoderReport, crosscoder: CrosscoderConfig, folder: Path, results: Path) -> str:
     """The last lines of the run."""
     held_out = report.held_out
-    classes = ", ".join(f"{count} {kind}" for kind, count in report.classes.items())
-    return (
-        f"held-out explained variance: instruct {held_out.instruct:.4f}, fine-tuned {held_out.fine_tuned:.4f}, "
-        f"difference {held_out.difference:.4f}, at L0 {held_out.l0:.1f} (k {crosscoder.k}), on "
-        f"{report.n_held_out_documents} documents\n"
-        f"latents: {report.dead_share:.1%} dead; {classes}\n"
-        f"checkpoint in {folder}, results in {results}"
-    )
+    parts = {"instruct": held_out.instruct, "fine-tuned": held_out.fine_tuned, "difference": held_out.difference}
+    explained = ", ".join(f"{part} {value:.4f}" for part, value in parts.items() if value is not None)
+    lines = [
+        f"held-out explained variance: {explained}, at L0 {held_out.l0:.1f} (k {crosscoder.k + crosscoder.k_delta}), "
+        f"on {report.n_held_out_documents} documents",
+        f"latents: {report.dead_share:.1%} dead"
+        + "".join(f", {count} {kind}" for kind, count in (report.classes or {}).items()),
+    ]
+    if report.latent_scaling:
+        of_kinds = (f"{of['confirmed']} of {of['by_delta']} {kind}" for kind, of in report.latent_scaling.items())
+        lines.append(f"confirmed by latent scaling: {', '.join(of_kinds)}")
+    return "\n".join([*lines, f"checkpoint in {folder}, results in {results}"])
 
 
 if __name__ == "__main__":

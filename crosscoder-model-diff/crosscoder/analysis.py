@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from crosscoder.config import N_MODELS
 from crosscoder.model import BatchTopKCrosscoder
 
 LatentClass = Literal["instruct-only", "shared", "fine-tuned-only", "between"]
@@ -22,9 +23,10 @@ FINE_TUNED_ONLY_ABOVE = 0.9
 class ExplainedVariance(NamedTuple):
     """Over all tokens given: 1 - sum of squared errors / sum of squared distances from the tokens' mean."""
 
-    instruct: float
-    fine_tuned: float
-    joint: float
+    instruct: float | None
+    """None, like the next two, for a difference SAE, which reconstructs neither model."""
+    fine_tuned: float | None
+    joint: float | None
     """Both sums over both models, in scaled space."""
     difference: float
     """Of x[1] - x[0] by xhat[1] - xhat[0], in the models' own units. With both models well explained, 0 still means
@@ -70,25 +72,26 @@ def explained_variance(model: BatchTopKCrosscoder, batches: Iterable[Tensor]) ->
 
     A ratio of two sums over all tokens, in fp64. Give it held-out documents, without BOS and padding.
     """
-    models, difference = (_Moments(), _Moments()), _Moments()
+    inputs, difference = [_Moments() for _ in range(model.config.n_inputs)], _Moments()
     active = 0
     for raw in batches:
-        x = model.scale(raw.to(model.b_dec.device))
+        raw = raw.to(model.b_dec.device)
+        x = model.scale(raw)
         f = model.encode(x)
         xhat = model.decode(f)
         active += int((f > 0).sum())
-        for m, moments in enumerate(models):
+        for m, moments in enumerate(inputs):
             moments.add(x[:, m], xhat[:, m])
-        original, rebuilt = model.unscale(x.double()), model.unscale(xhat.double())
-        difference.add(original[:, 1] - original[:, 0], rebuilt[:, 1] - rebuilt[:, 0])
-    instruct, fine_tuned = models
+        difference.add(model.difference(model.inputs(raw).double()), model.difference(model.unscale(xhat.double())))
+    of_models = [moments.explained for moments in inputs] if len(inputs) == N_MODELS else [None, None]
+    joint = 1 - sum(moments.error for moments in inputs) / sum(moments.total for moments in inputs)
     return ExplainedVariance(
-        instruct=instruct.explained,
-        fine_tuned=fine_tuned.explained,
-        joint=1 - (instruct.error + fine_tuned.error) / (instruct.total + fine_tuned.total),
+        instruct=of_models[0],
+        fine_tuned=of_models[1],
+        joint=joint if len(inputs) == N_MODELS else None,
         difference=difference.explained,
-        l0=active / instruct.n,
-        n_tokens=instruct.n,
+        l0=active / difference.n,
+        n_tokens=difference.n,
     )
 
 

@@ -1,8 +1,8 @@
 """Crosscoders on disk.
 
-A checkpoint folder holds `model.safetensors` (W_enc, b_enc, W_dec, b_dec in fp32) and `config.json` (shape,
-activation scales, threshold, and what the crosscoder was trained with and on). While a run is under way it also
-holds `training_state.safetensors`, from which the run goes on as if it had never stopped.
+A checkpoint folder holds `model.safetensors` (W_enc, b_enc, W_dec, b_dec in fp32, activation_means where the data were
+centred) and `config.json` (shape, activation scales, thresholds, and what it was trained with and on). While a run is
+under way it also holds `training_state.safetensors`, from which the run goes on as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 STATE_FILE = "training_state.safetensors"
+MEANS = "activation_means"
 
 
 class CheckpointConfig(NamedTuple):
     """What config.json of a checkpoint says."""
 
     crosscoder: CrosscoderConfig
-    activation_scales: tuple[float, float]
+    activation_scales: tuple[float, ...]
     threshold: float | None
+    delta_threshold: float | None
     training: TrainingConfig | None
     """None where the checkpoint does not say, as in one converted from another format."""
     activations: dict[str, Any]
@@ -45,11 +47,15 @@ def save_model(model: BatchTopKCrosscoder, folder: Path, about: dict[str, object
     from dataclasses import asdict
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / MODEL_FILE, {name: p.detach().float() for name, p in model.named_parameters()})
+    tensors = {name: p.detach().float() for name, p in model.named_parameters()}
+    if model.activation_means is not None:
+        tensors[MEANS] = model.activation_means.float()
+    save_tensors(folder / MODEL_FILE, tensors)
     config = {
         "crosscoder": asdict(model.config),
         "activation_scales": list(model.activation_scales),
         "threshold": model.threshold,
+        "delta_threshold": model.delta_threshold,
         **about,
     }
     write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
@@ -61,18 +67,20 @@ def load_model(name: Path | str, revision: str | None = None) -> BatchTopKCrossc
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from crosscoder.model import BatchTopKCrosscoder
+    from crosscoder.methods import new_dictionary
 
     folder = find_checkpoint(name, revision)
     config = read_config(folder)
-    model = BatchTopKCrosscoder(config.crosscoder)
+    model = new_dictionary(config.crosscoder)
     try:
-        model.load_state_dict(load_file(folder / MODEL_FILE))
+        tensors = load_file(folder / MODEL_FILE)
+        model.activation_means = tensors.pop(MEANS, None)
+        model.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder / MODEL_FILE} does not hold the crosscoder of its {CONFIG_FILE}: {reason}") from None
     model.activation_scales = config.activation_scales
-    model.threshold = config.threshold
+    model.threshold, model.delta_threshold = config.threshold, config.delta_threshold
     return model
 
 
@@ -99,10 +107,11 @@ def read_config(folder: Path) -> CheckpointConfig:
         crosscoder = from_dict(CrosscoderConfig, values["crosscoder"], str(path))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a crosscoder's configuration ({error!r}); train it again") from None
-    if len(scales) != 2:
-        raise UserError(f"{path} has {len(scales)} activation scales; there is one for each of the two models")
+    if len(scales) != crosscoder.n_inputs:
+        raise UserError(f"{path} has {len(scales)} activation scales; there is one for each of {crosscoder.n_inputs}")
     training = from_dict(TrainingConfig, values["training"], str(path)) if values.get("training") else None
-    return CheckpointConfig(crosscoder, scales, values.get("threshold"), training, values.get("activations", {}))
+    thresholds = values.get("threshold"), values.get("delta_threshold")
+    return CheckpointConfig(crosscoder, scales, *thresholds, training, values.get("activations", {}))
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -78,12 +78,13 @@ def cosine_figure(cosines: Tensor, norms: Tensor) -> Figure:
 
 
 def explained_variance_figure(explained: ExplainedVariance) -> Figure:
-    """Bars of the explained variance of either model and of their difference."""
-    bars = {
-        "instruct": (explained.instruct, INSTRUCT),
-        "fine-tuned": (explained.fine_tuned, FINE_TUNED),
-        "difference": (explained.difference, OTHER),
-    }
+    """Bars of the explained variance of either model and of their difference; of a difference SAE the last alone."""
+    all_bars = (
+        ("instruct", explained.instruct, INSTRUCT),
+        ("fine-tuned", explained.fine_tuned, FINE_TUNED),
+        ("difference", explained.difference, OTHER),
+    )
+    bars = {name: (value, colour) for name, value, colour in all_bars if value is not None}
     figure, axes = _figure()
     drawn = axes.bar(
         list(bars), [value for value, _ in bars.values()], width=0.6, color=[colour for _, colour in bars.values()]
@@ -104,7 +105,10 @@ def training_figure(records: Sequence[dict[str, Any]]) -> Figure:
     loss, variance, dead = panels
     loss.plot(steps, [record["loss"] for record in records], color="black")
     loss.set(ylabel="loss", yscale="log" if records else "linear")
-    for m, (name, colour) in enumerate((("instruct", INSTRUCT), ("fine-tuned", FINE_TUNED))):
+    of_models = (("instruct", INSTRUCT), ("fine-tuned", FINE_TUNED))
+    of_difference = (("difference", OTHER),)
+    one_input = bool(records) and len(records[0]["explained_variance"]) == 1
+    for m, (name, colour) in enumerate(of_difference if one_input else of_models):
         values = [record["explained_variance"][m] for record in records]
         variance.plot(steps, values, color=colour, label=name, ls="-" if m == 0 else "--")
     variance.set(ylabel="explained variance\n(training batch)", ylim=(0, 1))

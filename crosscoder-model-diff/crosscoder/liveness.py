@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosscoder.model import BatchTopKCrosscoder, random_directions
+from crosscoder.config import TrainingConfig
+from crosscoder.model import BatchTopKCrosscoder
 
 FRESH_ENCODER_SCALE = 0.2
 """Of a fresh latent's encoder to its decoder, so that its first scores do not push working latents out."""
@@ -24,11 +25,10 @@ class Liveness:
         self.since_selected = torch.zeros(n_latents, dtype=torch.int64, device=device)
         self.since_positive = torch.zeros(n_latents, dtype=torch.int64, device=device)
 
-    def update(self, values: Tensor, selected: Tensor) -> None:
-        """Count one training batch: [batch, latent] values after ReLU, and those that were kept."""
-        n_tokens = len(values)
-        self.since_selected = torch.where((selected > 0).any(dim=0), 0, self.since_selected + n_tokens)
-        self.since_positive = torch.where((values > 0).any(dim=0), 0, self.since_positive + n_tokens)
+    def update(self, positive: Tensor, selected: Tensor, n_tokens: int) -> None:
+        """Count one training batch of `n_tokens` tokens. [latent] masks: positive after ReLU, and kept, for some."""
+        self.since_selected = torch.where(selected, 0, self.since_selected + n_tokens)
+        self.since_positive = torch.where(positive, 0, self.since_positive + n_tokens)
 
     @property
     def dead(self) -> Tensor:
@@ -51,23 +51,24 @@ def draw_anew(
     model: BatchTopKCrosscoder,
     optimizer: torch.optim.Optimizer,
     latents: Tensor,
-    x: Tensor,
-    decoder_norm: float,
+    mean_x: Tensor,
+    config: TrainingConfig,
     generator: torch.Generator,
 ) -> int:
-    """Give the masked latents fresh directions, the same for both models, and no optimiser history.
+    """Give the masked latents the directions that a new dictionary would have, and no optimiser history.
 
-    The encoder's bias is set so that the fresh latent's mean pre-activation over `x` [batch, 2, d_model] is 0: it is
-    positive for about half of the tokens whatever the mean activation is. Returns how many were drawn.
+    The encoder's bias is set so that the fresh latent's pre-activation is 0 for `mean_x` [2, d_model], the batch's mean
+    input: it is positive for about half of the tokens whatever the mean activation is. Returns how many were drawn.
     """
     which = latents.nonzero().squeeze(-1)
     if not len(which):
         return 0
-    directions = random_directions(len(which), model.config.d_model, decoder_norm, generator).to(x.device)
-    encoder = FRESH_ENCODER_SCALE * directions.T
-    model.W_dec[which] = directions[:, None, :].repeat(1, 2, 1)
+    numbers = which.cpu()
+    decoder = model.fresh_decoder(numbers, config.decoder_norm, generator, config.directions)
+    encoder = (FRESH_ENCODER_SCALE * model.fresh_encoder(numbers, decoder)).to(which.device)
+    model.W_dec[which] = decoder.to(which.device)
     model.W_enc[:, :, which] = encoder
-    model.b_enc[which] = -(x.sum(dim=1).mean(dim=0) @ encoder)
+    model.b_enc[which] = -(mean_x.flatten() @ encoder.flatten(0, 1))
     for parameter, rows in ((model.W_dec, (which,)), (model.W_enc, (..., which)), (model.b_enc, (which,))):
         for name in ("exp_avg", "exp_avg_sq"):
             if name in optimizer.state[parameter]:

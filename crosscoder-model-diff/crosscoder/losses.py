@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from crosscoder.config import Reconstruction
+from crosscoder.ranks import ALONE, Ranks
 
 
 def reconstruction_loss(x: Tensor, xhat: Tensor, kind: Reconstruction) -> Tensor:
@@ -15,6 +16,21 @@ def reconstruction_loss(x: Tensor, xhat: Tensor, kind: Reconstruction) -> Tensor
         return squared.sum(dim=-1).mean()
     # The gradient of a norm at exactly zero is not a number; an error that small has no gradient to give.
     return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt().mean()
+
+
+def difference_loss(x: Tensor, xhat: Tensor) -> Tensor:
+    """[batch, 2, d_model] twice -> []: |e[1] - e[0]|^2 with e = x - xhat, summed over features, mean over tokens."""
+    error = x - xhat
+    return (error[:, 1] - error[:, 0]).pow(2).sum(dim=-1).mean()
+
+
+def l1_price(values: Tensor, norms: Tensor) -> Tensor:
+    """Sum over latents of value times decoder norms, mean over tokens (Lindsey et al. 2024).
+
+    `values` [batch, latent]; `norms` [latent], the sum of a latent's decoder norms, is not detached: else values would
+    shrink at no cost while the norms grow.
+    """
+    return (values * norms).sum(dim=-1).mean()
 
 
 def auxiliary_values(values: Tensor, scores: Tensor, dead: Tensor, k_aux: int) -> Tensor:
@@ -29,19 +45,21 @@ def auxiliary_values(values: Tensor, scores: Tensor, dead: Tensor, k_aux: int) -
     return torch.zeros_like(values).scatter(-1, indices, values.gather(-1, indices))
 
 
-def auxiliary_loss(residual: Tensor, reconstructed: Tensor) -> Tensor:
+def auxiliary_loss(residual: Tensor, reconstructed: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """How much of the residual the dead latents leave: squared error over the residual's batch-centred variance.
 
     `residual` [batch, 2, d_model] without gradient, `reconstructed` the dead latents' decoding without bias; both
-    models are one vector. 1 is no better than nothing on a centred residual; 0 where the variance is 0.
+    models are one vector. 1 is no better than nothing on a centred residual; 0 where the variance is 0. With several
+    processes the variance is that of all rows, and the mean of their losses is the loss.
     """
-    error = (residual - reconstructed).pow(2).sum()
-    variance = (residual - residual.mean(dim=0)).pow(2).sum()
+    error = ranks.world * (residual - reconstructed).pow(2).sum()
+    mean = ranks.mean(residual.mean(dim=0))
+    variance = ranks.sum((residual - mean).pow(2).sum())
     return error / torch.where(variance > 0, variance, torch.inf)
 
 
 def batch_explained_variance(x: Tensor, xhat: Tensor) -> Tensor:
-    """[2]: 1 - squared error / squared distance from the batch mean, for each model. For logs: the figure that is
+    """[2]: 1 - squared error / squared distance from the batch mean, for each input. For logs: the figure that is
     reported is crosscoder.analysis.explained_variance, on held-out documents."""
     error = (x - xhat).pow(2).sum(dim=(0, 2))
     total = (x - x.mean(dim=0)).pow(2).sum(dim=(0, 2))
@@ -49,7 +67,7 @@ def batch_explained_variance(x: Tensor, xhat: Tensor) -> Tensor:
 
 
 def published_explained_variance(x: Tensor, xhat: Tensor) -> Tensor:
-    """[2]: mean over tokens of 1 - |error|^2 / |x - batch mean|^2, for each model, as the published run logged it
+    """[2]: mean over tokens of 1 - |error|^2 / |x - batch mean|^2, for each input, as the published run logged it
     on its training batches. Compare it with nothing else: a token near the mean weighs as much as any other."""
     error = (x - xhat).pow(2).sum(dim=-1)
     total = (x - x.mean(dim=0)).pow(2).sum(dim=-1)

@@ -1,8 +1,9 @@
-"""metrics.json of a crosscoder: how well it does, on held-out documents, and what its latents look like."""
+"""metrics.json of a dictionary: how well it does, on held-out documents, and what its latents look like."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -10,22 +11,26 @@ import torch
 from crosscoder import analysis
 from crosscoder.activation_store import ActivationStore, Split
 from crosscoder.analysis import ExplainedVariance
+from crosscoder.config import N_MODELS
+from crosscoder.latent_scaling import exclusive_counts, latent_scaling
 from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.statistics import latent_statistics
+from crosscoder.statistics import LatentStatistics, latent_statistics
 
 EVALUATION_BATCH = 4096
 
 
 @dataclass(frozen=True)
 class CrosscoderReport:
-    """Everything by the inference threshold, unless it says otherwise."""
+    """Everything by the inference threshold, unless it says otherwise. What compares two decoder vectors is None for a
+    difference SAE, which has one a latent."""
 
+    method: str
     held_out: ExplainedVariance
     """On held-out documents."""
     training: ExplainedVariance
     """On the training documents."""
     n_held_out_documents: int
-    published_explained_variance: tuple[float, float] | None
+    published_explained_variance: tuple[float, ...] | None
     """Of the last logged training batch, by batch top-k (losses.published_explained_variance); instruct, fine-tuned."""
     dead_share: float
     """Latents that are active on no training token."""
@@ -34,40 +39,65 @@ class CrosscoderReport:
     drawn_anew: int
     """Latents that were re-initialised in training."""
     threshold: float
-    classes: dict[str, int]
+    delta_threshold: float | None
+    """Of the delta latents of a partition."""
+    classes: dict[str, int] | None
     """Latents that are active on some training token, by class of Delta."""
-    median_relative_decoder_norm: float
-    """Of the same latents."""
-    median_decoder_cosine: float
+    latent_scaling: dict[str, dict[str, Any]] | None
+    """Of those called exclusive by Delta: how many latent scaling confirms on held-out documents, and how many fail
+    each of its conditions (latent_scaling.ExclusiveCounts)."""
+    median_relative_decoder_norm: float | None
+    """Of the latents that are active on some training token."""
+    median_decoder_cosine: float | None
     """Of the same latents."""
 
 
 def crosscoder_report(
     model: BatchTopKCrosscoder, store: ActivationStore, split: Split, records: list[dict[str, Any]]
 ) -> CrosscoderReport:
-    """Two passes over the training tokens and one over the held-out ones. `records` are those of the training log."""
+    """Two passes over the training tokens and two over the held-out ones. `records` are those of the training log."""
     assert model.threshold is not None
     statistics = latent_statistics(model, store, split.train, n_top=1)
-    alive = ~statistics.dead
-    norms = analysis.decoder_norms(model)[alive]
-    kinds = analysis.classify(analysis.delta(norms))
     last = records[-1] if records else {}
     published = last.get("explained_variance_published")
     return CrosscoderReport(
-        held_out=_explained(model, store, split.held_out),
-        training=_explained(model, store, split.train),
+        method=model.config.method,
+        held_out=analysis.explained_variance(model, _raw(store, split.held_out)),
+        training=analysis.explained_variance(model, _raw(store, split.train)),
         n_held_out_documents=len(store.document[split.held_out].unique()),
-        published_explained_variance=(published[0], published[1]) if published else None,
+        published_explained_variance=tuple(published) if published else None,
         dead_share=float(statistics.dead.float().mean()),
         never_positive_share=float((statistics.n_positive == 0).float().mean()),
         drawn_anew=last.get("drawn_anew", 0),
         threshold=model.threshold,
-        classes={kind: kinds.count(kind) for kind in analysis.CLASSES},
-        median_relative_decoder_norm=float(analysis.relative_decoder_norm(norms).median()),
-        median_decoder_cosine=float(analysis.decoder_cosines(model)[alive].median()),
+        delta_threshold=model.delta_threshold,
+        **_of_two_models(model, store, split, statistics),
     )
 
 
-def _explained(model: BatchTopKCrosscoder, store: ActivationStore, indices: torch.Tensor) -> ExplainedVariance:
-    batches = (raw for _, raw in store.batches(indices, EVALUATION_BATCH))
-    return analysis.explained_variance(model, batches)
+def _of_two_models(
+    model: BatchTopKCrosscoder, store: ActivationStore, split: Split, statistics: LatentStatistics
+) -> dict[str, Any]:
+    """The report's fields that compare a latent's two decoder vectors."""
+    if model.config.n_inputs != N_MODELS:
+        none = ("classes", "latent_scaling", "median_relative_decoder_norm", "median_decoder_cosine")
+        return dict.fromkeys(none)
+    alive = ~statistics.dead
+    norms = analysis.decoder_norms(model)
+    kinds = analysis.classify(analysis.delta(norms))
+    of_alive: list[analysis.LatentClass] = [kind for kind, lives in zip(kinds, alive.tolist(), strict=True) if lives]
+    scaling = latent_scaling(model, _raw(store, split.held_out)).of(alive)
+    return {
+        "classes": {kind: of_alive.count(kind) for kind in analysis.CLASSES},
+        "latent_scaling": {kind: asdict(counts) for kind, counts in exclusive_counts(scaling, of_alive).items()},
+        "median_relative_decoder_norm": _median(analysis.relative_decoder_norm(norms)[alive]),
+        "median_decoder_cosine": _median(analysis.decoder_cosines(model)[alive]),
+    }
+
+
+def _median(values: torch.Tensor) -> float | None:
+    return float(values.median()) if len(values) else None
+
+
+def _raw(store: ActivationStore, indices: torch.Tensor) -> Iterator[torch.Tensor]:
+    return (raw for _, raw in store.batches(indices, EVALUATION_BATCH))

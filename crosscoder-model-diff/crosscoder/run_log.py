@@ -97,21 +97,22 @@ class RunLog:
 
 
 def progress_line(record: StepRecord, tokens_per_second: float | None) -> str:
-    """Loss, explained variance of both models, dead share and speed of a logged step."""
-    instruct, fine_tuned = record.explained_variance
+    """Loss, explained variance (of both models, or of their difference), dead share and speed of a logged step."""
+    explained = " and ".join(f"{value:.4f}" for value in record.explained_variance)
     speed = "" if tokens_per_second is None else f", {tokens_per_second:,.0f} tokens/s"
     return (
-        f"loss {record.loss:.4g}, explained variance {instruct:.4f} and {fine_tuned:.4f}, "
+        f"loss {record.loss:.4g}, explained variance {explained}, L0 {record.l0:.1f}, "
         f"dead {record.dead_share:.1%}{speed}"
     )
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """A record with one entry a number: pairs are split by model."""
+    """A record with one entry a number: what was measured of each input is named after it."""
     flat = {}
     for name, value in values.items():
         if isinstance(value, tuple):
-            flat |= {f"{name}/{model}": number for model, number in zip(("instruct", "fine_tuned"), value, strict=True)}
+            of = ("instruct", "fine_tuned") if len(value) == 2 else ("difference",)
+            flat |= {f"{name}/{part}": number for part, number in zip(of, value, strict=True)}
         else:
             flat[name] = value
     return flat

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from crosscoder.config import CrosscoderConfig, TrainingConfig
+from crosscoder.config import CrosscoderConfig, Method, TrainingConfig, check_together
 
 LATENTS_PER_FEATURE = 4
 """Dictionary size over d_model, as in the published run (16,384 over 4,096)."""
@@ -37,31 +37,66 @@ LARGEST_LEARNING_RATE = 2e-3
 """Above it latents died."""
 
 
+DELTA_SHARE = 1 / 4
+"""Of a partition's latents and of its k, those of the difference."""
+L1_WEIGHT = 2.0
+"""Price of L1 where none is given, for activations of length sqrt(d_model): that of the published replication of
+Lindsey et al. 2024."""
+
+PUBLISHED: dict[str, Any] = {
+    "n_latents": PUBLISHED_LATENTS,
+    "k": PUBLISHED_K,
+    "score_norm": "none",
+    "batch_size": 4096,
+    "epochs": 1.0,
+    "learning_rate": 5e-5,
+    "decay_fraction": 0.2,
+    "reconstruction": "mse",
+    "l1_weight": L1_WEIGHT,
+    "aux_weight": 0.0,
+    "draw_anew": False,
+    "decoder_norm": 0.08,
+    "directions": "apart",
+    "decoder_bias": "zero",
+    "seed": 49,
+}
+"""The published run's settings, so far as they can be said here."""
+NOT_REPRODUCED = (
+    "rows of train, each cut to its last 10,000 characters",
+    "BOS among the tokens (collect_activations.py --keep-bos has it)",
+    "tokens in their stored order: here they are shuffled",
+    f"the weight of its L1 term, which is not known: {L1_WEIGHT:g} is that of the code it started from",
+    "its inference: here the threshold is calibrated",
+)
+"""What the published run did otherwise, for whoever compares with its figures."""
+
+
 def sized_configs(
-    d_model: int,
-    n_tokens: int,
-    n_latents: int | None = None,
-    k: int | None = None,
-    batch_size: int | None = None,
-    epochs: float | None = None,
-    learning_rate: float | None = None,
-    score_norm: Any = CrosscoderConfig.score_norm,
-    **training: Any,
+    d_model: int, n_tokens: int, method: Method = "batchtopk", **given: Any
 ) -> tuple[CrosscoderConfig, TrainingConfig]:
     """The configurations for `n_tokens` training tokens of width `d_model`; what is given stands.
 
-    `training` holds further fields of TrainingConfig.
+    `given` holds fields of CrosscoderConfig and TrainingConfig by name; None is not given.
     """
-    n_latents = n_latents or default_latents(d_model, n_tokens)
-    crosscoder = CrosscoderConfig(d_model, n_latents, k or default_k(n_latents), score_norm)
-    batch_size = batch_size or default_batch(n_latents)
-    settings = TrainingConfig(
-        batch_size=batch_size,
-        epochs=epochs or default_epochs(n_tokens, batch_size),
-        learning_rate=learning_rate or default_learning_rate(n_latents),
-        **training,
-    )
-    return crosscoder, settings
+    given = {name: value for name, value in given.items() if value is not None}
+    of_shape = {
+        name: given.pop(name) for name in ("n_latents", "k", "score_norm", "n_delta", "k_delta") if name in given
+    }
+    n_latents = of_shape.setdefault("n_latents", default_latents(d_model, n_tokens))
+    k = of_shape.setdefault("k", default_k(n_latents))
+    if method == "partition":
+        of_shape.setdefault("n_delta", max(1, round(DELTA_SHARE * n_latents)))
+        of_shape.setdefault("k_delta", max(1, round(DELTA_SHARE * k)))
+        given.setdefault("difference_weight", "equal")
+    if method == "l1":
+        given.setdefault("l1_weight", L1_WEIGHT)
+    crosscoder = CrosscoderConfig(d_model, method=method, **of_shape)
+    batch_size = given.setdefault("batch_size", default_batch(n_latents))
+    given.setdefault("epochs", default_epochs(n_tokens, batch_size))
+    given.setdefault("learning_rate", default_learning_rate(n_latents))
+    training = TrainingConfig(**given)
+    check_together(crosscoder, training)
+    return crosscoder, training
 
 
 def default_latents(d_model: int, n_tokens: int) -> int:

@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from crosscoder import analysis
 from crosscoder.activation_store import ActivationStore
+from crosscoder.latent_scaling import LatentScaling, own_model, verdict
 from crosscoder.lens import Unembedding, promoted_tokens
 from crosscoder.model import BatchTopKCrosscoder
 from crosscoder.statistics import LatentStatistics
@@ -32,13 +33,14 @@ class LatentRow:
 
     latent: int
     kind: str
-    """Class by Delta (analysis.classify)."""
-    delta: float
-    relative_decoder_norm: float
-    instruct_norm: float
+    """Class by Delta (analysis.classify); `difference` in a difference SAE, which has one decoder vector a latent."""
+    delta: float | None
+    """This and what else compares two decoder vectors is None, empty in CSV, for a difference SAE."""
+    relative_decoder_norm: float | None
+    instruct_norm: float | None
     """Length of the decoder vector in the instruct model's own units."""
-    fine_tuned_norm: float
-    cosine: float
+    fine_tuned_norm: float | None
+    cosine: float | None
     """Of the two decoder vectors."""
     frequency: float
     """Share of tokens on which it is active."""
@@ -54,6 +56,16 @@ class LatentRow:
     """Tokens that its fine-tuned decoder vector promotes (logit lens)."""
     promoted_instruct: str
     """The same of its instruct decoder vector."""
+    scaling_firings: int | None = None
+    """Tokens of the held-out documents on which it is active; this and the next are of latent scaling."""
+    beta_err: float | None = None
+    """Slope in the probe's own model: the instruct model for instruct-only latents, else the fine-tuned one."""
+    beta_rec: float | None = None
+    nu_err: float | None = None
+    """The other model's slope over the own model's."""
+    nu_rec: float | None = None
+    verdict: str = ""
+    """What latent scaling says of a latent that Delta calls exclusive (latent_scaling.verdict)."""
 
 
 def latent_table(
@@ -62,34 +74,56 @@ def latent_table(
     store: ActivationStore,
     tokenizer: PreTrainedTokenizerBase,
     unembedding: Unembedding,
+    scaling: LatentScaling | None = None,
 ) -> list[LatentRow]:
-    """A row a latent, in their order, the dead ones included."""
-    decoder, norms = model.raw_decoder(), analysis.decoder_norms(model)
-    deltas, relative = analysis.delta(norms), analysis.relative_decoder_norm(norms)
-    kinds, cosines = analysis.classify(deltas), analysis.decoder_cosines(model)
+    """A row a latent, in their order, dead ones included. With `scaling` (of held-out documents) its columns too."""
+    decoder = model.raw_decoder()
+    directions = [model.difference_decoder()] if decoder.shape[1] == 1 else list(decoder.unbind(dim=1))
+    promoted = [promoted_tokens(vectors, unembedding, N_TOKENS).cpu() for vectors in directions]
     completion = statistics.n_completion_firings / statistics.n_firings.clamp_min(1)
-    promoted = [promoted_tokens(decoder[:, m], unembedding, N_TOKENS).cpu() for m in range(2)]
     contexts = Contexts(store, tokenizer)
+    compared = _compared(model)
     return [
         LatentRow(
             latent=j,
-            kind=kinds[j],
-            delta=float(deltas[j]),
-            relative_decoder_norm=float(relative[j]),
-            instruct_norm=float(norms[j, 0]),
-            fine_tuned_norm=float(norms[j, 1]),
-            cosine=float(cosines[j]),
+            **compared[j],
             frequency=float(statistics.frequency[j]),
             completion_share=float(completion[j]),
             mean_activation=float(statistics.mean_activation[j]),
             max_activation=float(statistics.top_values[j, 0]),
             top_tokens=contexts.commonest_tokens(statistics.top_tokens[j]),
             example=contexts.around(int(statistics.top_tokens[j, 0])),
-            promoted=contexts.tokens(promoted[1][j].tolist()),
-            promoted_instruct=contexts.tokens(promoted[0][j].tolist()),
+            promoted=contexts.tokens(promoted[-1][j].tolist()),
+            promoted_instruct=contexts.tokens(promoted[0][j].tolist()) if len(promoted) == 2 else "",
+            **(_scaled(scaling, j, compared[j]["kind"]) if scaling else {}),
         )
         for j in range(model.config.n_latents)
     ]
+
+
+def _compared(model: BatchTopKCrosscoder) -> list[dict[str, Any]]:
+    """A latent's columns that compare its two decoder vectors."""
+    names = ("kind", "delta", "relative_decoder_norm", "instruct_norm", "fine_tuned_norm", "cosine")
+    if model.config.n_inputs == 1:
+        return [dict.fromkeys(names) | {"kind": "difference"} for _ in range(model.config.n_latents)]
+    norms, cosines = analysis.decoder_norms(model), analysis.decoder_cosines(model)
+    deltas, relative = analysis.delta(norms), analysis.relative_decoder_norm(norms)
+    columns = (analysis.classify(deltas), *(c.tolist() for c in (deltas, relative, norms[:, 0], norms[:, 1], cosines)))
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _scaled(scaling: LatentScaling, latent: int, kind: analysis.LatentClass) -> dict[str, Any]:
+    """A latent's columns of latent scaling; what is not a number is None."""
+    own = own_model(kind)
+    probe = 1 if own is None else own
+    values = {
+        "beta_err": scaling.beta_err[latent, probe, probe],
+        "beta_rec": scaling.beta_rec[latent, probe, probe],
+        "nu_err": scaling.nu_err[latent, probe],
+        "nu_rec": scaling.nu_rec[latent, probe],
+    }
+    numbers = {name: value.item() if torch.isfinite(value) else None for name, value in values.items()}
+    return numbers | {"scaling_firings": int(scaling.n[latent]), "verdict": verdict(scaling, latent, kind)}
 
 
 def write_latent_table(path: Path, rows: Sequence[LatentRow]) -> None:
@@ -102,9 +136,12 @@ def write_latent_table(path: Path, rows: Sequence[LatentRow]) -> None:
 
 
 def most_fine_tuned(rows: Sequence[LatentRow], n: int, min_frequency: float = 0.0) -> list[LatentRow]:
-    """The active latents that lean most towards the fine-tuned model, by relative decoder norm."""
+    """The active latents that lean most towards the fine-tuned model, by relative decoder norm; those of a difference
+    SAE, which have none, by how often they are active."""
     active = [row for row in rows if row.frequency > min_frequency]
-    return sorted(active, key=lambda row: -row.relative_decoder_norm)[:n]
+    return sorted(
+        active, key=lambda row: -(row.frequency if row.relative_decoder_norm is None else row.relative_decoder_norm)
+    )[:n]
 
 
 class Contexts:

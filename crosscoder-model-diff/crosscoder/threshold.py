@@ -7,9 +7,8 @@ from torch import Tensor
 
 from crosscoder.activation_store import ActivationStore
 from crosscoder.model import BatchTopKCrosscoder
+from crosscoder.scaling import BATCH_TOKENS, sample_of
 from finqa.errors import UserError
-
-BATCH_TOKENS = 4096
 
 
 class RunningThreshold:
@@ -44,22 +43,26 @@ class RunningThreshold:
         self._average = None if value is None else torch.tensor(value, dtype=torch.float32)
 
 
+def calibrate(model: BatchTopKCrosscoder, store: ActivationStore, indices: Tensor, max_tokens: int, seed: int) -> None:
+    """Set the model's thresholds, one for each group of latents, on at most `max_tokens` tokens of `indices`."""
+    sample = sample_of(indices, max_tokens, seed)
+    model.set_thresholds([calibrated_threshold(model, store, sample, latents, k) for latents, k in model.groups()])
+
+
 @torch.no_grad()
 def calibrated_threshold(
-    model: BatchTopKCrosscoder, store: ActivationStore, indices: Tensor, max_tokens: int, seed: int
+    model: BatchTopKCrosscoder, store: ActivationStore, sample: Tensor, latents: slice, k: int
 ) -> float:
-    """The threshold at which the mean number of active latents over the tokens is k.
+    """The threshold at which the mean number of active ones among `latents`, over the tokens at `sample`, is k.
 
-    Exact on the tokens it is taken from, at most `max_tokens` drawn from `indices`: of their k * tokens + 1 largest
-    scores it is the smallest, and active means strictly above. Scores are taken in fp32, as at inference.
+    Exact on these tokens: of their k * tokens + 1 largest scores it is the smallest, and active means strictly above.
+    Scores are taken in fp32, as at inference.
     """
-    generator = torch.Generator().manual_seed(seed)
-    sample = indices[torch.randperm(len(indices), generator=generator)[:max_tokens]].sort().values
-    wanted = model.config.k * len(sample) + 1
+    wanted = k * len(sample) + 1
     norms = model.selection_norms()
     largest = torch.empty(0, device=norms.device)
     for _, raw in store.batches(sample, BATCH_TOKENS):
-        scores = (model.activations(model.scale(raw.to(norms.device))) * norms).flatten()
+        scores = (model.activations(model.scale(raw.to(norms.device))) * norms)[:, latents].flatten()
         largest = torch.cat([largest, scores[scores > 0]])
         if len(largest) > wanted:
             largest = torch.topk(largest, wanted, sorted=False).values

@@ -1,4 +1,4 @@
-"""Trains a BatchTopK crosscoder on an activation store: losses.py, liveness.py and threshold.py define the terms."""
+"""Trains a dictionary of any method on an activation store; objective.py has the loss, schedule.py what changes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crosscoder import checkpoint, losses
+from crosscoder import checkpoint, losses, schedule, training_state
 from crosscoder.activation_store import ActivationStore, ShuffledOrder, Split
-from crosscoder.config import TrainingConfig
+from crosscoder.config import TrainingConfig, check_together
 from crosscoder.liveness import Liveness, draw_anew
-from crosscoder.model import BatchTopKCrosscoder, Selection
-from crosscoder.threshold import RunningThreshold, calibrated_threshold
+from crosscoder.model import BatchTopKCrosscoder
+from crosscoder.objective import Terms, Weights, objective
+from crosscoder.ranks import ALONE, Ranks, check_batch
+from crosscoder.scaling import equal_difference_weight, fit_scaling, sample_of
+from crosscoder.threshold import RunningThreshold, calibrate
 from finqa.errors import UserError
 
 MEDIAN_TOKENS = 16_384
 """Training tokens from which the start of the decoder bias is taken."""
+DIVERGED = 10.0
+"""A reconstruction loss of so many times that of the first step ends the run."""
 
 
 class StepRecord(NamedTuple):
@@ -34,9 +39,10 @@ class StepRecord(NamedTuple):
     loss: float
     reconstruction: float
     auxiliary: float
-    explained_variance: tuple[float, float]
-    """Of the instruct and the fine-tuned model, on the training batch (losses.batch_explained_variance)."""
-    explained_variance_published: tuple[float, float]
+    explained_variance: tuple[float, ...]
+    """Of the instruct and the fine-tuned model, or of their difference alone, on the training batch
+    (losses.batch_explained_variance)."""
+    explained_variance_published: tuple[float, ...]
     """The published run's figure (losses.published_explained_variance)."""
     dead_share: float
     """Latents not selected for a window of tokens."""
@@ -47,6 +53,11 @@ class StepRecord(NamedTuple):
     gradient_norm: float
     """Before clipping."""
     learning_rate: float
+    l0: float = 0.0
+    """Mean active latents a token."""
+    difference: float = 0.0
+    """The difference term and the L1 price, before their weights; 0 where they are off."""
+    l1: float = 0.0
 
 
 class Trainer:
@@ -62,23 +73,28 @@ class Trainer:
         log_every: int = 50,
         checkpoint_every_s: float = 60.0,
         device: torch.device | str = "cpu",
+        ranks: Ranks = ALONE,
     ):
         """`folder` gets the training state while it runs and the checkpoint at the end. The model is moved to
-        `device` and given the store's activation scales."""
+        `device` and given its activation scales. Of several `ranks` the first alone logs and writes."""
+        check_together(model.config, config)
+        check_batch(config.batch_size, ranks)
         self.device = torch.device(device)
         self.model = model.to(self.device)
-        self.model.activation_scales = store.config.activation_scales
-        self.store = store
-        self.config = config
-        self.folder = folder
-        self.on_log = on_log
-        self.log_every = log_every
-        self.checkpoint_every_s = checkpoint_every_s
+        self.store, self.config, self.folder, self.ranks = store, config, folder, ranks
+        self.on_log, self.log_every, self.checkpoint_every_s = on_log, log_every, checkpoint_every_s
 
         self.split: Split = store.split(config.held_out_fraction, config.split_seed)
         n_tokens = len(self.split.train)
         if n_tokens == 0:
             raise UserError(f"{store.folder} has no training tokens once documents are held out; collect more")
+        sample = sample_of(self.split.train, config.calibration_tokens, config.seed)
+        fit_scaling(self.model, store, sample, config.centre)
+        self.difference_weight = (
+            equal_difference_weight(self.model, store, sample)
+            if config.difference_weight == "equal"
+            else config.difference_weight
+        )
         self.order = ShuffledOrder(self.split.train, config.batch_size, config.seed)
         self.total_steps = config.total_steps(n_tokens)
         self.liveness = Liveness(model.config.n_latents, config.dead_window(n_tokens), self.device)
@@ -89,31 +105,44 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.steps_done = 0
         self.drawn_anew = 0
+        self.first_reconstruction = torch.tensor(torch.inf, device=self.device)
+        self._failed_step = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def fit(self) -> BatchTopKCrosscoder:
-        """Train to the end, set the threshold, write the checkpoint; returns the model."""
-        if not self._resume():
+        """Train to the end, set the threshold, write the checkpoint; returns the model. Of several processes only the
+        first has the threshold."""
+        if not training_state.resume(self):
             self._start()
         saved_at = time.monotonic()
         while self.steps_done < self.total_steps:
             self._step()
-            if time.monotonic() - saved_at > self.checkpoint_every_s:
+            if self.ranks.is_main and time.monotonic() - saved_at > self.checkpoint_every_s:
                 self.save_state()
                 saved_at = time.monotonic()
-        self.model.threshold = calibrated_threshold(
-            self.model, self.store, self.split.train, self.config.calibration_tokens, self.config.seed
-        )
-        self.model.save_pretrained(
-            self.folder, training=asdict(self.config), activations=asdict(self.store.config)["recorded"]
-        )
-        (self.folder / checkpoint.STATE_FILE).unlink(missing_ok=True)
+        if self.ranks.is_main:
+            config = self.config
+            calibrate(self.model, self.store, self.split.train, config.calibration_tokens, config.seed)
+            recorded = asdict(self.store.config)["recorded"]
+            self.model.save_pretrained(self.folder, training=asdict(config), activations=recorded)
+            (self.folder / checkpoint.STATE_FILE).unlink(missing_ok=True)
         return self.model
 
     def learning_rate(self, step: int) -> float:
-        """Of a step counted from 0: constant, then falling linearly; the last step's is still positive."""
-        decay_steps = self.config.decay_fraction * self.total_steps
-        left = self.total_steps - step
-        return self.config.learning_rate * (min(1.0, left / decay_steps) if decay_steps else 1.0)
+        """Of a step counted from 0."""
+        return schedule.learning_rate(self.config, step, self.total_steps)
+
+    def weights(self, step: int) -> Weights:
+        """k and the weights of the loss at a step counted from 0."""
+        return Weights(
+            k=schedule.k_at(self.config, self.model.config.k, step, self.total_steps),
+            l1=schedule.l1_weight_at(self.config, step, self.total_steps),
+            difference=self.difference_weight,
+        )
+
+    def save_state(self) -> None:
+        """Write all that the next step depends on, unless the run has failed."""
+        self._check_healthy()
+        training_state.save(self)
 
     def _start(self) -> None:
         if self.config.decoder_bias == "median":
@@ -121,133 +150,91 @@ class Trainer:
             x = self.model.scale(self.store.read(sample).to(self.device))
             for m, bias in enumerate(self.model.b_dec.data):
                 bias.copy_(losses.geometric_median(x[:, m]))
+        for parameter in self.model.parameters():
+            parameter.data.copy_(self.ranks.gather(parameter.data)[0])
 
     def _step(self) -> None:
         step = self.steps_done
-        raw = self.store.read(self.order.batch(step)).to(self.device, non_blocking=True)
-        x = self.model.scale(raw)
+        rows = self.ranks.rows(self.order.batch(step))
+        x = self.model.scale(self.store.read(rows).to(self.device, non_blocking=True))
         with self._products():
-            values = self.model.activations(x)
-            selection = self.model.select_batch_topk(values)
-            xhat = self.model.decode(selection.values)
-            reconstruction = losses.reconstruction_loss(x, xhat, self.config.reconstruction)
-            auxiliary = self._auxiliary_loss(values, (x - xhat).detach())
-        loss = reconstruction + self.config.aux_weight * auxiliary
-
+            terms = objective(self.model, x, self.config, self.weights(step), self.liveness.dead, self.ranks)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        terms.loss.backward()
+        self.ranks.mean_gradients(self.model.parameters())
+        self.model.correct_gradients()
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
+        self.model.constrain()
         self.steps_done += 1
 
-        self.threshold.update(self.steps_done, selection.smallest_score)
-        self._update_liveness(values, selection, x)
+        parts = self.ranks.mean(torch.stack(terms[:5]).detach().float())
+        self._watch(parts, gradient_norm)
+        self.threshold.update(self.steps_done, terms.selection.smallest_score)
+        self._update_liveness(terms, x)
         if self.steps_done % self.log_every == 0 or self.steps_done in (1, self.total_steps):
-            self._log(loss, reconstruction, auxiliary, gradient_norm, x, xhat)
+            self._log(terms, parts, gradient_norm, x)
 
-    def _auxiliary_loss(self, values: Tensor, residual: Tensor) -> Tensor:
-        dead = self.liveness.dead
-        if not self.config.aux_weight or not dead.any():
-            return torch.zeros((), device=self.device)
-        scores = values.detach() * self.model.selection_norms().detach()
-        k_aux = self.config.aux_k or max(1, self.model.config.d_model // 2)
-        kept = losses.auxiliary_values(values, scores, dead, k_aux)
-        return losses.auxiliary_loss(residual, self.model.decode_without_bias(kept))
+    def _watch(self, parts: Tensor, gradient_norm: Tensor) -> None:
+        """Remember the first step that gave no number, or diverged, without waiting for the device."""
+        if self.steps_done == 1:
+            self.first_reconstruction = parts[1]
+        healthy = torch.isfinite(parts[0]) & torch.isfinite(gradient_norm)
+        healthy &= parts[1] <= DIVERGED * self.first_reconstruction
+        self._failed_step = torch.where(healthy | (self._failed_step > 0), self._failed_step, self.steps_done)
 
-    def _update_liveness(self, values: Tensor, selection: Selection, x: Tensor) -> None:
-        self.liveness.update(values.detach(), selection.values.detach())
+    def _check_healthy(self) -> None:
+        failed = int(self._failed_step)
+        if failed:
+            state = self.folder / checkpoint.STATE_FILE
+            last = f"the last good state is {state}" if state.exists() else "no state was saved before it"
+            raise UserError(f"the loss diverged or was no number at step {failed}; {last}; try a lower learning rate")
+
+    def _update_liveness(self, terms: Terms, x: Tensor) -> None:
+        positive = self.ranks.any((terms.values.detach() > 0).any(dim=0))
+        selected = self.ranks.any((terms.selection.values.detach() > 0).any(dim=0))
+        self.liveness.update(positive, selected, self.config.batch_size)
         every = max(1, self.liveness.window // self.config.batch_size)
         still_learning = self.steps_done < (1 - self.config.decay_fraction) * self.total_steps
-        if self.steps_done % every == 0 and still_learning:
+        if self.config.draw_anew and self.steps_done % every == 0 and still_learning:
             lost = self.liveness.never_positive
-            self.drawn_anew += draw_anew(self.model, self.optimizer, lost, x, self.config.decoder_norm, self.generator)
+            mean_x = self.ranks.mean(x.mean(dim=0))
+            self.drawn_anew += draw_anew(self.model, self.optimizer, lost, mean_x, self.config, self.generator)
             self.liveness.reset(lost)
 
-    def _log(
-        self, loss: Tensor, reconstruction: Tensor, auxiliary: Tensor, gradient_norm: Tensor, x: Tensor, xhat: Tensor
-    ) -> None:
-        self._check_finite(loss)
-        with torch.no_grad():
-            instruct, fine_tuned = losses.batch_explained_variance(x, xhat).tolist()
-            published = losses.published_explained_variance(x, xhat).tolist()
+    @torch.no_grad()
+    def _log(self, terms: Terms, parts: Tensor, gradient_norm: Tensor, x: Tensor) -> None:
+        self._check_healthy()
+        x, xhat = (self.ranks.gather(tensor.detach()).flatten(0, 1) for tensor in (x, terms.xhat))
+        n_active = self.ranks.sum((terms.selection.values.detach() > 0).sum())
+        if not self.ranks.is_main:
+            return
+        loss, reconstruction, difference, l1, auxiliary = parts.tolist()
         self.on_log(
             StepRecord(
                 step=self.steps_done,
                 tokens=self.steps_done * self.config.batch_size,
-                loss=loss.item(),
-                reconstruction=reconstruction.item(),
-                auxiliary=auxiliary.item(),
-                explained_variance=(instruct, fine_tuned),
-                explained_variance_published=(published[0], published[1]),
+                loss=loss,
+                reconstruction=reconstruction,
+                auxiliary=auxiliary,
+                explained_variance=tuple(losses.batch_explained_variance(x, xhat).tolist()),
+                explained_variance_published=tuple(losses.published_explained_variance(x, xhat).tolist()),
                 dead_share=float(self.liveness.dead.float().mean()),
                 never_positive_share=float(self.liveness.never_positive.float().mean()),
                 drawn_anew=self.drawn_anew,
                 threshold=self.threshold.value,
                 gradient_norm=gradient_norm.item(),
                 learning_rate=self.learning_rate(self.steps_done - 1),
+                l0=int(n_active) / self.config.batch_size,
+                difference=difference,
+                l1=l1,
             )
         )
-
-    def _check_finite(self, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
-            state = self.folder / checkpoint.STATE_FILE
-            last = f"the last good state is {state}" if state.exists() else "no state was saved before it"
-            raise UserError(f"the loss is {loss.item()} at step {self.steps_done}; {last}; try a lower learning rate")
 
     def _products(self) -> AbstractContextManager[Any]:
         on_gpu = self.device.type == "cuda"
         if self.config.precision == "bf16" or (self.config.precision == "auto" and on_gpu):
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
-
-    def _identity(self) -> dict[str, Any]:
-        """What an interrupted run must share with this one to be gone on with."""
-        recorded = self.store.config.recorded
-        return {
-            "crosscoder": asdict(self.model.config),
-            "training": asdict(self.config) | {"betas": list(self.config.betas)},
-            "activations": recorded.get("fingerprint", ""),
-        }
-
-    def save_state(self) -> None:
-        """Write all that the next step depends on."""
-        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        for name, parameter in self.model.named_parameters():
-            tensors |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
-        tensors |= {"since_selected": self.liveness.since_selected, "since_positive": self.liveness.since_positive}
-        tensors |= {"generator": self.generator.get_state()}
-        progress = {
-            "identity": self._identity(),
-            "steps_done": self.steps_done,
-            "drawn_anew": self.drawn_anew,
-            "threshold": self.threshold.value,
-        }
-        checkpoint.save_training_state(self.folder, tensors, progress)
-
-    def _resume(self) -> bool:
-        state = checkpoint.load_training_state(self.folder)
-        if state is None:
-            return False
-        tensors, progress = state
-        if progress["identity"] != self._identity():
-            raise UserError(
-                f"{self.folder} holds a run with other settings or data; give this one another --name, or --overwrite"
-            )
-        for name, parameter in self.model.named_parameters():
-            parameter.data.copy_(tensors[f"model.{name}"])
-            prefix = f"adam.{name}."
-            self.optimizer.state[parameter] = {
-                # Adam keeps its step count where its kernel wants it: on the parameter's device when fused.
-                key.removeprefix(prefix): value.to(self.device)
-                for key, value in tensors.items()
-                if key.startswith(prefix)
-            }
-        self.liveness.since_selected = tensors["since_selected"].to(self.device)
-        self.liveness.since_positive = tensors["since_positive"].to(self.device)
-        self.generator.set_state(tensors["generator"])
-        self.steps_done = progress["steps_done"]
-        self.drawn_anew = progress["drawn_anew"]
-        self.threshold.value = progress["threshold"]
-        return True

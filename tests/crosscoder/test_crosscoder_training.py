@@ -15,6 +15,7 @@ from crosscoder.checkpoint import STATE_FILE, read_config
 from crosscoder.config import CrosscoderConfig, TrainingConfig
 from crosscoder.liveness import Liveness, draw_anew
 from crosscoder.model import BatchTopKCrosscoder
+from crosscoder.objective import objective
 from crosscoder.threshold import RunningThreshold, calibrated_threshold
 from crosscoder.trainer import StepRecord, Trainer
 from finqa.errors import UserError
@@ -55,7 +56,7 @@ def test_calibration_finds_the_score_above_which_exactly_k_a_token_lie(store):
     model = BatchTopKCrosscoder(SHAPE, generator=torch.Generator().manual_seed(0))
     model.activation_scales = store.config.activation_scales
     indices = torch.arange(1000)
-    threshold = calibrated_threshold(model, store, indices, max_tokens=10_000, seed=0)
+    threshold = calibrated_threshold(model, store, indices, slice(None), SHAPE.k)
     with torch.no_grad():
         scores = model.activations(model.scale(store.read(indices))) * model.selection_norms()
     assert (scores > threshold).sum().item() == SHAPE.k * 1000
@@ -65,7 +66,7 @@ def test_calibration_finds_the_score_above_which_exactly_k_a_token_lie(store):
 def test_without_enough_positive_scores_every_positive_one_is_active(store):
     model = BatchTopKCrosscoder(SHAPE, generator=torch.Generator().manual_seed(0))
     model.b_enc.data[2:] = -1e6
-    assert calibrated_threshold(model, store, torch.arange(1000), max_tokens=10_000, seed=0) == 0
+    assert calibrated_threshold(model, store, torch.arange(1000), slice(None), SHAPE.k) == 0
 
 
 def test_the_running_threshold_takes_its_first_value_and_then_decays():
@@ -114,7 +115,8 @@ def test_a_run_with_other_settings_is_not_gone_on_with(store, tmp_path: Path):
 def test_a_finished_run_leaves_a_checkpoint_with_scales_threshold_and_settings(store, tmp_path: Path):
     model = trainer(store, tmp_path).fit()
     config = read_config(tmp_path)
-    assert config == (SHAPE, store.config.activation_scales, model.threshold, SETTINGS, store.config.recorded)
+    scales = store.config.activation_scales
+    assert config == (SHAPE, scales, model.threshold, None, SETTINGS, store.config.recorded)
     assert not (tmp_path / STATE_FILE).exists()
     loaded = BatchTopKCrosscoder.from_pretrained(tmp_path)
     x = model.scale(store.read(torch.arange(5)))
@@ -142,7 +144,9 @@ def test_only_dead_latents_get_the_auxiliary_gradient(store, tmp_path: Path):
     run.liveness.since_selected[[2, 5]] = run.liveness.window
     x = run.model.scale(store.read(torch.arange(100)))
     values = run.model.activations(x)
-    run._auxiliary_loss(values, torch.randn(100, 2, 12)).backward()
+    losses_of = objective(run.model, x, run.config, run.weights(0), run.liveness.dead)
+    assert torch.equal(losses_of.values, values)
+    losses_of.auxiliary.backward()
     assert run.model.W_dec.grad is not None
     moved = run.model.W_dec.grad.flatten(1).any(dim=-1)
     assert moved.nonzero().flatten().tolist() == [2, 5]
@@ -151,10 +155,9 @@ def test_only_dead_latents_get_the_auxiliary_gradient(store, tmp_path: Path):
 
 def test_never_selected_and_never_positive_are_counted_apart():
     liveness = Liveness(3, window=20, device=torch.device("cpu"))
-    values = torch.tensor([[1.0, 1.0, 0.0]]).repeat(10, 1)
-    selected = torch.tensor([[1.0, 0.0, 0.0]]).repeat(10, 1)
+    positive, selected = torch.tensor([True, True, False]), torch.tensor([True, False, False])
     for _ in range(2):
-        liveness.update(values, selected)
+        liveness.update(positive, selected, n_tokens=10)
     assert liveness.dead.tolist() == [False, True, True]
     assert liveness.never_positive.tolist() == [False, False, True]
 
@@ -169,7 +172,7 @@ def test_a_latent_that_is_never_positive_is_drawn_anew_and_becomes_positive(stor
     before = parameters(run.model)
     lost = torch.zeros(24, dtype=torch.bool)
     lost[7] = True
-    assert draw_anew(run.model, run.optimizer, lost, x, 1.0, run.generator) == 1
+    assert draw_anew(run.model, run.optimizer, lost, x.mean(dim=0), SETTINGS, run.generator) == 1
     share = (run.model.activations(x)[:, 7] > 0).float().mean().item()
     assert 0.2 < share < 0.8
     others = ~lost
@@ -192,7 +195,7 @@ def test_a_loss_that_is_no_number_stops_the_run_at_its_step(store, tmp_path: Pat
     run = trainer(store, tmp_path)
     run.model.b_dec.data[0, 0] = torch.nan
     run.config = replace(SETTINGS, decoder_bias="zero")
-    with pytest.raises(UserError, match="the loss is nan at step 1"):
+    with pytest.raises(UserError, match="no number at step 1; no state was saved before it"):
         run.fit()
 
 
