@@ -88,7 +88,7 @@ def _does_not_fit(
         "--gradient-checkpointing yes": need(lean) if not way.checkpointing else None,
         "-F": need(way, bits=4) if run.peft and not run.load_in_4bit else None,
         "-P": None if run.peft else training_need_with_adapter(run, lean, load),
-        "-BS 1 (with -GA)": need(way, load=one_row) if rows > 1 else None,
+        f"-BS 1 -GA {rows * run.grad_accum}": need(way, load=one_row) if rows > 1 else None,
         f"--max-seq-length {shorter.longest}": need(way, load=shorter),
     }
     fits = [flag for flag, less in helps.items() if less and less.total <= USABLE * there]
