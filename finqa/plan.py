@@ -70,9 +70,9 @@ def plan_training(
     speed = replace(speed, packed=packed, captured=packed and speed.captured and processes == 1)
     chosen, planned = fitting_speed(need, speed, there, speed.checkpointing)
     tell("training", planned, there, device)
-    _check_disk(model, settings.optim, folder)
     if planned.total > USABLE * there:
         raise UserError(_does_not_fit(run, need, chosen, load, planned, there))
+    _check_disk(model, settings.optim, folder)
     return chosen
 
 

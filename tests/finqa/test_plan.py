@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from training_parts import SETTINGS
@@ -20,6 +20,7 @@ from finqa.trainable import Speed, made_trainable
 from finqa.training_rows import Example
 
 GB = 1e9
+ALL_THAT_IS_FAST = Speed()
 PLAIN = Speed(captured=False)
 ONE_ROW, EIGHT_ROWS = Load(2276, 2276, 159), Load(16_407, 2276, 1026)
 """The largest updates of the measured runs."""
@@ -30,6 +31,10 @@ def mistral_7b() -> Sizes:
     from transformers import MistralConfig
 
     return sizes(MistralConfig(**SHAPES), DEFAULTS.lora_modules, DEFAULTS.lora_r)
+
+
+class Disk(NamedTuple):
+    free: int
 
 
 def examples(*lengths: int) -> list[Example]:
@@ -149,11 +154,9 @@ def test_a_plan_is_a_few_plain_lines(on_a_gpu: Any, capsys: pytest.CaptureFixtur
     assert len(told.splitlines()) == 6
 
 
-def test_a_disk_that_is_too_full_is_one_line_before_anything_is_loaded(on_a_gpu: Any, monkeypatch: pytest.MonkeyPatch):
-    usage = plan.shutil.disk_usage("/")
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage._replace(free=int(9 * GB)))
+def test_a_disk_that_is_too_full_is_one_line_before_anything_is_loaded(on_a_gpu: Any):
     with pytest.raises(UserError, match=r"needs 9\.6 GB of disk and 9\.0 GB are free.*--data-dir"):
-        on_a_gpu(79, examples(2276))
+        on_a_gpu(79, examples(2276), disk_gb=9)
 
 
 def test_evaluation_needs_weights_adapter_and_keys_and_values(mistral_7b: Sizes):
@@ -176,13 +179,15 @@ def test_the_memory_that_is_free_is_less_than_the_machine_has():
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Plans a 7B run for a GPU with so much free memory, of which nothing else is asked."""
+    """Plans a 7B run for a GPU with so much free memory and 100 GB of disk, of which nothing else is asked."""
     from transformers import MistralConfig
 
     monkeypatch.setattr(plan, "read_config", lambda *a: MistralConfig(**SHAPES))
 
-    def planned(free_gb: float, rows: list[Example], speed: Speed = Speed(), **changed: Any) -> Speed:
+    def planned(free_gb: float, rows: list[Example], speed: Speed = ALL_THAT_IS_FAST, **changed: Any) -> Speed:
         monkeypatch.setattr(plan, "free_memory", lambda device: free_gb * GB)
+        disk = Disk(int(changed.get("disk_gb", 100) * GB))
+        monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: disk)
         settings = replace(DEFAULTS, batch_size=changed.get("batch_size", 1))
         run = StudentRun("FinQA", "a-7b-model", settings, peft=changed.get("peft", True))
         return plan.plan_training(run, speed, rows, 3, tmp_path / "student", "cuda", 16)
