@@ -2,23 +2,28 @@
 
     python collect_activations.py                                     FinQA, Mistral-7B-Instruct-v0.3, layer 17
     python collect_activations.py FinQA-mini pocket-mistral --no-push
-    python collect_activations.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> --site residual --layer 20
+    python collect_activations.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> --layer 9 17 --site mlp residual
+    torchrun --nproc-per-node 8 collect_activations.py ...             a share of the documents for each GPU
 
 Reads the filtered rows of a split (prompt and program, as the very token ids the student was trained on), the base
 model, and the adapter: from D/models/<dataset>/<model-id>/, else from the Hub. One model is in memory, its adapter
 switched off for index 0 (instruct) and on for index 1 (fine-tuned); with --merged a second one, the merged model.
-The models run up to the layer and no further. Padding is never recorded, BOS only with --keep-bos.
+Several layers and sites are read in one pass of each model, which runs up to the last of them and no further.
+Padding is never recorded, BOS only with --keep-bos.
 
-Writes D/activations/<model-id>-<dataset>-<split>-layer<L>-<site>-<n>/: shards, token table, config.json with the
-activation scales, and run.json. A set that is there and was made from the same inputs is left as it is.
+Writes D/activations/<model-id>-<dataset>-<split>-layer<L>-<site>-<n>/ for each layer and site: shards, token table,
+config.json with the activation scales, and run.json. A set that is there and was made from the same inputs is left as
+it is. A killed run goes on with the shards that are missing, and gives the bytes that it would have given; so do
+several processes.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +31,12 @@ from crosscoder.names import (
     ActivationChoice,
     add_activation_flags,
     add_push_flags,
-    choice_from_args,
+    choices_from_args,
     find_folder,
     hub_id,
     require_push,
 )
-from finqa import hub, students
+from finqa import hub, parallel, students
 from finqa.errors import UserError, report_errors
 from finqa.manifest import file_hash, write_manifest
 from finqa.paths import Folders
@@ -39,41 +44,121 @@ from finqa.records import TeacherRow, read_teacher_rows
 from finqa.weights import weights_hash
 
 if TYPE_CHECKING:
-    import torch
+    from crosscoder.activation_writer import SetWriter
+    from crosscoder.collection import Document, Shard
+    from crosscoder.readers import Read, Target
 
-    from crosscoder.collection import Document, Read
-
-BYTES_PER_GB = 1e9
+BATCH_TOKENS = {"cuda": 16_384, "cpu": 4096}
+"""Large products are what makes a GPU fast; a CPU gains nothing from more."""
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_activation_flags(parser)
-    add_push_flags(parser, "activation set")
-    parser.add_argument("--device", help="torch device (default: a GPU where there is one)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the models (default: bf16 on a GPU, else fp32)")
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens a batch, padded (default: %(default)s)")
-    parser.add_argument("--allow-identical", action="store_true", help="accept two models that do not differ")
-    parser.add_argument("--overwrite", action="store_true", help="replace a set that was made from other inputs")
-    return parser.parse_args()
+    add_activation_flags(parser, several=True)
+    add_push_flags(parser, "activation sets")
+    add = parser.add_argument
+    add("--device", help="torch device (default: a GPU where there is one)")
+    add("--dtype", choices=("fp32", "bf16"), help="of the models (default: bf16 on a GPU, else fp32)")
+    add("--batch-tokens", type=int, help="tokens a batch, padded (default: 16384 on a GPU, else 4096)")
+    add("--shard-tokens", type=int, default=65_536, help="tokens a shard, the unit of resuming (default: %(default)s)")
+    add("--reader", choices=("nnsight", "hooks"), help="(default: nnsight where it is installed; both read the same)")
+    add("--allow-identical", action="store_true", help="accept two models that do not differ")
+    add("--overwrite", action="store_true", help="replace a set that was made from other inputs")
+    args = parser.parse_args()
+    for flag in ("batch_tokens", "shard_tokens"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')} must be at least 1")
+    return args
 
 
 def main() -> None:
     args = parse_args()
-    choice, folders = choice_from_args(args), Folders.from_args(args)
-    folder = folders.activations(choice.name)
-    require_push(args, choice.student, choice.name)
-    rows_file = folders.filtered(choice.student.dataset, choice.split)
+    with parallel.one_voice():
+        choices, folders = choices_from_args(args), Folders.from_args(args)
+        with parallel.first_goes_first():
+            plan = make_plan(args, choices, folders)
+        if plan.choices:
+            collect(args, plan, folders)
+        parallel.part()
+        if parallel.is_first():
+            for choice in choices:
+                repository = hub_id(choice.student, choice.name) if args.push else None
+                hub.push_folder(folders.activations(choice.name), repository, args.push, args.private)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be recorded, known before a model is loaded."""
+
+    choices: list[ActivationChoice]
+    """Of the sets that are not there yet."""
+    inputs: list[dict[str, Any]]
+    """For each, what it is made from."""
+    writers: list[SetWriter]
+    targets: list[Target]
+    documents: list[Document]
+    shards: list[Shard]
+    skip_id: int | None
+    """The token that is not recorded."""
+    fine_tuned: Path
+    device: str
+    dtype: str
+    reader: Any
+
+
+def make_plan(args: argparse.Namespace, choices: list[ActivationChoice], folders: Folders) -> Plan:
+    """Check all that can be checked without a model, say what is needed, and make ready the folders."""
+    from crosscoder import recording_plan
+    from crosscoder.activation_writer import SetWriter
+    from crosscoder.collection import planned_shards
+    from crosscoder.readers import Target, default_reader
+
+    first = choices[0]
+    for choice in choices:
+        require_push(args, choice.student, choice.name)
+    rows_file = folders.filtered(first.student.dataset, first.split)
     rows = read_teacher_rows(rows_file)
-    base = students.resolve_model(choice.student.model, choice.student.revision)
-    fine_tuned = find_fine_tuned(choice, folders)
-    documents = tokenize(rows, choice, fine_tuned)
-    inputs = describe_inputs(args, choice, base, fine_tuned, documents, rows_file)
-    if is_collected(folder, inputs["fingerprint"], args.overwrite):
-        print(f"{folder} is complete and was made from these inputs")
-    else:
-        collect(args, choice, fine_tuned, documents, inputs, folder)
-    hub.push_folder(folder, hub_id(choice.student, choice.name) if args.push else None, args.push, args.private)
+    base = students.resolve_model(first.student.model, first.student.revision)
+    fine_tuned = find_fine_tuned(first, folders)
+    shape = recording_plan.model_shape(base)
+    shape.check_layers([choice.resolved_layer for choice in choices])
+    documents, bos_id = tokenize(rows, first, fine_tuned)
+
+    device = args.device or students.default_device()
+    dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
+    facts = describe_inputs(first, base, fine_tuned, rows_file) | {"dtype": dtype}
+    batch_tokens = args.batch_tokens or BATCH_TOKENS.get(device.partition(":")[0], BATCH_TOKENS["cpu"])
+    skip_id = None if first.keep_bos else bos_id
+    missing, inputs, writers = [], [], []
+    for choice in choices:
+        made_from = inputs_of(choice, facts, documents) | {"device": device, "batch_tokens": batch_tokens}
+        folder = folders.activations(choice.name)
+        if is_collected(folder, made_from["fingerprint"], args.overwrite):
+            print(f"{folder} is complete and was made from these inputs")
+            continue
+        shards_of = {**made_from, "shard_tokens": args.shard_tokens}
+        missing.append(choice)
+        inputs.append(made_from)
+        writers.append(SetWriter(folder, shape.d_model, shards_of, drop_outliers=choice.site == "residual"))
+    shards = planned_shards(documents, skip_id, args.shard_tokens, batch_tokens)
+    if missing and parallel.is_first():
+        n_tokens = sum(shard.n_tokens for shard in shards)
+        recording_plan.print_plan(len(documents), n_tokens, shape, [writer.partial for writer in writers])
+        for writer in writers:
+            writer.prepare()
+    return Plan(
+        choices=missing,
+        inputs=inputs,
+        writers=writers,
+        targets=[Target(choice.resolved_layer, choice.site) for choice in missing],
+        documents=documents,
+        shards=shards,
+        skip_id=skip_id,
+        fine_tuned=fine_tuned,
+        device=parallel.own_device(device),
+        dtype=dtype,
+        reader=args.reader or default_reader(),
+    )
 
 
 def find_fine_tuned(choice: ActivationChoice, folders: Folders) -> Path:
@@ -86,14 +171,14 @@ def find_fine_tuned(choice: ActivationChoice, folders: Folders) -> Path:
     return find_folder(local, student, "config.json", "merged model", command)
 
 
-def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path) -> list[Document]:
-    """The first --num-samples rows as token ids, the same for both models' tokenizers."""
+def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path) -> tuple[list[Document], int | None]:
+    """The first --num-samples rows as token ids, the same for both models' tokenizers; and the id of BOS."""
     from transformers import AutoTokenizer
 
     from crosscoder.collection import assert_same_ids, documents_from_rows
 
     student = choice.student
-    tokenizer = students.load_tokenizer(student.model, student.revision)
+    tokenizer: Any = students.load_tokenizer(student.model, student.revision)
     longest = student.settings.max_seq_length
     documents = documents_from_rows(rows, tokenizer, choice.raw)
     pairs = [(row, document) for row, document in zip(rows, documents, strict=True) if len(document.ids) <= longest]
@@ -109,38 +194,40 @@ def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path)
         own: Any = AutoTokenizer.from_pretrained(fine_tuned)
         own.chat_template = own.chat_template or tokenizer.chat_template
         assert_same_ids(chosen, documents_from_rows([row for row, _ in pairs], own, choice.raw))
-    return chosen
+    return chosen, tokenizer.bos_token_id
 
 
-def describe_inputs(
-    args: argparse.Namespace,
-    choice: ActivationChoice,
-    base: str,
-    fine_tuned: Path,
-    documents: list[Document],
-    rows_file: Path,
-) -> dict[str, Any]:
-    """What is recorded, and its fingerprint; it travels with the set into every checkpoint trained on it."""
-    from crosscoder.collection import fingerprint
-
-    device = args.device or students.default_device()
-    facts = {
+def describe_inputs(choice: ActivationChoice, base: str, fine_tuned: Path, rows_file: Path) -> dict[str, Any]:
+    """What all sets of a run are made from."""
+    if choice.merged:
+        how = "merged model"
+    else:
+        how = "adapter switched on" if is_adapter(fine_tuned) else "fine-tuned as a whole"
+    return {
         "dataset": choice.student.dataset,
         "split": choice.split,
         "model": choice.student.model,
         "model_id": choice.student.model_id,
-        "layer": choice.resolved_layer,
-        "site": choice.site,
         "raw": choice.raw,
         "keep_bos": choice.keep_bos,
         "load_in_4bit": choice.student.load_in_4bit,
-        "fine_tuned": "merged model" if choice.merged else "adapter switched on",
-        "dtype": args.dtype or ("bf16" if device.startswith("cuda") else "fp32"),
+        "fine_tuned": how,
         "base_hash": weights_hash(base),
         "fine_tuned_hash": weights_hash(fine_tuned),
         "rows_hash": file_hash(rows_file),
     }
-    return {"fingerprint": fingerprint(documents, facts), "num_samples": len(documents), "device": device, **facts}
+
+
+def inputs_of(choice: ActivationChoice, facts: dict[str, Any], documents: list[Document]) -> dict[str, Any]:
+    """What one set is made from, and its fingerprint; it travels with the set into every checkpoint trained on it."""
+    from crosscoder.collection import fingerprint
+
+    own = {**facts, "layer": choice.resolved_layer, "site": choice.site}
+    return {"fingerprint": fingerprint(documents, own), "num_samples": len(documents), **own}
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists()
 
 
 def is_collected(folder: Path, fingerprint: str, overwrite: bool) -> bool:
@@ -156,76 +243,74 @@ def is_collected(folder: Path, fingerprint: str, overwrite: bool) -> bool:
     return False
 
 
-def collect(
-    args: argparse.Namespace,
-    choice: ActivationChoice,
-    fine_tuned: Path,
-    documents: list[Document],
-    inputs: dict[str, Any],
-    folder: Path,
-) -> None:
-    import torch
-
-    from crosscoder.activation_store import ActivationWriter
-    from crosscoder.collection import record
+def collect(args: argparse.Namespace, plan: Plan, folders: Folders) -> None:
+    """Record this process's share of the shards; the first process then makes the sets of them."""
+    from crosscoder.collection import record, stored_documents, token_table
 
     started = time.monotonic()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[inputs["dtype"]]
-    bos_id: Any = students.load_tokenizer(choice.student.model, choice.student.revision).bos_token_id
-    readers, d_model = load_readers(choice, fine_tuned, dtype, inputs["device"])
-    print_plan(documents, d_model, folder)
-    writer = ActivationWriter(folder, d_model, drop_outliers=choice.site == "residual")
-    progress = Progress(sum(len(document.ids) for document in documents))
-    stored = record(
-        readers,
-        documents,
-        writer,
-        skip_id=None if choice.keep_bos else bos_id,
-        device=inputs["device"],
-        batch_tokens=args.batch_tokens,
-        allow_identical=args.allow_identical,
-        on_batch=progress.add,
-    )
-    config = writer.finish(stored, inputs)
-    seconds = time.monotonic() - started
-    write_manifest(folder / "run.json", vars(args), inputs=inputs, seconds=round(seconds, 1))
-    if config.n_dropped:
-        print(f"{config.n_dropped} tokens above ten times the median norm are left out of every reading")
-    scales = " and ".join(f"{scale:.4g}" for scale in config.activation_scales)
-    print(
-        f"{config.n_tokens:,} tokens of {len(stored)} documents at layer {choice.resolved_layer} ({choice.site}), "
-        f"scales {scales}, {config.n_tokens / progress.seconds:,.0f} tokens/s for both models, in {folder}"
-    )
-
-
-def load_readers(
-    choice: ActivationChoice, fine_tuned: Path, dtype: torch.dtype, device: str
-) -> tuple[tuple[Read, Read], int]:
-    """Readers of the instruct and the fine-tuned model, and the width of what they read."""
-    from crosscoder.collection import adapter_readers, reader
-
-    student, layer = choice.student, choice.resolved_layer
-    base = students.load_base(student.model, dtype, device, student.load_in_4bit, student.revision)
-    d_model = base.config.get_text_config().hidden_size
-    if (fine_tuned / "adapter_config.json").exists():
-        adapted = students.load_adapter(base, fine_tuned)
-        return adapter_readers(adapted.eval(), layer, choice.site), d_model
-    whole = students.load_base(str(fine_tuned), dtype, device)
-    return (reader(base, layer, choice.site), reader(whole, layer, choice.site)), d_model
-
-
-def print_plan(documents: list[Document], d_model: int, folder: Path) -> None:
-    """Say what the set takes on disk; UserError where it does not fit."""
-    n_tokens = sum(len(document.ids) for document in documents)
-    needed = n_tokens * 2 * d_model * 2
-    existing = next(parent for parent in folder.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    print(f"{len(documents)} documents, {n_tokens:,} tokens: {needed / BYTES_PER_GB:.2f} GB on disk", flush=True)
-    if needed > 0.95 * free:
-        raise UserError(
-            f"the activations need {needed / BYTES_PER_GB:.1f} GB and {existing} has {free / BYTES_PER_GB:.1f} GB "
-            "free; take fewer documents (--num-samples) or another --data-dir"
+    missing = [shard for shard in plan.shards if not all(writer.has(shard.number) for writer in plan.writers)]
+    parallel.wait_for_all()  # all have seen the same shards missing
+    if len(missing) < len(plan.shards):
+        print(f"going on: {len(plan.shards) - len(missing)} of {len(plan.shards)} shards are there", flush=True)
+    own = missing[int(os.environ.get("RANK", "0")) :: parallel.world_size()]
+    readers = load_readers(plan) if own else None
+    progress = Progress(sum(shard.n_tokens for shard in own))
+    if readers:
+        record(
+            readers,
+            plan.targets,
+            plan.documents,
+            own,
+            plan.writers,
+            plan.skip_id,
+            plan.device,
+            allow_identical=args.allow_identical,
+            on_batch=progress.add,
         )
+    parallel.wait_for_all()
+    seconds, done = progress.seconds, parallel.total(progress.done)
+    if not parallel.is_first():
+        return
+    table = token_table(plan.documents, plan.shards, plan.skip_id)
+    shard_tokens = [shard.n_tokens for shard in plan.shards]
+    for choice, inputs, writer in zip(plan.choices, plan.inputs, plan.writers, strict=True):
+
+        def manifest(folder: Path, inputs: dict[str, Any] = inputs) -> None:
+            took = round(time.monotonic() - started, 1)
+            about = {"reader": plan.reader, "processes": parallel.world_size(), "seconds": took}
+            write_manifest(folder / "run.json", vars(args), inputs=inputs, **about)
+
+        config = writer.finish(table, stored_documents(plan.documents), inputs, shard_tokens, manifest)
+        if config.n_dropped:
+            print(f"{config.n_dropped} tokens above ten times the median norm are left out of every reading")
+        scales = " and ".join(f"{scale:.4g}" for scale in config.activation_scales)
+        print(
+            f"{config.n_tokens:,} tokens of {len(plan.documents)} documents at layer {choice.resolved_layer} "
+            f"({choice.site}), scales {scales}, {done / seconds:,.0f} tokens/s for both models, in {writer.folder}"
+        )
+
+
+def load_readers(plan: Plan) -> tuple[Read, Read]:
+    """Readers of the instruct and the fine-tuned model."""
+    import torch
+
+    from crosscoder.readers import adapter_readers, fuse_norms, in_the_models_dtype, reader
+
+    student = plan.choices[0].student
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[plan.dtype]
+    base = students.load_base(student.model, dtype, plan.device, student.load_in_4bit, student.revision)
+    models = [base]
+    if not is_adapter(plan.fine_tuned):
+        models.append(students.load_base(str(plan.fine_tuned), dtype, plan.device))
+    if plan.device.startswith("cuda"):
+        for model in models:
+            fuse_norms(model)
+    if is_adapter(plan.fine_tuned):
+        adapted = students.load_adapter(base, plan.fine_tuned).eval()
+        in_the_models_dtype(adapted, dtype)
+        return adapter_readers(adapted, plan.targets, plan.reader)
+    instruct, fine_tuned = (reader(model, plan.targets, plan.reader) for model in models)
+    return instruct, fine_tuned
 
 
 class Progress:

@@ -2,34 +2,38 @@
 
 A set is a folder with
 
-    shard-00000.safetensors ...   `activations` [tokens, 2, d_model] bf16, as the models gave them (unscaled)
+    shard-00000.safetensors ...   `activations` [tokens, 2, d_model] bf16, as the models gave them (unscaled), and
+                                  `norms` [tokens, 2] fp64
     tokens.safetensors            `document`, `position`, `token_id` [tokens] int32, `kept` [tokens] bool
     documents.jsonl               one document a line: id, number of ids, how many of them are the prompt
     config.json                   what was recorded, the shards, the activation scales
 
-in one order of tokens throughout. Index 0 is the instruct model, index 1 the fine-tuned one.
+in one order of tokens throughout: by length of document (shortest first), then index of document, then position.
+Index 0 is the instruct model, index 1 the fine-tuned one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from crosscoder.checkpoint import save_tensors
 from crosscoder.config import N_MODELS
+from crosscoder.feed import BATCHES_AHEAD, Feed
+from crosscoder.feed import ShuffledOrder as ShuffledOrder
 from finqa.errors import UserError
-from finqa.paths import write_atomically
 
-OUTLIER_FACTOR = 10.0
-"""In the residual stream a token above this many median norms is dropped (attention sinks)."""
+Place = Literal["auto", "gpu", "memory", "mapped"]
+PLACES: tuple[Place, ...] = get_args(Place)
+SHARE_OF_FREE_MEMORY = 0.5
+"""A set is held in memory, or on the GPU, where it takes at most this share of what is free there."""
 
 
 @dataclass(frozen=True)
@@ -67,78 +71,28 @@ class Split(NamedTuple):
     held_out: Tensor
 
 
-class ActivationWriter:
-    """Writes a set shard by shard, beside its final place until `finish` renames it there."""
-
-    def __init__(self, folder: Path, d_model: int, shard_tokens: int = 65_536, drop_outliers: bool = False):
-        self.folder = folder
-        self.d_model = d_model
-        self.drop_outliers = drop_outliers
-        self._partial = folder.with_name(f".{folder.name}.partial")
-        self._shard_tokens = shard_tokens
-        self._waiting: list[Tensor] = []
-        self._shards: list[int] = []
-        self._norms: list[Tensor] = []
-        self._table: dict[str, list[Tensor]] = {"document": [], "position": [], "token_id": []}
-        if self._partial.exists():
-            shutil.rmtree(self._partial)
-        self._partial.mkdir(parents=True)
-
-    def add(self, activations: Tensor, document: Tensor, position: Tensor, token_id: Tensor) -> None:
-        """Append tokens: `activations` [n, 2, d_model] and, for each, its document, position and token id [n]."""
-        stored = activations.to(torch.bfloat16).cpu()
-        self._waiting.append(stored)
-        self._norms.append(stored.double().norm(dim=-1))
-        for name, column in (("document", document), ("position", position), ("token_id", token_id)):
-            self._table[name].append(column.to(torch.int32).cpu())
-        if sum(map(len, self._waiting)) >= self._shard_tokens:
-            self._write_shard()
-
-    def finish(self, documents: Sequence[StoredDocument], recorded: dict[str, Any]) -> SetConfig:
-        """Write the tables and the configuration, and move the set to its place."""
-        self._write_shard()
-        norms = torch.cat(self._norms)
-        kept = torch.ones(len(norms), dtype=torch.bool)
-        if self.drop_outliers:
-            kept = (norms <= OUTLIER_FACTOR * norms.median(dim=0).values).all(dim=-1)
-        means = norms[kept].mean(dim=0)
-        if not torch.isfinite(means).all() or not means.all():
-            raise UserError(f"the activations have mean norms {means.tolist()}; no scale can be taken from them")
-        config = SetConfig(
-            d_model=self.d_model,
-            n_tokens=len(norms),
-            n_dropped=int((~kept).sum()),
-            activation_scales=tuple((self.d_model**0.5 / means).tolist()),
-            shard_tokens=tuple(self._shards),
-            recorded=recorded,
-        )
-        table = {name: torch.cat(columns) for name, columns in self._table.items()}
-        save_tensors(self._partial / "tokens.safetensors", {**table, "kept": kept})
-        lines = "".join(json.dumps(asdict(document)) + "\n" for document in documents)
-        write_atomically(self._partial / "documents.jsonl", lines)
-        write_atomically(self._partial / "config.json", json.dumps(asdict(config), indent=2) + "\n")
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        self._partial.rename(self.folder)
-        return config
-
-    def _write_shard(self) -> None:
-        if not self._waiting:
-            return
-        shard = torch.cat(self._waiting)
-        save_tensors(self._partial / shard_name(len(self._shards)), {"activations": shard})
-        self._shards.append(len(shard))
-        self._waiting = []
-
-
 class ActivationStore:
-    """Reads a set: its tokens by index, in memory when they fit, else from memory-mapped shards.
+    """A set on disk. A token index counts the kept tokens, in the order of the shards."""
 
-    A token's index runs over the *kept* tokens, in the order of the shards.
-    """
+    def __init__(
+        self,
+        folder: Path,
+        memory_limit_bytes: int | None = None,
+        place: Place = "auto",
+        device: torch.device | str = "cpu",
+    ):
+        """Open a set; what is read is the same wherever it lies.
 
-    def __init__(self, folder: Path, memory_limit_bytes: int | None = None):
-        """`memory_limit_bytes`: what may be held; None is half of this machine's memory."""
+        Args:
+            folder: Of the set.
+            memory_limit_bytes: What may be held in memory; None is half of what is free.
+            place: `mapped` leaves the activations on disk, where pages are read when they are touched; `memory` and
+                `gpu` hold all of them. `auto` takes the GPU if `device` is one and the set fits, else memory if it
+                fits, else leaves it on disk.
+            device: The GPU in question.
+
+        Raises UserError where there is no set, or no GPU for `gpu`.
+        """
         from safetensors.torch import load_file
 
         self.folder = folder
@@ -153,30 +107,51 @@ class ActivationStore:
         lines = (folder / "documents.jsonl").read_text().splitlines()
         self.documents = [StoredDocument(**json.loads(line)) for line in lines]
         self._shards = [_map_shard(folder / shard_name(i)) for i in range(len(self.config.shard_tokens))]
-        self._ends = torch.tensor(self.config.shard_tokens).cumsum(0)
-        limit = _half_of_memory() if memory_limit_bytes is None else memory_limit_bytes
+        self._starts = torch.tensor([0, *self.config.shard_tokens]).cumsum(0)
         size = 2 * N_MODELS * self.config.d_model * self.config.n_tokens
-        self._in_memory = torch.cat(self._shards) if size <= limit else None
+        self.place: Place = _chosen_place(place, size, memory_limit_bytes, torch.device(device), folder)
+        """Where the activations are: `gpu`, `memory` or `mapped`."""
+        self._held = self._hold(torch.device(device if self.place == "gpu" else "cpu")) if self.in_memory else None
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @property
     def in_memory(self) -> bool:
-        return self._in_memory is not None
+        """Whether the activations are held, in memory or on the GPU."""
+        return self.place != "mapped"
 
     def read(self, indices: Tensor) -> Tensor:
-        """[n] token indices -> [n, 2, d_model] bf16, unscaled."""
-        rows = self._rows[indices]
-        if self._in_memory is not None:
-            return self._in_memory[rows]
+        """[n] token indices -> [n, 2, d_model] bf16, unscaled, on the GPU where the store is there, else on the CPU."""
+        rows = self._rows[indices.cpu()]
+        if self._held is not None:
+            return self._held.index_select(0, rows.to(self._held.device, non_blocking=True))
         out = torch.empty(len(rows), N_MODELS, self.config.d_model, dtype=torch.bfloat16)
-        shard_of = torch.searchsorted(self._ends, rows, right=True)
-        for shard in shard_of.unique().tolist():
-            here = shard_of == shard
-            start = int(self._ends[shard]) - self.config.shard_tokens[shard]
-            out[here] = self._shards[shard][rows[here] - start]
+        # In the order of the file: tokens that share a page are read together.
+        rising, order = rows.sort()
+        cuts = torch.searchsorted(rising, self._starts).tolist()
+        for shard, (first, last) in enumerate(pairwise(cuts)):
+            if first < last:
+                out[order[first:last]] = self._shards[shard].index_select(0, rising[first:last] - self._starts[shard])
         return out
+
+    def feed(
+        self, order: ShuffledOrder, steps: range, device: torch.device | str = "cpu", ahead: int = BATCHES_AHEAD
+    ) -> Feed:
+        """The batches of `order` at `steps` on `device`, the next ones read while the current one is computed with.
+
+        with store.feed(order, range(first_step, total_steps), "cuda") as batches:
+            for indices, activations in batches: ...
+        """
+        return Feed(self.read, map(order.batch, steps), device, ahead)
+
+    def _hold(self, device: torch.device) -> Tensor:
+        held = torch.empty(self.config.n_tokens, N_MODELS, self.config.d_model, dtype=torch.bfloat16, device=device)
+        for shard, (first, last) in zip(self._shards, pairwise(self._starts.tolist()), strict=True):
+            held[first:last] = shard
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # other threads read it on streams of their own
+        return held
 
     def is_completion(self) -> Tensor:
         """[tokens] bool: whether a token belongs to the program, not to the prompt."""
@@ -197,38 +172,6 @@ class ActivationStore:
         """Pairs of token indices and their activations [n, 2, d_model], in the order of `indices`."""
         for chunk in indices.split(batch_size):
             yield chunk, self.read(chunk)
-
-
-class ShuffledOrder:
-    """Batches of token indices in a seeded random order, a new one each pass.
-
-    The passes form one stream that is cut into full batches. A batch follows from its step alone, so a resumed run
-    reads what the interrupted one would have read.
-    """
-
-    def __init__(self, indices: Tensor, batch_size: int, seed: int):
-        self.indices = indices
-        self.batch_size = batch_size
-        self.seed = seed
-        self._pass = -1
-        self._order = indices
-
-    def batch(self, step: int) -> Tensor:
-        """[batch_size] token indices of a step, counted from 0."""
-        parts, start, missing = [], step * self.batch_size, self.batch_size
-        while missing:
-            number, offset = divmod(start, len(self.indices))
-            part = self._pass_order(number)[offset : offset + missing]
-            parts.append(part)
-            start, missing = start + len(part), missing - len(part)
-        return torch.cat(parts)
-
-    def _pass_order(self, number: int) -> Tensor:
-        if number != self._pass:
-            generator = torch.Generator().manual_seed(1_000_003 * self.seed + number)
-            self._order = self.indices[torch.randperm(len(self.indices), generator=generator)]
-            self._pass = number
-        return self._order
 
 
 def read_set_config(folder: Path) -> SetConfig:
@@ -259,5 +202,21 @@ def _map_shard(path: Path) -> Tensor:
         raise UserError(f"{path} cannot be read ({error}); collect the activations again") from None
 
 
-def _half_of_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+def _chosen_place(place: Place, size: int, limit: int | None, device: torch.device, folder: Path) -> Place:
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    if place == "gpu" and not on_gpu:
+        raise UserError(f"{folder} cannot be held on a GPU: none is in use here; choose memory or mapped")
+    if place != "auto":
+        return place
+    if on_gpu and size <= SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0]:
+        return "gpu"
+    return "memory" if size <= (SHARE_OF_FREE_MEMORY * _free_memory() if limit is None else limit) else "mapped"
+
+
+def _free_memory() -> int:
+    """Bytes that programs can still take; all of the memory where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

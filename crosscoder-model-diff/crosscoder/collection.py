@@ -1,29 +1,30 @@
-"""Reads the activations of two models over the same tokens, by nnsight, stopping after the layer."""
+"""Records the activations of two models over the same tokens: documents, their order in a set, and the pass over them.
+
+Nothing here waits for the device between batches: ids go out by asynchronous copies, and what is read is written by
+activation_writer.BackgroundWriter while the next batch computes.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from crosscoder.activation_store import ActivationWriter, StoredDocument
-from crosscoder.names import Site
+from crosscoder.activation_store import StoredDocument
+from crosscoder.activation_writer import BackgroundWriter, SetWriter
+from crosscoder.readers import Read, Target
 from finqa.errors import UserError
 from finqa.prompts import completion
 from finqa.records import TeacherRow
 from finqa.students import training_ids
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Read = Callable[[Tensor, Tensor], Tensor]
-"""Token ids and attention mask, both [batch, time], to activations [batch, time, d_model]."""
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -65,87 +66,125 @@ def assert_same_ids(instruct: Sequence[Document], fine_tuned: Sequence[Document]
             )
 
 
-def reader(model: PreTrainedModel, layer: int, site: Site) -> Read:
-    """A callable that gives the output of `site` in `layer` (counted from 1) and runs nothing after it.
+@dataclass(frozen=True)
+class Shard:
+    """One shard of a set: which documents, in which batches."""
 
-    With a LoRA adapter in the model's layers, what it reads is the model with or without the adapter, as the
-    adapter is switched at the time of the call.
+    number: int
+    batches: tuple[tuple[int, ...], ...]
+    """Indices of documents; those of a batch are read together."""
+    n_tokens: int
+    """Tokens that are recorded."""
+
+
+def planned_shards(
+    documents: Sequence[Document], skip_id: int | None, shard_tokens: int, batch_tokens: int
+) -> list[Shard]:
+    """Cut the documents, shortest first, into shards and those into batches.
+
+    The order of tokens follows from the documents alone: by length of document, then its index, then position. A
+    shard is full at `shard_tokens` recorded tokens; a batch, padded, has at most `batch_tokens` tokens (or is one
+    document). `skip_id` is the token that is not recorded.
     """
-    import nnsight
-
-    traced: Any = nnsight.NNsight(model)
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    if layers is None:
-        raise UserError(f"{type(model).__name__} is no Llama-like model: it has no model.layers to read from")
-    if not 1 <= layer <= len(layers):
-        raise UserError(f"--layer {layer}: the model has layers 1 to {len(layers)}")
-    block = traced.model.layers[layer - 1]
-    module = {"mlp": lambda: block.mlp, "attention": lambda: block.self_attn, "residual": lambda: block}[site]()
-
-    def read(ids: Tensor, mask: Tensor) -> Tensor:
-        with torch.no_grad(), traced.trace(input_ids=ids, attention_mask=mask, use_cache=False) as tracer:
-            output = module.output
-            hidden = nnsight.save(output[0] if isinstance(output, tuple) else output)
-            tracer.stop()
-        return hidden
-
-    return read
+    shards: list[Shard] = []
+    waiting: list[int] = []
+    n_tokens = 0
+    order = sorted(range(len(documents)), key=lambda i: len(documents[i].ids))
+    for place, index in enumerate(order):
+        waiting.append(index)
+        n_tokens += sum(token != skip_id for token in documents[index].ids)
+        if n_tokens >= shard_tokens or place == len(order) - 1:
+            batches = batches_by_length([len(documents[i].ids) for i in waiting], batch_tokens)
+            named = tuple(tuple(waiting[i] for i in batch) for batch in batches)
+            shards.append(Shard(len(shards), named, n_tokens))
+            waiting, n_tokens = [], 0
+    return shards
 
 
-def adapter_readers(model: PeftModel, layer: int, site: Site) -> tuple[Read, Read]:
-    """(instruct, fine-tuned) readers of one model in memory, its adapter switched off and on."""
-    whole: Any = model.get_base_model()
-    read = reader(whole, layer, site)
-
-    def without_adapter(ids: Tensor, mask: Tensor) -> Tensor:
-        with model.disable_adapter():
-            return read(ids, mask)
-
-    return without_adapter, read
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[range]:
+    """Cut documents of rising lengths into as few batches as `batch_tokens` allows, of about equal size."""
+    greedy = _batches(lengths, batch_tokens, 0)
+    even = _batches(lengths, batch_tokens, sum(lengths) / len(greedy))
+    return even if len(even) <= len(greedy) else greedy
 
 
-def batches_by_length(documents: Sequence[Document], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of documents of about equal length; a batch, padded, has at most `batch_tokens` tokens (or is one)."""
-    batch: list[int] = []
-    for index in sorted(range(len(documents)), key=lambda i: len(documents[i].ids)):
-        if batch and (len(batch) + 1) * len(documents[index].ids) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+def _batches(lengths: Sequence[int], batch_tokens: int, enough: float) -> list[range]:
+    """Batches of at most `batch_tokens`, padded; with `enough`, each also ends near a multiple of so many tokens."""
+    batches, start, done = [], 0, 0
+    for i, length in enumerate(lengths):
+        full = (i - start + 1) * length > batch_tokens
+        near = enough and done + length / 2 > enough * (len(batches) + 1)
+        if i > start and (full or near):
+            batches.append(range(start, i))
+            start = i
+        done += length
+    return [*batches, range(start, len(lengths))]
 
 
 def record(
     readers: tuple[Read, Read],
+    targets: Sequence[Target],
     documents: Sequence[Document],
-    writer: ActivationWriter,
+    shards: Sequence[Shard],
+    writers: Sequence[SetWriter],
     skip_id: int | None,
     device: torch.device | str,
-    batch_tokens: int,
     allow_identical: bool = False,
     on_batch: Callable[[int], None] = lambda n_tokens: None,
-) -> list[StoredDocument]:
-    """Write the activations of every document's tokens, padding and the token `skip_id` (BOS) left out.
+) -> None:
+    """Write `shards` of the sets of all targets in one pass of each model, padding and `skip_id` (BOS) left out.
 
     `on_batch` is told how many tokens a batch added. UserError when the two models agree on every activation of
     the first batch, as they do when an adapter is not active, unless `allow_identical`.
     """
     checked = allow_identical
-    for batch in batches_by_length(documents, batch_tokens):
-        ids, mask = _padded([documents[i].ids for i in batch])
-        row, position = (mask.bool() & (ids != (-1 if skip_id is None else skip_id))).nonzero(as_tuple=True)
-        on_device = ids.to(device), mask.to(device)
-        pair = torch.stack([read(*on_device)[row, position] for read in readers], dim=1)
-        if not checked and torch.equal(pair[:, 0], pair[:, 1]):
+    with BackgroundWriter(device) as background:
+        for shard in shards:
+            files = None
+            for number, batch in enumerate(shard.batches):
+                ids, rows = padded([documents[i].ids for i in batch], skip_id)
+                pairs = _read_pairs(readers, _sent(ids, device), _sent(rows, device), [w.d_model for w in writers])
+                if not checked:
+                    _assert_different(pairs, targets)
+                checked = True
+                files = files or [writer.shard(shard.number, shard.n_tokens) for writer in writers]
+                background.put(files, pairs, last=number == len(shard.batches) - 1)
+                on_batch(len(rows))
+
+
+def _read_pairs(readers: Sequence[Read], ids: Tensor, rows: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    """For each target the activations of both models [tokens, 2, d_model] bf16 at `rows` of the flattened batch."""
+    pairs = [torch.empty(len(rows), len(readers), d, dtype=torch.bfloat16, device=ids.device) for d in widths]
+    for m, read in enumerate(readers):
+        for pair, hidden in zip(pairs, read(ids), strict=True):
+            pair[:, m] = hidden.flatten(0, 1).index_select(0, rows)
+    return pairs
+
+
+def _assert_different(pairs: Sequence[Tensor], targets: Sequence[Target]) -> None:
+    for pair, target in zip(pairs, targets, strict=True):
+        if torch.equal(pair[:, 0], pair[:, 1]):
             raise UserError(
-                "the two models give the same activations for every token: the adapter changes nothing up to this "
-                "layer; choose a later --layer, or say --allow-identical where that is meant"
+                f"the two models give the same activations for every token at layer {target.layer} ({target.site}): "
+                "the adapter changes nothing up to this layer; choose a later --layer, or say --allow-identical where "
+                "that is meant"
             )
-        checked = True
-        writer.add(pair, torch.tensor(batch)[row], position, ids[row, position])
-        on_batch(len(row))
-    return [StoredDocument(d.id, len(d.ids), d.n_prompt) for d in documents]
+
+
+def token_table(documents: Sequence[Document], shards: Sequence[Shard], skip_id: int | None) -> dict[str, Tensor]:
+    """`document`, `position`, `token_id` [tokens] of what `record` writes, in its order."""
+    columns: dict[str, list[Tensor]] = {"document": [], "position": [], "token_id": []}
+    for index in (i for shard in shards for batch in shard.batches for i in batch):
+        ids = torch.tensor(documents[index].ids)
+        position = (ids != skip_id).nonzero().squeeze(-1) if skip_id is not None else torch.arange(len(ids))
+        columns["document"].append(torch.full_like(position, index))
+        columns["position"].append(position)
+        columns["token_id"].append(ids[position])
+    return {name: torch.cat(column) for name, column in columns.items()}
+
+
+def stored_documents(documents: Sequence[Document]) -> list[StoredDocument]:
+    return [StoredDocument(document.id, len(document.ids), document.n_prompt) for document in documents]
 
 
 def fingerprint(documents: Sequence[Document], facts: dict[str, Any]) -> str:
@@ -156,12 +195,17 @@ def fingerprint(documents: Sequence[Document], facts: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _padded(rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask [batch, time], padded on the right: in a causal model no real token sees the padding."""
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    return ids, mask
+def padded(rows: Sequence[tuple[int, ...]], skip_id: int | None) -> tuple[Tensor, Tensor]:
+    """Ids [batch, time] padded on the right, and the places in them, flattened, of the tokens that are recorded."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    wanted = torch.arange(ids.shape[1]) < lengths[:, None]
+    if skip_id is not None:
+        wanted &= ids != skip_id
+    return ids, wanted.flatten().nonzero().squeeze(-1)
+
+
+def _sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on the device; nothing waits for the copy."""
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)

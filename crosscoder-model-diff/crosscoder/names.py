@@ -12,16 +12,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from finqa import hub
 from finqa.errors import UserError
 from finqa.paths import REPOSITORY, SPLITS, Folders, add_folder_flags
 from finqa.students import StudentRun, add_student_flags, local_model, student_from_args
 
-Site = Literal["mlp", "attention", "residual"]
+Site = Literal["attention", "mlp", "residual"]
+SITES: tuple[Site, ...] = get_args(Site)
+"""In the order in which a layer computes them."""
 DEFAULT_RESULTS = REPOSITORY / "crosscoder-model-diff" / "results"
 HUB_NAME_LENGTH = 96
 """Longest repository name that the Hub takes."""
@@ -50,8 +52,8 @@ class ActivationChoice:
             raise UserError(f"--num-samples must be at least 2 (one document is held out), not {self.num_samples}")
         if self.layer is not None and self.layer < 1:
             raise UserError(f"--layer counts from 1, and is {self.layer}")
-        if self.site not in get_args(Site):
-            raise UserError(f"--site is one of {', '.join(get_args(Site))}, not {self.site}")
+        if self.site not in SITES:
+            raise UserError(f"--site is one of {', '.join(SITES)}, not {self.site}")
 
     @property
     def resolved_layer(self) -> int:
@@ -95,15 +97,20 @@ class ActivationChoice:
         return " ".join(words)
 
 
-def add_activation_flags(parser: argparse.ArgumentParser) -> None:
-    """The student's flags, those that name an activation set, and the folders."""
+def add_activation_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """The student's flags, those that name an activation set, and the folders.
+
+    `several`: --layer and --site take one or more values each (`choices_from_args`).
+    """
     add_student_flags(parser)
     group = parser.add_argument_group("activations (these shape the name of the activation set)")
     add = group.add_argument
     add("--split", choices=SPLITS, default="test")
     add("--num-samples", type=int, default=1024, help="documents, from the top of the filtered rows (default: 1024)")
-    add("--layer", type=int, help="counted from 1 (default: 17 of 32, or the nearest to that share of the depth)")
-    add("--site", choices=get_args(Site), default="mlp", help="output of the MLP, the attention or the whole layer")
+    many: dict[str, Any] = {"nargs": "+"} if several else {}
+    one_or_more = "one or more, " if several else ""
+    add("--layer", type=int, **many, help=f"{one_or_more}counted from 1 (default: 17 of 32, or nearest to that share)")
+    add("--site", choices=SITES, default="mlp", **many, help=f"{one_or_more}of whose output is read (default: mlp)")
     add("--raw", action="store_true", help="join prompt and program without the chat template")
     add("--merged", action="store_true", help="use the merged model instead of base + adapter")
     add("--keep-bos", action="store_true", help="keep the first token, whose activation is an outlier")
@@ -145,6 +152,15 @@ def choice_from_args(args: argparse.Namespace) -> ActivationChoice:
         merged=args.merged,
         keep_bos=args.keep_bos,
     )
+
+
+def choices_from_args(args: argparse.Namespace) -> list[ActivationChoice]:
+    """A choice for every combination of the layers and sites that are given, each once."""
+    layers = args.layer if isinstance(args.layer, list) else [args.layer]
+    sites = args.site if isinstance(args.site, list) else [args.site]
+    first = choice_from_args(argparse.Namespace(**{**vars(args), "layer": layers[0], "site": sites[0]}))
+    pairs = dict.fromkeys((layer, site) for layer in layers for site in sites)
+    return [replace(first, layer=layer, site=site) for layer, site in pairs]
 
 
 def default_layer(depth: int) -> int:

@@ -6,21 +6,35 @@ from pathlib import Path
 
 import torch
 
-from crosscoder.activation_store import ActivationWriter, StoredDocument
+from crosscoder.activation_store import StoredDocument
+from crosscoder.activation_writer import SetWriter
 
 N_DOCUMENTS, DOCUMENT_TOKENS, D_MODEL = 40, 50, 12
 
 
-def write_store(folder: Path, activations: torch.Tensor, document_tokens: int = DOCUMENT_TOKENS, **options) -> None:
+def write_store(
+    folder: Path,
+    activations: torch.Tensor,
+    document_tokens: int = DOCUMENT_TOKENS,
+    shard_tokens: int = 65_536,
+    drop_outliers: bool = False,
+) -> None:
     """A set of [tokens, 2, d_model] activations cut into documents of one length, half prompt, BOS left out."""
     n_documents = len(activations) // document_tokens
-    writer = ActivationWriter(folder, activations.shape[-1], **options)
-    for number in range(n_documents):
-        tokens = slice(number * document_tokens, (number + 1) * document_tokens)
-        position = torch.arange(1, document_tokens + 1)
-        writer.add(activations[tokens], torch.full((document_tokens,), number), position, position + 100 * number)
+    activations = activations[: n_documents * document_tokens].bfloat16()
+    writer = SetWriter(folder, activations.shape[-1], {"made up": str(folder)}, drop_outliers)
+    writer.prepare()
+    shards = activations.split(shard_tokens)
+    for number, shard in enumerate(shards):
+        file = writer.shard(number, len(shard))
+        file.add(shard, shard.double().norm(dim=-1))
+        file.close()
+    document = torch.arange(n_documents).repeat_interleave(document_tokens)
+    position = torch.arange(1, document_tokens + 1).repeat(n_documents)
+    table = {"document": document, "position": position, "token_id": position + 100 * document}
     documents = [StoredDocument(f"row-{i}", document_tokens + 1, 1 + document_tokens // 2) for i in range(n_documents)]
-    writer.finish(documents, {"fingerprint": "made up", "layer": 3})
+    recorded = {"fingerprint": "made up", "layer": 3}
+    writer.finish(table, documents, recorded, [len(shard) for shard in shards])
 
 
 def planted_activations(n_tokens: int, d_model: int, n_features: int, seed: int = 0) -> torch.Tensor:

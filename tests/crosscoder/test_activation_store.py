@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from made_up_activations import D_MODEL, DOCUMENT_TOKENS, N_DOCUMENTS, planted_activations, write_store
 from safetensors.torch import load_file
 
-from crosscoder.activation_store import ActivationStore, ActivationWriter, ShuffledOrder
+from crosscoder.activation_store import ActivationStore, ShuffledOrder
+from crosscoder.activation_writer import SetWriter
+from crosscoder.feed import Feed
 from finqa.errors import UserError
 
 
@@ -25,11 +28,38 @@ def test_tokens_come_back_as_they_were_written_in_bf16(store):
 
 
 def test_memory_mapped_shards_read_the_same_as_memory(store):
-    mapped = ActivationStore(store.folder, memory_limit_bytes=0)
-    indices = torch.randperm(len(store), generator=torch.Generator().manual_seed(3))[:500]
-    assert store.in_memory
-    assert not mapped.in_memory
+    mapped = ActivationStore(store.folder, place="mapped")
+    indices = torch.randint(len(store), (700,), generator=torch.Generator().manual_seed(3))
+    assert (store.place, mapped.place) == ("memory", "mapped")
     assert torch.equal(mapped.read(indices), store.read(indices))
+    assert torch.equal(mapped.read(indices[:1]), store.read(indices[:1]))
+    assert mapped.read(indices[:0]).shape == (0, 2, D_MODEL)
+
+
+def test_a_set_is_held_where_it_fits_and_else_left_on_disk(store):
+    size = 2 * 2 * D_MODEL * len(store)
+    assert ActivationStore(store.folder, memory_limit_bytes=size).in_memory
+    assert not ActivationStore(store.folder, memory_limit_bytes=size - 1).in_memory
+    assert ActivationStore(store.folder, memory_limit_bytes=0, place="memory").in_memory
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(store):
+    with pytest.raises(UserError, match="cannot be held on a GPU: none is in use here; choose memory or mapped"):
+        ActivationStore(store.folder, place="gpu", device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_reads_the_same(store):
+    order = ShuffledOrder(torch.arange(len(store)), 64, seed=1)
+    held = ActivationStore(store.folder, device="cuda")
+    assert held.place == "gpu"
+    for on_gpu in (held, store):
+        with on_gpu.feed(order, range(40), "cuda") as batches:
+            for indices, activations in batches:
+                assert activations.is_cuda
+                assert torch.equal(activations.cpu(), store.read(indices))
 
 
 def test_scales_bring_each_models_mean_norm_to_the_root_of_its_width(store):
@@ -102,13 +132,90 @@ def test_a_batch_follows_from_its_step_alone():
     assert [order.batch(step).tolist() for step in reversed(range(12))][::-1] == forwards
 
 
+def test_a_pass_shuffles_across_the_whole_store_not_within_windows():
+    order = ShuffledOrder(torch.arange(10_000), batch_size=1000, seed=3)
+    for step in range(10):
+        tenths = torch.bincount(order.batch(step) // 1000, minlength=10)
+        assert tenths.min() > 50  # 100 expected from each tenth of the store; below 50 in less than 1 of 10^8
+
+
+@pytest.mark.parametrize("place", ["memory", "mapped"])
+def test_reading_ahead_gives_the_batches_of_the_order_from_any_step_on(store, place):
+    order = ShuffledOrder(store.split(0.2, 0).train, batch_size=96, seed=5)
+    here = ActivationStore(store.folder, place=place)
+    for first in (0, 7, 30):
+        with here.feed(order, range(first, 40)) as batches:
+            fed = list(batches)
+        assert len(fed) == 40 - first
+        for step, (indices, activations) in enumerate(fed, first):
+            assert torch.equal(indices, ShuffledOrder(order.indices, 96, seed=5).batch(step))
+            assert torch.equal(activations, store.read(indices))
+
+
+def feeding_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "activation feed"]
+
+
+def test_no_thread_is_left_when_reading_ends_early_or_late(store):
+    order = ShuffledOrder(torch.arange(len(store)), 50, seed=1)
+    with store.feed(order, range(100)) as batches:
+        next(batches)
+        assert len(feeding_threads()) == 1
+    assert not feeding_threads()
+    assert next(batches, None) is None
+    with store.feed(order, range(3)) as batches:
+        assert len(list(batches)) == 3
+    with pytest.raises(KeyError), store.feed(order, range(100)) as batches:
+        raise KeyError
+    assert not feeding_threads()
+
+
+def test_only_so_many_batches_are_read_ahead(store):
+    read: list[int] = []
+    asked = threading.Event()
+
+    def batches():
+        for step in range(20):
+            read.append(step)
+            if step == 4:
+                asked.set()
+            yield torch.arange(step, step + 2)
+
+    with Feed(store.read, batches(), ahead=2) as feed:
+        for _ in range(3):
+            next(feed)
+        assert asked.wait(10)
+        assert len(read) == 5
+
+
+def test_what_goes_wrong_while_reading_ahead_is_raised_where_the_batch_is_asked_for(store):
+    with Feed(store.read, iter([torch.tensor([3]), torch.tensor([len(store)]), torch.tensor([4])])) as feed:
+        assert next(feed)[0].item() == 3
+        with pytest.raises(IndexError):
+            next(feed)
+        assert next(feed, None) is None
+
+
 def test_completion_tokens_are_those_after_the_prompt(store):
     one = store.is_completion()[:DOCUMENT_TOKENS]
     assert one.tolist() == [position >= 26 for position in range(1, DOCUMENT_TOKENS + 1)]
 
 
 def test_an_unfinished_set_is_no_set(tmp_path: Path):
-    writer = ActivationWriter(tmp_path / "half", D_MODEL)
-    writer.add(torch.ones(3, 2, D_MODEL), *(torch.zeros(3) for _ in range(3)))
+    writer = SetWriter(tmp_path / "half", D_MODEL, {})
+    writer.prepare()
+    file = writer.shard(0, 3)
+    file.add(torch.ones(3, 2, D_MODEL, dtype=torch.bfloat16), torch.ones(3, 2, dtype=torch.float64))
+    file.close()
     with pytest.raises(UserError, match=r"holds no activation set; make it with collect_activations\.py"):
         ActivationStore(tmp_path / "half")
+
+
+def test_a_shard_of_another_length_than_planned_gets_no_name(tmp_path: Path):
+    writer = SetWriter(tmp_path / "half", D_MODEL, {})
+    writer.prepare()
+    file = writer.shard(0, 4)
+    file.add(torch.ones(3, 2, D_MODEL, dtype=torch.bfloat16), torch.ones(3, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="got 3 tokens, planned were 4"):
+        file.close()
+    assert not writer.has(0)

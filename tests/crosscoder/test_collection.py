@@ -1,8 +1,8 @@
-"""Collecting activations: nnsight reads what a forward hook reads, stops early, and pairs the same tokens."""
+"""Collecting activations: what is read, in which order, and that a set is the same however it was made."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +10,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from crosscoder.activation_store import ActivationStore, ActivationWriter
+from crosscoder.activation_store import ActivationStore
+from crosscoder.activation_writer import SetWriter
 from crosscoder.collection import (
     Document,
-    adapter_readers,
     assert_same_ids,
     batches_by_length,
     documents_from_rows,
     fingerprint,
-    reader,
+    padded,
+    planned_shards,
     record,
+    stored_documents,
+    token_table,
 )
+from crosscoder.readers import Read, Target, adapter_readers
 from finqa import students
 from finqa.errors import UserError
 from finqa.paths import Folders
+
+MLP_2 = Target(2, "mlp")
 
 
 @pytest.fixture(scope="module")
@@ -44,88 +50,130 @@ def documents(teacher_rows, tokenizer) -> list[Document]:
     return documents_from_rows(teacher_rows, tokenizer)
 
 
-def hooked(model: Any, module: torch.nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """The module's output in a whole forward pass, by a plain hook."""
-    seen: list[Tensor] = []
-
-    def keep(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = module.register_forward_hook(keep)
-    with torch.no_grad():
-        model(input_ids=ids, attention_mask=mask)
-    handle.remove()
-    return seen[0]
-
-
-SITES: dict[str, Callable[[Any], torch.nn.Module]] = {
-    "mlp": lambda block: block.mlp,
-    "attention": lambda block: block.self_attn,
-    "residual": lambda block: block,
-}
-
-
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("layer", [1, 2])
-def test_both_readers_equal_a_forward_hook_with_the_adapter_off_and_on(adapted, documents, site, layer):
-    ids = torch.tensor([documents[0].ids, documents[4].ids])
-    mask = torch.ones_like(ids)
-    module = SITES[site](adapted.get_base_model().model.layers[layer - 1])
-    instruct, fine_tuned = adapter_readers(adapted, layer, site)
-    with adapted.disable_adapter():
-        off = hooked(adapted, module, ids, mask)
-    assert torch.equal(instruct(ids, mask), off)
-    assert torch.equal(fine_tuned(ids, mask), hooked(adapted, module, ids, mask))
-    assert not torch.equal(instruct(ids, mask), fine_tuned(ids, mask))
-
-
-def test_nothing_after_the_layer_runs(adapted, documents):
-    whole = adapted.get_base_model()
-    started: list[str] = []
-    modules = {"layer 1": whole.model.layers[0], "layer 2": whole.model.layers[1], "head": whole.lm_head}
-    handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: started.append(name)) for name, module in modules.items()
+def make_sets(
+    folders: Sequence[Path],
+    readers: tuple[Read, Read],
+    documents: Sequence[Document],
+    targets: Sequence[Target] = (MLP_2,),
+    skip_id: int | None = None,
+    batch_tokens: int = 300,
+    **options: Any,
+) -> list[ActivationStore]:
+    shards = planned_shards(documents, skip_id, 400, batch_tokens)
+    writers = [
+        SetWriter(folder, 64, {}, drop_outliers=t.site == "residual")
+        for folder, t in zip(folders, targets, strict=True)
     ]
-    ids = torch.tensor([documents[0].ids])
-    for read in adapter_readers(adapted, 1, "residual"):
-        read(ids, torch.ones_like(ids))
-    for handle in handles:
-        handle.remove()
-    assert started == ["layer 1", "layer 1"]
+    for writer in writers:
+        writer.prepare()
+    record(readers, targets, documents, shards, writers, skip_id, "cpu", **options)
+    table, sizes = token_table(documents, shards, skip_id), [shard.n_tokens for shard in shards]
+    for writer in writers:
+        writer.finish(table, stored_documents(documents), {}, sizes)
+    return [ActivationStore(folder) for folder in folders]
 
 
-def test_padding_changes_no_activation(adapted, documents, tmp_path: Path):
-    read = adapter_readers(adapted, 2, "mlp")
-    writer = ActivationWriter(tmp_path / "together", 64)
-    writer.finish(record(read, documents, writer, None, "cpu", batch_tokens=100_000), {})
-    writer = ActivationWriter(tmp_path / "alone", 64)
-    writer.finish(record(read, documents, writer, None, "cpu", batch_tokens=1), {})
-    together, alone = ActivationStore(tmp_path / "together"), ActivationStore(tmp_path / "alone")
+def test_padding_and_company_change_no_activation(adapted, documents, tmp_path: Path):
+    readers = adapter_readers(adapted, [MLP_2])
+    (together,) = make_sets([tmp_path / "together"], readers, documents, batch_tokens=100_000)
+    (alone,) = make_sets([tmp_path / "alone"], readers, documents, batch_tokens=1)
     assert torch.equal(together.document, alone.document)
+    assert torch.equal(together.position, alone.position)
     everything = torch.arange(len(alone))
     assert torch.allclose(together.read(everything).float(), alone.read(everything).float(), atol=1e-2)
 
 
 def test_every_token_but_bos_is_recorded_once_with_its_place(adapted, documents, tokenizer, tmp_path: Path):
-    writer = ActivationWriter(tmp_path / "set", 64)
-    stored = record(adapter_readers(adapted, 2, "mlp"), documents, writer, tokenizer.bos_token_id, "cpu", 300)
-    writer.finish(stored, {})
-    store = ActivationStore(tmp_path / "set")
-    recorded = set(zip(store.document.tolist(), store.position.tolist(), store.token_id.tolist(), strict=True))
+    (store,) = make_sets(
+        [tmp_path / "set"], adapter_readers(adapted, [MLP_2]), documents, skip_id=tokenizer.bos_token_id
+    )
+    recorded = list(zip(store.document.tolist(), store.position.tolist(), store.token_id.tolist(), strict=True))
     expected = {(i, t, token) for i, d in enumerate(documents) for t, token in enumerate(d.ids) if t > 0}
-    assert recorded == expected
-    assert len(store) == len(expected)
+    assert set(recorded) == expected
+    assert len(recorded) == len(expected)
     assert tokenizer.bos_token_id not in store.token_id
 
 
-def test_what_is_recorded_is_the_activation_of_that_token(adapted, documents, tokenizer, tmp_path: Path):
-    writer = ActivationWriter(tmp_path / "set", 64)
-    writer.finish(record(adapter_readers(adapted, 2, "mlp"), documents, writer, tokenizer.bos_token_id, "cpu", 300), {})
-    store = ActivationStore(tmp_path / "set")
-    ids = torch.tensor([documents[7].ids])
-    expected = hooked(adapted, adapted.get_base_model().model.layers[1].mlp, ids, torch.ones_like(ids))[0, 1:]
-    ours = store.read((store.document == 7).nonzero().squeeze(-1))[:, 1]
-    assert torch.allclose(ours.float(), expected.bfloat16().float(), atol=1e-2)
+def test_the_order_is_by_length_then_document_then_position(adapted, documents, tokenizer, tmp_path: Path):
+    (store,) = make_sets(
+        [tmp_path / "set"], adapter_readers(adapted, [MLP_2]), documents, skip_id=tokenizer.bos_token_id
+    )
+    places = list(zip(store.document.tolist(), store.position.tolist(), strict=True))
+    assert places == sorted(places, key=lambda place: (len(documents[place[0]].ids), *place))
+
+
+def test_one_pass_of_each_model_makes_the_sets_of_all_layers_and_sites(adapted, documents, tmp_path: Path):
+    targets = [Target(2, "residual"), Target(1, "mlp"), Target(2, "attention")]
+    passes = []
+
+    def counted(read: Read) -> Read:
+        def counting(ids: Tensor) -> list[Tensor]:
+            passes.append(ids.shape)
+            return read(ids)
+
+        return counting
+
+    first, second = (counted(read) for read in adapter_readers(adapted, targets))
+    folders = [tmp_path / f"{target.layer}-{target.site}" for target in targets]
+    stores = make_sets(folders, (first, second), documents, targets)
+    n_batches = sum(len(shard.batches) for shard in planned_shards(documents, None, 400, 300))
+    assert len(passes) == 2 * n_batches
+    for store, target in zip(stores, targets, strict=True):
+        (alone,) = make_sets([tmp_path / "alone"], adapter_readers(adapted, [target]), documents, [target])
+        assert torch.equal(store.read(torch.arange(len(store))), alone.read(torch.arange(len(alone))))
+        assert store.config.activation_scales == alone.config.activation_scales
+
+
+def test_the_norms_beside_the_activations_are_those_of_what_is_stored(adapted, documents, tmp_path: Path):
+    from safetensors.torch import load_file
+
+    make_sets([tmp_path / "set"], adapter_readers(adapted, [MLP_2]), documents)
+    shard = load_file(tmp_path / "set" / "shard-00001.safetensors")
+    assert torch.allclose(shard["norms"], shard["activations"].double().norm(dim=-1), rtol=1e-14)
+
+
+def test_shards_that_are_there_are_not_made_again(adapted, documents, tmp_path: Path):
+    readers = adapter_readers(adapted, [MLP_2])
+    shards = planned_shards(documents, None, 400, 300)
+    assert len(shards) > 2
+    make_sets([tmp_path / "whole"], readers, documents)
+    writer = SetWriter(tmp_path / "killed", 64, {"of": "these"})
+    writer.prepare()
+    record(readers, [MLP_2], documents, shards[:2], [writer], None, "cpu")
+    (writer.partial / ".shard-00002.safetensors.1234").write_text("half a shard")
+    first = writer.partial / "shard-00000.safetensors"
+    made = first.stat().st_mtime_ns
+
+    again = SetWriter(tmp_path / "killed", 64, {"of": "these"})
+    again.prepare()
+    assert [shard.number for shard in shards if not again.has(shard.number)] == [s.number for s in shards[2:]]
+    record(readers, [MLP_2], documents, shards[2:], [again], None, "cpu")
+    assert first.stat().st_mtime_ns == made
+    sizes = [shard.n_tokens for shard in shards]
+    again.finish(token_table(documents, shards, None), stored_documents(documents), {}, sizes)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+    other = SetWriter(tmp_path / "other", 64, {"of": "these"})
+    other.prepare()
+    record(readers, [MLP_2], documents, shards[:1], [other], None, "cpu")
+    changed = SetWriter(tmp_path / "other", 64, {"of": "others"})
+    changed.prepare()
+    assert not changed.has(0)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.json"}
+
+
+def test_what_goes_wrong_in_the_writing_thread_is_raised_and_leaves_no_half_shard(adapted, documents, tmp_path: Path):
+    writer = SetWriter(tmp_path / "set", 64, {})
+    writer.prepare()
+    shards = planned_shards(documents, None, 400, 300)
+    writer.partial.joinpath("shard-00001.safetensors").mkdir()  # no file can take its name
+    with pytest.raises(OSError, match="shard-00001"):
+        record(adapter_readers(adapted, [MLP_2]), [MLP_2], documents, shards, [writer], None, "cpu")
+    assert writer.has(0)
+    assert not list(writer.partial.glob(".*"))
 
 
 def test_the_ids_are_those_of_training_and_end_with_the_end_token(teacher_rows, documents, tokenizer):
@@ -150,23 +198,42 @@ def test_different_ids_of_the_two_models_are_refused():
 
 
 def test_an_adapter_that_changes_nothing_is_noticed(adapted, documents, tmp_path: Path):
-    without_adapter, _ = adapter_readers(adapted, 2, "mlp")
+    without_adapter, _ = adapter_readers(adapted, [MLP_2])
     same = (without_adapter, without_adapter)
-    with pytest.raises(UserError, match="the adapter changes nothing up to this layer"):
-        record(same, documents, ActivationWriter(tmp_path / "set", 64), None, "cpu", 300)
-    record(same, documents, ActivationWriter(tmp_path / "set", 64), None, "cpu", 300, allow_identical=True)
+    with pytest.raises(UserError, match=r"layer 2 \(mlp\): the adapter changes nothing up to this layer"):
+        make_sets([tmp_path / "set"], same, documents)
+    make_sets([tmp_path / "set"], same, documents, allow_identical=True)
 
 
-def test_batches_hold_documents_of_like_length_within_the_budget():
-    lengths = [5, 50, 7, 49, 6, 200]
-    documents = [Document(str(i), (1,) * n, 1) for i, n in enumerate(lengths)]
-    batches = list(batches_by_length(documents, 100))
-    assert batches == [[0, 4, 2], [3, 1], [5]]
+@pytest.mark.parametrize(
+    ("lengths", "batch_tokens", "sizes"),
+    [
+        ([5, 6, 7, 49, 50, 200], 100, [3, 2, 1]),
+        ([10] * 8, 80, [8]),
+        ([10] * 9, 80, [5, 4]),
+        ([10] * 11, 40, [4, 3, 4]),
+        ([500, 600], 100, [1, 1]),
+    ],
+)
+def test_batches_are_few_and_even_and_within_the_budget(lengths, batch_tokens, sizes):
+    batches = batches_by_length(lengths, batch_tokens)
+    assert [len(batch) for batch in batches] == sizes
+    assert [i for batch in batches for i in batch] == list(range(len(lengths)))
+    assert all(len(batch) == 1 or len(batch) * lengths[batch[-1]] <= batch_tokens for batch in batches)
 
 
-def test_a_layer_the_model_does_not_have_is_refused(adapted):
-    with pytest.raises(UserError, match="--layer 3: the model has layers 1 to 2"):
-        reader(adapted.get_base_model(), 3, "mlp")
+def test_shards_hold_every_document_once_and_do_not_depend_on_the_batches():
+    documents = [Document(str(i), (1, *range(2, 2 + n)), 1) for i, n in enumerate([5, 50, 7, 49, 6, 200, 3])]
+    small, large = (planned_shards(documents, 1, 60, batch_tokens) for batch_tokens in (20, 1000))
+    assert [shard.n_tokens for shard in small] == [shard.n_tokens for shard in large] == [70, 250]
+    order = [i for shard in small for batch in shard.batches for i in batch]
+    assert order == [i for shard in large for batch in shard.batches for i in batch] == [6, 0, 4, 2, 3, 1, 5]
+
+
+def test_a_batch_is_padded_on_the_right_and_padding_is_not_recorded():
+    ids, rows = padded([(1, 5, 0), (1, 6, 0, 7)], skip_id=1)
+    assert ids.tolist() == [[1, 5, 0, 0], [1, 6, 0, 7]]
+    assert rows.tolist() == [1, 2, 5, 6, 7]
 
 
 def test_the_fingerprint_changes_with_ids_and_facts(documents):

@@ -1,0 +1,254 @@
+"""Writes activation sets (activation_store.py says what they are), so that a killed run loses only what was under way.
+
+A set is made beside its place, in `.<name>.partial`. A shard is written under a temporary name and renamed when it is
+whole, by any process and in any order, so an interrupted run goes on with the shards that are missing. The plan in
+plan.json says what the shards are of; what was left by another plan is thrown away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from crosscoder.activation_store import SetConfig, StoredDocument, shard_name
+from crosscoder.checkpoint import save_tensors
+from crosscoder.config import N_MODELS
+from finqa.errors import UserError
+from finqa.paths import write_atomically
+
+OUTLIER_FACTOR = 10.0
+"""In the residual stream a token above this many median norms is dropped (attention sinks)."""
+BATCHES_BEHIND = 3
+"""Batches that may wait for the disk; with more the GPU waits too."""
+PLAN_FILE = "plan.json"
+
+
+class ShardFile:
+    """A shard under way: tokens are appended, `close` gives it its name.
+
+    The file is safetensors with its header written first, so that nothing larger than a batch is held in memory.
+    """
+
+    def __init__(self, path: Path, n_tokens: int, d_model: int):
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        self._n_tokens = n_tokens
+        self._norms: list[Tensor] = []
+        activations_start, end = 8 * N_MODELS * n_tokens, (8 + 2 * d_model) * N_MODELS * n_tokens
+        layout = {
+            "norms": {"dtype": "F64", "shape": [n_tokens, N_MODELS], "data_offsets": [0, activations_start]},
+            "activations": {
+                "dtype": "BF16",
+                "shape": [n_tokens, N_MODELS, d_model],
+                "data_offsets": [activations_start, end],
+            },
+        }
+        text = json.dumps(layout, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._norms_at = 8 + len(text)
+        self._file = self._temporary.open("wb", buffering=0)
+        self._write(len(text).to_bytes(8, "little") + text)
+        self._file.seek(self._norms_at + activations_start)
+
+    def add(self, activations: Tensor, norms: Tensor) -> None:
+        """Append tokens: activations [n, 2, d_model] bf16 and their norms [n, 2] fp64, both on the CPU."""
+        self._norms.append(norms)
+        self._write(_bytes(activations))
+
+    def close(self) -> None:
+        """Write the norms and give the shard its name."""
+        norms = torch.cat(self._norms)
+        if len(norms) != self._n_tokens:
+            raise ValueError(f"{self._path.name} got {len(norms)} tokens, planned were {self._n_tokens}")
+        self._file.seek(self._norms_at)
+        self._write(_bytes(norms))
+        self._file.close()
+        self._temporary.replace(self._path)
+
+    def discard(self) -> None:
+        """Leave nothing behind; does nothing after `close`."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _write(self, data: bytes | memoryview) -> None:
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+
+class SetWriter:
+    """Makes one activation set, on its own or with other processes."""
+
+    def __init__(self, folder: Path, d_model: int, plan: Mapping[str, Any], drop_outliers: bool = False):
+        """`plan`: what decides the bytes of the shards, as JSON values; shards of another plan are not used."""
+        self.folder = folder
+        self.d_model = d_model
+        self.drop_outliers = drop_outliers
+        self.partial = folder.with_name(f".{folder.name}.partial")
+        self._plan = json.dumps(plan, sort_keys=True, indent=2) + "\n"
+
+    def prepare(self) -> None:
+        """Keep the whole shards of an interrupted run of this plan, remove all else; the first process does it."""
+        plan_file = self.partial / PLAN_FILE
+        if not plan_file.exists() or plan_file.read_text() != self._plan:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            write_atomically(plan_file, self._plan)
+        for left_over in self.partial.glob(".*"):
+            left_over.unlink()
+
+    def has(self, number: int) -> bool:
+        """Whether this shard is whole."""
+        return (self.partial / shard_name(number)).exists()
+
+    def shard(self, number: int, n_tokens: int) -> ShardFile:
+        return ShardFile(self.partial / shard_name(number), n_tokens, self.d_model)
+
+    def finish(
+        self,
+        table: Mapping[str, Tensor],
+        documents: Sequence[StoredDocument],
+        recorded: dict[str, Any],
+        shard_tokens: Sequence[int],
+        add_to: Callable[[Path], None] = lambda folder: None,
+    ) -> SetConfig:
+        """Write tables and configuration, and move the set to its place; every shard must be there.
+
+        Args:
+            table: `document`, `position`, `token_id` [tokens], in the order of the shards.
+            recorded: What was recorded (SetConfig.recorded).
+            shard_tokens: Tokens of each shard.
+            add_to: Called with the folder before it is moved, to write more into it.
+        """
+        norms = torch.cat([self._norms(number) for number in range(len(shard_tokens))])
+        kept = torch.ones(len(norms), dtype=torch.bool)
+        if self.drop_outliers:
+            kept = (norms <= OUTLIER_FACTOR * norms.median(dim=0).values).all(dim=-1)
+        means = norms[kept].mean(dim=0)
+        if not torch.isfinite(means).all() or not means.all():
+            raise UserError(f"the activations have mean norms {means.tolist()}; no scale can be taken from them")
+        config = SetConfig(
+            d_model=self.d_model,
+            n_tokens=len(norms),
+            n_dropped=int((~kept).sum()),
+            activation_scales=tuple((self.d_model**0.5 / means).tolist()),
+            shard_tokens=tuple(shard_tokens),
+            recorded=recorded,
+        )
+        columns = {name: column.to(torch.int32) for name, column in table.items()}
+        save_tensors(self.partial / "tokens.safetensors", {**columns, "kept": kept})
+        lines = "".join(json.dumps(asdict(document)) + "\n" for document in documents)
+        write_atomically(self.partial / "documents.jsonl", lines)
+        add_to(self.partial)
+        write_atomically(self.partial / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.partial.rename(self.folder)
+        (self.folder / PLAN_FILE).unlink()
+        return config
+
+    def _norms(self, number: int) -> Tensor:
+        with safe_open(self.partial / shard_name(number), framework="pt") as file:
+            return file.get_tensor("norms")
+
+
+class _Job(NamedTuple):
+    files: Sequence[ShardFile]
+    activations: list[Tensor]
+    norms: list[Tensor]
+    copied: Any
+    """CUDA event after the copies to the host; None on the CPU."""
+    last: bool
+
+
+class BackgroundWriter:
+    """Writes in a thread what the models gave, while they compute the next batch.
+
+    On a GPU the copies to pinned memory run on a stream of their own. An error of the thread is raised by the next
+    `put`, or at the end of the `with` block.
+    """
+
+    def __init__(self, device: torch.device | str, batches_behind: int = BATCHES_BEHIND):
+        self._stream: Any = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
+        self._room = threading.Semaphore(batches_behind)
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._error: Exception | None = None
+        self._open: dict[int, ShardFile] = {}
+        self._thread = threading.Thread(target=self._work, name="activation writer", daemon=True)
+
+    def __enter__(self) -> BackgroundWriter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._jobs.put(None)
+        self._thread.join()
+        for file in self._open.values():
+            file.discard()
+        if self._error and kind is None:
+            raise self._error
+
+    def put(self, files: Sequence[ShardFile], pairs: Sequence[Tensor], last: bool) -> None:
+        """Append to each file its [n, 2, d_model] bf16 tensor; after the `last` of them the files are closed.
+
+        Waits while too many batches are on their way.
+        """
+        self._open.update((id(file), file) for file in files)
+        self._room.acquire()
+        if self._error:
+            raise self._error
+        norms = [torch.linalg.vector_norm(pair, dim=-1, dtype=torch.float64) for pair in pairs]
+        if self._stream is None:
+            self._jobs.put(_Job(files, list(pairs), norms, None, last))
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            on_host = [_to_pinned(pair) for pair in pairs]
+            norms_on_host = [_to_pinned(norm) for norm in norms]
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+        for tensor in (*pairs, *norms):
+            tensor.record_stream(self._stream)
+        self._jobs.put(_Job(files, on_host, norms_on_host, copied, last))
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                if self._error is None:
+                    self._write(job)
+            except Exception as error:  # noqa: BLE001 - it is raised again where the caller can see it
+                self._error = error
+            finally:
+                self._room.release()
+
+    def _write(self, job: _Job) -> None:
+        if job.copied is not None:
+            job.copied.synchronize()
+        for file, activations, norms in zip(job.files, job.activations, job.norms, strict=True):
+            file.add(activations, norms)
+            if job.last:
+                file.close()
+                del self._open[id(file)]
+
+
+def _to_pinned(tensor: Tensor) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    array: Any = tensor.contiguous().view(torch.uint8).reshape(-1).numpy()
+    return memoryview(array)

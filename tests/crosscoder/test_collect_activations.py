@@ -1,0 +1,171 @@
+"""collect_activations.py as a user runs it: several sets at once, killed, by several processes, to the Hub and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hub_contents import Account
+from hub_server import hub_server
+
+from crosscoder.activation_store import ActivationStore
+from finqa.paths import REPOSITORY
+
+FOLDER = REPOSITORY / "crosscoder-model-diff"
+SCRIPT = "collect_activations.py"
+SMALL_SHARDS = ("--shard-tokens", "300", "--batch-tokens", "200")
+"""A shard a document or two, so that there is something to resume and to share."""
+
+
+def run(*words: str | Path, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *launcher, SCRIPT, *map(str, words)],
+        cwd=FOLDER,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def data(data_folder: Path, tmp_path: Path) -> Path:
+    """A data folder of the test's own, without what other tests have made."""
+    folder = tmp_path / "data"
+    shutil.copytree(data_folder, folder, ignore=shutil.ignore_patterns("activations", "*-merged", "crosscoders"))
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a set but run.json, which holds the time it took."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "run.json"}
+
+
+@pytest.fixture(scope="module")
+def whole(data_folder: Path, tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sets of two layers by two sites that one undisturbed process makes."""
+    folder = tmp_path_factory.mktemp("whole") / "data"
+    shutil.copytree(data_folder, folder, ignore=shutil.ignore_patterns("activations", "*-merged", "crosscoders"))
+    output = run(*names(tiny_student, folder), "--layer", "1", "2", "--site", "mlp", "residual", *SMALL_SHARDS)
+    assert output.returncode == 0, output.stderr
+    return folder / "activations"
+
+
+def names(student: Path, data: Path) -> tuple[str | Path, ...]:
+    return ("FinQA-mini", student, "--no-push", "--data-dir", data)
+
+
+@pytest.mark.slow
+def test_every_layer_and_site_is_a_set_under_its_documented_name(whole, tiny_student):
+    stem = "tiny-student-peftq_proj_k_proj_v_proj_o_proj-bs1-ne1-FinQA-mini-test"
+    assert {path.name for path in whole.iterdir()} == {
+        f"{stem}-layer{layer}-{site}-1024" for layer in (1, 2) for site in ("mlp", "residual")
+    }
+    for folder in whole.iterdir():
+        store = ActivationStore(folder)
+        recorded = store.config.recorded
+        assert folder.name == f"{stem}-layer{recorded['layer']}-{recorded['site']}-1024"
+        assert recorded["fine_tuned"] == "adapter switched on"
+        assert len(store.config.shard_tokens) > 3
+        assert json.loads((folder / "run.json").read_text())["reader"] == "nnsight"
+    first, second = (ActivationStore(path) for path in sorted(whole.glob("*-mlp-*")))
+    assert torch.equal(first.document, second.document)
+    assert not torch.equal(first.read(torch.arange(50)), second.read(torch.arange(50)))
+
+
+@pytest.mark.slow
+def test_one_set_at_a_time_and_by_plain_hooks_gives_the_same_bytes(whole, data, tiny_student):
+    output = run(*names(tiny_student, data), "--layer", "2", "--reader", "hooks", *SMALL_SHARDS)
+    assert output.returncode == 0, output.stderr
+    (alone,) = (data / "activations").iterdir()
+    assert contents(alone) == contents(whole / alone.name)
+    assert json.loads((alone / "run.json").read_text())["reader"] == "hooks"
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_gives_the_bytes_of_an_undisturbed_one(whole, data, tiny_student):
+    command = (*names(tiny_student, data), "--layer", "1", "2", "--site", "mlp", "residual", *SMALL_SHARDS)
+    killed = 0
+    # Killed at the first shard, then later and later, until a run comes through.
+    for shards in (1, 3, 5):
+        with subprocess.Popen(
+            [sys.executable, SCRIPT, *map(str, command)],
+            cwd=FOLDER,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+        ) as process:
+            while process.poll() is None and len(list((data / "activations").glob(".*/shard-*"))) < shards:
+                time.sleep(0.001)
+            process.send_signal(signal.SIGKILL)
+        killed += process.returncode == -signal.SIGKILL
+    assert killed > 0
+    assert list((data / "activations").glob(".*.partial/shard-*"))
+    output = run(*command)
+    assert output.returncode == 0, output.stderr
+    assert "going on: " in output.stdout
+    for folder in whole.iterdir():
+        assert contents(data / "activations" / folder.name) == contents(folder)
+    assert {path.name for path in (data / "activations").iterdir()} == {path.name for path in whole.iterdir()}
+
+
+@pytest.mark.slow
+def test_several_processes_make_the_set_that_one_makes(whole, data, tiny_student, processes=2):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    command = (*names(tiny_student, data), "--layer", "1", "2", "--site", "mlp", "residual", *SMALL_SHARDS)
+    output = run(*command, launcher=launcher)
+    assert output.returncode == 0, output.stderr
+    for folder in whole.iterdir():
+        made = data / "activations" / folder.name
+        assert contents(made) == contents(folder)
+        assert json.loads((made / "run.json").read_text())["processes"] == processes
+    assert output.stdout.count("documents at layer") == 4  # one process speaks
+
+
+@pytest.mark.slow
+def test_an_error_of_several_processes_is_said_once(data, tiny_student):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    output = run(*names(tiny_student, data), "--layer", "7", launcher=launcher)
+    assert output.returncode != 0
+    assert output.stderr.count("error: --layer 7: the model has layers 1 to 2") == 1
+
+
+@pytest.mark.slow
+def test_a_set_goes_to_the_hub_and_comes_back(data, tiny_student, tmp_path: Path):
+    command = ("FinQA-mini", tiny_student, "writer", "--data-dir", data, "--layer", "2", "--run-name", "r", "--push")
+    (adapter,) = (data / "models" / "FinQA-mini").iterdir()
+    adapter.rename(adapter.with_name(f"{adapter.name}-r"))
+    with hub_server(tmp_path / "hub") as hub:
+        hub.accounts = {"hf_thewriterstoken": Account("writer")}
+        there = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_thewriterstoken"}
+        there |= {"HF_HUB_OFFLINE": "0", "NO_PROXY": "*", "HF_HUB_DISABLE_XET": "1"}
+        output = run(*command, **there)
+        assert output.returncode == 0, output.stderr
+        (local,) = (data / "activations").iterdir()
+        pushed = contents(local)
+        shutil.rmtree(local)
+        fetch = (
+            "import sys; from pathlib import Path; from finqa import students;"
+            "from crosscoder.names import find_folder;"
+            "run = students.StudentRun('FinQA-mini', sys.argv[1], students.settings_for(sys.argv[1]),"
+            " given_hf_name='writer');"
+            "print(find_folder(Path(sys.argv[2]), run, 'config.json', 'activation set', 'no command'))"
+        )
+        found = subprocess.run(
+            [sys.executable, "-c", fetch, str(tiny_student), str(local)],
+            env=os.environ | there,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        fetched = Path(found.stdout.strip().splitlines()[-1])
+        got = {name: (fetched / name).read_bytes() for name in pushed}
+        assert got == pushed
+        assert len(ActivationStore(fetched)) > 0
