@@ -1,4 +1,5 @@
-"""Ask the base model and the fine-tuned one the same question, and run what each of them writes.
+"""Ask the base model and the fine-tuned one the same question, run what each of them writes, and say where on the page
+its numbers stand: which cells of the table, or which sentence.
 
     python inference.py                                            # FinQA, Mistral-7B-Instruct-v0.3, HF_NAME
     python inference.py FinQA-mini pocket-mistral --id <row id>
@@ -19,6 +20,7 @@ from pathlib import Path
 from finqa import datasets, prompts
 from finqa.errors import UserError, report_errors
 from finqa.evaluation import MODEL_OF_TYPE
+from finqa.evidence import Evidence, evidence
 from finqa.generation import GenerationConfig, all_replies
 from finqa.paths import SPLITS, Folders, add_folder_flags
 from finqa.prompts import EvalType
@@ -27,6 +29,8 @@ from finqa.sandbox import Run, Sandbox
 from finqa.serving import check_backend, served_models
 from finqa.students import add_student_flags, find_adapter, load_tokenizer, prompt_ids, student_from_args
 
+SHOWN_PLACES = 3
+"""Places on the page that are shown of one number."""
 ASKED: tuple[EvalType, ...] = ("zero-shot", "fine-tuned")
 """How the base model and the fine-tuned one are asked."""
 
@@ -49,7 +53,7 @@ def main() -> int:
             asked: EvalType = next(eval_type for eval_type in ASKED if MODEL_OF_TYPE[eval_type] == served.model)
             chat = prompts.messages(prompts.training_prompt(question), asked, data.worked_examples)
             code = prompts.extract_code(all_replies(served.generate, [prompt_ids(tokenizer, chat)])[0].text)
-            show(f"{served.model} model ({asked})", code, sandbox.run(code))
+            show(f"{served.model} model ({asked})", code, sandbox.run(code), evidence(code, question))
     return 0
 
 
@@ -105,9 +109,16 @@ def page(path: Path, question: str) -> Question:
     return Question("", pre_text, post_text, table, question, "")
 
 
-def show(title: str, code: str, run: Run) -> None:
+def show(title: str, code: str, run: Run, used: list[Evidence]) -> None:
+    """Print a program, its answer, and where on the page its numbers stand."""
     result = run.answer if run.error_kind is None else f"none ({run.error_kind}: {run.message})"
-    print(f"\n=== {title}\n{code}\n--> {result}", flush=True)
+    print(f"\n=== {title}\n{code}\n--> {result}")
+    for one in used:
+        places = list(one.places[:SHOWN_PLACES]) or ["not on the page"]
+        if len(one.places) > SHOWN_PLACES:
+            places.append(f"and {len(one.places) - SHOWN_PLACES} more")
+        print(f"    {one.name or 'number'} {one.number:.15g}: {'; '.join(places)}")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

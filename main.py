@@ -4,15 +4,20 @@
     python main.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> -P -NT -D --VLLM   # evaluate on dev
         ... -T                          on test (both: -D -T)
         ... --EVAL_TYPE zero-shot       the base model; also few-shot, or all three with: all
+        ... --samples 8                 eight replies to each question and the answer most of them give
+    python main.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> -P --preset published -D -T --VLLM -ET all
     python main.py FinQA-mini pocket-mistral -P -T --VLLM -ET all --no-push              # the embedded default
+    torchrun --nproc-per-node 2 main.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> -P   # on two GPUs
 
 Reads D/clean_with_code/<dataset>/: the filtered training rows, and for evaluation every row that has a label.
-Writes D/models/<dataset>/<model-id>/ (adapter, tokenizer, training_log.jsonl, checkpoints, run.json) and
-R/<dataset>/<model-id>/<dev or test>/<eval type>/ (metrics.json, predictions.jsonl, run.json), with metrics.md and a
-figure that compare the eval types. D is --data-dir, R is --results-dir.
+Writes D/models/<dataset>/<model-id>/ (adapter, tokenizer, training_log.jsonl with its figure training.png and .svg,
+checkpoints, run.json) and R/<dataset>/<model-id>/<dev or test>/<eval type>/ (metrics.json, predictions.jsonl,
+run.json), with metrics.md and a figure that compare the eval types; with --samples N the folder is
+<eval type>-N-samples/, beside the greedy results. D is --data-dir, R is --results-dir.
 
-A killed run goes on from its last checkpoint when the same command is given again. What changes training and is no
-part of <model-id> (rank, learning rate, families, ...) needs a --run-name of its own.
+A killed run goes on when the same command is given again: training from its last checkpoint, evaluation with the rows
+that have no reply yet. What changes training and is no part of <model-id> (rank, learning rate, families, ...) needs a
+--run-name of its own.
 """
 
 from __future__ import annotations
@@ -22,15 +27,20 @@ import subprocess
 import sys
 from dataclasses import replace
 
-from finqa import datasets, hub
+from finqa import datasets, hub, parallel
+from finqa.adapter_check import check_adapter
 from finqa.errors import UserError, report_errors
-from finqa.evaluation import EvaluationConfig, evaluate, read_rows
-from finqa.generation import GenerationConfig
+from finqa.evaluation import EvaluationConfig, evaluate
+from finqa.evaluation_rows import read_rows
+from finqa.generation import DEFAULT_TEMPERATURE, GenerationConfig
 from finqa.model_card import write_student_card
 from finqa.paths import Folders, add_folder_flags
+from finqa.plan import plan_evaluation
+from finqa.presets import PRESETS, with_preset
 from finqa.prompts import EVAL_TYPES, EvalType
 from finqa.serving import check_backend
 from finqa.students import StudentRun, add_student_flags, student_from_args
+from finqa.trainable import Speed
 from finqa.training import TrainingConfig, fine_tune
 from finqa.training_rows import FAMILIES
 
@@ -39,17 +49,26 @@ def main() -> int:
     args = parse_arguments()
     run, folders = student(args), Folders.from_args(args)
     training, evaluation = training_config(args), evaluation_config(args, run)
-    check(args, run, folders, evaluation)
+    with parallel.first_goes_first():
+        check(args, run, folders, evaluation)
 
     if args.train:
         folder = fine_tune(run, training, folders)
+        if not parallel.is_first():
+            return 0
         write_student_card(run, folder)
         hub.push_folder(folder, None if args.push is False else run.hub_id, args.push, args.private)
         if evaluation:
             # In a process of its own: the engine finds the memory and the threads that training held.
-            return subprocess.call([sys.executable, __file__, *sys.argv[1:], "--no-train"])
-    elif evaluation:
+            return subprocess.call(
+                [sys.executable, __file__, *sys.argv[1:], "--no-train", "--check-adapter"], env=parallel.alone()
+            )
+    elif evaluation and parallel.is_first():
+        if not args.vllm:
+            plan_evaluation(run, evaluation.generation)
         evaluate(run, evaluation, folders)
+        if args.check_adapter:
+            check_adapter(run, evaluation, folders)
     return 0
 
 
@@ -64,6 +83,8 @@ def parse_arguments() -> argparse.Namespace:
     add("-NE", "--NO-EVAL", "--no-eval", dest="evaluate", action="store_false", help="fine-tune only")
     add("-D", "--DEV_SET", "--dev-set", dest="dev", action="store_true", help="evaluate on dev")
     add("-T", "--TEST_SET", "--test-set", dest="test", action="store_true", help="evaluate on test")
+    add("--preset", choices=PRESETS, help="published: the settings of the published run, whatever the model; flags "
+        "that are given beside it win")  # fmt: skip
     add("-S", "--SEED", "--seed", dest="seed", type=int, default=TrainingConfig.seed, help="default: %(default)s")
 
     train = parser.add_argument_group("fine-tuning (defaults: the student's settings)")
@@ -82,6 +103,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--families", choices=FAMILIES, default="all", help="known: the sham fine-tune (data sets that have families)")
     add("--max-rows", type=int, help="train on the first so many rows")
     add("--save-steps", type=int, help="updates between checkpoints (default: ten checkpoints a run)")
+    add("--gradient-checkpointing", choices=CHECKPOINTING, default="auto",
+        help="compute activations twice to save memory (auto: where they would not fit)")  # fmt: skip
+    add("--fp8-base", action="store_true", help="the frozen base in 8-bit floats: faster on recent GPUs")
+    add("--no-compile", action="store_true", help="do not compile the decoder layers (GPU)")
+    add("--no-packing", action="store_true", help="pad the rows of a batch in place of packing them (GPU)")
+    add("--no-cuda-graphs", action="store_true", help="do not record short steps as CUDA graphs (GPU)")
     add("--wandb-project", default=TrainingConfig.wandb_project)
     add("--wandb-entity")
 
@@ -96,6 +123,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-model-len", type=int, help="longest prompt and reply together, in tokens")
     add("--gpu-memory-utilization", type=float, default=GenerationConfig.gpu_memory_utilization)
     add("--tensor-parallel", type=int, default=1, help="GPUs that share the model (vLLM)")
+    add("--data-parallel", type=int, default=1, help="engines that share the rows, each with GPUs of its own (vLLM)")
+    add("--samples", type=int, default=1, help="replies to each question, whose answers are voted on")
+    add("--temperature", type=float, help=f"0 is greedy (default: 0, with several samples {DEFAULT_TEMPERATURE})")
+    add("--check-adapter", action="store_true", help="hold base, adapter, merged model and vLLM against each other "
+        "after evaluating (done by itself where training comes first)")  # fmt: skip
 
     push = parser.add_argument_group("Hub (default: push after training where a token and HF_NAME are there)")
     push.add_argument("--push", action="store_true", default=None, help="a push that fails is an error")
@@ -104,6 +136,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+CHECKPOINTING: dict[str, bool | None] = {"auto": None, "yes": True, "no": False}
 SETTINGS_FLAGS = (
     "max_seq_length", "learning_rate", "lr_scheduler", "warmup_steps", "weight_decay", "optim",
     "lora_r", "lora_alpha", "lora_dropout", "eval_batch_size", "max_new_tokens",
@@ -111,8 +144,8 @@ SETTINGS_FLAGS = (
 
 
 def student(args: argparse.Namespace) -> StudentRun:
-    """The student with the flags that change its settings applied."""
-    run = student_from_args(args)
+    """The student with the preset, and over it the flags that change its settings, applied."""
+    run = with_preset(args.preset, student_from_args(args), args)
     given = {name: value for name in SETTINGS_FLAGS if (value := getattr(args, name)) is not None}
     return replace(run, settings=replace(run.settings, **given))
 
@@ -123,6 +156,13 @@ def training_config(args: argparse.Namespace) -> TrainingConfig:
         families=args.families,
         max_rows=args.max_rows,
         save_steps=args.save_steps,
+        speed=Speed(
+            packed=not args.no_packing,
+            compiled=not args.no_compile,
+            captured=not args.no_cuda_graphs,
+            fp8_base=args.fp8_base,
+            checkpointing=CHECKPOINTING[args.gradient_checkpointing],
+        ),
         wandb_project=args.wandb_project,
         wandb_entity=args.wandb_entity,
     )
@@ -138,6 +178,9 @@ def evaluation_config(args: argparse.Namespace, run: StudentRun) -> EvaluationCo
     splits = tuple(split for split, chosen in (("dev", args.dev), ("test", args.test)) if chosen)
     if not args.evaluate or not splits:
         return None
+    temperature = args.temperature
+    if temperature is None:
+        temperature = DEFAULT_TEMPERATURE if args.samples > 1 else 0.0
     generation = GenerationConfig(
         vllm=args.vllm,
         max_new_tokens=run.settings.max_new_tokens,
@@ -145,6 +188,10 @@ def evaluation_config(args: argparse.Namespace, run: StudentRun) -> EvaluationCo
         max_model_len=args.max_model_len,
         gpu_memory_utilization=args.gpu_memory_utilization,
         tensor_parallel=args.tensor_parallel,
+        data_parallel=args.data_parallel,
+        samples=args.samples,
+        temperature=temperature,
+        seed=args.seed,
     )
     return EvaluationConfig(splits, types, generation, args.limit)
 

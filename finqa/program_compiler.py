@@ -45,7 +45,7 @@ _STOP_WORDS = frozenset(
 _MAX_WORDS = 5
 _NEAR = 400
 """Characters on either side of a number in the text that are looked at for its name: a line can be a whole page."""
-_NUMBER_IN_TEXT = re.compile(r"(?<![\w.])-?\d[\d,]*\.?\d*(?![\w])")
+NUMBER_IN_TEXT = re.compile(r"(?<![\w.])-?\d[\d,]*\.?\d*(?![\w])")
 
 
 @dataclass
@@ -147,7 +147,7 @@ def locate(operand: str, table: Table, question: str, passage: str) -> str | Non
         f"{row[0]} {table[0][column] if column < len(table[0]) else ''}"
         for row in table[1:]
         for column, cell in enumerate(row)
-        if column > 0 and _same(cell_number(cell), value)
+        if column > 0 and same_number(cell_number(cell), value)
     ]
     if cells:
         return max(cells, key=lambda words: len(asked & set(_words(words))))
@@ -161,13 +161,13 @@ def locate(operand: str, table: Table, question: str, passage: str) -> str | Non
 def _mentions(text: str, value: float):
     """The words around each place where `text` has the number `value`: up to four before it, and its unit or verb."""
     for line in text.split("\n"):
-        for found in _NUMBER_IN_TEXT.finditer(line):
+        for found in NUMBER_IN_TEXT.finditer(line):
             literal = found[0].rstrip(",.")
             after = line[found.end() : found.end() + _NEAR].split()
             if after[:1] == ["%"] or line[found.end() : found.end() + 1] == "%":
                 literal += "%"
                 after = after[1:]
-            if not _same(number(literal), value):
+            if not same_number(number(literal), value):
                 continue
             sentence = re.split(r"[.;:] ", line[max(0, found.start() - _NEAR) : found.start()])[-1]
             before = [w for w in _words(sentence) if not w.isdigit()]
@@ -175,7 +175,8 @@ def _mentions(text: str, value: float):
             yield " ".join(before[-4:] + unit[:1])
 
 
-def _same(found: float | None, value: float) -> bool:
+def same_number(found: float | None, value: float) -> bool:
+    """Whether a number that the page holds is the one a program names."""
     # A program may quote a percentage as a plain number, and drop a sign that the bracket shows.
     if found is None:
         return False

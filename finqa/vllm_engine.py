@@ -23,6 +23,8 @@ CONTEXT = 8192
 """Tokens of context that are planned for at most unless told otherwise: a 128k model would ask for a huge cache."""
 CPU_SEQUENCES = 256
 """Replies that are written at the same time on a CPU."""
+CPU_BATCH_TOKENS = 4096
+"""Tokens of prompts that are read together on a CPU: what vLLM takes by itself."""
 TOP_LOGPROBS = 20
 """Likeliest tokens of which log-probabilities are asked: the most an engine gives unless told otherwise."""
 
@@ -98,6 +100,13 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
                 Path(arguments.model), settings["max_model_len"], config.data_parallel
             ),
         }
+        if config.temperature:
+            # A sample that draws from its own seed is given back where a prompt was read in part, which the random
+            # generators of a CPU cannot do: read prompts whole.
+            settings |= {
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(CPU_BATCH_TOKENS, settings["max_model_len"]),
+            }
     else:
         settings["gpu_memory_utilization"] = config.gpu_memory_utilization
     if arguments.load_in_4bit:
