@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from crosscoder.names import ActivationChoice, default_layer, find_folder, hub_name, model_depth
+from crosscoder.names import (
+    ActivationChoice,
+    add_activation_flags,
+    choices_from_args,
+    default_layer,
+    find_folder,
+    hub_name,
+    model_depth,
+)
 from crosscoder.sizing import default_batch, default_k, default_latents, sized_configs
 from finqa.errors import UserError
 from finqa.students import DEFAULT_MODEL, StudentRun, settings_for
@@ -35,6 +44,34 @@ SEVEN_B = "mistralai_Mistral-7B-Instruct-v0.3-peftq_proj_k_proj_v_proj_o_proj-bs
 )
 def test_an_activation_sets_name_says_what_was_recorded(options, name):
     assert choice(**options).name == name
+
+
+@pytest.mark.parametrize(
+    ("words", "pairs"),
+    [
+        ([], [(None, "mlp")]),
+        (["--layer", "3", "4"], [(3, "mlp"), (4, "mlp")]),
+        (["--site", "residual", "mlp"], [(None, "residual"), (None, "mlp")]),
+        (
+            ["--layer", "9", "2", "9", "--site", "mlp", "attention"],
+            [(layer, s) for layer in (9, 2) for s in ("mlp", "attention")],
+        ),
+    ],
+)
+def test_several_layers_and_sites_are_a_choice_each(words, pairs):
+    parser = argparse.ArgumentParser()
+    add_activation_flags(parser, several=True)
+    choices = choices_from_args(parser.parse_args(["FinQA-mini", "pocket-mistral", "--raw", *words]))
+    assert [(one.layer, one.site) for one in choices] == pairs
+    assert all(one.raw and one.student.dataset == "FinQA-mini" for one in choices)
+
+
+def test_one_layer_and_site_are_all_that_a_crosscoder_is_trained_on(capsys):
+    parser = argparse.ArgumentParser()
+    add_activation_flags(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["FinQA-mini", "pocket-mistral", "--layer", "3", "4", "5"])
+    assert "unrecognized arguments" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -90,7 +127,7 @@ def test_a_missing_folder_names_both_places_and_the_command(tmp_path: Path):
     [
         ({"num_samples": 1}, "--num-samples must be at least 2"),
         ({"layer": 0}, "--layer counts from 1"),
-        ({"site": "head"}, "--site is one of mlp, attention, residual"),
+        ({"site": "head"}, "--site is one of attention, mlp, residual"),
     ],
 )
 def test_a_choice_that_makes_no_sense_is_refused(options, message):
