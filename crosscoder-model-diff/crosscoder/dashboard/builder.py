@@ -1,0 +1,240 @@
+"""An opened crosscoder, its statistics and its table of latents -> a Dashboard."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from crosscoder.config import N_MODELS
+from crosscoder.dashboard.examples import ExampleMaker
+from crosscoder.dashboard.firings import gather_firings, groups_within
+from crosscoder.dashboard.records import Column, Dashboard, DashboardConfig, Examples, LatentPage, Value
+from crosscoder.lens import promoted_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from crosscoder.analysis import ExplainedVariance
+    from crosscoder.model import BatchTopKCrosscoder
+    from crosscoder.reading import Reading
+    from crosscoder.statistics import LatentStatistics
+    from crosscoder.tables import LatentRow
+
+COLUMNS = (
+    Column("kind", "class", "By Delta: below 0.1 instruct-only, 0.4 to 0.6 shared, above 0.9 fine-tuned-only.", "word"),
+    Column("relative_decoder_norm", "relative norm", "Relative decoder norm r: length of the fine-tuned model's "
+           "decoder vector over the sum of both. Near 0 the instruct model alone has the latent, near 1 the fine-tuned one.", "number"),
+    Column("delta", "Δ", "Half of one plus the difference of the two lengths over the larger; the classes are cut on "
+           "it.", "number", in_table=False),
+    Column("instruct_norm", "instruct norm", "Length of the instruct decoder vector, in that model's own units.",
+           "number", in_table=False),
+    Column("fine_tuned_norm", "fine-tuned norm", "Length of the fine-tuned decoder vector, in that model's own units.",
+           "number", in_table=False),
+    Column("cosine", "cosine", "Of the latent's two decoder vectors.", "number"),
+    Column("nu_err", "ν err", "Latent scaling on the error: how much of the latent the other model has all the same. "
+           "High: the training shrank its decoder vector there (complete shrinkage).", "number"),
+    Column("nu_rec", "ν rec", "Latent scaling on the reconstruction. High: other latents write the same "
+           "direction in the other model (latent decoupling).", "number"),
+    Column("exclusivity", "exclusivity", "1 − ν err: near 1 where one model alone has the latent.", "number",
+           in_table=False),
+    Column("verdict", "verdict", "What latent scaling says of a latent of an exclusive class: confirmed, or why not.",
+           "word", in_table=False),
+    Column("scaling_firings", "scaling tokens", "Tokens of the held-out documents that latent scaling rests on.",
+           "count", in_table=False),
+    Column("frequency", "frequency", "Share of tokens on which it is active.", "share"),
+    Column("completion_share", "in programs", "Of the tokens on which it is active, the share in programs.", "share"),
+    Column("mean_activation", "mean activation", "Over the tokens on which it is active.", "number", in_table=False),
+    Column("max_activation", "largest activation", "Over all tokens.", "number"),
+)  # fmt: skip
+MIN_FIRINGS = 10
+"""A latent that is active on fewer tokens is among the least interesting: there is too little to read."""
+COSINES_AT_ONCE = 2048
+ANCHOR = "a"
+
+
+def build_dashboard(
+    reading: Reading,
+    statistics: LatentStatistics,
+    rows: Sequence[LatentRow],
+    config: DashboardConfig | None = None,
+    explained: ExplainedVariance | None = None,
+) -> Dashboard:
+    """The dashboard of a dictionary on the activation set that it was trained on.
+
+    Args:
+        statistics: Of all tokens of the set.
+        rows: tables.latent_table of these statistics, with the columns of latent scaling or without.
+        explained: On held-out documents; named in the head of the page.
+
+    Reads the set once, or more often where config.max_firings_held says that memory does not allow it.
+    """
+    config = config or DashboardConfig()
+    model, tokenizer = reading.model, reading.tokenizer
+    values = [_values(row) for row in rows]
+    alive = [row for row in rows if row.frequency > 0]
+    chosen = [row.latent for row in by_interest(alive, statistics)[: config.n_with_examples]]
+    largest = statistics.top_values[:, 0]
+    examples, histograms = _examples(reading, torch.tensor(chosen, dtype=torch.int64), statistics, config)
+    directions = decoder_directions(model)
+    promoted = [promoted_tokens(v, reading.unembedding, config.n_promoted).tolist() for v in directions.values()]
+    nearest = nearest_latents(model, statistics.dead, config.n_nearest)
+    pages = tuple(
+        LatentPage(
+            latent=j,
+            values=values[j],
+            max_activation=float(largest[j]),
+            top_tokens=_commonest(reading.store.token_id, statistics.top_tokens[j]),
+            promoted=tuple(tuple(tokens[j]) for tokens in promoted),
+            nearest=nearest[j],
+            histogram=tuple(histograms[j].tolist()),
+            context=rows[j].example,
+            examples=examples.get(j),
+        )
+        for j in range(len(rows))
+    )
+    return Dashboard(
+        title=reading.name,
+        facts=tuple(_facts(reading, statistics, explained)),
+        columns=tuple(c for c in COLUMNS if any(v[c.key] not in (None, "") for v in values)),
+        directions=tuple(directions),
+        chosen_by=(
+            "that are active most often"
+            if model.config.n_inputs == 1
+            else "whose decoder norms differ most between the models"
+        ),
+        pages=pages,
+        vocabulary=token_texts(tokenizer, _token_ids(pages)),
+    )
+
+
+def by_interest(rows: Iterable[LatentRow], statistics: LatentStatistics) -> list[LatentRow]:
+    """The most interesting first: those that lean furthest to one of the models; those of a difference SAE, which
+    have one decoder vector, by how often they are active. What is hardly ever active comes last."""
+
+    def key(row: LatentRow) -> tuple[bool, float]:
+        r = row.relative_decoder_norm
+        lean = row.frequency if r is None else abs(r - 0.5)
+        return int(statistics.n_firings[row.latent]) < MIN_FIRINGS, -lean
+
+    return sorted(rows, key=key)
+
+
+def decoder_directions(model: BatchTopKCrosscoder) -> dict[str, Tensor]:
+    """[latent, d_model] decoder vectors in the models' own units, by whose they are."""
+    if model.config.n_inputs == N_MODELS:
+        return dict(zip(("instruct", "fine-tuned"), model.raw_decoder().unbind(dim=1), strict=True))
+    return {"difference": model.difference_decoder()}
+
+
+@torch.no_grad()
+def nearest_latents(model: BatchTopKCrosscoder, dead: Tensor, n: int) -> list[tuple[tuple[int, float], ...]]:
+    """For every latent the n others, dead ones left out, whose decoder vectors have the largest cosine with its own.
+
+    A latent's vectors of both models count as one, in the models' own units.
+    """
+    vectors = torch.nn.functional.normalize(model.raw_decoder().flatten(1), dim=-1)
+    hidden = dead.to(vectors.device)
+    found: list[tuple[tuple[int, float], ...]] = []
+    for chunk in torch.arange(len(vectors), device=vectors.device).split(COSINES_AT_ONCE):
+        cosines = (vectors[chunk] @ vectors.T).masked_fill(hidden, -torch.inf)
+        cosines[torch.arange(len(chunk)), chunk] = -torch.inf
+        best = torch.topk(cosines, min(n, len(vectors) - 1))
+        for latents, near in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+            found.append(tuple((j, min(c, 1.0)) for j, c in zip(latents, near, strict=True) if c > -math.inf))
+    return found
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[int, str]:
+    """Each token as it reads inside a text: a tokenizer decodes a token that comes first without its space."""
+
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    anchor = tokenizer.encode(ANCHOR, add_special_tokens=False)[-1:]
+    before = text(anchor)
+    texts = {}
+    for i in ids:
+        both = text([*anchor, i])
+        texts[i] = both[len(before) :] if both.startswith(before) else text([i])
+    return texts
+
+
+def _examples(
+    reading: Reading, chosen: Tensor, statistics: LatentStatistics, config: DashboardConfig
+) -> tuple[dict[int, Examples], Tensor]:
+    """Examples of the chosen latents, and [latent, bin] histograms of all."""
+    maker = ExampleMaker(reading.store, config)
+    examples: dict[int, Examples] = {}
+    histograms = torch.empty(0)
+    for group in groups_within(chosen, statistics.n_firings, config.max_firings_held):
+        firings, histograms = gather_firings(
+            reading.model, reading.store, group, statistics.top_values[:, 0], config.n_bins, config.batch_size
+        )
+        for i, latent in enumerate(group.tolist()):
+            tokens, values = firings.of(i)
+            made = maker.examples(latent, tokens.numpy(), values.numpy())
+            if made is not None:
+                examples[latent] = made
+    return examples, histograms
+
+
+def _values(row: LatentRow) -> dict[str, Value]:
+    """A latent's columns; what is no number is None."""
+    known: dict[str, Any] = asdict(row)
+    nu = known.get("nu_err")
+    known["exclusivity"] = None if nu is None else 1 - nu
+    values = {column.key: known.get(column.key) for column in COLUMNS}
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+
+
+def _commonest(token_id: Tensor, indices: Tensor) -> tuple[int, ...]:
+    """Token ids at these indices (-1 is none), the commonest first."""
+    counts = Counter(token_id[indices[indices >= 0]].tolist())
+    return tuple(token for token, _ in counts.most_common(5))
+
+
+def _token_ids(pages: Sequence[LatentPage]) -> list[int]:
+    ids: set[int] = set()
+    for page in pages:
+        ids.update(page.top_tokens)
+        ids.update(token for tokens in page.promoted for token in tokens)
+        if page.examples is not None:
+            ids.update(use.token_id for use in page.examples.fires_on)
+            shown = [*page.examples.strongest, *(e for band in page.examples.bands for e in band.examples)]
+            ids.update(token for example in shown for token in example.token_ids)
+    return sorted(ids)
+
+
+def _facts(
+    reading: Reading, statistics: LatentStatistics, explained: ExplainedVariance | None
+) -> Iterable[tuple[str, str]]:
+    """What was read and how well it is explained. A model in a local folder goes by the folder's name alone."""
+    model, store = reading.model, reading.store
+    recorded = store.config.recorded
+    name = str(recorded.get("model", ""))
+    if name:
+        yield "model", Path(name).name if Path(name).is_absolute() else name
+    if recorded.get("layer"):
+        yield "read at", f"layer {recorded['layer']}, {recorded.get('site', 'mlp').replace('mlp', 'MLP')} output"
+    if recorded.get("dataset"):
+        yield "data", f"{recorded['dataset']} {recorded.get('split', '')}".strip()
+    yield "tokens", f"{statistics.n_tokens:,} in {len(store.documents):,} documents"
+    dead = int(statistics.dead.sum())
+    yield "dictionary", f"{model.config.method}, {model.config.n_latents:,} latents, {dead:,} of them never active"
+    if explained is None:
+        return
+    yield "active at once", f"{explained.l0:.1f} latents a token"
+    named = {
+        "instruct": explained.instruct,
+        "fine-tuned": explained.fine_tuned,
+        "difference": explained.difference,
+    }
+    parts = [f"{of} {value:.2f}" for of, value in named.items() if value is not None]
+    yield "explained variance", ", ".join(parts)

@@ -1,0 +1,146 @@
+"""What a dashboard holds, before it is written as JSON. Nothing here knows a model or a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from finqa.errors import UserError
+
+Value = float | int | str | None
+ColumnKind = Literal["number", "share", "count", "word"]
+
+LEVELS = 255
+"""An activation is stored as a level of 1 to 255, where 255 is the latent's largest; 0 is inactive."""
+
+
+@dataclass(frozen=True)
+class DashboardConfig:
+    """What a dashboard shows, and what building it may hold in memory."""
+
+    n_with_examples: int = 1024
+    """Latents that get examples, the most interesting first (builder.by_interest); the page says how many."""
+    n_strongest: int = 10
+    """Maximally activating examples of a latent, each from a document of its own."""
+    n_per_band: int = 4
+    """Examples of each band of quantiles."""
+    tokens_before: int = 24
+    tokens_after: int = 12
+    """Context of an example, in tokens; less at the ends of its document."""
+    n_bins: int = 30
+    """Of a latent's histogram, from 0 to its largest activation."""
+    n_promoted: int = 10
+    n_nearest: int = 8
+    n_fires_on: int = 10
+    max_firings_held: int = 40_000_000
+    """Firings gathered in one pass over the set, about 40 bytes each at the peak; more than that take more passes."""
+    batch_size: int = 4096
+    seed: int = 0
+    """Of the draw of examples within a band."""
+
+    def __post_init__(self) -> None:
+        if self.n_with_examples < 0:
+            raise UserError(f"the number of latents with examples is at least 0, not {self.n_with_examples}")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure that every latent has, or None where it cannot be had."""
+
+    key: str
+    label: str
+    help: str
+    kind: ColumnKind
+    in_table: bool = True
+    """Whether the table shows it; all are on a latent's page, can be sorted by and filtered on."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A stretch of a document around one token, with the latent's activation on every token of it."""
+
+    document: str
+    """Id of the row."""
+    first: int
+    """Index of its first token in the activation set."""
+    token_ids: tuple[int, ...]
+    levels: tuple[int, ...]
+    """Activations: `level / LEVELS` times the latent's largest."""
+    peak: int
+    """Which of the tokens it was chosen for."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """Firings between two quantiles of a latent's activation, and examples drawn from them."""
+
+    from_quantile: float
+    to_quantile: float
+    lowest: float
+    highest: float
+    """Activations at the ends."""
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class TokenUse:
+    """A token that a latent fires on."""
+
+    token_id: int
+    n_firings: int
+    share: float
+    """Of the token's occurrences, those that it fires on."""
+    mean: float
+    """Activation, over those."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What is shown of a latent's firings."""
+
+    strongest: tuple[Example, ...]
+    """One a document, the strongest first."""
+    bands: tuple[Band, ...]
+    """The highest first."""
+    fires_on: tuple[TokenUse, ...]
+    """The tokens with the largest sums of activation."""
+
+
+@dataclass(frozen=True)
+class LatentPage:
+    """One latent."""
+
+    latent: int
+    values: dict[str, Value]
+    """By a column's key."""
+    max_activation: float
+    top_tokens: tuple[int, ...]
+    """The commonest tokens among its strongest firings."""
+    promoted: tuple[tuple[int, ...], ...]
+    """For each direction of the dashboard, the tokens that the decoder vector promotes, best first."""
+    nearest: tuple[tuple[int, float], ...]
+    """Latents and the cosine of their decoder vectors with this one's, the nearest first."""
+    histogram: tuple[int, ...]
+    """Firings by activation, in equal bins from 0 to the largest."""
+    context: str
+    """Text around its strongest firing, which «» mark; for latents without examples."""
+    examples: Examples | None
+    """None where the latent is not among those that get examples, or is active on no token."""
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """A dictionary's latents, in their order."""
+
+    title: str
+    facts: tuple[tuple[str, str], ...]
+    """What was read, as pairs of a label and a text."""
+    columns: tuple[Column, ...]
+    """Those that exist for this dictionary."""
+    directions: tuple[str, ...]
+    """Whose decoder vectors a latent has: instruct and fine-tuned, or the difference alone."""
+    chosen_by: str
+    """How the latents that get examples were chosen."""
+    pages: tuple[LatentPage, ...]
+    vocabulary: dict[int, str]
+    """Text of every token that occurs."""

@@ -1,0 +1,142 @@
+// The table of latents, a page of it at a time.
+
+const ROWS_ON_PAGE = 100;
+const tableColumns = data.columns.filter((column) => column.in_table);
+let shown = [];
+let firstShown = 0;
+let overviewDrawn = "";
+
+/** Find the latents of the view again and draw them from the first. */
+function refreshTable() {
+  shown = latentsOfView();
+  firstShown = 0;
+  drawTable();
+}
+
+function drawTable() {
+  drawHeads();
+  document.getElementById("rows").replaceChildren(
+    ...shown.slice(firstShown, firstShown + ROWS_ON_PAGE).map(tableRow),
+  );
+  const active = shown.length === nLatents ? "" : ` of ${nLatents.toLocaleString("en")}`;
+  document.getElementById("count").textContent =
+    shown.length ? `${shown.length.toLocaleString("en")}${active} latents` : "No latent is like that. Clear a filter, or search for something else.";
+  const last = Math.min(shown.length, firstShown + ROWS_ON_PAGE);
+  document.getElementById("page").textContent =
+    `${(firstShown + 1).toLocaleString("en")} to ${last.toLocaleString("en")} of ${shown.length.toLocaleString("en")}`;
+  document.getElementById("pages").hidden = shown.length <= ROWS_ON_PAGE;
+  document.getElementById("earlier").disabled = firstShown === 0;
+  document.getElementById("later").disabled = last === shown.length;
+  document.getElementById("filters-set").textContent = nFilters() ? `(${nFilters()} set)` : "";
+  document.getElementById("sort").value = view.sort;
+  document.getElementById("direction").textContent = view.descending ? "↓ falling" : "↑ rising";
+  drawOverview();
+}
+
+function drawHeads() {
+  const heads = [["latent", "latent", "The latent's number."], ...tableColumns.map((c) => [c.key, c.label, c.help]),
+    ...[...TEXT_COLUMNS].map(([key, label]) => [key, label, ""])];
+  document.getElementById("heads").replaceChildren(...heads.map(([key, label, help]) => {
+    const sorted = view.sort === key;
+    const button = make("button", { type: "button", title: help, "data-sort": key }, label,
+      make("span", { class: "arrow", "aria-hidden": "true" }, sorted ? (view.descending ? "↓" : "↑") : ""));
+    const order = sorted ? (view.descending ? "descending" : "ascending") : null;
+    return make("th", { scope: "col", class: cellClass(key), "aria-sort": order }, button);
+  }));
+}
+
+/** `major` columns stay on a phone, and so does the one that is sorted by. */
+function cellClass(key) {
+  const kind = columnOf.get(key)?.kind ?? (key === "latent" ? "count" : "tokens");
+  const major = ["latent", "kind", "topTokens"].includes(key) || key === view.sort;
+  return `${kind === "word" || kind === "tokens" ? kind : "figure"}${major ? " major" : ""}`;
+}
+
+function tableRow(latent) {
+  const cells = tableColumns.map((column) => make("td", { class: cellClass(column.key) }, tableCell(column, latent)));
+  return make("tr", { "data-latent": latent },
+    make("th", { scope: "row", class: cellClass("latent") }, latentLink(latent)),
+    ...cells,
+    make("td", { class: cellClass("topTokens") }, chips(data.topTokens[latent])),
+    ...data.promoted.map((lists, i) => make("td", { class: cellClass(`promoted${i}`) }, chips(lists[latent].slice(0, 4)))).reverse());
+}
+
+function tableCell(column, latent) {
+  if (column.key === "kind") return kindTag(latent);
+  const value = valueOf(column.key, latent);
+  const text = format(value, column.kind);
+  if (column.key !== "relative_decoder_norm" || value === null) return text;
+  return make("span", { class: "with-lean" }, lean(value), text);
+}
+
+/** Where a relative decoder norm lies between the instruct (left) and the fine-tuned model (right). */
+function lean(value) {
+  const mark = make("span", { class: "lean-mark" });
+  mark.style.left = `${100 * value}%`;
+  return make("span", { class: "lean", "aria-hidden": "true" }, mark);
+}
+
+/** How the column that is sorted by is distributed: of all active latents, and of those in the table. */
+function drawOverview() {
+  const figure = document.getElementById("overview");
+  const column = columnOf.get(view.sort);
+  figure.hidden = !column || column.kind === "word";
+  const state = `${viewToHash()} ${shown.length}`;
+  if (figure.hidden || state === overviewDrawn) return;
+  overviewDrawn = state;
+  const values = data.values[column.key];
+  const [low, high] = extents.get(column.key);
+  const [from, to] = column.key === "relative_decoder_norm" ? [0, 1] : [low, high];
+  const counts = (latents) => binned(latents.map((latent) => values[latent]), from, to, 50);
+  const all = counts([...values.keys()].filter(isActive));
+  const here = counts(shown);
+  figure.replaceChildren(
+    histogram({
+      layers: [{ counts: all, name: "all" }, { counts: here, name: "here" }], from, to, height: 120, label: column.label,
+      describe: `Histogram of ${column.label}: ${threeDigits(low)} to ${threeDigits(high)}, ${shown.length} latents in the table`,
+    }),
+    make("figcaption", {}, make("strong", {}, column.label), ` ${column.help} `,
+      make("span", { class: "keys-line" }, make("span", { class: "key here" }, "in the table"), make("span", { class: "key all" }, "all active latents"))),
+  );
+}
+
+function sortBy(key) {
+  const words = TEXT_COLUMNS.has(key) || columnOf.get(key)?.kind === "word" || key === "latent";
+  view.descending = view.sort === key ? !view.descending : !words;
+  view.sort = key;
+}
+
+function turnPage(pages) {
+  const first = firstShown + pages * ROWS_ON_PAGE;
+  if (first < 0 || first >= shown.length) return false;
+  firstShown = first;
+  drawTable();
+  return true;
+}
+
+function rowLinks() {
+  return [...document.querySelectorAll("#rows th a")];
+}
+
+/** Move the focus by one row, over the ends of the page. */
+function moveRow(step) {
+  const links = rowLinks();
+  const at = links.findIndex((link) => link.closest("tr").contains(document.activeElement));
+  if (at < 0) return focusLink(links[step > 0 ? 0 : links.length - 1]);
+  if (links[at + step]) return focusLink(links[at + step]);
+  if (turnPage(step)) focusLink(rowLinks().at(step > 0 ? 0 : -1));
+}
+
+function focusLink(link) {
+  link?.focus({ preventScroll: true });
+  link?.closest("tr").scrollIntoView({ block: "nearest" });
+}
+
+/** Put the focus on a latent's row, on whichever page it is. */
+function focusLatent(latent) {
+  const at = shown.indexOf(latent);
+  if (at < 0) return;
+  firstShown = at - (at % ROWS_ON_PAGE);
+  drawTable();
+  focusLink(rowLinks()[at - firstShown]);
+}
