@@ -19,7 +19,10 @@ NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 UNFINISHED = "unfinished.tmp"
 """Folder in which the student is written before its files take their places."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_ROOM_TOLD = re.compile(r"No space left|File too large|quota exceeded|PytorchStreamWriter failed writing", re.I)
+NO_ROOM_TOLD = re.compile(
+    r"No space left|File too large|quota exceeded|PytorchStreamWriter failed writing|inline_container.*unexpected pos",
+    re.IGNORECASE,
+)
 """How the writers of weights, which are no Python, say so."""
 
 

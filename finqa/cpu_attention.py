@@ -88,7 +88,8 @@ def block_causal_attention(
     """The attention function in the form that transformers calls; returns [B, L, H, d]."""
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         raise ValueError(f"{NAME} is for training rows alone: no mask, no cache")
-    out: Any = BlockCausalAttention.apply(query, key, value, scaling)
+    # With fp32 weights under autocast, values come in bf16 and what rotary positions went into in fp32.
+    out: Any = BlockCausalAttention.apply(query.to(value.dtype), key.to(value.dtype), value, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 

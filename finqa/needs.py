@@ -180,7 +180,7 @@ def training_need(
     how = f"{load.tokens:,} tokens in the largest update" + (", with checkpointing" if speed.checkpointing else "")
     return Need(
         (
-            ("weights", weights, f"{model.parameters / 1e9:.3g} B parameters, {kind}"),
+            ("weights", weights, f"{count(model.parameters)} parameters, {kind}"),
             ("adapter" if model.adapted else "optimiser", held, f"{model.trained:,} trained parameters, {optim}"),
             ("activations, gradients", passing, how + (", CUDA graphs" if graphs else "")),
             *([("workspace", WORKSPACE, "")] if on_gpu else []),
@@ -199,7 +199,7 @@ def evaluation_need(model: Sizes, config: GenerationConfig, longest: int, in_4bi
     kv = 2.0 * model.kv_values * model.layers * rows * longest
     return Need(
         (
-            ("weights", weights, f"{model.parameters / 1e9:.3g} B parameters, {'4-bit layers' if in_4bit else 'bf16'}"),
+            ("weights", weights, f"{count(model.parameters)} parameters, {'4-bit layers' if in_4bit else 'bf16'}"),
             *([("adapter", 4.0 * model.trained, f"{model.trained:,} parameters")] if model.adapted else []),
             ("keys and values", kv, f"{rows} x {longest:,} tokens"),
             ("workspace", WORKSPACE, ""),
@@ -211,3 +211,7 @@ def disk_need(model: Sizes, optim: str) -> float:
     """Bytes on disk: the student in fp32, and its checkpoints with the optimiser's state."""
     output = 4.0 * model.trained
     return output + CHECKPOINTS_AT_ONCE * (output + OPTIMISER_BYTES.get(optim, 8) * model.trained)
+
+
+def count(parameters: int) -> str:
+    return f"{parameters / 1e9:.3g} B" if parameters >= 1e9 else f"{parameters / 1e6:.3g} M"

@@ -100,7 +100,7 @@ def _does_not_fit(
         remedy = f"what helps is all of {together}"
     else:
         remedy = "neither -F nor --gradient-checkpointing yes nor -BS 1 is enough; use a GPU with more memory"
-    return f"training needs {planned.total / GB:.1f} GB of memory and {there / GB:.1f} GB are free; {remedy}"
+    return f"training needs {amount(planned.total)} of memory and {amount(there)} are free; {remedy}"
 
 
 def training_need_with_adapter(run: StudentRun, way: Speed, load: Load) -> Need:
@@ -128,16 +128,21 @@ def plan_evaluation(run: StudentRun, config: GenerationConfig, free: float | Non
         )
         remedy = ", ".join([*flags, "a smaller --max-model-len"])
         raise UserError(
-            f"evaluation needs {need.total / GB:.1f} GB of memory, {there / GB:.1f} GB are free; what helps: {remedy}"
+            f"evaluation needs {amount(need.total)} of memory and {amount(there)} are free; what helps: {remedy}"
         )
 
 
 def tell(stage: str, need: Need, there: float, device: str) -> None:
     """Print a plan, a line a part."""
     where = "on the GPU" if device != "cpu" else "in the machine's memory"
-    print(f"plan: {stage} needs {need.total / GB:.2f} GB; {there / GB:.2f} GB are free {where}", flush=True)
+    print(f"plan: {stage} needs {amount(need.total)}; {amount(there)} are free {where}", flush=True)
     for name, size, why in need.parts:
-        print(f"  {name:<23}{size / GB:8.2f} GB  {why}".rstrip(), flush=True)
+        print(f"  {name:<23}{amount(size):>9}  {why}".rstrip(), flush=True)
+
+
+def amount(size: float) -> str:
+    """Bytes in GB or, below one, in MB."""
+    return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.0f} MB"
 
 
 def _check_disk(model: Sizes, optim: str, folder: Path) -> None:
@@ -146,10 +151,10 @@ def _check_disk(model: Sizes, optim: str, folder: Path) -> None:
     need = max(0.0, disk_need(model, optim) - there)
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    print(f"  {'disk':<23}{need / GB:8.2f} GB  checkpoints and student; {free / GB:.1f} GB are free", flush=True)
+    print(f"  {'disk':<23}{amount(need):>9}  checkpoints and student; {amount(free)} are free", flush=True)
     if need > free:
         raise UserError(
-            f"{folder} needs {need / GB:.1f} GB of disk and {free / GB:.1f} GB are free; make room there or choose "
+            f"{folder} needs {amount(need)} of disk and {amount(free)} are free; make room there or choose "
             "another --data-dir"
         )
 

@@ -24,7 +24,7 @@ def wandb_run(project: str, entity: str | None, name: str, config: Mapping[str, 
 
     folder.mkdir(parents=True, exist_ok=True)
     settings = wandb.Settings(silent=True, console="off", disable_git=True)
-    with wandb.init(
+    run = wandb.init(
         project=project,
         entity=entity,
         name=name,
@@ -32,8 +32,13 @@ def wandb_run(project: str, entity: str | None, name: str, config: Mapping[str, 
         dir=folder,
         mode=mode,  # pyright: ignore[reportArgumentType]
         settings=settings,
-    ) as run:
+    )
+    try:
         yield run
+    except BaseException:
+        run.finish(exit_code=1)  # `with run` would print a traceback, whatever becomes of the error
+        raise
+    run.finish()
 
 
 def has_wandb_key() -> bool:
