@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from finqa.errors import report_errors
+from finqa.evidence import evidence
 from finqa.paths import REPOSITORY, Folders
 from finqa.records import Question, write_questions
+from finqa.sandbox import Run
 from finqa.weights import weights_hash
 
 
@@ -55,6 +57,20 @@ def test_a_row_is_asked_of_both_models_and_both_programs_are_run(ask: Callable[.
     assert "question: how much ?" in out and "answer in the data set: 12" in out
     assert out.index("base model (zero-shot)") < out.index("fine-tuned model (fine-tuned)")
     assert out.count("\n--> ") == 2
+
+
+def test_the_numbers_of_a_program_are_shown_with_their_place_on_the_page(capsys: pytest.CaptureFixture):
+    script = runpy.run_path(str(REPOSITORY / "inference.py"))
+    page = Question("", "rent was 7 .", "", [["", *map(str, range(2000, 2005))], ["sales", *["12"] * 5]], "what ?", "")
+    code = "sales = 12\nrent = 7\nans = sales - rent * 31"
+    script["show"]("some model", code, Run(-205.0, None, ""), evidence(code, page))
+    assert capsys.readouterr().out.split("\n")[5:] == [
+        "--> -205.0",
+        "    sales 12: table: sales, 2000; table: sales, 2001; table: sales, 2002; and 2 more",
+        "    rent 7: text: rent was 7 .",
+        "    number 31: not on the page",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("form", ["text", "json"])

@@ -124,6 +124,10 @@ def test_training_and_evaluation_in_one_call_equal_two_calls(
     once = run(*student, "-D", *where(folders))
     assert once.returncode == 0, once.stderr
     assert "fine-tuned on dev: accuracy" in once.stdout
+    assert "adapter active: KL" in once.stdout
+    manifest = folders.evaluation("FinQA-mini", MODEL_ID, "dev", "fine-tuned") / "run.json"
+    checked = json.loads(manifest.read_text())["adapter_check"]
+    assert checked["active"] and checked["tokens"] > 0
 
     apart = Folders(data=tmp_path / "again", results=tmp_path / "results-again")
     shutil.copytree(folders.data / "clean_with_code", apart.data / "clean_with_code")
@@ -158,6 +162,69 @@ def test_all_types_on_both_splits_leave_figures_that_follow_from_the_predictions
     student_folder = folders.results / "FinQA-mini" / MODEL_ID
     assert "| zero-shot | fine-tuned | 6 |" in (student_folder / "metrics.md").read_text()
     assert (student_folder / "accuracy.png").exists()
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_was_killed_goes_on_and_ends_with_the_same_files(
+    folders: Folders,
+    tiny_student: Path,
+    tmp_path: Path,
+    run_here: Callable[..., int],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    n = 300
+    write_teacher_rows(folders.generated("FinQA-mini", "dev"), [teacher_row(number) for number in range(n)])
+    words = ["FinQA-mini", tiny_student, "-P", "-NT", "-D", "-ET", "zero-shot", "--max-new-tokens", 24, "-EBS", 4]
+    whole = Folders(data=folders.data, results=tmp_path / "whole")
+    assert run_here(*words, *where(whole)) == 0
+    expected = folder_of(whole)
+
+    folder = folder_of(folders)
+    process = subprocess.Popen([sys.executable, str(REPOSITORY / "main.py"), *map(str, [*words, *where(folders)])])
+    try:
+        while len(replies := "".join(path.read_text() for path in folder.glob("replies-*")).splitlines()) < 20:
+            assert process.poll() is None, "done before it could be killed"
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    assert len(replies) < n and not (folder / "predictions.jsonl").exists()
+
+    capsys.readouterr()
+    assert run_here(*words, *where(folders)) == 0
+    assert "zero-shot on dev: going on, " in capsys.readouterr().out
+    assert (folder / "predictions.jsonl").read_bytes() == (expected / "predictions.jsonl").read_bytes()
+    assert [path.name for path in folder.iterdir() if path.name.startswith("replies")] == []
+
+    with monkeypatch.context() as patched:
+        # All there: no model is loaded, and the figures are made again.
+        patched.setattr("finqa.evaluation.served_models", None)
+        assert run_here(*words, *where(folders)) == 0
+    assert (folder / "predictions.jsonl").read_bytes() == (expected / "predictions.jsonl").read_bytes()
+
+    assert run_here(*words, "--max-new-tokens", 5, "--limit", 8, *where(folders)) == 0
+    shorter = read_predictions(folder)
+    assert len(shorter) == 8 and max(p.n_new_tokens for p in shorter) == 5
+
+
+def folder_of(folders: Folders) -> Path:
+    return folders.evaluation("FinQA-mini", MODEL_ID.replace("bs4", "bs1"), "dev", "zero-shot")
+
+
+@pytest.mark.slow
+def test_samples_are_voted_on_beside_the_greedy_results(
+    folders: Folders, tiny_student: Path, run_here: Callable[..., int]
+):
+    words = ["FinQA-mini", tiny_student, "-P", "-NT", "-D", "-ET", "zero-shot", "--max-new-tokens", 8]
+    assert run_here(*words, *where(folders)) == 0
+    greedy = (folder_of(folders) / "predictions.jsonl").read_bytes()
+    assert run_here(*words, "--samples", 3, *where(folders)) == 0
+    assert (folder_of(folders) / "predictions.jsonl").read_bytes() == greedy
+    sampled = folder_of(folders).with_name("zero-shot-3-samples")
+    assert [len(p.samples or ()) for p in read_predictions(sampled)] == [3] * 8
+    assert json.loads((sampled / "run.json").read_text())["generation"]["temperature"] == 0.7
+    assert "| zero-shot-3-samples | 3 |" in (sampled.parents[1] / "metrics.md").read_text()
 
 
 @pytest.mark.slow

@@ -12,12 +12,14 @@ from finqa.errors import UserError
 from finqa.evaluation import score, summary, write_results
 from finqa.evaluation_rows import EvalRow, read_rows
 from finqa.generation import Reply
+from finqa.judging import judge
+from finqa.manifest import write_json
 from finqa.metrics import compare, mcnemar, metrics, wilson
 from finqa.paths import Folders
 from finqa.predictions import Prediction, read_predictions
 from finqa.records import Question, TeacherRow, write_questions, write_teacher_rows
 from finqa.report import write_report
-from finqa.sandbox import Sandbox
+from finqa.sandbox import ERROR_KINDS, Sandbox
 
 MINI = dataset("FinQA-mini")
 
@@ -147,19 +149,76 @@ def test_no_teacher_means_no_figure_for_the_rows_it_solved(predictions: list[Pre
     )
 
 
+def sampled(texts: list[list[str]]) -> list[Prediction]:
+    """Predictions for the first rows, each with these replies."""
+    replies = [Reply(text, 10, 5, "stop") for of_row in texts for text in of_row]
+    with Sandbox() as sandbox:
+        return judge(ROWS[: len(texts)], [[1, n] for n in range(len(texts))], replies, sandbox, sampled=True)
+
+
+VOTED = [["ans = 5", "ans = 3", "a = 1\nans = a + 2"], ["ans = nothing", "ans = 1 / 4", "ans = 2"], ["x", "y", "z"]]
+
+
+def test_samples_vote_and_keep_their_own_figures(tmp_path: Path):
+    voted = sampled(VOTED)
+    assert [p.answer for p in voted] == [3.0, 0.25, None]
+    assert [p.code for p in voted] == ["ans = 3", "ans = 1 / 4", "x"]
+    assert [p.correct["strict"] for p in voted] == [True, True, False]
+    assert [[s.correct for s in p.samples or ()] for p in voted] == [
+        [False, True, True], [False, True, False], [False, False, False]
+    ]  # fmt: skip
+    assert [p.error_kind for p in voted] == [None, None, "runtime"]
+    found = write_results(tmp_path, voted, {"generate": 0, "run": 0})
+    assert read_predictions(tmp_path) == voted
+    assert found["accuracy"] == 2 / 3 and found["samples_per_row"] == 3
+    assert found["accuracy_per_sample"] == 3 / 9
+    assert found["any_sample_right"] == 2 / 3
+    assert found["share_runs_per_sample"] == 5 / 9
+    assert found["tokens"] == {"prompt": 30, "new": 45}
+
+
+def test_every_rule_has_its_figure_and_interval_and_every_error_kind_is_a_known_one(predictions: list[Prediction]):
+    found = metrics(predictions)
+    for name, right in (("accuracy", 2), ("accuracy_relaxed", 3), ("accuracy_reported_rule", 3)):
+        assert found[name] == right / 5
+        assert found[f"{name}_interval"] == list(wilson(right, 5))
+    assert set(found["errors_by_kind"]) <= {*ERROR_KINDS, "prompt-too-long"}
+    odd = Prediction(**{**predictions[0].__dict__, "error_kind": "odd"})
+    with pytest.raises(ValueError, match="unknown error kind odd"):
+        metrics([odd])
+
+
+def test_an_evaluation_that_was_killed_while_it_was_written_is_not_reported(
+    predictions: list[Prediction], tmp_path: Path
+):
+    student = tmp_path / "FinQA-mini" / "some-student"
+    for eval_type in ("zero-shot", "few-shot"):
+        write_results(student / "test" / eval_type, predictions, {"generate": 1, "run": 1})
+    write_json(student / "test" / "few-shot" / "run.json", {})
+    text = write_report(student).read_text()
+    assert "| few-shot | 5 |" in text and "zero-shot" not in text
+
+
 def test_the_report_has_each_type_its_pairs_its_families_and_a_figure(predictions: list[Prediction], tmp_path: Path):
     student = tmp_path / "FinQA-mini" / "some-student"
     wrong = dict.fromkeys(predictions[0].correct, False)
     for eval_type, rows in (
         ("fine-tuned", predictions),
         ("zero-shot", [Prediction(**{**p.__dict__, "correct": wrong}) for p in predictions]),
+        ("fine-tuned-12-samples", sampled(VOTED)),
+        ("fine-tuned-3-samples", sampled(VOTED)),
     ):
         write_results(student / "test" / eval_type, rows, {"generate": 1, "run": 1})
+        write_json(student / "test" / eval_type / "run.json", {})
     text = write_report(student).read_text()
     assert "# some-student on FinQA-mini" in text and "## test" in text and "## dev" not in text
     assert "| zero-shot | 5 | **0.0 [0.0, 43.4]** |" in text
     assert "| fine-tuned | 5 | **40.0 [11.8, 76.9]** | 60.0" in text
-    assert "| zero-shot | fine-tuned | 5 | 0 | 2 | 0.5 |" in text
-    assert "| share | new | 2 | 0.0 | 50.0 |" in text
+    assert "| zero-shot | fine-tuned | 5 | 2 | 0 | 2 | 0.5 |" in text
+    assert "| zero-shot | fine-tuned-3-samples | 3 | 2 | 0 | 2 | 0.5 |" in text
+    assert "| fine-tuned-3-samples | 3 | 33.3 | 66.7 | 66.7 | 55.6 |" in text
+    assert "| share | new | 2 | 0.0 | 50.0 | 50.0 | 50.0 |" in text
+    assert "| 2 | 1 | 0.0 | 0.0 | 100.0 | 100.0 |" in text
+    assert text.index("| fine-tuned | 5") < text.index("| fine-tuned-3-samples") < text.index("| fine-tuned-12-samples")
     assert text.index("| zero-shot | 5") < text.index("| fine-tuned | 5")
     assert (student / "accuracy.png").read_bytes().startswith(b"\x89PNG")
