@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from finqa.adapter_check import AGREEMENT, compare
 from finqa.datasets import dataset
 from finqa.errors import UserError
+from finqa.evaluation import EvaluationConfig
 from finqa.generation import Generate, GenerationConfig, Reply, all_replies, cut_at_stop
-from finqa.hugging_face_engine import hugging_face
+from finqa.hugging_face_engine import GumbelNoise, hugging_face
 from finqa.paths import Folders
 from finqa.programs import to_python
 from finqa.prompts import training_prompt
@@ -112,6 +116,59 @@ def test_a_prompt_that_leaves_no_room_is_not_asked_and_the_others_are(tiny_stude
     assert all(replies[i].n_new_tokens for i in (0, 2))
 
 
+def test_what_is_done_is_not_written_again_and_the_rest_is_as_in_a_whole_run(
+    tiny_student: Path, prompts: list[list[int]]
+):
+    # In bf16: the batches of a run that goes on have the shapes of a whole run's.
+    generate = hugging_face(load_base(str(tiny_student)), load_tokenizer(str(tiny_student)), CONFIG)
+    whole = dict(generate(prompts))
+    done = {0, 1, 2, 7, 19}
+    rest = dict(generate(prompts, done))
+    assert rest == {place: reply for place, reply in whole.items() if place not in done}
+
+
+def test_samples_differ_by_place_and_seed_and_not_by_what_is_done(tiny_student: Path, prompts: list[list[int]]):
+    model, tokenizer = load_base(str(tiny_student)), load_tokenizer(str(tiny_student))
+    config = replace(CONFIG, samples=3, temperature=1.0)
+    asked = [prompts[0]] * 3 + [prompts[1]] * 3
+    whole = all_replies(hugging_face(model, tokenizer, config), asked)
+    assert len({reply.text for reply in whole[:3]}) == 3
+    assert dict(hugging_face(model, tokenizer, config)(asked, {0, 4})) == {n: whole[n] for n in (1, 2, 3, 5)}
+    assert all_replies(hugging_face(model, tokenizer, replace(config, seed=4)), asked) != whole
+
+
+def test_sampling_draws_from_the_softmax_at_the_temperature():
+    import torch
+
+    logits, temperature, n = torch.tensor([2.0, 1.0, 0.0, -30.0]), 0.7, 20_000
+    noise = GumbelNoise(temperature, range(n), "cpu")
+    drawn = noise(None, logits.repeat(n, 1)).argmax(-1)
+    shares = torch.bincount(drawn, minlength=4) / n
+    expected = (logits / temperature).softmax(-1)
+    # Four standard errors of a share of n draws.
+    assert ((shares - expected).abs() <= 4 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"samples": 4}, "--samples above 1 needs a --temperature above 0"),
+        ({"temperature": -0.1}, "--temperature must be 0 or more"),
+        ({"temperature": float("nan")}, "--temperature must be 0 or more"),
+        ({"samples": 0}, "must be at least 1"),
+        ({"data_parallel": 2}, "need --VLLM"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict, says: str):
+    with pytest.raises(UserError, match=says):
+        GenerationConfig(**{"vllm": False, "max_new_tokens": 8, "batch_size": 4, **settings})
+
+
+def test_only_samples_have_a_folder_of_their_own():
+    assert CONFIG.folder_suffix == ""
+    assert replace(CONFIG, samples=8, temperature=0.7).folder_suffix == "-8-samples"
+
+
 def test_the_base_replies_as_if_there_were_no_adapter(run: StudentRun, adapter: Path, prompts: list[list[int]]):
     replies = {s.model: all_replies(s.generate, prompts) for s in served_models(run, adapter, MODELS, CONFIG)}
     alone = [all_replies(s.generate, prompts) for s in served_models(run, None, ["base"], CONFIG)]
@@ -128,9 +185,9 @@ def test_vllm_where_it_is_not_installed_is_refused_before_anything_is_loaded(
     check_backend(run, vllm=False)
 
 
-@pytest.mark.slow
-def test_vllm_replies_as_hugging_face_does_for_base_and_for_the_merged_adapter(tmp_path: Path):
-    pytest.importorskip("vllm")
+@pytest.fixture(scope="module")
+def pocket(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudentRun, Path, list[list[int]]]:
+    """pocket-mistral, what 200 rows make of it, and 40 prompts that it was not trained on."""
     questions = dataset("FinQA-mini").load(Folders().raw("FinQA-mini", "train")).questions[:240]
     rows = [
         TeacherRow(
@@ -138,17 +195,25 @@ def test_vllm_replies_as_hugging_face_does_for_base_and_for_the_merged_adapter(t
         )
         for q in questions
     ]
-    folders = Folders(data=tmp_path)
+    folders = Folders(data=tmp_path_factory.mktemp("pocket"))
     write_teacher_rows(folders.filtered("FinQA-mini", "train"), rows[:200])
-    pocket = StudentRun(dataset="FinQA-mini", model="pocket-mistral", settings=settings_for("pocket-mistral"))
-    student = fine_tune(pocket, TrainingConfig(), folders)
+    run = StudentRun(dataset="FinQA-mini", model="pocket-mistral", settings=settings_for("pocket-mistral"))
+    student = fine_tune(run, TrainingConfig(), folders)
     tokenizer = load_tokenizer("pocket-mistral")
-    asked = [prompt_ids(tokenizer, [{"role": "user", "content": row.prompt}]) for row in rows[200:]]
+    return run, student, [prompt_ids(tokenizer, [{"role": "user", "content": row.prompt}]) for row in rows[200:]]
 
+
+@pytest.mark.slow
+def test_vllm_replies_as_hugging_face_does_for_base_and_for_the_merged_adapter(
+    pocket: tuple[StudentRun, Path, list[list[int]]],
+):
+    pytest.importorskip("vllm")
+    run, student, asked = pocket
+    tokenizer: Any = load_tokenizer("pocket-mistral")
     replies: dict[bool, dict[str, list[Reply]]] = {}
     for vllm in (False, True):
         config = GenerationConfig(vllm=vllm, max_new_tokens=80, batch_size=40)
-        served = served_models(pocket, student, MODELS, config)
+        served = served_models(run, student, MODELS, config)
         replies[vllm] = {s.model: all_replies(s.generate, asked) for s in served}
     for model in MODELS:
         pairs = list(zip(replies[False][model], replies[True][model], strict=True))
@@ -156,3 +221,29 @@ def test_vllm_replies_as_hugging_face_does_for_base_and_for_the_merged_adapter(t
         assert sum(theirs == ours for theirs, ours in pairs) >= 34, model
     changed = zip(replies[True]["base"], replies[True]["fine-tuned"], strict=True)
     assert sum(before.text != after.text for before, after in changed) >= 12
+
+    written = [
+        tokenizer(reply.text, add_special_tokens=False)["input_ids"] for reply in replies[True]["fine-tuned"][:8]
+    ]
+    sequences = [([*prompt, *reply], len(prompt)) for prompt, reply in zip(asked[:8], written, strict=True)]
+    found = compare(run, student, sequences, EvaluationConfig(("test",), ("fine-tuned",), config))
+    assert found["active"] and found["agrees"], found
+    assert 0 < found["share_vllm"] < AGREEMENT and 0 < found["share_merged"] < AGREEMENT
+    assert found["kl_base_on_vllm_tokens"] <= found["kl_base"] * 1.001
+
+
+@pytest.mark.slow
+def test_two_engines_share_the_prompts_and_sample_as_one_does(pocket: tuple[StudentRun, Path, list[list[int]]]):
+    pytest.importorskip("vllm")
+    run, _, asked = pocket
+    config = GenerationConfig(vllm=True, max_new_tokens=60, batch_size=40, samples=2, temperature=0.7)
+    twice = [prompt for prompt in asked[:20] for _ in range(2)]
+    [alone] = [dict(s.generate(twice)) for s in served_models(run, None, ["base"], config)]
+    shared, done = replace(config, data_parallel=2), {0, 5, 39}
+    for served in served_models(run, None, ["base"], shared):
+        together = dict(served.generate(twice, done))
+        assert served.facts["data_parallel"] == 2
+    assert set(together) == set(range(40)) - done
+    # The seed of a place is the same wherever it is drawn; near-ties in bf16 may fall the other way.
+    assert sum(alone[place] == reply for place, reply in together.items()) >= 30
+    assert sum(alone[2 * n].text != alone[2 * n + 1].text for n in range(20)) >= 1
