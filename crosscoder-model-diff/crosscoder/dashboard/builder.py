@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 COLUMNS = (
     Column("kind", "class", "By Delta: below 0.1 instruct-only, 0.4 to 0.6 shared, above 0.9 fine-tuned-only.", "word"),
     Column("relative_decoder_norm", "relative norm", "Relative decoder norm r: length of the fine-tuned model's "
-           "decoder vector over the sum of both. Near 0 the instruct model alone has the latent, near 1 the fine-tuned one.", "number"),
+           "decoder vector over the sum of both. Near 0 the instruct model alone has the latent, near 1 the fine-tuned "
+           "one.", "number"),
     Column("delta", "Δ", "Half of one plus the difference of the two lengths over the larger; the classes are cut on "
            "it.", "number", in_table=False),
     Column("instruct_norm", "instruct norm", "Length of the instruct decoder vector, in that model's own units.",

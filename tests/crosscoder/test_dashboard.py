@@ -1,0 +1,337 @@
+"""The dashboard's record: what is chosen from the firings, exactly; how it is written; that text stays text."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from made_up_activations import D_MODEL
+from made_up_dashboards import HOSTILE, made_up_dashboard
+
+from crosscoder import tables
+from crosscoder.activation_store import ActivationStore
+from crosscoder.config import CrosscoderConfig
+from crosscoder.dashboard.builder import build_dashboard, token_texts
+from crosscoder.dashboard.encoding import encode
+from crosscoder.dashboard.examples import BANDS, quantise
+from crosscoder.dashboard.firings import gather_firings, groups_within
+from crosscoder.dashboard.page import render, safe_json, write_dashboard
+from crosscoder.dashboard.records import LEVELS, Dashboard, DashboardConfig, Example
+from crosscoder.lens import Unembedding
+from crosscoder.methods import new_dictionary
+from crosscoder.reading import Reading
+from crosscoder.statistics import LatentStatistics, latent_statistics
+from finqa import students
+from finqa.errors import UserError
+
+N_LATENTS = 8
+DEAD = 5
+
+
+def reading_of(store: ActivationStore, student: Path, method: str = "batchtopk") -> Reading:
+    """An untrained dictionary of 8 latents, one of them dead, over the tokens of a real tokenizer."""
+    tokenizer = students.load_tokenizer(str(student))
+    store.token_id = store.token_id % len(tokenizer)
+    model = new_dictionary(CrosscoderConfig(D_MODEL, N_LATENTS, 2, method=method), generator=generator(2))
+    if method == "batchtopk":
+        model.activation_scales = store.config.activation_scales
+        model.W_dec.data[3, 1] *= 20
+    model.threshold = 0.05
+    model.b_enc.data[DEAD] = -1e6
+    unembedding = Unembedding(torch.ones(D_MODEL), torch.randn(len(tokenizer), D_MODEL, generator=generator(1)))
+    return Reading("made-up", model, store, store.split(0.1, 0), tokenizer, unembedding, Path("results"))
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def built(reading: Reading, **settings: Any) -> Dashboard:
+    statistics = statistics_of(reading)
+    rows = tables.latent_table(reading.model, statistics, reading.store, reading.tokenizer, reading.unembedding)
+    return build_dashboard(reading, statistics, rows, DashboardConfig(**settings))
+
+
+def statistics_of(reading: Reading) -> LatentStatistics:
+    return latent_statistics(reading.model, reading.store, torch.arange(len(reading.store)))
+
+
+@pytest.fixture
+def reading(store, tiny_student) -> Reading:
+    return reading_of(store, tiny_student)
+
+
+@pytest.fixture
+def f(reading) -> np.ndarray:
+    """[token, latent]: all activations, at once."""
+    store, model = reading.store, reading.model
+    with torch.no_grad():
+        return model.encode(model.scale(store.read(torch.arange(len(store))))).numpy()
+
+
+# Firings
+
+
+def test_the_firings_are_all_of_them_in_the_order_of_the_set(reading, f):
+    chosen = torch.tensor([6, 0, DEAD, 3])
+    largest = torch.from_numpy(f.max(axis=0))
+    firings, histograms = gather_firings(reading.model, reading.store, chosen, largest, n_bins=7, batch_size=97)
+    for i, latent in enumerate(chosen.tolist()):
+        tokens, values = firings.of(i)
+        assert tokens.tolist() == np.flatnonzero(f[:, latent]).tolist()
+        np.testing.assert_allclose(values, f[f[:, latent] > 0, latent], rtol=1e-5)
+    assert histograms.sum(dim=1).tolist() == (f > 0).sum(axis=0).tolist()
+    expected = [
+        np.histogram(f[f[:, j] > 0, j], bins=7, range=(0, float(f[:, j].max()) or 1))[0] for j in range(N_LATENTS)
+    ]
+    assert np.abs(histograms.numpy() - expected).sum() <= 2  # a value on a bin's edge may round to either side
+
+
+@given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 60))
+def test_groups_hold_every_latent_once_and_no_more_firings_than_allowed(n_firings, limit):
+    latents = torch.arange(len(n_firings))
+    groups = groups_within(latents, torch.tensor(n_firings, dtype=torch.int64), limit)
+    assert torch.cat(groups).tolist() == latents.tolist()
+    assert all(len(group) == 1 or sum(n_firings[j] for j in group) <= limit for group in groups if len(group))
+
+
+def test_a_dashboard_built_in_many_passes_is_the_same(reading):
+    assert built(reading, max_firings_held=300) == built(reading)
+
+
+# Examples
+
+
+def examples_of(page: Any) -> list[Example]:
+    return [*page.examples.strongest, *(example for band in page.examples.bands for example in band.examples)]
+
+
+def test_the_strongest_examples_are_the_peaks_of_the_documents_with_the_largest_peaks(reading, f):
+    document = reading.store.document.numpy()
+    for page in built(reading, n_strongest=6).pages:
+        if page.latent == DEAD:
+            assert page.examples is None
+            continue
+        values = f[:, page.latent]
+        peaks = sorted((-values[document == d].max(), d) for d in range(len(reading.store.documents)))
+        expected = [(-value, f"row-{d}") for value, d in peaks[:6] if value < 0]
+        strongest = page.examples.strongest
+        assert [example.document for example in strongest] == [document for _, document in expected]
+        assert [values[e.first + e.peak] for e in strongest] == pytest.approx([value for value, _ in expected])
+
+
+def test_an_example_holds_the_tokens_around_its_peak_of_one_document_with_their_activations(reading, f):
+    store, document = reading.store, reading.store.document.tolist()
+    for page in built(reading, tokens_before=9, tokens_after=4).pages:
+        for example in examples_of(page) if page.examples else []:
+            peak = example.first + example.peak
+            near = range(max(0, peak - 9), min(len(store), peak + 5))
+            same = [i for i in near if document[i] == document[peak]]
+            assert same == list(range(example.first, example.first + len(example.token_ids)))
+            assert list(example.token_ids) == store.token_id[same].tolist()
+            assert example.document == store.documents[document[peak]].id
+            values = f[same, page.latent]
+            shown = np.array(example.levels) / LEVELS * page.max_activation
+            np.testing.assert_allclose(shown, values, atol=page.max_activation / LEVELS)
+            assert [level > 0 for level in example.levels] == [value > 0 for value in values]
+
+
+def test_bands_are_quarters_of_the_firings_and_hold_their_examples(reading, f):
+    for page in built(reading, n_per_band=3).pages:
+        values = np.sort(f[f[:, page.latent] > 0, page.latent])
+        for band in page.examples.bands if page.examples else ():
+            inside = values[round(band.from_quantile * len(values)) : round(band.to_quantile * len(values))]
+            assert (band.lowest, band.highest) == pytest.approx((inside[0], inside[-1]))
+            for example in band.examples:
+                assert band.lowest - 1e-6 <= f[example.first + example.peak, page.latent] <= band.highest + 1e-6
+            assert len({example.document for example in band.examples}) == len(band.examples) > 0
+        if page.examples:
+            assert [band.from_quantile for band in page.examples.bands] == list(reversed(BANDS[:-1]))
+
+
+def test_a_latent_that_fires_once_has_one_example_in_one_band(reading, f):
+    # Takes off so much that of all values the largest alone stays positive.
+    reading.model.b_enc.data[0] -= torch.from_numpy(f[:, 0]).topk(2).values.mean()
+    reading.model.threshold = 0.0
+    page = built(reading).pages[0]
+    assert page.examples is not None
+    assert len(page.examples.strongest) == len(page.examples.bands) == sum(page.histogram) == 1
+
+
+def test_the_tokens_it_fires_on_are_those_with_the_largest_sums(reading, f):
+    ids = reading.store.token_id.numpy()
+    for page in built(reading, n_fires_on=4).pages:
+        if page.examples is None:
+            continue
+        values = f[:, page.latent]
+        sums = {int(token): values[ids == token].sum() for token in np.unique(ids)}
+        uses = page.examples.fires_on
+        assert [sums[use.token_id] for use in uses] == pytest.approx(sorted(sums.values(), reverse=True)[:4])
+        for use in uses:
+            fired = (ids == use.token_id) & (values > 0)
+            assert (use.n_firings, use.share) == (fired.sum(), pytest.approx(fired.sum() / (ids == use.token_id).sum()))
+            assert use.mean == pytest.approx(values[fired].mean(), rel=1e-4)
+
+
+@given(st.floats(1e-3, 1e4), st.lists(st.floats(1e-6, 1.0), min_size=1))
+def test_eight_bits_are_true_to_a_level_and_keep_what_is_active_active(largest, shares):
+    values = np.array([share * largest for share in shares], np.float32)
+    levels = quantise(values, largest)
+    assert levels.min() >= 1
+    error = np.abs(levels / LEVELS * largest - values)
+    assert (error <= largest / LEVELS * np.where(levels == 1, 1, 0.5) * (1 + 1e-4)).all()
+
+
+# What else a page shows
+
+
+def test_the_nearest_latents_are_those_of_the_largest_cosine_without_itself_and_the_dead(reading):
+    vectors = reading.model.raw_decoder().double().flatten(1).numpy()
+    cosines = vectors @ vectors.T / np.outer(*[np.linalg.norm(vectors, axis=1)] * 2)
+    for page in built(reading, n_nearest=3).pages:
+        others = [j for j in range(N_LATENTS) if j not in (page.latent, DEAD)]
+        expected = sorted(others, key=lambda j, i=page.latent: -cosines[i, j])[:3]
+        assert [j for j, _ in page.nearest] == expected
+        assert [c for _, c in page.nearest] == pytest.approx([cosines[page.latent, j] for j in expected], abs=1e-5)
+
+
+def test_only_so_many_latents_get_examples_and_they_lean_furthest(reading):
+    pages = built(reading, n_with_examples=2).pages
+    chosen = [page.latent for page in pages if page.examples]
+    active = [page for page in pages if page.latent != DEAD]
+    leaning = sorted(active, key=lambda page: -abs(page.values["relative_decoder_norm"] - 0.5))
+    assert chosen == sorted(page.latent for page in leaning[:2])
+    assert 3 in chosen
+    assert all(page.context for page in active)
+
+
+def test_a_negative_number_of_latents_with_examples_is_refused():
+    with pytest.raises(UserError, match="at least 0, not -1"):
+        DashboardConfig(n_with_examples=-1)
+
+
+def test_a_difference_sae_has_one_direction_and_no_column_that_compares(store, tiny_student):
+    dashboard = built(reading_of(store, tiny_student, "difference-sae"))
+    assert dashboard.directions == ("difference",)
+    assert all(len(page.promoted) == 1 for page in dashboard.pages)
+    keys = {column.key for column in dashboard.columns}
+    assert {"kind", "frequency", "max_activation"} <= keys
+    assert not keys & {"relative_decoder_norm", "delta", "cosine", "nu_err", "exclusivity", "instruct_norm"}
+
+
+def test_latent_scaling_has_columns_only_where_it_was_done(reading):
+    assert "nu_err" not in {column.key for column in built(reading).columns}
+    statistics = statistics_of(reading)
+    rows = tables.latent_table(reading.model, statistics, reading.store, reading.tokenizer, reading.unembedding)
+    rows = [replace(row, nu_err=0.25 if row.latent == 1 else None) for row in rows]
+    dashboard = build_dashboard(reading, statistics, rows)
+    assert {"nu_err", "exclusivity"} <= {column.key for column in dashboard.columns}
+    assert [dashboard.pages[j].values["exclusivity"] for j in (0, 1)] == [None, 0.75]
+
+
+def test_tokens_keep_the_space_that_a_tokenizer_drops_from_the_first():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "▁": 1, "a": 2, "▁a": 3, "▁net": 4, "net": 5, "<0x0A>": 6}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    assert fast.decode([4]) == "net"
+    assert token_texts(fast, [4, 5, 6]) == {4: " net", 5: "net", 6: "\n"}
+
+
+# Written down
+
+
+def decoded(data: dict[str, Any], stored: list[int]) -> tuple[str, list[str], list[int], int]:
+    document, stretch, first, n, peak, *fired = stored
+    words = [data["vocabulary"][token] for token in data["stretches"][stretch][first : first + n]]
+    levels = [0] * n
+    for i, level in zip(fired[::2], fired[1::2], strict=True):
+        levels[i] = level
+    return data["documents"][document], words, levels, peak
+
+
+def test_examples_that_share_their_text_read_back_as_they_were(reading):
+    dashboard = built(reading)
+    data = encode(dashboard)
+    shown = 0
+    for page in dashboard.pages:
+        if page.examples is None:
+            assert data["examples"][page.latent] == 0
+            continue
+        strongest, bands, _ = data["examples"][page.latent]
+        for stored, example in zip(
+            [*strongest, *(e for band in bands for e in band[4])], examples_of(page), strict=True
+        ):
+            words = [dashboard.vocabulary[token] for token in example.token_ids]
+            assert decoded(data, stored) == (example.document, words, list(example.levels), example.peak)
+            shown += len(words)
+    assert sum(map(len, data["stretches"])) <= len(reading.store) < shown
+
+
+def data_of(page: str) -> Any:
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    return json.loads(text)
+
+
+def test_hostile_text_ends_no_element_and_reads_back_as_it_was(tmp_path):
+    page = render(made_up_dashboard(20, 20))
+    assert page.lower().count("<script") == page.lower().count("</script") == 2
+    assert "<!--" not in page
+    data = data_of(page)
+    assert set(HOSTILE) <= set(data["vocabulary"])
+    assert html.escape(data["title"]) in page
+    assert write_dashboard(tmp_path / "new" / "page.html", made_up_dashboard(20, 20)) == len(page.encode())
+    assert (tmp_path / "new" / "page.html").read_bytes() == page.encode()
+
+
+@given(st.text() | st.text(alphabet="<>/!-script&]"))
+def test_json_in_a_page_holds_no_mark_up(text):
+    written = safe_json({text: [text]})
+    assert written.isascii()
+    assert not set("<>&") & set(written)
+    assert json.loads(written) == {text: [text]}
+
+
+def test_the_page_may_run_its_own_script_and_load_nothing():
+    page = render(made_up_dashboard(3, 3))
+    policy = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)[0]
+    script = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)[0]
+    style = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)[0]
+
+    def hashed(text: str) -> str:
+        return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+    assert policy == f"default-src 'none'; style-src {hashed(style)}; script-src {hashed(script)}"
+
+
+def test_figures_that_are_no_number_are_left_out(reading):
+    statistics = statistics_of(reading)
+    rows = tables.latent_table(reading.model, statistics, reading.store, reading.tokenizer, reading.unembedding)
+    rows[0] = replace(rows[0], cosine=float("nan"))
+    data = data_of(render(build_dashboard(reading, statistics, rows)))
+    assert data["values"]["cosine"][0] is None
+
+
+@pytest.mark.slow
+def test_a_dictionary_of_16384_latents_stays_under_20_megabytes(tmp_path):
+    """With examples for the default number of latents, no two of which share text."""
+    dashboard = made_up_dashboard(16_384, 1138)
+    assert sum(page.examples is not None for page in dashboard.pages) >= DashboardConfig.n_with_examples
+    assert write_dashboard(tmp_path / "page.html", dashboard) < 20e6
