@@ -23,12 +23,12 @@ WORDS = 32_000
 def made_up_dashboard(n_latents: int, n_with_examples: int, two_models: bool = True, n_examples: int = 10) -> Dashboard:
     """Latent j has frequency (j + 1) / 1e6 and largest activation j + 1; every tenth, from 9 on, is never active.
 
-    Its strongest example has that activation at `peak`, half of it at the token after, and the token word "w<j>" in
-    it. Latent HOSTILE_LATENT has the hostile texts for tokens.
+    Its strongest example has that activation at `peak`, half of it at the token after, and the token " Word<j>."
+    in it. Latent HOSTILE_LATENT has the hostile texts for tokens.
     """
     dice = random.Random(0)
     pages = tuple(_page(j, j < n_with_examples, n_latents, two_models, n_examples, dice) for j in range(n_latents))
-    vocabulary = {i: f" w{i}" for i in range(WORDS)} | {WORDS + i: text for i, text in enumerate(HOSTILE)}
+    vocabulary = {i: f" Word{i}." for i in range(WORDS)} | {WORDS + i: text for i, text in enumerate(HOSTILE)}
     columns = tuple(column for column in COLUMNS if pages[0].values[column.key] is not None)
     return Dashboard(
         title="made-up </title><script>window.broken = 4</script>",

@@ -1,0 +1,453 @@
+"""The dashboard in headless Chromium, opened from its file as a reader opens it. Skips without a browser."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_up_dashboards import HOSTILE, HOSTILE_LATENT, is_alive, made_up_dashboard
+
+from crosscoder.dashboard.page import write_dashboard
+
+INSTALL = "install a browser for these tests: apt-get install -y chromium && pip install playwright"
+N = 250
+ALIVE = [latent for latent in range(N) if is_alive(latent)]
+WITH_EXAMPLES = 40
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+
+pytestmark = pytest.mark.slow
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        pytest.skip(INSTALL)
+    if program is None:
+        pytest.skip(INSTALL)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("dashboards")
+    crosscoder, sae = folder / "crosscoder.html", folder / "sae.html"
+    write_dashboard(crosscoder, made_up_dashboard(N, WITH_EXAMPLES))
+    write_dashboard(sae, made_up_dashboard(30, 30, two_models=False))
+    return {"crosscoder": crosscoder, "sae": sae}
+
+
+@pytest.fixture
+def open_page(chromium, files) -> Iterator[Open]:
+    """open_page(address after #, file, settings of the browser); afterwards, that the page met no error, asked the
+    network for nothing, and ran nothing of the data."""
+    opened, troubles, asked = [], [], []
+
+    def open_one(fragment: str = "", file: str = "crosscoder", **settings: Any) -> Any:
+        context = chromium.new_context(**{"viewport": {"width": 1300, "height": 900}, **settings})
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("console", lambda message: troubles.append(message.text))
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"{files[file].as_uri()}{fragment}")
+        page.wait_for_selector("html[data-ready]")
+        opened.append((context, page))
+        return page
+
+    yield open_one
+    for context, page in opened:
+        assert page.evaluate("window.broken") is None
+        context.close()
+    assert troubles == []
+    assert {url.split("#")[0] for url in asked} <= {path.as_uri() for path in files.values()}
+
+
+def rows(page: Any) -> list[int]:
+    return page.eval_on_selector_all("#rows tr", "rows => rows.map(row => Number(row.dataset.latent))")
+
+
+def count(page: Any) -> str:
+    return page.inner_text("#count")
+
+
+def heading(page: Any) -> str:
+    return page.inner_text("#latent-heading")
+
+
+def in_focus(page: Any) -> str:
+    return page.evaluate("document.activeElement.closest('tr')?.dataset.latent ?? document.activeElement.id")
+
+
+def set_range(page: Any, column: str, low: str, high: str) -> None:
+    page.fill(f"input[name={column}-from]", low)
+    page.fill(f"input[name={column}-to]", high)
+
+
+# The table
+
+
+def test_it_opens_on_the_latents_that_are_active_those_of_the_fine_tuned_model_first(open_page):
+    page = open_page()
+    assert count(page) == "225 of 250 latents"
+    assert rows(page) == ALIVE[::-1][:100]
+
+
+def test_a_search_for_a_number_gives_that_latent_first_and_enter_opens_it(open_page):
+    page = open_page()
+    page.fill("#search", "123")
+    assert rows(page)[0] == 123
+    page.press("#search", "Enter")
+    assert heading(page).startswith("Latent 123")
+
+
+@pytest.mark.parametrize("text", ["word12.", "WORD12. ", HOSTILE[1], "a context of «45»"])
+def test_a_search_finds_text_in_tokens_and_examples_whatever_its_case(open_page, text):
+    page = open_page()
+    page.fill("#search", text)
+    expected = {"word12.": 12, "WORD12. ": 12, HOSTILE[1]: HOSTILE_LATENT}.get(text, 45)
+    assert expected in rows(page)
+    assert len(rows(page)) < 20
+
+
+def test_a_search_that_finds_nothing_says_so(open_page):
+    page = open_page()
+    page.fill("#search", "no such text anywhere")
+    assert rows(page) == []
+    assert "No latent is like that" in count(page)
+
+
+def test_a_column_head_sorts_and_sorts_the_other_way_when_pressed_again(open_page):
+    page = open_page()
+    page.click("#heads button[data-sort=frequency]")
+    assert rows(page) == sorted(ALIVE, reverse=True)[:100]
+    page.click("#heads button[data-sort=frequency]")
+    assert rows(page) == ALIVE[:100]
+    assert page.get_attribute("#heads th:has(button[data-sort=frequency])", "aria-sort") == "ascending"
+    assert page.locator("#heads [aria-sort]").count() == 1
+
+
+def test_every_column_can_be_sorted_by_and_missing_figures_come_last(open_page):
+    page = open_page()
+    keys = page.eval_on_selector_all("#sort option", "options => options.map(option => option.value)")
+    assert {"latent", "kind", "relative_decoder_norm", "nu_err", "exclusivity", "topTokens", "promoted1"} <= set(keys)
+    for key in keys:
+        page.select_option("#sort", key)
+        assert len(rows(page)) == 100
+    for order in ("falling", "rising"):
+        page.select_option("#sort", "nu_err")
+        if order not in page.inner_text("#direction"):
+            page.click("#direction")
+        page.click("#later")
+        page.click("#later")
+        assert rows(page)[-1] == 3, order
+
+
+def test_filters_by_class_and_by_ranges_and_all_of_them_together(open_page):
+    page = open_page()
+    page.click("summary")
+    for kind in ("shared", "instruct-only", "between"):
+        page.uncheck(f"input[name=kind][value={kind}]")
+    fine_tuned = [latent for latent in ALIVE if latent % 4 == 0]
+    assert sorted(rows(page)) == fine_tuned
+    set_range(page, "nu_err", "0", "0.2")
+    assert sorted(rows(page)) == [latent for latent in fine_tuned if 2 * (latent + 0.123456789) / N <= 0.2]
+    set_range(page, "max_activation", "9", "")
+    assert sorted(rows(page)) == [8, 12, 16, 20, 24]
+    assert page.inner_text("#filters-set") == "(3 set)"
+    page.click("#clear")
+    assert count(page) == "225 of 250 latents"
+
+
+@pytest.mark.parametrize(
+    ("column", "low", "high", "expected"),
+    [
+        ("relative_decoder_norm", "0.9", "", lambda j: (j + 0.123) / N >= 0.9),
+        ("cosine", "", "-0.5", lambda j: 1 - 2 * (j + 0.1235) / N <= -0.5),
+        ("frequency", "0.0001", "0.00012", lambda j: 100 <= j + 1 <= 120),
+        ("exclusivity", "0.9", "", lambda j: j != 3 and 2 * (j + 0.1235) / N <= 0.1),
+        ("fine_tuned_norm", "0.9", "0.95", lambda j: 0.9 <= (j + 0.1235) / N <= 0.95),
+    ],
+)
+def test_each_figure_has_a_range(open_page, column, low, high, expected):
+    page = open_page()
+    page.click("summary")
+    set_range(page, column, low, high)
+    assert sorted(rows(page)) == [latent for latent in ALIVE if expected(latent)] != []
+
+
+def test_latents_that_are_never_active_come_when_asked_for(open_page):
+    page = open_page()
+    page.click("summary")
+    page.check("input[name=dead]")
+    assert count(page) == "250 latents"
+
+
+def test_the_view_stands_in_the_address_and_opens_from_there(open_page):
+    page = open_page()
+    page.click("summary")
+    set_range(page, "nu_err", "", "0.5")
+    page.fill("#search", "word1")
+    page.select_option("#sort", "frequency")
+    again = open_page("#" + page.url.split("#")[1])
+    assert rows(again) == rows(page) != []
+    assert again.input_value("#search") == "word1"
+    assert again.input_value("input[name=nu_err-to]") == "0.5"
+    assert again.input_value("#sort") == "frequency"
+
+
+# From page to page
+
+
+def test_a_click_on_a_row_opens_the_latent_and_back_and_forward_work(open_page):
+    page = open_page()
+    page.click("#rows tr[data-latent='212'] td:nth-child(5)")
+    assert heading(page).startswith("Latent 212")
+    assert page.url.endswith("#latent=212")
+    page.click("#latent a:has-text('Next')")
+    assert heading(page).startswith("Latent 211")
+    page.go_back()
+    page.wait_for_function("document.title.startsWith('Latent 212 ')")
+    page.go_back()
+    page.wait_for_selector("#list:not([hidden])")
+    assert page.is_hidden("#latent")
+    page.go_forward()
+    page.wait_for_function("document.title.startsWith('Latent 212 ')")
+
+
+def test_a_deep_link_opens_its_latent_and_one_to_nowhere_the_table(open_page):
+    assert heading(open_page("#latent=17")).startswith("Latent 17")
+    for fragment in ("#latent=250", "#latent=x", "#latent=-1", "#latent=", "#nonsense&nu_err=a..b&sort=no"):
+        assert count(open_page(fragment)) == "225 of 250 latents"
+
+
+def test_the_nearest_latents_are_links(open_page):
+    page = open_page("#latent=17")
+    page.click(".nearest a >> nth=0")
+    assert heading(page).startswith("Latent 18")
+
+
+# The keyboard
+
+
+def test_j_k_and_the_arrows_go_through_the_table_enter_opens_and_escape_returns_to_the_row(open_page):
+    page = open_page()
+    for key in ("j", "j", "ArrowDown", "k", "ArrowUp", "j"):
+        page.keyboard.press(key)
+    assert in_focus(page) == str(ALIVE[::-1][1])
+    page.keyboard.press("Enter")
+    assert heading(page).startswith(f"Latent {ALIVE[::-1][1]}")
+    page.keyboard.press("j")
+    page.wait_for_function(f"document.title.startsWith('Latent {ALIVE[::-1][2]} ')")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#list:not([hidden])")
+    assert in_focus(page) == str(ALIVE[::-1][2])
+
+
+def test_going_past_the_last_row_turns_the_page(open_page):
+    page = open_page()
+    page.focus("#rows tr:last-child a")
+    page.keyboard.press("j")
+    assert in_focus(page) == str(ALIVE[::-1][100])
+    assert page.inner_text("#page") == "101 to 200 of 225"
+    page.keyboard.press("k")
+    assert in_focus(page) == str(ALIVE[::-1][99])
+
+
+def test_a_slash_searches_and_letters_typed_there_stay_letters(open_page):
+    page = open_page()
+    page.keyboard.press("/")
+    page.keyboard.type("jk/")
+    assert (in_focus(page), page.input_value("#search")) == ("search", "jk/")
+    page.fill("#search", "")
+    page.keyboard.press("ArrowDown")
+    assert in_focus(page) == str(ALIVE[-1])
+
+
+def test_what_has_the_focus_can_be_seen(open_page):
+    page = open_page()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    style = "getComputedStyle(document.activeElement).outlineStyle"
+    assert page.evaluate(style) == "solid"
+
+
+# Examples
+
+
+def test_the_pointer_shows_a_tokens_activation(open_page):
+    page = open_page("#latent=19")
+    assert page.locator(".passage").count() == 0  # never active
+    page = open_page("#latent=20")
+    assert page.is_hidden("#tip")
+    page.hover(".passage >> nth=0 >> .token.peak")
+    assert "21.0" in page.inner_text("#tip")
+    assert "100% of the largest" in page.inner_text("#tip")
+    page.hover("#latent-heading")
+    assert page.is_hidden("#tip")
+
+
+def test_the_keyboard_reads_from_token_to_token_and_escape_hides_before_it_goes_back(open_page):
+    page = open_page("#latent=20")
+    page.focus(".passage >> nth=0")
+    page.keyboard.press("ArrowRight")
+    assert "21.0" in page.inner_text("#tip")
+    page.keyboard.press("ArrowRight")
+    assert "10.5" in page.inner_text("#tip")
+    assert "50% of the largest" in page.inner_text("#tip")
+    page.keyboard.press("ArrowRight")
+    assert "not active" in page.inner_text("#tip")
+    page.keyboard.press("Escape")
+    assert page.is_hidden("#tip")
+    assert heading(page).startswith("Latent 20")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#list:not([hidden])")
+
+
+def test_a_touch_shows_a_tokens_activation(open_page):
+    page = open_page("#latent=20", **PHONE)
+    page.tap(".passage >> nth=0 >> .token.peak")
+    assert "21.0" in page.inner_text("#tip")
+    page.tap("h3 >> nth=0")
+    assert page.is_hidden("#tip")
+
+
+def test_tokens_are_shaded_by_their_activation(open_page):
+    page = open_page("#latent=20")
+    colours = page.eval_on_selector_all(
+        ".passage:first-child .token", "tokens => tokens.slice(0, 36).map(t => getComputedStyle(t).backgroundColor)"
+    )
+    alpha = [float(colour.rstrip(")").split("/")[1]) if "/" in colour else 1.0 for colour in colours]
+    assert (alpha[24], alpha[25]) == (1.0, pytest.approx(127 / 255, abs=0.01))
+    assert set(alpha[:24]) == {0.0}
+
+
+def test_a_latent_with_examples_has_every_part(open_page):
+    page = open_page("#latent=20")
+    headings = page.locator("#latent h3").all_inner_texts()
+    assert headings == [
+        "Statistics",
+        "Activations",
+        "Tokens it promotes",
+        "Tokens it fires on most",
+        "Nearest latents",
+        "Maximally activating examples",
+        "Examples by quantile of activation",
+    ]
+    assert page.locator(".example").count() == 10 + 4 * 4
+    assert page.locator("#latent h4").all_inner_texts()[2].startswith("Highest quarter 15.8 to 21.0")
+    assert page.locator(".promoted").count() == 2
+    assert page.locator("#latent svg rect").count() == 30
+
+
+def test_a_latent_without_examples_shows_its_context_and_the_page_says_how_many_have_them(open_page):
+    page = open_page("#latent=45")
+    assert page.inner_text(".passage") == f"a context of «45»: {HOSTILE[0]}"
+    assert "most interesting latents alone" in page.inner_text("#latent")
+    n = sum(map(is_alive, range(WITH_EXAMPLES)))
+    assert f"{n} of 225 active latents have examples. They are those that come first" in page.inner_text("#notes")
+
+
+def test_hostile_text_is_shown_as_text(open_page):
+    page = open_page(f"#latent={HOSTILE_LATENT}")
+    text = page.inner_text(".passage >> nth=0")
+    for hostile in HOSTILE[:4]:
+        assert hostile in text
+    assert page.inner_text("h1") == "made-up </title><script>window.broken = 4</script>"
+    assert page.locator("img").count() == 0
+    assert page.locator("script").count() == 2
+
+
+def test_a_difference_sae_shows_what_it_has(open_page):
+    page = open_page(file="sae")
+    assert page.input_value("#sort") == "frequency"
+    assert "relative norm" not in page.inner_text("#heads")
+    page.click("#rows a >> nth=0")
+    assert page.locator(".promoted").count() == 1
+    assert "by the difference" in page.inner_text("#latent")
+
+
+# How it looks
+
+
+@pytest.mark.parametrize("fragment", ["", "#latent=20", f"#latent={HOSTILE_LATENT}", "#latent=45"])
+def test_on_a_phone_nothing_sticks_out(open_page, fragment):
+    page = open_page(fragment, **PHONE)
+    if not fragment:
+        page.click("summary")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.evaluate("scrollTo(500, 0)")
+    assert page.evaluate("scrollX") == 0
+
+
+def luminance(page: Any) -> float:
+    colour = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+    return sum(float(part) for part in colour.strip("rgb()").split(",")) / 3
+
+
+def test_it_follows_the_systems_colours_and_the_switch_overrules_them(open_page):
+    assert luminance(open_page(color_scheme="light")) > 200
+    page = open_page(color_scheme="dark")
+    assert luminance(page) < 50
+    page.click("#theme")
+    assert "light" in page.inner_text("#theme")
+    assert luminance(page) > 200
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    assert luminance(page) > 200
+
+
+CONTRASTS = """() => {
+  const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const rgb = (colours) => {
+    canvas.clearRect(0, 0, 1, 1);
+    for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+    return canvas.getImageData(0, 0, 1, 1).data.slice(0, 3);
+  };
+  const light = (colour) => [...colour].map((c) => c / 255)
+    .map((c) => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const poor = [];
+  for (const element of document.querySelectorAll("body *")) {
+    const texts = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+    if (!texts || !element.checkVisibility() || element.closest("script, option, :disabled")) continue;
+    const behind = [];
+    for (let e = element; e; e = e.parentElement) behind.unshift(getComputedStyle(e).backgroundColor);
+    const style = getComputedStyle(element);
+    const fore = element.namespaceURI.endsWith("svg") ? style.fill : style.color;
+    const [a, b] = [light(rgb(behind)), light(rgb([...behind, fore]))].sort();
+    if ((b + 0.05) / (a + 0.05) < 4.5) poor.push(`${element.tagName}.${element.className}: ${element.textContent}`);
+  }
+  return poor;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("fragment", ["#examples=1", "#latent=20"])
+def test_all_text_has_the_contrast_that_reading_needs(open_page, scheme, fragment):
+    """4.5 to 1, WCAG AA, on every shade of activation too."""
+    assert open_page(fragment, color_scheme=scheme).evaluate(CONTRASTS) == []
+
+
+@pytest.mark.parametrize("fragment", ["", "#latent=20"])
+def test_everything_that_is_used_has_a_name_and_headings_leave_out_no_level(open_page, fragment):
+    page = open_page(fragment)
+    nameless = page.evaluate("""() => [...document.querySelectorAll("button, input, select, a, table, svg, [tabindex]")]
+      .filter((e) => e.checkVisibility() && !(e.textContent.trim() || e.ariaLabel || e.labels?.length || e.caption))
+      .map((e) => e.outerHTML)""")
+    assert nameless == []
+    levels = page.evaluate("""() => [...document.querySelectorAll("h1, h2, h3, h4")]
+      .filter((e) => e.checkVisibility()).map((e) => Number(e.tagName[1]))""")
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
