@@ -1,0 +1,168 @@
+"""Two processes train as one would at the same batch, and a killed run of every method ends bitwise as a whole one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from made_up_activations import planted_activations, write_store
+
+from crosscoder.ranks import Ranks
+from crosscoder.selection import batch_topk
+from finqa.errors import UserError
+from finqa.paths import REPOSITORY
+
+METHODS = ("batchtopk", "l1", "partition", "difference-sae")
+
+WORKER = '''
+"""Trains one dictionary: worker.py STORE FOLDER METHOD EPOCHS"""
+import json, sys
+from pathlib import Path
+import torch
+from crosscoder.activation_store import ActivationStore
+from crosscoder.methods import new_dictionary
+from crosscoder.ranks import ranks_from_environment
+from crosscoder.sizing import sized_configs
+from crosscoder.trainer import Trainer
+
+torch.set_num_threads(1)
+store, folder, method, epochs = ActivationStore(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3], float(sys.argv[4])
+ranks = ranks_from_environment("cpu")
+crosscoder, training = sized_configs(
+    store.config.d_model, len(store), method, n_latents=64, k=3, batch_size=100, epochs=epochs, learning_rate=2e-3,
+    dead_after_tokens=100, seed=5,
+)
+folder.mkdir(parents=True, exist_ok=True)
+
+def log(record):
+    with (folder / f"log-{ranks.rank}.jsonl").open("a") as file:
+        file.write(json.dumps(record._asdict()) + "\\\\n")
+
+model = new_dictionary(crosscoder, generator=torch.Generator().manual_seed(5 + 100 * ranks.rank))
+trainer = Trainer(model, store, training, folder, log, log_every=1, checkpoint_every_s=0.0, ranks=ranks)
+trainer.fit()
+parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
+torch.save(parameters, folder / f"parameters-{ranks.rank}.pt")
+'''.replace("\\\\", "\\")
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The script, and a store for it."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "worker.py").write_text(WORKER)
+    write_store(folder / "store", planted_activations(2000, 12, 16))
+    return folder / "worker.py", folder / "store"
+
+
+def command(worker: tuple[Path, Path], folder: Path, method: str, epochs: float, processes: int = 1) -> list[str]:
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [
+        sys.executable,
+        *(several if processes > 1 else []),
+        *map(str, (worker[0], worker[1], folder, method, epochs)),
+    ]
+
+
+def run(words: list[str]) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    output = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert output.returncode == 0, output.stderr
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log-0.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_have_the_loss_of_one(worker, tmp_path: Path, method: str):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(command(worker, one, method, epochs=0.5))
+    run(command(worker, two, method, epochs=0.5, processes=2))
+    alone, together = log(one), log(two)
+    assert len(alone) == len(together) == 9
+    for a, b in zip(alone, together, strict=True):
+        parts = ("loss", "reconstruction", "difference", "l1", "auxiliary", "gradient_norm")
+        assert {part: b[part] for part in parts} == pytest.approx({part: a[part] for part in parts}, rel=1e-5)
+        assert b["explained_variance"] == pytest.approx(a["explained_variance"], rel=1e-4)
+        same = ("l0", "dead_share", "never_positive_share", "drawn_anew", "learning_rate", "tokens")
+        assert {name: b[name] for name in same} == {name: a[name] for name in same}
+    if method != "l1":
+        assert any(record["auxiliary"] > 0 for record in alone)
+    # Both processes hold the same parameters to the last bit, and the first alone has written.
+    mine, other = (torch.load(two / f"parameters-{rank}.pt") for rank in range(2))
+    assert torch.equal(mine, other)
+    names = {path.name for path in two.iterdir()}
+    assert names == {"config.json", "model.safetensors", "log-0.jsonl", "parameters-0.pt", "parameters-1.pt"}
+    thresholds = [json.loads((folder / "config.json").read_text())["threshold"] for folder in (one, two)]
+    assert thresholds[1] == pytest.approx(thresholds[0], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_killed_at_any_moment_ends_bitwise_as_a_whole_one(worker, tmp_path: Path, method: str):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(command(worker, whole, method, epochs=10))
+    words = command(worker, killed, method, epochs=10)
+    with subprocess.Popen(words, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        while process.poll() is None and not (killed / "training_state.safetensors").exists():
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (killed / "config.json").exists()
+    run(words)
+    for name in ("model.safetensors", "config.json"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    steps = {record["step"]: record for record in log(killed)}
+    assert [steps[record["step"]] for record in log(whole)] == log(whole)
+
+
+class TwoInOne(Ranks):
+    """The other process's best scores, as if it had sent them."""
+
+    def __init__(self, rank: int, everyone: torch.Tensor) -> None:
+        super().__init__(rank, len(everyone))
+        object.__setattr__(self, "everyone", everyone)
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.everyone
+
+    def smallest(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+@pytest.mark.parametrize("n_keep", [1, 5, 7, 8, 12])
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_selection_over_two_processes_is_that_over_all_rows(n_keep: int, ties: bool):
+    generator = torch.Generator().manual_seed(n_keep)
+    scores = torch.rand(4, 6, generator=generator)
+    if ties:
+        scores = (3 * scores).ceil()
+    best = torch.stack(
+        [scores[rows].flatten().sort(descending=True).values[:n_keep] for rows in (slice(2), slice(2, 4))]
+    )
+    halves = [
+        batch_topk(scores[rows], scores[rows], n_keep, TwoInOne(rank, best))
+        for rank, rows in enumerate((slice(2), slice(2, 4)))
+    ]
+    together = torch.cat([half.values for half in halves])
+    alone = batch_topk(scores, scores, n_keep).values
+    assert int((together > 0).sum()) == n_keep
+    assert torch.equal(together[together > 0].sort().values, alone[alone > 0].sort().values)
+    if not ties:
+        assert torch.equal(together, alone)
+
+
+def test_a_batch_that_does_not_divide_is_refused(worker, tmp_path: Path):
+    from crosscoder.ranks import check_batch
+
+    with pytest.raises(UserError, match="does not divide among 3 processes"):
+        check_batch(100, Ranks(0, 3))
