@@ -130,10 +130,11 @@ def compare(run: StudentRun, student: Path, sequences: Sequences, config: Evalua
 def verdict(found: dict[str, Any]) -> str:
     """The result in one line."""
     shares = {"merged": found.get("share_merged"), "vLLM": found.get("share_vllm")}
-    parts = [f"{name} within {100 * share:.2g}% of that" for name, share in shares.items() if share is not None]
+    parts = [f"KL {found['kl_base']:.3g} nats a token from the base"]
+    parts += [f"{name} within {100 * share:.2g}% of that" for name, share in shares.items() if share is not None]
     state = "active" if found["active"] else "NOT active"
     doubt = "" if found["agrees"] else f": more than the {AGREEMENT:.0%} that rounding explains, do not trust it"
-    return f"adapter {state}: KL {found['kl_base']:.3g} nats a token from the base, {', '.join(parts)}{doubt}"
+    return f"adapter {state}: {', '.join(parts)}{doubt}"
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
