@@ -16,8 +16,8 @@ PANELS = (
     ("tokens_per_second", "speed", "tokens a second"),
 )
 """Key of a record, title, unit."""
-SMOOTHED = 0.9
-"""Weight of what was before in the running mean of the loss, a record at a time."""
+SMOOTHED = 0.1
+"""Share of the records that the running mean of the loss is taken over."""
 
 
 def draw_training(log: Path, title: str) -> None:
@@ -62,16 +62,18 @@ def _figure(records: Sequence[dict[str, Any]], title: str) -> Any:
             axis.set_ylim(bottom=0, top=1.08 * max(values) or 1)
         else:
             axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+            axis.yaxis.get_offset_text().set_fontsize(8)
     for axis in axes[1]:
         axis.set_xlabel("updates", fontsize=9)
     return figure
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Exponential means, each over what was before it; the first ones are not drawn towards 0."""
-    means, weighted, weight = [], 0.0, 0.0
-    for value in values:
-        weighted = SMOOTHED * weighted + (1 - SMOOTHED) * value
-        weight = SMOOTHED * weight + 1 - SMOOTHED
-        means.append(weighted / weight)
+    """Means over the records around each, fewer of them at the ends and as many on both sides."""
+    half = max(1, round(SMOOTHED * len(values) / 2))
+    means = []
+    for place in range(len(values)):
+        reach = min(half, place, len(values) - 1 - place)
+        around = values[place - reach : place + reach + 1]
+        means.append(sum(around) / len(around))
     return means
