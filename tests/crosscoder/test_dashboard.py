@@ -7,6 +7,8 @@ import hashlib
 import html
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from made_up_activations import D_MODEL
+from made_up_activations import D_MODEL, planted_activations, write_store
 from made_up_dashboards import HOSTILE, made_up_dashboard
 
 from crosscoder import tables
@@ -30,10 +32,12 @@ from crosscoder.dashboard.page import render, safe_json, write_dashboard
 from crosscoder.dashboard.records import LEVELS, Dashboard, DashboardConfig, Example
 from crosscoder.lens import Unembedding
 from crosscoder.methods import new_dictionary
+from crosscoder.names import ActivationChoice, crosscoder_folder
 from crosscoder.reading import Reading
 from crosscoder.statistics import LatentStatistics, latent_statistics
 from finqa import students
 from finqa.errors import UserError
+from finqa.paths import Folders
 
 N_LATENTS = 8
 DEAD = 5
@@ -327,6 +331,52 @@ def test_figures_that_are_no_number_are_left_out(reading):
     rows[0] = replace(rows[0], cosine=float("nan"))
     data = data_of(render(build_dashboard(reading, statistics, rows)))
     assert data["values"]["cosine"][0] is None
+
+
+# The command
+
+
+def command(*arguments: object, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, *python, "-m", "crosscoder.dashboard", *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=300)
+
+
+def test_help_imports_no_torch():
+    done = command("--help", python=("-X", "importtime"))
+    assert "--examples-for" in done.stdout
+    assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_command_builds_the_dashboard_of_a_crosscoder_on_disk(tiny_student, tmp_path):
+    run = students.StudentRun("FinQA-mini", str(tiny_student), students.settings_for(str(tiny_student)))
+    choice, folders = ActivationChoice(run), Folders(data=tmp_path / "data")
+    write_store(folders.activations(choice.name), planted_activations(400, 64, 16))
+    config = folders.activations(choice.name) / "config.json"
+    config.write_text(
+        config.read_text().replace('"fingerprint"', f'"model": {json.dumps(str(tiny_student))}, "fingerprint"')
+    )
+    dictionary = new_dictionary(CrosscoderConfig(64, 12, 2), generator=generator(2))
+    dictionary.threshold = 0.05
+    dictionary.save_pretrained(crosscoder_folder(folders, choice.crosscoder_name))
+    names = ("FinQA-mini", tiny_student, "--data-dir", folders.data, "--results-dir", tmp_path / "results")
+    done = command(*names, "--examples-for", 5)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "results" / choice.crosscoder_name / "dashboard.html"
+    assert str(path) in done.stdout
+    data = data_of(path.read_text())
+    assert data["title"] == choice.crosscoder_name
+    assert sum(map(bool, data["examples"])) == 5
+    assert any(value is not None for value in data["values"]["nu_err"])
+    assert dict(data["facts"])["model"] == "tiny-student"
+    assert str(tmp_path) not in path.read_text()
+
+
+def test_names_without_a_crosscoder_give_one_line(tiny_student, tmp_path):
+    done = command("FinQA-mini", tiny_student, "--data-dir", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no crosscoder in")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

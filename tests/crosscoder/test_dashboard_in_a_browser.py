@@ -329,7 +329,7 @@ def test_tokens_are_shaded_by_their_activation(open_page):
         ".passage:first-child .token", "tokens => tokens.slice(0, 36).map(t => getComputedStyle(t).backgroundColor)"
     )
     alpha = [float(colour.rstrip(")").split("/")[1]) if "/" in colour else 1.0 for colour in colours]
-    assert (alpha[24], alpha[25]) == (1.0, pytest.approx(127 / 255, abs=0.01))
+    assert (alpha[24], alpha[25]) == (1.0, pytest.approx(0.12 + 0.88 * 127 / 255, abs=0.01))
     assert set(alpha[:24]) == {0.0}
 
 

@@ -120,7 +120,7 @@ function buildFilters(changed) {
   fields.replaceChildren(
     ...wordColumns.map((column) => wordField(column, changed)),
     flagField("dead", "Never active", "show latents that are never active", changed),
-    ...(data.examples.every(Boolean) ? [] : [flagField("examples", "Examples", "only latents with examples", changed)]),
+    ...(data.examples.every((examples, latent) => examples || !isActive(latent)) ? [] : [flagField("examples", "Examples", "only latents with examples", changed)]),
     ...numberColumns.map((column) => rangeField(column, changed)),
   );
 }

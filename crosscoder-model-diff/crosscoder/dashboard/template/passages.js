@@ -1,11 +1,13 @@
 // Examples: every token shaded by the latent's activation, its value shown by pointer, touch or keyboard.
 
+// Per cent of the colour for the smallest activation, which must be seen too; from there to 100 it rises evenly.
+const FAINTEST = 12;
 const tip = document.getElementById("tip");
 
 function passage(example, largest, name) {
   const spans = example.tokens.map(({ text, level }, i) => {
     const span = make("span", { class: i === example.peak ? "token peak" : "token", "data-level": level }, visible(text));
-    span.style.setProperty("--share", `${(100 * level / data.levels).toFixed(1)}%`);
+    if (level) span.style.setProperty("--share", `${(FAINTEST + (100 - FAINTEST) * level / data.levels).toFixed(1)}%`);
     return span;
   });
   const text = make("p", { class: "passage", tabindex: "0", role: "group", "aria-label": name, "data-largest": largest }, ...spans);
