@@ -1,0 +1,127 @@
+"""What is known to be in the data is found: planted shared and exclusive features, for three seeds and every method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from crosscoder import analysis
+from crosscoder.config import Method
+from crosscoder.latent_scaling import LatentScaling, latent_scaling, verdict
+from crosscoder.methods import new_dictionary
+from crosscoder.model import BatchTopKCrosscoder
+from crosscoder.planted import Kind, Planted, best_matches, plant, planted_store
+from crosscoder.sizing import sized_configs
+from crosscoder.trainer import Trainer
+
+D_MODEL, N_TOKENS, HELD_OUT = 96, 20_000, 0.2
+WEAK = 0.25
+KINDS = [
+    Kind("shared", 40, (1, 1), 0.05),
+    Kind("instruct-only", 8, (1, 0), 0.05),
+    Kind("fine-tuned-only", 8, (0, 1), 0.05),
+    Kind("weak", 8, (WEAK, 1), 0.05),
+]
+EXCLUSIVE = ("instruct-only", "fine-tuned-only")
+SEEDS = (0, 1, 2)
+FOUND_AT = 0.9
+"""Cosine of a planted direction and a decoder vector."""
+
+
+def trained(
+    planted: Planted, folder: Path, method: Method, seed: int, n_latents: int = 128, k: int = 3
+) -> tuple[BatchTopKCrosscoder, torch.Tensor]:
+    """A dictionary of that method on the planted data, and the raw activations of the held-out documents."""
+    store = planted_store(planted, folder / "activations")
+    # A price of p shortens what a latent writes into each model by p / 2: nearly all that a weak feature has there.
+    price = 1.8 * WEAK * max(store.config.activation_scales) if method == "l1" else None
+    crosscoder, training = sized_configs(
+        D_MODEL,
+        N_TOKENS,
+        method,
+        l1_weight=price,
+        n_latents=n_latents,
+        k=k,
+        batch_size=128,
+        epochs=10,
+        held_out_fraction=HELD_OUT,
+        learning_rate=3e-3,
+        seed=seed,
+    )
+    model = new_dictionary(crosscoder, generator=torch.Generator().manual_seed(seed))
+    run = Trainer(model, store, training, folder / method)
+    return run.fit(), store.read(run.split.held_out)
+
+
+def found(planted: Planted, kind: str, model: BatchTopKCrosscoder) -> list[int]:
+    """A latent for each planted feature of this kind whose direction one of them has, in a model with the feature."""
+    decoder = model.raw_decoder()[:, 0 if kind == "instruct-only" else 1]
+    cosines, latents = best_matches(planted.directions[planted.of(kind)], decoder)
+    return [latent for latent, cosine in zip(latents.tolist(), cosines.tolist(), strict=True) if cosine > FOUND_AT]
+
+
+def classes(model: BatchTopKCrosscoder) -> list[analysis.LatentClass]:
+    return analysis.classify(analysis.delta(analysis.decoder_norms(model)))
+
+
+def n_confirmed(kind: str, latents: list[int], model: BatchTopKCrosscoder, scaling: LatentScaling) -> int:
+    """How many of `latents` Delta puts in this class and latent scaling confirms."""
+    of = classes(model)
+    return sum(of[j] == kind and verdict(scaling, j, of[j]) == "confirmed" for j in latents)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_batchtopk_finds_what_was_planted_and_tells_whose_it_is_and_l1_claims_too_much(seed, tmp_path: Path):
+    planted = plant(KINDS, N_TOKENS, D_MODEL, seed)
+    model, held_out = trained(planted, tmp_path, "batchtopk", seed)
+    scaling = latent_scaling(model, held_out.split(1000))
+    latents = {kind.name: found(planted, kind.name, model) for kind in KINDS}
+    n_found = sum(len(of) for of in latents.values())
+    assert n_found >= 0.9 * sum(kind.n for kind in KINDS)
+    assert all(len(set(of)) == len(of) for of in latents.values())
+    of = classes(model)
+    assert sum(of[j] == "shared" for j in latents["shared"]) >= 0.9 * len(latents["shared"])
+    confirmed = [n_confirmed(kind, latents[kind], model, scaling) for kind in EXCLUSIVE]
+    assert sum(confirmed) >= 0.9 * sum(len(latents[kind]) for kind in EXCLUSIVE)
+    # A feature that one model has a quarter of is not called exclusive to the other.
+    assert not any(of[j] == "fine-tuned-only" for j in latents["weak"])
+
+    priced, held_out = trained(planted, tmp_path, "l1", seed, n_latents=192)
+    scaling = latent_scaling(priced, held_out.split(1000))
+    weak = found(planted, "weak", priced)
+    of = classes(priced)
+    assert len(weak) >= 0.9 * 8
+    assert sum(of[j] == "fine-tuned-only" for j in weak) >= 0.9 * len(weak)
+    said = [verdict(scaling, j, of[j]) for j in weak if of[j] == "fine-tuned-only"]
+    assert sum("complete shrinkage" in words for words in said) >= 0.9 * len(said)
+
+
+@pytest.mark.slow
+def test_the_difference_sae_finds_what_differs_up_to_its_sign(tmp_path: Path):
+    planted = plant(KINDS, N_TOKENS, D_MODEL, 0)
+    # About 1.2 of 24 features are active on a token; with a larger k they are split between latents.
+    model, held_out = trained(planted, tmp_path, "difference-sae", 0, n_latents=96, k=1)
+    explained = analysis.explained_variance(model, [held_out])
+    assert explained.difference > 0.8
+    assert (explained.instruct, explained.fine_tuned, explained.joint) == (None, None, None)
+    directions = planted.directions * (planted.strength[:, 1] - planted.strength[:, 0]).sign()[:, None]
+    for kind in ("instruct-only", "fine-tuned-only", "weak"):
+        cosines, _ = best_matches(directions[planted.of(kind)], model.difference_decoder())
+        assert (cosines > FOUND_AT).float().mean() >= 0.9
+
+
+@pytest.mark.slow
+def test_the_delta_latents_of_a_partition_hold_what_differs(tmp_path: Path):
+    planted = plant(KINDS, N_TOKENS, D_MODEL, 0)
+    model, held_out = trained(planted, tmp_path, "partition", 0)
+    assert torch.equal(model.W_dec[: model.config.n_shared, 0], model.W_dec[: model.config.n_shared, 1])
+    explained = analysis.explained_variance(model, [held_out])
+    assert explained.difference > 0.8
+    directions = planted.directions * (planted.strength[:, 1] - planted.strength[:, 0]).sign()[:, None]
+    delta_latents = model.difference_decoder()[model.config.n_shared :]
+    for kind in EXCLUSIVE:
+        cosines, _ = best_matches(directions[planted.of(kind)], delta_latents)
+        assert (cosines > FOUND_AT).float().mean() >= 0.7
