@@ -75,10 +75,10 @@ def convert(
     tensors, settings = read_tensors(weights), _read_settings(weights.parent)
     parameters = parameters_of(tensors, str(weights))
     n_latents, _, d_model = parameters["W_dec"].shape
-    k = k or _number(tensors, "k") or next((settings[name] for name in K_NAMES if settings.get(name)), None)
-    if k is None:
+    said = k or _number(tensors, "k") or next((settings[name] for name in K_NAMES if settings.get(name)), None)
+    if said is None:
         raise UserError(f"neither {weights} nor its cfg.json says k; give --k")
-    model = BatchTopKCrosscoder(CrosscoderConfig(d_model, n_latents, int(k), score_norm))
+    model = BatchTopKCrosscoder(CrosscoderConfig(d_model, n_latents, int(said), score_norm))
     model.load_state_dict(parameters)
     model.activation_scales = scales
     kept = _number(tensors, "threshold")
