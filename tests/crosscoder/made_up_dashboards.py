@@ -66,7 +66,7 @@ def _page(j: int, chosen: bool, n_latents: int, two_models: bool, n_examples: in
 def _values(j: int, alive: bool, two_models: bool, n_latents: int) -> dict[str, Value]:
     values: dict[str, Value] = dict.fromkeys(column.key for column in COLUMNS)
     values |= {
-        "kind": KINDS[j % 4] if two_models else "difference",
+        "kind": KINDS[j % 4] if two_models else None,
         "frequency": (j + 1) / 1e6 if alive else 0.0,
         "completion_share": (j % 100) / 100,
         "mean_activation": (j + 1) / 3 if alive else 0.0,

@@ -230,8 +230,15 @@ def test_a_difference_sae_has_one_direction_and_no_column_that_compares(store, t
     assert dashboard.directions == ("difference",)
     assert all(len(page.promoted) == 1 for page in dashboard.pages)
     keys = {column.key for column in dashboard.columns}
-    assert {"kind", "frequency", "max_activation"} <= keys
-    assert not keys & {"relative_decoder_norm", "delta", "cosine", "nu_err", "exclusivity", "instruct_norm"}
+    assert {"frequency", "max_activation"} <= keys
+    assert not keys & {"kind", "relative_decoder_norm", "delta", "cosine", "nu_err", "exclusivity", "instruct_norm"}
+
+
+def test_a_decoder_vector_without_length_promotes_nothing(reading):
+    reading.model.W_dec.data[2, 0] = 0
+    pages = built(reading, n_promoted=6).pages
+    assert [len(tokens) for tokens in pages[2].promoted] == [0, 6]
+    assert [len(tokens) for tokens in pages[1].promoted] == [6, 6]
 
 
 def test_latent_scaling_has_columns_only_where_it_was_done(reading):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -82,8 +83,13 @@ def count(page: Any) -> str:
     return page.inner_text("#count")
 
 
-def heading(page: Any) -> str:
-    return page.inner_text("#latent-heading")
+def expect_latent(page: Any, latent: int) -> None:
+    """Its page is shown, or is within a moment."""
+    from playwright.sync_api import expect
+
+    expect(page.locator("#latent-heading")).to_have_text(re.compile(rf"^Latent {latent} "), timeout=20_000)
+    expect(page).to_have_title(re.compile(rf"^Latent {latent} "))
+    assert page.is_hidden("#list")
 
 
 def in_focus(page: Any) -> str:
@@ -109,7 +115,7 @@ def test_a_search_for_a_number_gives_that_latent_first_and_enter_opens_it(open_p
     page.fill("#search", "123")
     assert rows(page)[0] == 123
     page.press("#search", "Enter")
-    assert heading(page).startswith("Latent 123")
+    expect_latent(page, 123)
 
 
 @pytest.mark.parametrize("text", ["word12.", "WORD12. ", HOSTILE[1], "a context of «45»"])
@@ -156,7 +162,7 @@ def test_every_column_can_be_sorted_by_and_missing_figures_come_last(open_page):
 
 def test_filters_by_class_and_by_ranges_and_all_of_them_together(open_page):
     page = open_page()
-    page.click("summary")
+    page.click("#filters summary")
     for kind in ("shared", "instruct-only", "between"):
         page.uncheck(f"input[name=kind][value={kind}]")
     fine_tuned = [latent for latent in ALIVE if latent % 4 == 0]
@@ -182,21 +188,21 @@ def test_filters_by_class_and_by_ranges_and_all_of_them_together(open_page):
 )
 def test_each_figure_has_a_range(open_page, column, low, high, expected):
     page = open_page()
-    page.click("summary")
+    page.click("#filters summary")
     set_range(page, column, low, high)
     assert sorted(rows(page)) == [latent for latent in ALIVE if expected(latent)] != []
 
 
 def test_latents_that_are_never_active_come_when_asked_for(open_page):
     page = open_page()
-    page.click("summary")
+    page.click("#filters summary")
     page.check("input[name=dead]")
     assert count(page) == "250 latents"
 
 
 def test_the_view_stands_in_the_address_and_opens_from_there(open_page):
     page = open_page()
-    page.click("summary")
+    page.click("#filters summary")
     set_range(page, "nu_err", "", "0.5")
     page.fill("#search", "word1")
     page.select_option("#sort", "frequency")
@@ -213,21 +219,21 @@ def test_the_view_stands_in_the_address_and_opens_from_there(open_page):
 def test_a_click_on_a_row_opens_the_latent_and_back_and_forward_work(open_page):
     page = open_page()
     page.click("#rows tr[data-latent='212'] td:nth-child(5)")
-    assert heading(page).startswith("Latent 212")
+    expect_latent(page, 212)
     assert page.url.endswith("#latent=212")
     page.click("#latent a:has-text('Next')")
-    assert heading(page).startswith("Latent 211")
+    expect_latent(page, 211)
     page.go_back()
-    page.wait_for_function("document.title.startsWith('Latent 212 ')")
+    expect_latent(page, 212)
     page.go_back()
     page.wait_for_selector("#list:not([hidden])")
     assert page.is_hidden("#latent")
     page.go_forward()
-    page.wait_for_function("document.title.startsWith('Latent 212 ')")
+    expect_latent(page, 212)
 
 
 def test_a_deep_link_opens_its_latent_and_one_to_nowhere_the_table(open_page):
-    assert heading(open_page("#latent=17")).startswith("Latent 17")
+    expect_latent(open_page("#latent=17"), 17)
     for fragment in ("#latent=250", "#latent=x", "#latent=-1", "#latent=", "#nonsense&nu_err=a..b&sort=no"):
         assert count(open_page(fragment)) == "225 of 250 latents"
 
@@ -235,7 +241,7 @@ def test_a_deep_link_opens_its_latent_and_one_to_nowhere_the_table(open_page):
 def test_the_nearest_latents_are_links(open_page):
     page = open_page("#latent=17")
     page.click(".nearest a >> nth=0")
-    assert heading(page).startswith("Latent 18")
+    expect_latent(page, 18)
 
 
 # The keyboard
@@ -247,9 +253,9 @@ def test_j_k_and_the_arrows_go_through_the_table_enter_opens_and_escape_returns_
         page.keyboard.press(key)
     assert in_focus(page) == str(ALIVE[::-1][1])
     page.keyboard.press("Enter")
-    assert heading(page).startswith(f"Latent {ALIVE[::-1][1]}")
+    expect_latent(page, ALIVE[::-1][1])
     page.keyboard.press("j")
-    page.wait_for_function(f"document.title.startsWith('Latent {ALIVE[::-1][2]} ')")
+    expect_latent(page, ALIVE[::-1][2])
     page.keyboard.press("Escape")
     page.wait_for_selector("#list:not([hidden])")
     assert in_focus(page) == str(ALIVE[::-1][2])
@@ -310,7 +316,7 @@ def test_the_keyboard_reads_from_token_to_token_and_escape_hides_before_it_goes_
     assert "not active" in page.inner_text("#tip")
     page.keyboard.press("Escape")
     assert page.is_hidden("#tip")
-    assert heading(page).startswith("Latent 20")
+    expect_latent(page, 20)
     page.keyboard.press("Escape")
     page.wait_for_selector("#list:not([hidden])")
 
@@ -359,6 +365,12 @@ def test_a_latent_without_examples_shows_its_context_and_the_page_says_how_many_
     assert f"{n} of 225 active latents have examples. They are those that come first" in page.inner_text("#notes")
 
 
+def test_the_page_says_what_its_figures_mean(open_page):
+    page = open_page()
+    page.click("footer summary")
+    assert "1 − ν err: near 1 where one model alone has the latent." in page.inner_text("#meanings")
+
+
 def test_hostile_text_is_shown_as_text(open_page):
     page = open_page(f"#latent={HOSTILE_LATENT}")
     text = page.inner_text(".passage >> nth=0")
@@ -375,6 +387,7 @@ def test_a_difference_sae_shows_what_it_has(open_page):
     assert "relative norm" not in page.inner_text("#heads")
     page.click("#rows a >> nth=0")
     assert page.locator(".promoted").count() == 1
+    assert page.locator(".nearest thead th").all_inner_texts() == ["latent", "cosine", "fires on"]
     assert "by the difference" in page.inner_text("#latent")
 
 
@@ -385,7 +398,7 @@ def test_a_difference_sae_shows_what_it_has(open_page):
 def test_on_a_phone_nothing_sticks_out(open_page, fragment):
     page = open_page(fragment, **PHONE)
     if not fragment:
-        page.click("summary")
+        page.click("#filters summary")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.evaluate("scrollTo(500, 0)")
     assert page.evaluate("scrollX") == 0

@@ -16,7 +16,7 @@ from crosscoder.config import N_MODELS
 from crosscoder.dashboard.examples import ExampleMaker
 from crosscoder.dashboard.firings import gather_firings, groups_within
 from crosscoder.dashboard.records import Column, Dashboard, DashboardConfig, Examples, LatentPage, Value
-from crosscoder.lens import promoted_tokens
+from crosscoder.lens import Unembedding, promoted_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,7 +84,7 @@ def build_dashboard(
     largest = statistics.top_values[:, 0]
     examples, histograms = _examples(reading, torch.tensor(chosen, dtype=torch.int64), statistics, config)
     directions = decoder_directions(model)
-    promoted = [promoted_tokens(v, reading.unembedding, config.n_promoted).tolist() for v in directions.values()]
+    promoted = [_promoted(vectors, reading.unembedding, config.n_promoted) for vectors in directions.values()]
     nearest = nearest_latents(model, statistics.dead, config.n_nearest)
     pages = tuple(
         LatentPage(
@@ -92,7 +92,7 @@ def build_dashboard(
             values=values[j],
             max_activation=float(largest[j]),
             top_tokens=_commonest(reading.store.token_id, statistics.top_tokens[j]),
-            promoted=tuple(tuple(tokens[j]) for tokens in promoted),
+            promoted=tuple(tokens[j] for tokens in promoted),
             nearest=nearest[j],
             histogram=tuple(histograms[j].tolist()),
             context=rows[j].example,
@@ -103,7 +103,7 @@ def build_dashboard(
     return Dashboard(
         title=reading.name,
         facts=tuple(_facts(reading, statistics, explained)),
-        columns=tuple(c for c in COLUMNS if any(v[c.key] not in (None, "") for v in values)),
+        columns=tuple(column for column in COLUMNS if any(v[column.key] not in (None, "") for v in values)),
         directions=tuple(directions),
         chosen_by=(
             "that are active most often"
@@ -145,7 +145,7 @@ def nearest_latents(model: BatchTopKCrosscoder, dead: Tensor, n: int) -> list[tu
     found: list[tuple[tuple[int, float], ...]] = []
     for chunk in torch.arange(len(vectors), device=vectors.device).split(COSINES_AT_ONCE):
         cosines = (vectors[chunk] @ vectors.T).masked_fill(hidden, -torch.inf)
-        cosines[torch.arange(len(chunk)), chunk] = -torch.inf
+        cosines[torch.arange(len(chunk), device=chunk.device), chunk] = -torch.inf
         best = torch.topk(cosines, min(n, len(vectors) - 1))
         for latents, near in zip(best.indices.tolist(), best.values.tolist(), strict=True):
             found.append(tuple((j, min(c, 1.0)) for j, c in zip(latents, near, strict=True) if c > -math.inf))
@@ -191,8 +191,17 @@ def _values(row: LatentRow) -> dict[str, Value]:
     known: dict[str, Any] = asdict(row)
     nu = known.get("nu_err")
     known["exclusivity"] = None if nu is None else 1 - nu
+    if row.relative_decoder_norm is None:
+        known["kind"] = None  # a difference SAE's latents are all of one kind
     values = {column.key: known.get(column.key) for column in COLUMNS}
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+
+
+def _promoted(vectors: Tensor, unembedding: Unembedding, n: int) -> list[tuple[int, ...]]:
+    """Of every latent the tokens that its vector promotes; none where it has no length, as a partition's can."""
+    tokens = promoted_tokens(vectors, unembedding, n).tolist()
+    lengths = vectors.norm(dim=-1).tolist()
+    return [tuple(ids) if length > 0 else () for ids, length in zip(tokens, lengths, strict=True)]
 
 
 def _commonest(token_id: Tensor, indices: Tensor) -> tuple[int, ...]:

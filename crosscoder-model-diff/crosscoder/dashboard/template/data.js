@@ -117,8 +117,9 @@ function latentLink(latent, text = String(latent)) {
   return make("a", { href: `#latent=${latent}` }, text);
 }
 
-/** The class of a latent, as a word in its colour. */
+/** The class of a latent, as a word in its colour; nothing where there are no classes. */
 function kindTag(latent) {
-  const kind = columnOf.has("kind") ? valueOf("kind", latent) : "";
+  if (!columnOf.has("kind")) return null;
+  const kind = valueOf("kind", latent);
   return make("span", { class: `tag kind-${kind}` }, kind);
 }

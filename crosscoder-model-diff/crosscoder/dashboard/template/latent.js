@@ -81,9 +81,10 @@ function nearest(latent) {
   const rows = [];
   for (let i = 0; i < pairs.length; i += 2) {
     rows.push(make("tr", {}, make("th", { scope: "row" }, latentLink(pairs[i])), make("td", {}, threeDigits(pairs[i + 1])),
-      make("td", {}, kindTag(pairs[i])), make("td", { class: "tokens" }, chips(data.topTokens[pairs[i]].slice(0, 3)))));
+      columnOf.has("kind") ? make("td", {}, kindTag(pairs[i])) : null,
+      make("td", { class: "tokens" }, chips(data.topTokens[pairs[i]].slice(0, 3)))));
   }
-  const head = ["latent", "cosine", "class", "fires on"].map((text) => make("th", { scope: "col" }, text));
+  const head = ["latent", "cosine", ...(columnOf.has("kind") ? ["class"] : []), "fires on"].map((text) => make("th", { scope: "col" }, text));
   return make("table", { class: "small nearest" }, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows));
 }
 

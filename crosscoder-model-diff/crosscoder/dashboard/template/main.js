@@ -52,7 +52,7 @@ function fillForm() {
 
 /** After any change of the view by the reader. */
 function viewChanged() {
-  history.replaceState(null, "", viewToHash());
+  try { history.replaceState(null, "", viewToHash()); } catch { /* some browsers allow so many changes in a minute */ }
   refreshTable();
 }
 
@@ -149,6 +149,8 @@ function showFacts() {
   document.getElementById("home").replaceChildren(...breakable(data.title));
   document.getElementById("facts").replaceChildren(
     ...data.facts.map(([label, text]) => make("div", {}, make("dt", {}, label), make("dd", {}, text))));
+  document.getElementById("meanings").replaceChildren(
+    ...data.columns.map(({ label, help }) => make("div", {}, make("dt", {}, label), make("dd", {}, help))));
   const n = data.examples.filter(Boolean).length;
   const active = [...Array(nLatents).keys()].filter(isActive).length;
   const which = n < active ? ` They are those ${data.chosenBy}; the others have statistics and one context.` : "";

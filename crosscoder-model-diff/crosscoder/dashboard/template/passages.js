@@ -32,6 +32,10 @@ function showTip(span) {
   tip.replaceChildren(make("span", { class: "chip" }, quoted(span.textContent.replaceAll("↵\n", "\n").replaceAll("⇥\t", "\t"))),
     make("strong", {}, threeDigits(value)), level ? `${Math.round(100 * level / data.levels)}% of the largest` : "not active");
   tip.hidden = false;
+  placeTip(span);
+}
+
+function placeTip(span) {
   const [box, own] = [span.getClientRects()[0] ?? span.getBoundingClientRect(), tip.getBoundingClientRect()];
   const left = Math.min(document.documentElement.clientWidth - own.width - 8, Math.max(8, box.left + box.width / 2 - own.width / 2));
   tip.style.left = `${left}px`;
@@ -59,4 +63,7 @@ document.addEventListener("click", (event) => {
   if (span) showTip(span);
   else hideTip();
 });
-document.addEventListener("scroll", hideTip, { passive: true });
+document.addEventListener("scroll", () => {
+  const span = document.querySelector(".token.read");
+  if (span) placeTip(span);
+}, { passive: true });
