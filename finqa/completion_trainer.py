@@ -1,25 +1,18 @@
-"""The Trainer of the fine-tuning runs, and the log it keeps.
+"""The Trainer of the fine-tuning runs.
 
-Imports transformers, which the classes are built on: import it where training starts.
+Imports transformers, which it is built on: import it where training starts.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer
 
-from finqa.paths import write_atomically
 from finqa.training_rows import LengthGrouped
 
 if TYPE_CHECKING:
     from finqa.captured_steps import CapturedSteps
-
-LINE_EVERY_S = 10.0
 
 
 class CompletionTrainer(Trainer):
@@ -65,65 +58,3 @@ def without_printing(trainer: CompletionTrainer) -> CompletionTrainer:
     """The same trainer, without transformers' own lines in the log."""
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-class TrainingLog(TrainerCallback):
-    """Writes a JSON line a record, sends it to wandb, and shows a line now and then or, in a terminal, a bar."""
-
-    def __init__(self, path: Path, trainer: CompletionTrainer, wandb_run: Any = None):
-        self.path = path
-        self.trainer = trainer
-        self.wandb_run = wandb_run
-        self._bar: Any = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # A resumed run logs the steps after its checkpoint again; a line that a kill cut short goes as well.
-        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        write_atomically(self.path, "".join(line + "\n" for line in kept))
-        self._started = self._said = time.monotonic()
-        if sys.stdout.isatty() and state.is_world_process_zero:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not logs or "loss" not in logs or not state.is_world_process_zero:
-            return
-        seconds = time.monotonic() - self._started
-        record = {
-            "step": state.global_step,
-            "epoch": round(logs["epoch"], 4),
-            "loss": logs["loss"],
-            "learning_rate": logs["learning_rate"],
-            "grad_norm": logs["grad_norm"],
-            "tokens_seen": self.trainer.tokens_seen,
-            "tokens_per_second": round(self.trainer.tokens_seen / seconds, 1),
-            "seconds": round(seconds, 2),
-        }
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        if self.wandb_run is not None:
-            self.wandb_run.log(record, step=state.global_step)
-        line = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
-            self._bar.set_postfix_str(line)
-        elif time.monotonic() - self._said > LINE_EVERY_S or state.global_step == state.max_steps:
-            self._said = time.monotonic()
-            print(f"step {state.global_step} of {state.max_steps}: {line}, {seconds:.0f} s", flush=True)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
