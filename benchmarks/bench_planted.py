@@ -4,9 +4,9 @@
     python -m benchmarks.bench_planted --methods batchtopk difference-sae --seeds 0 --tokens 20000
 
 A narrow fine-tune in small: many features that both models share, a little stronger in the fine-tuned one, and eight
-that it has alone, rare and weak. Every method gets the same tokens, steps and learning rate. A planted feature is found where a latent that
-claims to be exclusive has its direction (cosine at least 0.9); precision is the share of claiming latents that have
-one.
+that it has alone, rare and weak. Every method gets the same tokens, steps and learning rate. A planted feature is found
+where a latent that claims to be exclusive has its direction (cosine at least 0.9); precision is the share of claiming
+latents that have one.
 What claims: in a crosscoder the latents that Delta calls fine-tuned-only; beside it the same after latent scaling; in a
 partition every delta latent, in a difference SAE every latent, if it is active on some held-out token. Most claims are
 made by a method that claims everything: read the two figures together.
