@@ -226,7 +226,8 @@ def random_student(args: argparse.Namespace, device: str) -> Any:
 
     shapes: dict[str, Any] = {**SHAPES, **SMALL, "num_hidden_layers": args.layers}
     torch.manual_seed(0)
-    return MistralForCausalLM(MistralConfig(**shapes)).to(device).eval()
+    model: Any = MistralForCausalLM(MistralConfig(**shapes))
+    return model.to(device).eval()
 
 
 def with_adapter(base: Any, rank: int, device: str) -> Any:

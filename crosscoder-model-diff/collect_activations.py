@@ -32,16 +32,14 @@ from crosscoder.names import (
     add_activation_flags,
     add_push_flags,
     choices_from_args,
-    find_folder,
     hub_id,
     require_push,
 )
 from finqa import hub, parallel, students
-from finqa.errors import UserError, report_errors
-from finqa.manifest import file_hash, write_manifest
+from finqa.errors import report_errors
+from finqa.manifest import write_manifest
 from finqa.paths import Folders
-from finqa.records import TeacherRow, read_teacher_rows
-from finqa.weights import weights_hash
+from finqa.records import read_teacher_rows
 
 if TYPE_CHECKING:
     from crosscoder.activation_writer import SetWriter
@@ -78,7 +76,7 @@ def main() -> None:
         with parallel.first_goes_first():
             plan = make_plan(args, choices, folders)
         if plan.choices:
-            collect(args, plan, folders)
+            collect(args, plan)
         parallel.part()
         if parallel.is_first():
             for choice in choices:
@@ -108,7 +106,7 @@ class Plan:
 
 def make_plan(args: argparse.Namespace, choices: list[ActivationChoice], folders: Folders) -> Plan:
     """Check all that can be checked without a model, say what is needed, and make ready the folders."""
-    from crosscoder import recording_plan
+    from crosscoder import recorded_inputs, recording_plan
     from crosscoder.activation_writer import SetWriter
     from crosscoder.collection import planned_shards
     from crosscoder.readers import Target, default_reader
@@ -119,21 +117,22 @@ def make_plan(args: argparse.Namespace, choices: list[ActivationChoice], folders
     rows_file = folders.filtered(first.student.dataset, first.split)
     rows = read_teacher_rows(rows_file)
     base = students.resolve_model(first.student.model, first.student.revision)
-    fine_tuned = find_fine_tuned(first, folders)
+    fine_tuned = recorded_inputs.find_fine_tuned(first, folders)
     shape = recording_plan.model_shape(base)
     shape.check_layers([choice.resolved_layer for choice in choices])
-    documents, bos_id = tokenize(rows, first, fine_tuned)
+    documents, bos_id = recorded_inputs.tokenize(rows, first, fine_tuned)
 
     device = args.device or students.default_device()
     dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
-    facts = describe_inputs(first, base, fine_tuned, rows_file) | {"dtype": dtype}
+    facts = recorded_inputs.describe_inputs(first, base, fine_tuned, rows_file) | {"dtype": dtype}
     batch_tokens = args.batch_tokens or BATCH_TOKENS.get(device.partition(":")[0], BATCH_TOKENS["cpu"])
     skip_id = None if first.keep_bos else bos_id
     missing, inputs, writers = [], [], []
     for choice in choices:
-        made_from = inputs_of(choice, facts, documents) | {"device": device, "batch_tokens": batch_tokens}
+        made_from = recorded_inputs.inputs_of(choice, facts, documents)
+        made_from |= {"device": device, "batch_tokens": batch_tokens}
         folder = folders.activations(choice.name)
-        if is_collected(folder, made_from["fingerprint"], args.overwrite):
+        if recorded_inputs.is_collected(folder, made_from["fingerprint"], args.overwrite):
             print(f"{folder} is complete and was made from these inputs")
             continue
         shards_of = {**made_from, "shard_tokens": args.shard_tokens}
@@ -143,6 +142,7 @@ def make_plan(args: argparse.Namespace, choices: list[ActivationChoice], folders
     shards = planned_shards(documents, skip_id, args.shard_tokens, batch_tokens)
     if missing and parallel.is_first():
         n_tokens = sum(shard.n_tokens for shard in shards)
+        say_what_it_takes(first, base, fine_tuned, device, dtype, batch_tokens, len(missing))
         recording_plan.print_plan(len(documents), n_tokens, shape, [writer.partial for writer in writers])
         for writer in writers:
             writer.prepare()
@@ -161,89 +161,23 @@ def make_plan(args: argparse.Namespace, choices: list[ActivationChoice], folders
     )
 
 
-def find_fine_tuned(choice: ActivationChoice, folders: Folders) -> Path:
-    """Folder of the adapter, or with --merged of the merged model."""
-    student = choice.student
-    if not choice.merged:
-        return students.find_adapter(student, folders)
-    local = folders.model(student.dataset, f"{student.model_id}-merged")
-    command = choice.command("merge_and_push_lora.py")
-    return find_folder(local, student, "config.json", "merged model", command)
+def say_what_it_takes(
+    choice: ActivationChoice, base: str, fine_tuned: Path, device: str, dtype: str, batch_tokens: int, n_sets: int
+) -> None:
+    """Print the memory that the models and a batch take; UserError where they cannot fit."""
+    from crosscoder import recording_plan
+    from crosscoder.recorded_inputs import adapter_bytes
+    from finqa.needs import read_config, sizes
+
+    model = sizes(read_config(base))
+    value_bytes = {"fp32": 4, "bf16": 2}[dtype]
+    extra = adapter_bytes(fine_tuned) or model.parameters * value_bytes
+    in_4bit = choice.student.load_in_4bit
+    need = recording_plan.recording_need(model, extra, in_4bit, value_bytes, batch_tokens, n_sets)
+    recording_plan.check_memory(need, device)
 
 
-def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path) -> tuple[list[Document], int | None]:
-    """The first --num-samples rows as token ids, the same for both models' tokenizers; and the id of BOS."""
-    from transformers import AutoTokenizer
-
-    from crosscoder.collection import assert_same_ids, documents_from_rows
-
-    student = choice.student
-    tokenizer: Any = students.load_tokenizer(student.model, student.revision)
-    longest = student.settings.max_seq_length
-    documents = documents_from_rows(rows, tokenizer, choice.raw)
-    pairs = [(row, document) for row, document in zip(rows, documents, strict=True) if len(document.ids) <= longest]
-    if len(pairs) < len(rows):
-        print(f"{len(rows) - len(pairs)} rows exceed {longest} tokens and are dropped, as in training")
-    if len(pairs) < choice.num_samples:
-        print(f"--num-samples {choice.num_samples}: {len(pairs)} rows are there, all are taken")
-    pairs = pairs[: choice.num_samples]
-    if len(pairs) < 2:
-        raise UserError(f"{choice.split} of {student.dataset} has {len(pairs)} usable rows; at least 2 are needed")
-    chosen = [document for _, document in pairs]
-    if (fine_tuned / "tokenizer_config.json").exists():
-        own: Any = AutoTokenizer.from_pretrained(fine_tuned)
-        own.chat_template = own.chat_template or tokenizer.chat_template
-        assert_same_ids(chosen, documents_from_rows([row for row, _ in pairs], own, choice.raw))
-    return chosen, tokenizer.bos_token_id
-
-
-def describe_inputs(choice: ActivationChoice, base: str, fine_tuned: Path, rows_file: Path) -> dict[str, Any]:
-    """What all sets of a run are made from."""
-    if choice.merged:
-        how = "merged model"
-    else:
-        how = "adapter switched on" if is_adapter(fine_tuned) else "fine-tuned as a whole"
-    return {
-        "dataset": choice.student.dataset,
-        "split": choice.split,
-        "model": choice.student.model,
-        "model_id": choice.student.model_id,
-        "raw": choice.raw,
-        "keep_bos": choice.keep_bos,
-        "load_in_4bit": choice.student.load_in_4bit,
-        "fine_tuned": how,
-        "base_hash": weights_hash(base),
-        "fine_tuned_hash": weights_hash(fine_tuned),
-        "rows_hash": file_hash(rows_file),
-    }
-
-
-def inputs_of(choice: ActivationChoice, facts: dict[str, Any], documents: list[Document]) -> dict[str, Any]:
-    """What one set is made from, and its fingerprint; it travels with the set into every checkpoint trained on it."""
-    from crosscoder.collection import fingerprint
-
-    own = {**facts, "layer": choice.resolved_layer, "site": choice.site}
-    return {"fingerprint": fingerprint(documents, own), "num_samples": len(documents), **own}
-
-
-def is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").exists()
-
-
-def is_collected(folder: Path, fingerprint: str, overwrite: bool) -> bool:
-    """Whether `folder` holds this very set; UserError where it holds another one that may not be replaced."""
-    from crosscoder.activation_store import read_set_config
-
-    if not (folder / "config.json").exists():
-        return False
-    if read_set_config(folder).recorded.get("fingerprint") == fingerprint:
-        return True
-    if not overwrite:
-        raise UserError(f"{folder} was made from other inputs (model, rows or settings); replace it with --overwrite")
-    return False
-
-
-def collect(args: argparse.Namespace, plan: Plan, folders: Folders) -> None:
+def collect(args: argparse.Namespace, plan: Plan) -> None:
     """Record this process's share of the shards; the first process then makes the sets of them."""
     from crosscoder.collection import record, stored_documents, token_table
 
@@ -295,6 +229,7 @@ def load_readers(plan: Plan) -> tuple[Read, Read]:
     import torch
 
     from crosscoder.readers import adapter_readers, fuse_norms, in_the_models_dtype, reader
+    from crosscoder.recorded_inputs import is_adapter
 
     student = plan.choices[0].student
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[plan.dtype]

@@ -7,10 +7,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from crosscoder.activation_writer import BATCHES_BEHIND
 from crosscoder.config import N_MODELS
 from finqa.errors import UserError
+from finqa.needs import Need, Sizes
+from finqa.plan import amount, free_memory, tell
 
 BYTES_PER_GB = 1e9
+BYTES_IN_4BIT = 0.53
+"""Of a parameter in NF4 with doubly quantized scales."""
 
 
 class ModelShape(NamedTuple):
@@ -32,6 +37,42 @@ def model_shape(model: str) -> ModelShape:
 
     config = AutoConfig.from_pretrained(model).get_text_config()
     return ModelShape(config.hidden_size, config.num_hidden_layers)
+
+
+def recording_need(
+    model: Sizes, extra_bytes: float, in_4bit: bool, value_bytes: int, batch_tokens: int, n_sets: int
+) -> Need:
+    """Memory that recording takes.
+
+    Args:
+        extra_bytes: Of the adapter, or of the second model.
+        value_bytes: Of a number of the models: 2 or 4.
+        batch_tokens: Tokens of a batch, padded.
+        n_sets: Sets made at once.
+    """
+    weights = float(model.parameters * value_bytes)
+    if in_4bit:
+        weights = (model.parameters - model.in_layers) * value_bytes + model.in_layers * BYTES_IN_4BIT
+    under_way = (BATCHES_BEHIND + 1) * n_sets * batch_tokens * N_MODELS * model.hidden * 2
+    return Need(
+        (
+            ("base model", weights, f"{model.parameters:,} parameters"),
+            ("fine-tuned model", extra_bytes, "its adapter, or with --merged all of it"),
+            ("one layer at work", batch_tokens * model.kept_values * value_bytes, f"{batch_tokens:,} tokens a batch"),
+            ("read, not yet written", under_way, f"{BATCHES_BEHIND + 1} batches of {n_sets} sets"),
+        )
+    )
+
+
+def check_memory(need: Need, device: str, free: float | None = None) -> None:
+    """Print what recording takes against what is free; UserError where it cannot fit."""
+    there = free_memory(device) if free is None else free
+    tell("collecting activations", need, there, device)
+    if need.total > there:
+        raise UserError(
+            f"collecting activations needs {amount(need.total)} of memory and {amount(there)} are free; what helps: "
+            "a smaller --batch-tokens, fewer layers and sites at once, base + adapter in place of --merged"
+        )
 
 
 def print_plan(n_documents: int, n_tokens: int, shape: ModelShape, partial_folders: Sequence[Path]) -> None:

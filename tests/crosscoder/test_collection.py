@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from crosscoder.collection import (
     token_table,
 )
 from crosscoder.readers import Read, Target, adapter_readers
+from crosscoder.recording_plan import check_memory, recording_need
 from finqa import students
-from finqa.errors import UserError
+from finqa.errors import REMEDIES, UserError
+from finqa.needs import read_config, sizes
 from finqa.paths import Folders
 
 MLP_2 = Target(2, "mlp")
@@ -241,3 +244,32 @@ def test_the_fingerprint_changes_with_ids_and_facts(documents):
     assert first == fingerprint(documents, {"layer": 1})
     assert first != fingerprint(documents, {"layer": 2})
     assert first != fingerprint(documents[:-1], {"layer": 1})
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(adapted, documents, tmp_path: Path):
+    shards = planned_shards(documents, None, 400, 300)
+    writer = SetWriter(tmp_path / "set", 64, {})
+    writer.prepare()
+    readers = adapter_readers(adapted, [MLP_2])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))  # a shard takes more
+    try:
+        with pytest.raises(OSError, match="shard-00000") as error:
+            record(readers, [MLP_2], documents, shards, [writer], None, "cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.errno in REMEDIES
+    assert [path.name for path in writer.partial.iterdir()] == ["plan.json"]
+    record(readers, [MLP_2], documents, shards, [writer], None, "cpu")
+    assert all(writer.has(shard.number) for shard in shards)
+
+
+def test_models_that_cannot_fit_are_refused_before_they_are_loaded(tiny_student, capsys):
+    model = sizes(read_config(str(tiny_student)))
+    small, large = (recording_need(model, 1e6, False, 4, tokens, n_sets=1) for tokens in (4096, 8192))
+    assert 4 * model.parameters + 1e6 < small.total < large.total < 2 * small.total
+    check_memory(small, "cpu", free=small.total)
+    assert "plan: collecting activations needs" in capsys.readouterr().out
+    with pytest.raises(UserError, match="what helps: a smaller --batch-tokens"):
+        check_memory(large, "cpu", free=small.total)
+    assert recording_need(model, 1e6, True, 4, 4096, n_sets=1).total < small.total

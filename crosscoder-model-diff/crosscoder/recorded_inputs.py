@@ -1,0 +1,97 @@
+"""What an activation set is made from: the rows as token ids, the fine-tuned model, and the facts that name it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from crosscoder.activation_store import read_set_config
+from crosscoder.collection import Document, assert_same_ids, documents_from_rows, fingerprint
+from crosscoder.names import ActivationChoice, find_folder
+from finqa import students
+from finqa.errors import UserError
+from finqa.manifest import file_hash
+from finqa.paths import Folders
+from finqa.records import TeacherRow
+from finqa.weights import weights_hash
+
+
+def find_fine_tuned(choice: ActivationChoice, folders: Folders) -> Path:
+    """Folder of the adapter, or with --merged of the merged model."""
+    student = choice.student
+    if not choice.merged:
+        return students.find_adapter(student, folders)
+    local = folders.model(student.dataset, f"{student.model_id}-merged")
+    command = choice.command("merge_and_push_lora.py")
+    return find_folder(local, student, "config.json", "merged model", command)
+
+
+def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path) -> tuple[list[Document], int | None]:
+    """The first --num-samples rows as token ids, the same for both models' tokenizers; and the id of BOS."""
+    student = choice.student
+    tokenizer: Any = students.load_tokenizer(student.model, student.revision)
+    longest = student.settings.max_seq_length
+    documents = documents_from_rows(rows, tokenizer, choice.raw)
+    pairs = [(row, document) for row, document in zip(rows, documents, strict=True) if len(document.ids) <= longest]
+    if len(pairs) < len(rows):
+        print(f"{len(rows) - len(pairs)} rows exceed {longest} tokens and are dropped, as in training")
+    if len(pairs) < choice.num_samples:
+        print(f"--num-samples {choice.num_samples}: {len(pairs)} rows are there, all are taken")
+    pairs = pairs[: choice.num_samples]
+    if len(pairs) < 2:
+        raise UserError(f"{choice.split} of {student.dataset} has {len(pairs)} usable rows; at least 2 are needed")
+    chosen = [document for _, document in pairs]
+    if (fine_tuned / "tokenizer_config.json").exists():
+        own: Any = AutoTokenizer.from_pretrained(fine_tuned)
+        own.chat_template = own.chat_template or tokenizer.chat_template
+        assert_same_ids(chosen, documents_from_rows([row for row, _ in pairs], own, choice.raw))
+    return chosen, tokenizer.bos_token_id
+
+
+def describe_inputs(choice: ActivationChoice, base: str, fine_tuned: Path, rows_file: Path) -> dict[str, Any]:
+    """What all sets of a run are made from."""
+    if choice.merged:
+        how = "merged model"
+    else:
+        how = "adapter switched on" if is_adapter(fine_tuned) else "fine-tuned as a whole"
+    return {
+        "dataset": choice.student.dataset,
+        "split": choice.split,
+        "model": choice.student.model,
+        "model_id": choice.student.model_id,
+        "raw": choice.raw,
+        "keep_bos": choice.keep_bos,
+        "load_in_4bit": choice.student.load_in_4bit,
+        "fine_tuned": how,
+        "base_hash": weights_hash(base),
+        "fine_tuned_hash": weights_hash(fine_tuned),
+        "rows_hash": file_hash(rows_file),
+    }
+
+
+def inputs_of(choice: ActivationChoice, facts: dict[str, Any], documents: list[Document]) -> dict[str, Any]:
+    """What one set is made from, and its fingerprint; it travels with the set into every checkpoint trained on it."""
+    own = {**facts, "layer": choice.resolved_layer, "site": choice.site}
+    return {"fingerprint": fingerprint(documents, own), "num_samples": len(documents), **own}
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists()
+
+
+def is_collected(folder: Path, fingerprint: str, overwrite: bool) -> bool:
+    """Whether `folder` holds this very set; UserError where it holds another one that may not be replaced."""
+    if not (folder / "config.json").exists():
+        return False
+    if read_set_config(folder).recorded.get("fingerprint") == fingerprint:
+        return True
+    if not overwrite:
+        raise UserError(f"{folder} was made from other inputs (model, rows or settings); replace it with --overwrite")
+    return False
+
+
+def adapter_bytes(folder: Path) -> int | None:
+    """Size of the adapter in a folder; None where it holds a whole model."""
+    return (folder / "adapter_model.safetensors").stat().st_size if is_adapter(folder) else None
