@@ -278,22 +278,22 @@ def decoded(data: dict[str, Any], stored: list[int]) -> tuple[str, list[str], li
     return data["documents"][document], words, levels, peak
 
 
-def test_examples_that_share_their_text_read_back_as_they_were(reading):
-    dashboard = built(reading)
+@pytest.mark.parametrize("around", [(24, 12), (2, 1)])
+def test_examples_read_back_as_they_were_and_text_that_they_share_stands_once(reading, around):
+    dashboard = built(reading, tokens_before=around[0], tokens_after=around[1])
     data = encode(dashboard)
-    shown = 0
+    shown: set[int] = set()
     for page in dashboard.pages:
         if page.examples is None:
             assert data["examples"][page.latent] == 0
             continue
         strongest, bands, _ = data["examples"][page.latent]
-        for stored, example in zip(
-            [*strongest, *(e for band in bands for e in band[4])], examples_of(page), strict=True
-        ):
+        written = [*strongest, *(example for band in bands for example in band[4])]
+        for stored, example in zip(written, examples_of(page), strict=True):
             words = [dashboard.vocabulary[token] for token in example.token_ids]
             assert decoded(data, stored) == (example.document, words, list(example.levels), example.peak)
-            shown += len(words)
-    assert sum(map(len, data["stretches"])) <= len(reading.store) < shown
+            shown.update(range(example.first, example.first + len(words)))
+    assert sum(map(len, data["stretches"])) == len(shown)
 
 
 def data_of(page: str) -> Any:
