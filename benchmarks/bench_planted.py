@@ -40,7 +40,8 @@ MAGNITUDES = (0.45, 0.7)
 """Of the added features; the shared ones have 1."""
 DRIFT, NOISE = 1.15, 0.01
 """Strength of a shared feature in the fine-tuned model; standard deviation of each number's noise."""
-N_LATENTS, BATCH, LEARNING_RATE, EPOCHS = 192, 256, 3e-3, 6.0
+N_LATENTS, BATCH, LEARNING_RATE, EPOCHS = 192, 256, 3e-3, 20.0
+"""Passes: after 6 the difference SAE had found 1 to 3 of the weaker features, after 20 it had 6 (one seed)."""
 FOUND_AT = 0.9
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "crosscoder": ("batchtopk", {"k": 4}),
