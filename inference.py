@@ -18,15 +18,15 @@ import sys
 from pathlib import Path
 
 from finqa import datasets, prompts
+from finqa.engines.serving import check_backend, served_models
 from finqa.errors import UserError, report_errors
 from finqa.evaluation import MODEL_OF_TYPE
-from finqa.evidence import Evidence, evidence
 from finqa.generation import GenerationConfig, all_replies
 from finqa.paths import SPLITS, Folders, add_folder_flags
 from finqa.prompts import EvalType
 from finqa.records import Question, read_questions
 from finqa.sandbox import Run, Sandbox
-from finqa.serving import check_backend, served_models
+from finqa.scoring.evidence import Evidence, evidence
 from finqa.students import add_student_flags, find_adapter, load_tokenizer, prompt_ids, student_from_args
 
 SHOWN_PLACES = 3

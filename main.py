@@ -29,20 +29,20 @@ from dataclasses import replace
 
 from finqa import datasets, hub, parallel
 from finqa.adapter_check import check_adapter
+from finqa.engines.serving import check_backend
 from finqa.errors import UserError, report_errors
 from finqa.evaluation import EvaluationConfig, evaluate
-from finqa.evaluation_rows import read_rows
 from finqa.generation import DEFAULT_TEMPERATURE, GenerationConfig
 from finqa.model_card import write_student_card
 from finqa.paths import Folders, add_folder_flags
 from finqa.plan import plan_evaluation
 from finqa.presets import PRESETS, with_preset
 from finqa.prompts import EVAL_TYPES, EvalType
-from finqa.serving import check_backend
+from finqa.scoring.evaluation_rows import read_rows
 from finqa.students import StudentRun, add_student_flags, student_from_args
-from finqa.trainable import Speed
 from finqa.training import TrainingConfig, fine_tune
-from finqa.training_rows import FAMILIES
+from finqa.tuning.trainable import Speed
+from finqa.tuning.training_rows import FAMILIES
 
 
 def main() -> int:

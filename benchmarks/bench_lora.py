@@ -29,8 +29,8 @@ from benchmarks.record import RESULTS, markdown_table, write_record
 from finqa.errors import report_errors
 from finqa.student_settings import DEFAULTS
 from finqa.students import StudentRun
-from finqa.trainable import Speed
 from finqa.training import TrainingConfig
+from finqa.tuning.trainable import Speed
 
 EAGER = Speed(packed=True, compiled=False, captured=False)
 
@@ -164,10 +164,10 @@ def plain_trainer(run: StudentRun, config: TrainingConfig, rows: Any, folder: Pa
     from peft import get_peft_model
     from transformers import set_seed
 
-    from finqa.completion_trainer import CompletionTrainer
-    from finqa.trainable import lora_config
     from finqa.training import training_arguments
-    from finqa.training_rows import collator
+    from finqa.tuning.completion_trainer import CompletionTrainer
+    from finqa.tuning.trainable import lora_config
+    from finqa.tuning.training_rows import collator
 
     set_seed(config.seed)
     padded = collator(0)

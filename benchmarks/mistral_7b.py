@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from finqa.training_rows import Example
+from finqa.tuning.training_rows import Example
 
 SHAPES = {
     "vocab_size": 32768,

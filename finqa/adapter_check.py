@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finqa import datasets, prompts
+from finqa.engines.serving import served_models
 from finqa.errors import UserError
-from finqa.evaluation_rows import read_rows
 from finqa.manifest import write_json
 from finqa.paths import Folders
-from finqa.predictions import read_predictions
-from finqa.serving import served_models
+from finqa.scoring.evaluation_rows import read_rows
+from finqa.scoring.predictions import read_predictions
 from finqa.students import (
     StudentRun,
     default_device,

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from finqa import datasets, prompts
-from finqa.evaluation_rows import EvalRow, read_rows
+from finqa.engines.serving import Model, Served, served_models
 from finqa.generation import Generate, GenerationConfig, all_replies
-from finqa.judging import judge
 from finqa.manifest import file_hash, write_json, write_manifest
-from finqa.metrics import metrics
 from finqa.paths import Folders
-from finqa.predictions import Prediction, write_predictions
 from finqa.prompts import EvalType
-from finqa.reply_journal import ReplyJournal, Slot, prompt_slots
-from finqa.report import write_report
 from finqa.sandbox import Sandbox, SandboxLimits
-from finqa.serving import Model, Served, served_models
+from finqa.scoring.evaluation_rows import EvalRow, read_rows
+from finqa.scoring.judging import judge
+from finqa.scoring.metrics import metrics
+from finqa.scoring.predictions import Prediction, write_predictions
+from finqa.scoring.reply_journal import ReplyJournal, Slot, prompt_slots
+from finqa.scoring.report import write_report
 from finqa.students import (
     StudentRun,
     default_device,

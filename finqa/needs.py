@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finqa.trainable import Speed
-from finqa.training_rows import NO_ROW, Example, LengthGrouped
+from finqa.tuning.trainable import Speed
+from finqa.tuning.training_rows import NO_ROW, Example, LengthGrouped
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

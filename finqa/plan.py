@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finqa import packing, parallel
+from finqa import parallel
 from finqa.errors import UserError
 from finqa.needs import GB, Load, Need, Sizes, disk_need, evaluation_need, read_config, sizes, training_need
-from finqa.trainable import Speed, no_such_layers
-from finqa.training_rows import Example
+from finqa.tuning import packing
+from finqa.tuning.trainable import Speed, no_such_layers
+from finqa.tuning.training_rows import Example
 
 if TYPE_CHECKING:
     from finqa.generation import GenerationConfig

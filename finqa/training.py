@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finqa import parallel
-from finqa.checkpoints import UNFINISHED, drop_damaged, last_checkpoint, told_when_full
 from finqa.errors import UserError
 from finqa.manifest import file_hash, write_json, write_manifest
-from finqa.packing import packed_collator
 from finqa.paths import Folders
 from finqa.plan import plan_training
 from finqa.students import (
@@ -30,15 +28,17 @@ from finqa.students import (
     resolve_model,
 )
 from finqa.tracking import wandb_run
-from finqa.trainable import Speed, check_trainable, is_packed, made_trainable, trainable
-from finqa.training_figure import draw_training
-from finqa.training_rows import Example, Families, SharedRows, collator, read_training_rows, rows_hash, tokenised
+from finqa.tuning.checkpoints import UNFINISHED, drop_damaged, last_checkpoint, told_when_full
+from finqa.tuning.packing import packed_collator
+from finqa.tuning.trainable import Speed, check_trainable, is_packed, made_trainable, trainable
+from finqa.tuning.training_figure import draw_training
+from finqa.tuning.training_rows import Example, Families, SharedRows, collator, read_training_rows, rows_hash, tokenised
 from finqa.weights import weights_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
-    from finqa.completion_trainer import CompletionTrainer
+    from finqa.tuning.completion_trainer import CompletionTrainer
 
 CHECKPOINTS_KEPT = 2
 CHECKPOINTS_PER_RUN = 10
@@ -110,7 +110,7 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
         if parallel.is_first():
             drop_damaged(folder)
 
-    from finqa.training_callbacks import TrainingLog, memory_used
+    from finqa.tuning.training_callbacks import TrainingLog, memory_used
 
     pad_id: Any = tokenizer.pad_token_id
     trainer = make_trainer(run, replace(config, speed=speed), examples, pad_id, folder)
@@ -159,8 +159,8 @@ def make_trainer(
     """The Trainer of a run, its model made ready; `base` is loaded where it is not given."""
     from transformers import set_seed
 
-    from finqa.completion_trainer import CompletionTrainer, without_printing
-    from finqa.training_callbacks import EpochOrder
+    from finqa.tuning.completion_trainer import CompletionTrainer, without_printing
+    from finqa.tuning.training_callbacks import EpochOrder
 
     device = parallel.own_device(default_device())
     bf16 = multiplies_bf16(device)

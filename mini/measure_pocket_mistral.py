@@ -18,15 +18,15 @@ from importlib.util import find_spec
 from typing import Any
 
 from finqa.datasets import dataset
+from finqa.engines.serving import served_models
 from finqa.errors import UserError, report_errors
 from finqa.evaluation import read_rows, score
 from finqa.generation import GenerationConfig
 from finqa.manifest import package_versions, write_json
-from finqa.metrics import metrics
 from finqa.paths import REPOSITORY, SHIPPED_DATA, Folders, write_atomically
 from finqa.prompts import EVAL_TYPES, messages
 from finqa.sandbox import Sandbox
-from finqa.serving import served_models
+from finqa.scoring.metrics import metrics
 from finqa.student_settings import settings_for
 from finqa.students import StudentRun, load_tokenizer, prompt_ids
 from mini.families import Kind, families

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from finqa.errors import report_errors
-from finqa.evidence import evidence
 from finqa.paths import REPOSITORY, Folders
 from finqa.records import Question, write_questions
 from finqa.sandbox import Run
+from finqa.scoring.evidence import evidence
 from finqa.weights import weights_hash
 
 

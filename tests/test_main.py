@@ -16,8 +16,8 @@ import pytest
 from finqa.answers import match
 from finqa.errors import report_errors
 from finqa.paths import REPOSITORY, Folders
-from finqa.predictions import read_predictions
 from finqa.records import TeacherRow, write_teacher_rows
+from finqa.scoring.predictions import read_predictions
 
 SETTINGS = ["--lora-r", "8", "--lora-alpha", "16", "--learning-rate", "1e-2", "--optim", "adamw_torch", "-BS", "4"]
 QUICK = ["-MSL", "512", "--max-new-tokens", "16", "-EBS", "8", "--no-push"]

@@ -153,6 +153,42 @@ def test_training_leaves_a_crosscoder_and_its_figures(diff, data_folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("difference-sae", "held-out explained variance: difference "),
+        ("partition", "confirmed by latent scaling: "),
+        ("l1", "confirmed by latent scaling: "),
+    ],
+)
+def test_every_method_has_a_checkpoint_and_metrics_of_its_own(diff, data_folder, tiny_student, method, said):
+    _, results = diff
+    names = ("FinQA-mini", tiny_student, "--data-dir", data_folder, "--layer", "2", "--results-dir", results.parent)
+    output = run("train.py", *names, "--epochs", "5", "--no-push", "--method", method)
+    assert output.returncode == 0, output.stderr
+    assert said in output.stdout
+    name = f"tiny-student_1k_samples_{method}"
+    metrics = json.loads((results.parent / name / "metrics.json").read_text())
+    assert metrics["method"] == method
+    assert (metrics["latent_scaling"] is None) == (method == "difference-sae")
+    model = BatchTopKCrosscoder.from_pretrained(data_folder / "models" / "crosscoders" / name)
+    assert model.config.method == method
+
+
+@pytest.mark.slow
+def test_the_published_settings_say_what_they_do_not_reproduce(diff, data_folder, tiny_student):
+    _, results = diff
+    names = ("FinQA-mini", tiny_student, "--data-dir", data_folder, "--layer", "2", "--results-dir", results.parent)
+    small = ("--latents", "64", "--k", "4", "--step-tokens", "128", "--name", "as-published", "--no-push")
+    output = run("train.py", *names, "--preset", "published", *small)
+    assert output.returncode == 0, output.stderr
+    assert "not as in the published run: rows of train" in output.stdout
+    training = json.loads((results.parent / "as-published" / "run.json").read_text())["training"]
+    kept = ("learning_rate", "seed", "decoder_norm", "directions", "aux_weight", "l1_weight")
+    assert [training[name] for name in kept] == [5e-5, 49, 0.08, "apart", 0.0, 2.0]
+
+
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(diff, data_folder, tiny_student, tmp_path: Path):
     _, results = diff
     command = ["train.py", "FinQA-mini", tiny_student, "--data-dir", data_folder, "--layer", "2", "--epochs", "20"]

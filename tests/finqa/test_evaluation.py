@@ -10,16 +10,16 @@ import pytest
 from finqa.datasets import dataset
 from finqa.errors import UserError
 from finqa.evaluation import score, summary, write_results
-from finqa.evaluation_rows import EvalRow, read_rows
 from finqa.generation import Reply
-from finqa.judging import judge
 from finqa.manifest import write_json
-from finqa.metrics import compare, mcnemar, metrics, wilson
 from finqa.paths import Folders
-from finqa.predictions import Prediction, read_predictions
 from finqa.records import Question, TeacherRow, write_questions, write_teacher_rows
-from finqa.report import write_report
 from finqa.sandbox import ERROR_KINDS, Sandbox
+from finqa.scoring.evaluation_rows import EvalRow, read_rows
+from finqa.scoring.judging import judge
+from finqa.scoring.metrics import compare, mcnemar, metrics, wilson
+from finqa.scoring.predictions import Prediction, read_predictions
+from finqa.scoring.report import write_report
 
 MINI = dataset("FinQA-mini")
 

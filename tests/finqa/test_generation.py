@@ -9,15 +9,15 @@ import pytest
 
 from finqa.adapter_check import AGREEMENT, compare
 from finqa.datasets import dataset
+from finqa.engines.hugging_face_engine import GumbelNoise, hugging_face
+from finqa.engines.serving import MODELS, check_backend, served_models
 from finqa.errors import UserError
 from finqa.evaluation import EvaluationConfig
 from finqa.generation import Generate, GenerationConfig, Reply, all_replies, cut_at_stop
-from finqa.hugging_face_engine import GumbelNoise, hugging_face
 from finqa.paths import Folders
 from finqa.programs import to_python
 from finqa.prompts import training_prompt
 from finqa.records import TeacherRow, write_teacher_rows
-from finqa.serving import MODELS, check_backend, served_models
 from finqa.student_settings import StudentSettings, settings_for
 from finqa.students import StudentRun, load_base, load_tokenizer, prompt_ids
 from finqa.training import TrainingConfig, fine_tune

@@ -16,8 +16,8 @@ from finqa.generation import GenerationConfig
 from finqa.needs import Load, Sizes, disk_need, evaluation_need, read_config, sizes, training_need
 from finqa.student_settings import DEFAULTS
 from finqa.students import StudentRun, load_base
-from finqa.trainable import Speed, made_trainable
-from finqa.training_rows import Example
+from finqa.tuning.trainable import Speed, made_trainable
+from finqa.tuning.training_rows import Example
 
 GB = 1e9
 ALL_THAT_IS_FAST = Speed()

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from finqa.evaluation import write_results
-from finqa.evaluation_rows import EvalRow
 from finqa.generation import Reply
-from finqa.judging import judge
 from finqa.manifest import write_json
-from finqa.reply_journal import ReplyJournal, prompt_slots, settings_key
 from finqa.sandbox import Sandbox
+from finqa.scoring.evaluation_rows import EvalRow
+from finqa.scoring.judging import judge
+from finqa.scoring.reply_journal import ReplyJournal, prompt_slots, settings_key
 
 SETTINGS = {"max_new_tokens": 16, "base_hash": "abc", "temperature": 0.0}
 PROMPTS = [[1, 2], [3], [1, 2]]

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from training_parts import SETTINGS, folders_with_rows, launch, script, teacher_row
 
-from finqa.checkpoints import last_checkpoint
 from finqa.errors import UserError
 from finqa.paths import Folders
 from finqa.students import StudentRun, load_adapter, load_base, load_tokenizer, training_ids
-from finqa.trainable import loss_on_completion
 from finqa.training import TrainingConfig, fine_tune
-from finqa.training_rows import (
+from finqa.tuning.checkpoints import last_checkpoint
+from finqa.tuning.trainable import loss_on_completion
+from finqa.tuning.training_rows import (
     NO_LOSS,
     Example,
     LengthGrouped,
@@ -74,7 +74,7 @@ def test_attention_in_blocks_equals_torch_attention_forwards_and_backwards(lengt
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    from finqa.cpu_attention import BlockCausalAttention
+    from finqa.tuning.cpu_attention import BlockCausalAttention
 
     torch.manual_seed(length)
     query = torch.randn(2, 6, length, 16, dtype=torch.float64, requires_grad=True)
@@ -164,7 +164,7 @@ def test_a_run_that_is_killed_ends_in_the_weights_of_one_that_was_not(
     shutil.copytree(folders.data / "clean_with_code", again.data / "clean_with_code")
     dying = (
         "import os, signal\n"
-        "from finqa.completion_trainer import CompletionTrainer\n"
+        "from finqa.tuning.completion_trainer import CompletionTrainer\n"
         "step = CompletionTrainer.training_step\n"
         "def to_die(self, *a, **k):\n"
         "    if self.state.global_step == 17: os.kill(os.getpid(), signal.SIGKILL)\n"

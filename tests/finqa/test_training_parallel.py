@@ -15,7 +15,7 @@ from finqa.errors import UserError
 from finqa.paths import REPOSITORY
 from finqa.students import StudentRun
 from finqa.training import TrainingConfig, _claim, _identity
-from finqa.training_rows import NO_ROW, Example, LengthGrouped, SharedRows, collator
+from finqa.tuning.training_rows import NO_ROW, Example, LengthGrouped, SharedRows, collator
 
 N_ROWS = 43
 FP32 = (
@@ -100,7 +100,7 @@ def test_two_processes_that_are_killed_go_on_from_their_checkpoint_to_the_same_w
     folders = [folders_with_rows(tmp_path / name, N_ROWS) for name in ("whole", "killed")]
     dying = (
         "import os, signal\n"
-        "from finqa.completion_trainer import CompletionTrainer\n"
+        "from finqa.tuning.completion_trainer import CompletionTrainer\n"
         "step = CompletionTrainer.training_step\n"
         "def to_die(self, *a, **k):\n"
         "    if self.state.global_step == 9: os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from training_parts import SETTINGS, folders_with_rows, read_log, teacher_row
 
+from finqa.engines.serving import served_models
 from finqa.errors import UserError
 from finqa.generation import GenerationConfig
 from finqa.needs import read_config, sizes
-from finqa.serving import served_models
 from finqa.student_settings import SETTINGS as STUDENTS
 from finqa.student_settings import StudentSettings, settings_for
 from finqa.students import StudentRun, load_base, load_tokenizer, prompt_ids, training_ids
-from finqa.trainable import Speed, made_trainable
 from finqa.training import TrainingConfig, fine_tune
-from finqa.training_rows import NO_LOSS, collator, tokenised
+from finqa.tuning.trainable import Speed, made_trainable
+from finqa.tuning.training_rows import NO_LOSS, collator, tokenised
 
 EIGHT_BIT = replace(SETTINGS, optim="adamw_8bit", lora_dropout=0.0, num_epochs=2, lora_r=32)
 """A matrix of under 4,096 numbers keeps its state in fp32, so the rank is larger."""
@@ -95,7 +95,7 @@ def test_a_4_bit_base_is_not_trained_as_a_whole(tmp_path: Path):
     ("wrong", "says"), [({"peft": False}, "give -P"), ({"load_in_4bit": True}, "leave out -F"), ({}, "needs a GPU")]
 )
 def test_an_8_bit_base_is_refused_before_anything_is_loaded(wrong: dict, says: str):
-    from finqa.trainable import check_trainable
+    from finqa.tuning.trainable import check_trainable
 
     run = StudentRun("FinQA-mini", "pocket-mistral", SETTINGS, **wrong)
     with pytest.raises(UserError, match=says):

@@ -52,7 +52,7 @@ def script(folder: Path, name: str, run: Any, config: Any, prelude: str = "") ->
         "from finqa.paths import Folders\n"
         "from finqa.student_settings import StudentSettings\n"
         "from finqa.students import StudentRun\n"
-        "from finqa.trainable import Speed\n"
+        "from finqa.tuning.trainable import Speed\n"
         "from finqa.training import TrainingConfig, fine_tune\n"
         f"{prelude}\n"
         "def main():\n"

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback, Trainer
 
-from finqa.training_rows import LengthGrouped
+from finqa.tuning.training_rows import LengthGrouped
 
 if TYPE_CHECKING:
-    from finqa.captured_steps import CapturedSteps
+    from finqa.tuning.captured_steps import CapturedSteps
 
 
 class CompletionTrainer(Trainer):
@@ -38,7 +38,7 @@ class CompletionTrainer(Trainer):
         return optimizer
 
     def capture_steps(self) -> None:
-        """Compute steps as CUDA graphs (finqa.captured_steps): one GPU, packed rows."""
+        """Compute steps as CUDA graphs (finqa.tuning.captured_steps): one GPU, packed rows."""
         self._capture = True
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
@@ -46,7 +46,7 @@ class CompletionTrainer(Trainer):
         if not self._capture:
             return super().training_step(model, inputs, num_items_in_batch)
         if self.captured is None:
-            from finqa.captured_steps import CapturedSteps
+            from finqa.tuning.captured_steps import CapturedSteps
 
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             self.captured = CapturedSteps(trained, lambda batch, n: model(**batch, num_items_in_batch=n).loss)

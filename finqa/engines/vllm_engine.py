@@ -1,4 +1,4 @@
-"""Replies by vLLM, on a GPU or a CPU: an engine in this process, or several beside it (`finqa.data_parallel`)."""
+"""Replies by vLLM, on a GPU or a CPU: an engine in this process, or several beside it (data_parallel)."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class RunningEngine:
 def running_engine(arguments: EngineArguments) -> Iterator[RunningEngine]:
     """As many engines as the configuration asks for; they are gone at the end of the block."""
     if arguments.config.data_parallel > 1:
-        from finqa.data_parallel import parallel_engines
+        from finqa.engines.data_parallel import parallel_engines
 
         with parallel_engines(arguments) as (generate, facts):
             yield RunningEngine(generate, facts, None)

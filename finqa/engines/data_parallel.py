@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from finqa.engines.vllm_engine import EngineArguments, vllm_engine, vllm_generate
 from finqa.errors import UserError
 from finqa.generation import Generate, Reply
 from finqa.students import default_device
-from finqa.vllm_engine import EngineArguments, vllm_engine, vllm_generate
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finqa.predictions import Prediction, read_predictions
 from finqa.prompts import EVAL_TYPES
+from finqa.scoring.predictions import Prediction, read_predictions
 
 ORDER = ("zero-shot", "few-shot", "fine-tuned")
 assert set(ORDER) == set(EVAL_TYPES)

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from finqa.training_rows import NO_LOSS, Example
+from finqa.tuning.training_rows import NO_LOSS, Example
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from finqa.finished_evaluations import Evaluation, families
+from finqa.scoring.finished_evaluations import Evaluation, families
 
 COLORS = {"zero-shot": "#0072B2", "few-shot": "#56B4E9", "fine-tuned": "#D55E00"}
 """Of the Okabe-Ito palette, which colour-blind readers can tell apart."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from finqa.generation import Reply
 from finqa.paths import write_atomically
-from finqa.predictions import prompt_hash, read_predictions
+from finqa.scoring.predictions import prompt_hash, read_predictions
 
 Slot = tuple[str, int]
 """sha256 of a prompt's token ids, and which of the replies to it."""

@@ -18,7 +18,7 @@ from finqa import parallel
 from finqa.paths import write_atomically
 
 if TYPE_CHECKING:
-    from finqa.completion_trainer import CompletionTrainer
+    from finqa.tuning.completion_trainer import CompletionTrainer
 
 LINE_EVERY_S = 10.0
 

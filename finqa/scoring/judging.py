@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from finqa import answers, prompts
-from finqa.evaluation_rows import EvalRow
 from finqa.generation import Reply
-from finqa.predictions import PROMPT_TOO_LONG, Prediction, Sample, prompt_hash
 from finqa.sandbox import Run, Sandbox
-from finqa.voting import majority
+from finqa.scoring.evaluation_rows import EvalRow
+from finqa.scoring.predictions import PROMPT_TOO_LONG, Prediction, Sample, prompt_hash
+from finqa.scoring.voting import majority
 
 
 def judge(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from finqa.answers import RULES, Rule
-from finqa.predictions import PREDICTION_ERROR_KINDS, Prediction
+from finqa.scoring.predictions import PREDICTION_ERROR_KINDS, Prediction
 
 Z_95 = 1.959963984540054
 """Two-sided 95% quantile of the normal distribution."""

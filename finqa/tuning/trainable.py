@@ -27,7 +27,7 @@ class Speed:
     captured: bool = True
     """Short steps as CUDA graphs, on one GPU with packed rows."""
     fp8_base: bool = False
-    """The frozen base in 8-bit floats (finqa.fp8_base)."""
+    """The frozen base in 8-bit floats (finqa.tuning.fp8_base)."""
     checkpointing: bool | None = None
     """Activations of a layer are computed again in the backward pass: less memory, a third more time. None: where
     the memory asks for it (finqa.plan)."""
@@ -49,18 +49,18 @@ def made_trainable(base: PreTrainedModel, run: StudentRun, speed: Speed) -> PreT
     device = next(base.parameters()).device.type
     base.config.use_cache = False
     if device == "cpu":
-        from finqa.cpu_attention import use_block_causal
+        from finqa.tuning.cpu_attention import use_block_causal
 
         use_block_causal(base)
     elif speed.packed:
-        from finqa.packing import use_packed
+        from finqa.tuning.packing import use_packed
 
         use_packed(base)
     loss_on_completion(base)
     model = _with_adapter(base, run) if run.peft else base
     check_trainable(run, speed, device)
     if speed.fp8_base:
-        from finqa.fp8_base import to_fp8
+        from finqa.tuning.fp8_base import to_fp8
 
         to_fp8(decoder_layers(base))
     if speed.checkpointing:
@@ -72,8 +72,8 @@ def made_trainable(base: PreTrainedModel, run: StudentRun, speed: Speed) -> PreT
 
 
 def is_packed(model: PreTrainedModel) -> bool:
-    """Whether the model takes the batches of finqa.packing."""
-    from finqa.packing import NAME
+    """Whether the model takes the batches of finqa.tuning.packing."""
+    from finqa.tuning.packing import NAME
 
     return model.config._attn_implementation == NAME
 
@@ -136,7 +136,7 @@ def loss_on_completion(model: PreTrainedModel) -> None:
     """
     from transformers.modeling_outputs import CausalLMOutput
 
-    from finqa.training_rows import NO_LOSS, completion_positions
+    from finqa.tuning.training_rows import NO_LOSS, completion_positions
 
     def forward(
         self: Any,
@@ -148,7 +148,7 @@ def loss_on_completion(model: PreTrainedModel) -> None:
     ) -> CausalLMOutput:
         """The loss is a mean over labelled tokens of the whole update.
 
-        input_ids, labels [rows, length] as the collator makes them, or a batch of finqa.packing.
+        input_ids, labels [rows, length] as the collator makes them, or a batch of finqa.tuning.packing.
         """
         import torch
 

@@ -6,10 +6,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from finqa.accuracy_figure import accuracy_figure
-from finqa.finished_evaluations import Evaluation, families, read_evaluations
-from finqa.metrics import compare
 from finqa.paths import SPLITS, write_atomically
+from finqa.scoring.accuracy_figure import accuracy_figure
+from finqa.scoring.finished_evaluations import Evaluation, families, read_evaluations
+from finqa.scoring.metrics import compare
 
 FIGURE = "accuracy.png"
 

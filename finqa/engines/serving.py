@@ -28,7 +28,7 @@ from finqa.students import (
 from finqa.weights import check_base, weights_hash
 
 if TYPE_CHECKING:
-    from finqa.vllm_engine import LogProbs
+    from finqa.engines.vllm_engine import LogProbs
 
 Model = Literal["base", "fine-tuned"]
 MODELS: tuple[Model, ...] = get_args(Model)
@@ -86,7 +86,7 @@ def served_models(
 def _by_hugging_face(
     run: StudentRun, student: Path | None, adapter: bool, wanted: Sequence[Model], config: GenerationConfig
 ) -> Iterator[Served]:
-    from finqa.hugging_face_engine import hugging_face
+    from finqa.engines.hugging_face_engine import hugging_face
 
     tokenizer = load_tokenizer(run.model, run.revision)
     facts = {"engine": "transformers", "device": default_device(), "dtype": "bfloat16", "batch_size": config.batch_size}
@@ -107,7 +107,7 @@ def _by_vllm_with_requests(
     run: StudentRun, student: Path | None, wanted: Sequence[Model], config: GenerationConfig
 ) -> Iterator[Served]:
     """One engine for base and adapter: a GPU serves both at full speed."""
-    from finqa.vllm_engine import EngineArguments, running_engine
+    from finqa.engines.vllm_engine import EngineArguments, running_engine
 
     tokenizer: Any = load_tokenizer(run.model, run.revision)
     ends = end_ids(tokenizer.eos_token_id)
@@ -122,7 +122,7 @@ def _by_vllm_with_requests(
 def _by_vllm_one_at_a_time(
     run: StudentRun, student: Path | None, adapter: bool, wanted: Sequence[Model], config: GenerationConfig
 ) -> Iterator[Served]:
-    from finqa.vllm_engine import EngineArguments, running_engine
+    from finqa.engines.vllm_engine import EngineArguments, running_engine
 
     tokenizer: Any = load_tokenizer(run.model, run.revision)
     ends = end_ids(tokenizer.eos_token_id)
