@@ -199,6 +199,21 @@ def test_a_loss_that_is_no_number_stops_the_run_at_its_step(store, tmp_path: Pat
         run.fit()
 
 
+def test_a_run_that_diverges_stops_at_its_step_and_never_saves_over_the_last_good_state(store, tmp_path: Path):
+    run = trainer(store, tmp_path, log_every=1000)
+    run._start()
+    for _ in range(5):
+        run._step()
+    run.save_state()
+    good = (tmp_path / STATE_FILE).read_bytes()
+    run.model.W_dec.data *= 1000
+    for _ in range(3):
+        run._step()
+    with pytest.raises(UserError, match="at step 6; the last good state is .*training_state"):
+        run.save_state()
+    assert (tmp_path / STATE_FILE).read_bytes() == good
+
+
 def test_a_store_smaller_than_a_batch_still_trains(tmp_path: Path):
     write_store(tmp_path / "small", planted_activations(100, 12, 16))
     run = trainer(ActivationStore(tmp_path / "small"), tmp_path / "run", replace(SETTINGS, batch_size=400, epochs=1))
