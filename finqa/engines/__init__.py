@@ -1,1 +1,4 @@
-"""What writes replies (finqa.generation): vLLM or Hugging Face; `serving` decides which, and how it gets the adapter."""
+"""What writes replies (finqa.generation): vLLM or Hugging Face.
+
+`serving` decides which, and how it gets the adapter.
+"""
