@@ -209,7 +209,7 @@ def test_a_run_that_diverges_stops_at_its_step_and_never_saves_over_the_last_goo
     run.model.W_dec.data *= 1000
     for _ in range(3):
         run._step()
-    with pytest.raises(UserError, match="at step 6; the last good state is .*training_state"):
+    with pytest.raises(UserError, match=r"at step 6; the last good state is .*training_state"):
         run.save_state()
     assert (tmp_path / STATE_FILE).read_bytes() == good
 
