@@ -7,6 +7,7 @@ what one would at the same batch. `ALONE` is the one process of an ordinary run,
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ def ranks_from_environment(device: torch.device | str) -> Ranks:
 
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)  # its threads, still there at the end, would abort the process
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,7 @@ def test_vllm_replies_as_hugging_face_does_for_base_and_for_the_merged_adapter(
     assert found["kl_base_on_vllm_tokens"] <= found["kl_base"] * 1.001
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 4, reason="two engines take minutes on fewer than four cores")
 @pytest.mark.slow
 def test_two_engines_share_the_prompts_and_sample_as_one_does(pocket: tuple[StudentRun, Path, list[list[int]]]):
     pytest.importorskip("vllm")
