@@ -54,11 +54,24 @@ def wait_for_all() -> None:
     import torch
     from accelerate import PartialState
 
+    loaded_before_joining()
     state = PartialState(cpu=not torch.cuda.is_available())
     try:
         state.wait_for_everyone()
     except RuntimeError:  # the connection is closed: the launcher stops the others, and the one that failed said why
         sys.exit(1)
+
+
+def loaded_before_joining() -> None:
+    """Call this before a process group is made, so that it can be destroyed.
+
+    The functions of torch.distributed.nn have the group of that moment as a default argument; where they are first
+    imported later (by an optimizer), they keep it and its threads for ever, which can abort the process at its end.
+    """
+    import torch
+
+    if torch.distributed.is_available():
+        import torch.distributed.nn
 
 
 def total(number: float) -> float:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from finqa import parallel
 from finqa.errors import UserError
 
 
@@ -98,6 +99,7 @@ def ranks_from_environment(device: torch.device | str) -> Ranks:
     import torch.distributed as dist
 
     if not dist.is_initialized():
+        parallel.loaded_before_joining()
         dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)  # its threads, still there at the end, would abort the process
     return Ranks(dist.get_rank(), dist.get_world_size())

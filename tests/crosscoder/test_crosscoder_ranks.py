@@ -23,8 +23,15 @@ METHODS = ("batchtopk", "l1", "partition", "difference-sae")
 
 WORKER = '''
 """Trains one dictionary: worker.py STORE FOLDER METHOD EPOCHS"""
-import json, sys
+import atexit, json, sys
 from pathlib import Path
+
+@atexit.register  # before the group's own: it runs after it
+def note_threads():
+    if ranks.world > 1:
+        threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+        (folder / f"threads-{ranks.rank}.json").write_text(json.dumps(threads))
+
 import torch
 from crosscoder.activation_store import ActivationStore
 from crosscoder.methods import new_dictionary
@@ -100,6 +107,10 @@ def test_two_processes_have_the_loss_of_one(worker, tmp_path: Path, method: str)
     # Both processes hold the same parameters to the last bit, and the first alone has written.
     mine, other = (torch.load(two / f"parameters-{rank}.pt") for rank in range(2))
     assert torch.equal(mine, other)
+    # Neither left a thread of the group behind, which would abort the process once in a while.
+    for path in two.glob("threads-*.json"):
+        assert not [name for name in json.loads(path.read_text()) if "gloo" in name]
+        path.unlink()
     names = {path.name for path in two.iterdir()}
     assert names == {"config.json", "model.safetensors", "log-0.jsonl", "parameters-0.pt", "parameters-1.pt"}
     thresholds = [json.loads((folder / "config.json").read_text())["threshold"] for folder in (one, two)]
