@@ -70,8 +70,8 @@ def collection(args: argparse.Namespace) -> dict[str, Any]:
     """Tokens/s of every way for the instruct model, the fine-tuned model and both."""
     import torch
 
-    from crosscoder.collection import Document
-    from crosscoder.readers import Target, adapter_readers, default_reader, fuse_norms
+    from crosscoder.activations.collection import Document
+    from crosscoder.activations.readers import Target, adapter_readers, default_reader, fuse_norms
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     documents = [Document(row.id, row.ids, row.n_prompt) for row in random_rows(args.documents)]
@@ -125,8 +125,8 @@ def measured(setup: Setup, way: Way, pair: tuple[Any, Any], documents: Sequence[
 
 
 def project_way(setup: Setup, pair: tuple[Any, Any], documents: Sequence[Any], folder: Path) -> None:
-    from crosscoder.activation_writer import SetWriter
-    from crosscoder.collection import planned_shards, record, stored_documents, token_table
+    from crosscoder.activations.collection import planned_shards, record, stored_documents, token_table
+    from crosscoder.activations.writer import SetWriter
 
     bos = SHAPES["bos_token_id"]
     shards = planned_shards(documents, bos, SHARD_TOKENS, BATCH_TOKENS)
@@ -235,7 +235,7 @@ def with_adapter(base: Any, rank: int, device: str) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from crosscoder.readers import in_the_models_dtype
+    from crosscoder.activations.readers import in_the_models_dtype
 
     names = ["q_proj", "k_proj", "v_proj", "o_proj"]
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, init_lora_weights=False)

@@ -105,7 +105,7 @@ def fresh(n_latents: int, args: argparse.Namespace) -> tuple[Any, Any]:
 def by_hand(n_latents: int, args: argparse.Namespace, dead_share: float) -> Callable[[Tensor], None]:
     import torch
 
-    from crosscoder.gpu_step import GpuStep
+    from crosscoder.training.gpu_step import GpuStep
 
     model, adam = fresh(n_latents, args)
     step = GpuStep(model, adam, "mse", max_grad_norm=1.0)
@@ -120,7 +120,7 @@ def by_hand(n_latents: int, args: argparse.Namespace, dead_share: float) -> Call
 def by_autograd(n_latents: int, args: argparse.Namespace, dtype: Any) -> Callable[[Tensor], None]:
     import torch
 
-    from crosscoder.losses import reconstruction_loss
+    from crosscoder.training.losses import reconstruction_loss
 
     model, adam = fresh(n_latents, args)
     torch.backends.cuda.matmul.allow_tf32 = False

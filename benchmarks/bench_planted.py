@@ -30,9 +30,9 @@ from finqa.errors import report_errors
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from crosscoder.activation_store import ActivationStore
+    from crosscoder.activations.store import ActivationStore
     from crosscoder.model import BatchTopKCrosscoder
-    from crosscoder.planted import Planted
+    from crosscoder.study.planted import Planted
 
 D_MODEL, N_SHARED, N_ADDED = 64, 96, 8
 SHARED_FREQUENCY, ADDED_FREQUENCY = 0.04, 0.01
@@ -123,7 +123,7 @@ def main() -> None:
 
 def runs(methods: list[str], seeds: list[int], n_tokens: int) -> Iterator[Outcome]:
     """One outcome a method, magnitude and seed."""
-    from crosscoder.planted import Kind, plant, planted_store
+    from crosscoder.study.planted import Kind, plant, planted_store
 
     for magnitude in MAGNITUDES:
         for seed in seeds:
@@ -144,12 +144,12 @@ def outcome_of(
     """Train one dictionary and compare it with what was planted."""
     import torch
 
-    from crosscoder import analysis
-    from crosscoder.latent_scaling import latent_scaling
     from crosscoder.methods import new_dictionary
-    from crosscoder.planted import best_matches
-    from crosscoder.sizing import sized_configs
-    from crosscoder.trainer import Trainer
+    from crosscoder.reading import analysis
+    from crosscoder.reading.latent_scaling import latent_scaling
+    from crosscoder.study.planted import best_matches
+    from crosscoder.training.sizing import sized_configs
+    from crosscoder.training.trainer import Trainer
 
     method, settings = METHODS[name]
     common = {"n_latents": N_LATENTS, "batch_size": BATCH, "learning_rate": LEARNING_RATE, "epochs": EPOCHS}
@@ -196,7 +196,7 @@ def claims_of(model: BatchTopKCrosscoder) -> Tensor:
     """[latent] mask: those that the method itself says belong to what differs."""
     import torch
 
-    from crosscoder import analysis
+    from crosscoder.reading import analysis
 
     latents = torch.arange(model.config.n_latents)
     if model.config.method in ("partition", "difference-sae"):

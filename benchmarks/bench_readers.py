@@ -36,8 +36,8 @@ def measured(repeats: int) -> dict[str, Any]:
     """Milliseconds a call of nnsight, hooks, and a model that ends at the layer and is not read, on the CPU."""
     import torch
 
+    from crosscoder.activations.readers import Target, reader
     from crosscoder.names import default_layer
-    from crosscoder.readers import Target, reader
     from finqa import students
 
     def model() -> Any:

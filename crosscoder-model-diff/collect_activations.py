@@ -42,9 +42,9 @@ from finqa.paths import Folders
 from finqa.records import read_teacher_rows
 
 if TYPE_CHECKING:
-    from crosscoder.activation_writer import SetWriter
-    from crosscoder.collection import Document, Shard
-    from crosscoder.readers import Read, Target
+    from crosscoder.activations.collection import Document, Shard
+    from crosscoder.activations.readers import Read, Target
+    from crosscoder.activations.writer import SetWriter
 
 BATCH_TOKENS = {"cuda": 16_384, "cpu": 4096}
 """Large products are what makes a GPU fast; a CPU gains nothing from more."""
@@ -106,10 +106,10 @@ class Plan:
 
 def make_plan(args: argparse.Namespace, choices: list[ActivationChoice], folders: Folders) -> Plan:
     """Check all that can be checked without a model, say what is needed, and make ready the folders."""
-    from crosscoder import recorded_inputs, recording_plan
-    from crosscoder.activation_writer import SetWriter
-    from crosscoder.collection import planned_shards
-    from crosscoder.readers import Target, default_reader
+    from crosscoder.activations import recorded_inputs, recording_plan
+    from crosscoder.activations.collection import planned_shards
+    from crosscoder.activations.readers import Target, default_reader
+    from crosscoder.activations.writer import SetWriter
 
     first = choices[0]
     for choice in choices:
@@ -165,8 +165,8 @@ def say_what_it_takes(
     choice: ActivationChoice, base: str, fine_tuned: Path, device: str, dtype: str, batch_tokens: int, n_sets: int
 ) -> None:
     """Print the memory that the models and a batch take; UserError where they cannot fit."""
-    from crosscoder import recording_plan
-    from crosscoder.recorded_inputs import adapter_bytes
+    from crosscoder.activations import recording_plan
+    from crosscoder.activations.recorded_inputs import adapter_bytes
     from finqa.needs import read_config, sizes
 
     model = sizes(read_config(base))
@@ -179,7 +179,7 @@ def say_what_it_takes(
 
 def collect(args: argparse.Namespace, plan: Plan) -> None:
     """Record this process's share of the shards; the first process then makes the sets of them."""
-    from crosscoder.collection import record, stored_documents, token_table
+    from crosscoder.activations.collection import record, stored_documents, token_table
 
     started = time.monotonic()
     missing = [shard for shard in plan.shards if not all(writer.has(shard.number) for writer in plan.writers)]
@@ -228,8 +228,8 @@ def load_readers(plan: Plan) -> tuple[Read, Read]:
     """Readers of the instruct and the fine-tuned model."""
     import torch
 
-    from crosscoder.readers import adapter_readers, fuse_norms, in_the_models_dtype, reader
-    from crosscoder.recorded_inputs import is_adapter
+    from crosscoder.activations.readers import adapter_readers, fuse_norms, in_the_models_dtype, reader
+    from crosscoder.activations.recorded_inputs import is_adapter
 
     student = plan.choices[0].student
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[plan.dtype]

@@ -11,9 +11,9 @@
 
 Reads the activation set that the same names and flags make collect_activations.py write: D/activations/<set>/, else
 its copy on the Hub. Size of the dictionary, k, batch and passes follow from the width and number of the activations
-where no flag gives them (crosscoder/sizing.py). --preset published takes the published run's settings where no flag
-gives others, and prints what of that run it does not reproduce. Under torchrun each process takes an equal share of
-every batch; latents are selected over the whole batch, and the first process alone writes.
+where no flag gives them (crosscoder/training/sizing.py). --preset published takes the published run's settings where
+no flag gives others, and prints what of that run it does not reproduce. Under torchrun each process takes an equal
+share of every batch; latents are selected over the whole batch, and the first process alone writes.
 
 Writes the checkpoint D/models/crosscoders/<name>/ (model.safetensors, config.json; while under way the training state,
 from which the same command goes on after an interruption), and crosscoder-model-diff/results/<name>/: metrics.json,
@@ -42,8 +42,8 @@ from crosscoder.names import (
     hub_id,
     require_push,
 )
-from crosscoder.run_log import RunLog
-from crosscoder.sizing import NOT_REPRODUCED, PUBLISHED, sized_configs
+from crosscoder.training.run_log import RunLog
+from crosscoder.training.sizing import NOT_REPRODUCED, PUBLISHED, sized_configs
 from finqa import hub, students
 from finqa.errors import UserError, report_errors
 from finqa.manifest import write_json, write_manifest
@@ -51,10 +51,10 @@ from finqa.paths import Folders
 from finqa.tracking import wandb_run
 
 if TYPE_CHECKING:
-    from crosscoder.activation_store import ActivationStore
+    from crosscoder.activations.store import ActivationStore
     from crosscoder.model import BatchTopKCrosscoder
     from crosscoder.ranks import Ranks
-    from crosscoder.report import CrosscoderReport
+    from crosscoder.reading.report import CrosscoderReport
 
 
 def parse_args() -> argparse.Namespace:
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def open_store(folder: Path) -> ActivationStore:
-    from crosscoder.activation_store import ActivationStore
+    from crosscoder.activations.store import ActivationStore
 
     store = ActivationStore(folder)
     where = "in memory" if store.in_memory else "memory-mapped"
@@ -172,7 +172,7 @@ def train(
     import torch
 
     from crosscoder.methods import new_dictionary
-    from crosscoder.trainer import Trainer
+    from crosscoder.training.trainer import Trainer
 
     generator = torch.Generator().manual_seed(training.seed)
     model = new_dictionary(crosscoder, training.decoder_norm, generator, training.directions)
@@ -196,7 +196,7 @@ def train(
 def evaluate(
     model: BatchTopKCrosscoder, store: ActivationStore, training: TrainingConfig, log: RunLog
 ) -> CrosscoderReport:
-    from crosscoder.report import crosscoder_report
+    from crosscoder.reading.report import crosscoder_report
 
     return crosscoder_report(model, store, store.split(training.held_out_fraction, training.split_seed), log.records)
 
@@ -211,7 +211,7 @@ def write_results(
     log: RunLog,
 ) -> None:
     """metrics.json, the figure of the log, and the run manifest."""
-    from crosscoder.figures import save_figure, training_figure
+    from crosscoder.reading.figures import save_figure, training_figure
 
     held_out, on_training = report.held_out._asdict(), report.training._asdict()
     write_json(results / "metrics.json", asdict(report) | {"held_out": held_out, "training": on_training})

@@ -57,7 +57,7 @@ def main() -> None:
         f"{config.n_latents:,} latents, k {config.k}, 2 x {config.d_model}, threshold {model.threshold}: {args.target}"
     )
     if model.threshold is None:
-        print("the file has no threshold: give --threshold, or calibrate it (crosscoder.threshold.calibrate)")
+        print("the file has no threshold: give --threshold, or calibrate it (crosscoder.training.threshold.calibrate)")
 
 
 def convert(

@@ -58,9 +58,9 @@ def test_the_readers_are_compared(tmp_path: Path):
 def test_every_way_writes_the_same_activations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from safetensors.torch import load_file
 
-    from crosscoder.activation_store import ActivationStore
-    from crosscoder.collection import Document
-    from crosscoder.readers import Target, adapter_readers
+    from crosscoder.activations.collection import Document
+    from crosscoder.activations.readers import Target, adapter_readers
+    from crosscoder.activations.store import ActivationStore
 
     monkeypatch.setattr(sys, "argv", ["bench", "--layers", "2", "--d-model", "small"])
     base = random_student(parse_arguments(), "cpu")

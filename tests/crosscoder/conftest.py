@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from made_up_activations import D_MODEL, DOCUMENT_TOKENS, N_DOCUMENTS, planted_activations, write_store
 
-from crosscoder.activation_store import ActivationStore
+from crosscoder.activations.store import ActivationStore
 from finqa.paths import Folders
 from finqa.records import TeacherRow, write_teacher_rows
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from crosscoder.activation_store import StoredDocument
-from crosscoder.activation_writer import SetWriter
+from crosscoder.activations.store import StoredDocument
+from crosscoder.activations.writer import SetWriter
 
 N_DOCUMENTS, DOCUMENT_TOKENS, D_MODEL = 40, 50, 12
 

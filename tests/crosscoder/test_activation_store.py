@@ -12,9 +12,9 @@ import torch
 from made_up_activations import D_MODEL, DOCUMENT_TOKENS, N_DOCUMENTS, planted_activations, write_store
 from safetensors.torch import load_file
 
-from crosscoder.activation_store import ActivationStore, ShuffledOrder
-from crosscoder.activation_writer import SetWriter
-from crosscoder.feed import Feed
+from crosscoder.activations.feed import Feed
+from crosscoder.activations.store import ActivationStore, ShuffledOrder
+from crosscoder.activations.writer import SetWriter
 from finqa.errors import UserError
 
 

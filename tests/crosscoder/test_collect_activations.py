@@ -16,7 +16,7 @@ import torch
 from hub_contents import Account
 from hub_server import hub_server
 
-from crosscoder.activation_store import ActivationStore
+from crosscoder.activations.store import ActivationStore
 from finqa.paths import REPOSITORY
 
 FOLDER = REPOSITORY / "crosscoder-model-diff"

@@ -11,9 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crosscoder.activation_store import ActivationStore
-from crosscoder.activation_writer import SetWriter
-from crosscoder.collection import (
+from crosscoder.activations.collection import (
     Document,
     assert_same_ids,
     batches_by_length,
@@ -25,8 +23,10 @@ from crosscoder.collection import (
     stored_documents,
     token_table,
 )
-from crosscoder.readers import Read, Target, adapter_readers
-from crosscoder.recording_plan import check_memory, recording_need
+from crosscoder.activations.readers import Read, Target, adapter_readers
+from crosscoder.activations.recording_plan import check_memory, recording_need
+from crosscoder.activations.store import ActivationStore
+from crosscoder.activations.writer import SetWriter
 from finqa import students
 from finqa.errors import REMEDIES, UserError
 from finqa.needs import read_config, sizes

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from crosscoder import analysis
 from crosscoder.config import CrosscoderConfig
 from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.statistics import latent_statistics
+from crosscoder.reading import analysis
+from crosscoder.reading.statistics import latent_statistics
 
 
 def crosscoder(d_model: int = 12, n_latents: int = 9) -> BatchTopKCrosscoder:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from crosscoder import analysis
 from crosscoder.config import CrosscoderConfig
-from crosscoder.latent_scaling import CONDITIONS, LatentScaling, exclusive_counts, latent_scaling, verdict
 from crosscoder.methods import new_dictionary
 from crosscoder.model import BatchTopKCrosscoder
+from crosscoder.reading import analysis
+from crosscoder.reading.latent_scaling import CONDITIONS, LatentScaling, exclusive_counts, latent_scaling, verdict
 from finqa.errors import UserError
 
 D, F, N = 6, 9, 400

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crosscoder import losses
+from crosscoder.training import losses
 
 B, D = 5, 4
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from made_up_activations import planted_activations, write_store
 
-from crosscoder import losses, schedule
-from crosscoder.activation_store import ActivationStore
+from crosscoder.activations.store import ActivationStore
 from crosscoder.config import CrosscoderConfig, Method, TrainingConfig, check_together
 from crosscoder.methods import DifferenceSAE, L1Crosscoder, PartitionCrosscoder, new_dictionary
 from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.objective import Weights, objective
-from crosscoder.scaling import equal_difference_weight, fit_scaling
-from crosscoder.sizing import PUBLISHED, sized_configs
-from crosscoder.trainer import Trainer
+from crosscoder.training import losses, schedule
+from crosscoder.training.objective import Weights, objective
+from crosscoder.training.scaling import equal_difference_weight, fit_scaling
+from crosscoder.training.sizing import PUBLISHED, sized_configs
+from crosscoder.training.trainer import Trainer
 from finqa.errors import UserError
 
 D, F, B, K = 12, 24, 60, 3

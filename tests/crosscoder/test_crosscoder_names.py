@@ -18,7 +18,7 @@ from crosscoder.names import (
     hub_name,
     model_depth,
 )
-from crosscoder.sizing import default_batch, default_k, default_latents, sized_configs
+from crosscoder.training.sizing import default_batch, default_k, default_latents, sized_configs
 from finqa.errors import UserError
 from finqa.students import DEFAULT_MODEL, StudentRun, settings_for
 

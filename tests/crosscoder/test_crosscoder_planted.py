@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from crosscoder import analysis
 from crosscoder.config import Method
-from crosscoder.latent_scaling import LatentScaling, latent_scaling, verdict
 from crosscoder.methods import new_dictionary
 from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.planted import Kind, Planted, best_matches, plant, planted_store
-from crosscoder.sizing import sized_configs
-from crosscoder.trainer import Trainer
+from crosscoder.reading import analysis
+from crosscoder.reading.latent_scaling import LatentScaling, latent_scaling, verdict
+from crosscoder.study.planted import Kind, Planted, best_matches, plant, planted_store
+from crosscoder.training.sizing import sized_configs
+from crosscoder.training.trainer import Trainer
 
 D_MODEL, N_TOKENS, HELD_OUT = 96, 20_000, 0.2
 WEAK = 0.25

@@ -33,11 +33,11 @@ def note_threads():
         (folder / f"threads-{ranks.rank}.json").write_text(json.dumps(threads))
 
 import torch
-from crosscoder.activation_store import ActivationStore
+from crosscoder.activations.store import ActivationStore
 from crosscoder.methods import new_dictionary
 from crosscoder.ranks import ranks_from_environment
-from crosscoder.sizing import sized_configs
-from crosscoder.trainer import Trainer
+from crosscoder.training.sizing import sized_configs
+from crosscoder.training.trainer import Trainer
 
 torch.set_num_threads(1)
 store, folder, method, epochs = ActivationStore(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3], float(sys.argv[4])

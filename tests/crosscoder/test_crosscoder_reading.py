@@ -10,11 +10,11 @@ import pytest
 import torch
 from made_up_activations import D_MODEL
 
-from crosscoder import analysis, figures, tables
 from crosscoder.config import CrosscoderConfig
-from crosscoder.lens import Unembedding, promoted_tokens, read_unembedding
 from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.statistics import latent_statistics
+from crosscoder.reading import analysis, figures, tables
+from crosscoder.reading.lens import Unembedding, promoted_tokens, read_unembedding
+from crosscoder.reading.statistics import latent_statistics
 from finqa import students
 from finqa.errors import UserError
 

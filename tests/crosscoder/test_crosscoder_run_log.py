@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from crosscoder.run_log import RunLog, progress_line
-from crosscoder.trainer import StepRecord
+from crosscoder.training.run_log import RunLog, progress_line
+from crosscoder.training.trainer import StepRecord
 
 
 def record(step: int, loss: float = 1.0) -> StepRecord:

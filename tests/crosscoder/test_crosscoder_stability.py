@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from crosscoder.methods import new_dictionary
-from crosscoder.planted import Kind, plant, planted_store
-from crosscoder.sizing import sized_configs
-from crosscoder.stability import match, stability, subspace_overlap, vectors_of
-from crosscoder.trainer import Trainer
+from crosscoder.reading.stability import match, stability, subspace_overlap, vectors_of
+from crosscoder.study.planted import Kind, plant, planted_store
+from crosscoder.training.sizing import sized_configs
+from crosscoder.training.trainer import Trainer
 from finqa.errors import UserError
 
 

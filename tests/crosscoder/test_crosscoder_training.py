@@ -9,15 +9,15 @@ import pytest
 import torch
 from made_up_activations import planted_activations, write_store
 
-from crosscoder import analysis
-from crosscoder.activation_store import ActivationStore
+from crosscoder.activations.store import ActivationStore
 from crosscoder.checkpoint import STATE_FILE, read_config
 from crosscoder.config import CrosscoderConfig, TrainingConfig
-from crosscoder.liveness import Liveness, draw_anew
 from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.objective import objective
-from crosscoder.threshold import RunningThreshold, calibrated_threshold
-from crosscoder.trainer import StepRecord, Trainer
+from crosscoder.reading import analysis
+from crosscoder.training.liveness import Liveness, draw_anew
+from crosscoder.training.objective import objective
+from crosscoder.training.threshold import RunningThreshold, calibrated_threshold
+from crosscoder.training.trainer import StepRecord, Trainer
 from finqa.errors import UserError
 
 SHAPE = CrosscoderConfig(d_model=12, n_latents=24, k=4)

@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 from made_up_activations import D_MODEL, planted_activations, write_store
 from made_up_dashboards import HOSTILE, made_up_dashboard
 
-from crosscoder import tables
-from crosscoder.activation_store import ActivationStore
+from crosscoder.activations.store import ActivationStore
 from crosscoder.config import CrosscoderConfig
 from crosscoder.dashboard.builder import build_dashboard, token_texts
 from crosscoder.dashboard.encoding import encode
@@ -30,11 +29,12 @@ from crosscoder.dashboard.examples import BANDS, quantise
 from crosscoder.dashboard.firings import gather_firings, groups_within
 from crosscoder.dashboard.page import render, safe_json, write_dashboard
 from crosscoder.dashboard.records import LEVELS, Dashboard, DashboardConfig, Example
-from crosscoder.lens import Unembedding
 from crosscoder.methods import new_dictionary
 from crosscoder.names import ActivationChoice, crosscoder_folder
-from crosscoder.reading import Reading
-from crosscoder.statistics import LatentStatistics, latent_statistics
+from crosscoder.reading import tables
+from crosscoder.reading.lens import Unembedding
+from crosscoder.reading.opening import Reading
+from crosscoder.reading.statistics import LatentStatistics, latent_statistics
 from finqa import students
 from finqa.errors import UserError
 from finqa.paths import Folders

@@ -20,10 +20,10 @@ def test_weights_follow_those_of_autograd_with_and_without_dead_latents(reconstr
     pytest.importorskip("triton")
     import torch
 
-    from crosscoder import losses
     from crosscoder.config import CrosscoderConfig
-    from crosscoder.gpu_step import GpuStep
     from crosscoder.model import BatchTopKCrosscoder
+    from crosscoder.training import losses
+    from crosscoder.training.gpu_step import GpuStep
 
     device = "cpu" if INTERPRETED else "cuda"
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -7,9 +7,9 @@ import math
 
 import pytest
 
-from crosscoder.collection import Document
-from crosscoder.patching import agreement, batch_of, ceilings, program_logits, replaced, with_upper_half
-from crosscoder.readers import Target, reader
+from crosscoder.activations.collection import Document
+from crosscoder.activations.readers import Target, reader
+from crosscoder.study.patching import agreement, batch_of, ceilings, program_logits, replaced, with_upper_half
 
 SITES = ("mlp", "attention", "residual")
 

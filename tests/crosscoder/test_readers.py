@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crosscoder.names import SITES
-from crosscoder.readers import (
+from crosscoder.activations.readers import (
     ReaderKind,
     Target,
     adapter_readers,
@@ -19,6 +18,7 @@ from crosscoder.readers import (
     in_the_models_dtype,
     reader,
 )
+from crosscoder.names import SITES
 from finqa.errors import UserError
 
 KINDS: tuple[ReaderKind, ...] = ("nnsight", "hooks")

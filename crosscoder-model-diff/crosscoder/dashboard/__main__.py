@@ -41,14 +41,14 @@ def main() -> None:
     config = DashboardConfig(n_with_examples=args.examples_for)
     import torch
 
-    from crosscoder import tables
-    from crosscoder.analysis import explained_variance
     from crosscoder.config import N_MODELS
     from crosscoder.dashboard.builder import build_dashboard
     from crosscoder.dashboard.page import write_dashboard
-    from crosscoder.latent_scaling import latent_scaling
-    from crosscoder.reading import open_reading
-    from crosscoder.statistics import latent_statistics
+    from crosscoder.reading import tables
+    from crosscoder.reading.analysis import explained_variance
+    from crosscoder.reading.latent_scaling import latent_scaling
+    from crosscoder.reading.opening import open_reading
+    from crosscoder.reading.statistics import latent_statistics
 
     reading = open_reading(names)
     model, store = reading.model, reading.store

@@ -16,16 +16,16 @@ from crosscoder.config import N_MODELS
 from crosscoder.dashboard.examples import ExampleMaker
 from crosscoder.dashboard.firings import gather_firings, groups_within
 from crosscoder.dashboard.records import Column, Dashboard, DashboardConfig, Examples, LatentPage, Value
-from crosscoder.lens import Unembedding, promoted_tokens
+from crosscoder.reading.lens import Unembedding, promoted_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from crosscoder.analysis import ExplainedVariance
     from crosscoder.model import BatchTopKCrosscoder
-    from crosscoder.reading import Reading
-    from crosscoder.statistics import LatentStatistics
-    from crosscoder.tables import LatentRow
+    from crosscoder.reading.analysis import ExplainedVariance
+    from crosscoder.reading.opening import Reading
+    from crosscoder.reading.statistics import LatentStatistics
+    from crosscoder.reading.tables import LatentRow
 
 COLUMNS = (
     Column("kind", "class", "By Delta: below 0.1 instruct-only, 0.4 to 0.6 shared, above 0.9 fine-tuned-only.", "word"),

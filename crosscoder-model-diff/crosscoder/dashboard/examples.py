@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crosscoder.activation_store import ActivationStore
+from crosscoder.activations.store import ActivationStore
 from crosscoder.dashboard.records import LEVELS, Band, DashboardConfig, Example, Examples, TokenUse
 
 if TYPE_CHECKING:

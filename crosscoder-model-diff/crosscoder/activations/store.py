@@ -25,9 +25,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from crosscoder.activations.feed import BATCHES_AHEAD, Feed
+from crosscoder.activations.feed import ShuffledOrder as ShuffledOrder
 from crosscoder.config import N_MODELS
-from crosscoder.feed import BATCHES_AHEAD, Feed
-from crosscoder.feed import ShuffledOrder as ShuffledOrder
 from finqa.errors import UserError
 
 Place = Literal["auto", "gpu", "memory", "mapped"]

@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crosscoder import checkpoint, losses, schedule, training_state
-from crosscoder.activation_store import ActivationStore, ShuffledOrder, Split
+from crosscoder import checkpoint
+from crosscoder.activations.store import ActivationStore, ShuffledOrder, Split
 from crosscoder.config import TrainingConfig, check_together
-from crosscoder.liveness import Liveness, draw_anew
 from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.objective import Terms, Weights, objective
 from crosscoder.ranks import ALONE, Ranks, check_batch
-from crosscoder.scaling import equal_difference_weight, fit_scaling, sample_of
-from crosscoder.threshold import RunningThreshold, calibrate
+from crosscoder.training import losses, schedule
+from crosscoder.training import state as training_state
+from crosscoder.training.liveness import Liveness, draw_anew
+from crosscoder.training.objective import Terms, Weights, objective
+from crosscoder.training.scaling import equal_difference_weight, fit_scaling, sample_of
+from crosscoder.training.threshold import RunningThreshold, calibrate
 from finqa.errors import UserError
 
 MEDIAN_TOKENS = 16_384

@@ -1,4 +1,4 @@
-"""Writes activation sets (activation_store.py says what they are), so that a killed run loses only what was under way.
+"""Writes activation sets (store.py says what they are), so that a killed run loses only what was under way.
 
 A set is made beside its place, in `.<name>.partial`. A shard is written under a temporary name and renamed when it is
 whole, by any process and in any order, so an interrupted run goes on with the shards that are missing. The plan in
@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from crosscoder.activation_store import SetConfig, StoredDocument, shard_name
+from crosscoder.activations.store import SetConfig, StoredDocument, shard_name
 from crosscoder.checkpoint import save_tensors
 from crosscoder.config import N_MODELS
 from finqa.errors import UserError

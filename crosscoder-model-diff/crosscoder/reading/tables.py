@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from crosscoder import analysis
-from crosscoder.activation_store import ActivationStore
-from crosscoder.latent_scaling import LatentScaling, own_model, verdict
-from crosscoder.lens import Unembedding, promoted_tokens
+from crosscoder.activations.store import ActivationStore
 from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.statistics import LatentStatistics
+from crosscoder.reading import analysis
+from crosscoder.reading.latent_scaling import LatentScaling, own_model, verdict
+from crosscoder.reading.lens import Unembedding, promoted_tokens
+from crosscoder.reading.statistics import LatentStatistics
 from finqa.paths import write_atomically
 
 if TYPE_CHECKING:

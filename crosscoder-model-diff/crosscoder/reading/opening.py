@@ -22,9 +22,9 @@ from finqa.paths import Folders
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from crosscoder.activation_store import ActivationStore, Split
-    from crosscoder.lens import Unembedding
+    from crosscoder.activations.store import ActivationStore, Split
     from crosscoder.model import BatchTopKCrosscoder
+    from crosscoder.reading.lens import Unembedding
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ def open_reading(arguments: Sequence[str] = ()) -> Reading:
     Crosscoder and activation set come from their local folders, else from the Hub. UserError where one is missing,
     or where the crosscoder was trained on other activations.
     """
-    from crosscoder.activation_store import ActivationStore
+    from crosscoder.activations.store import ActivationStore
     from crosscoder.checkpoint import read_config
     from crosscoder.config import TrainingConfig
-    from crosscoder.lens import read_unembedding
     from crosscoder.model import BatchTopKCrosscoder
+    from crosscoder.reading.lens import read_unembedding
 
     parser = argparse.ArgumentParser(prog="reading")
     add_activation_flags(parser)

@@ -11,7 +11,7 @@ from crosscoder import checkpoint
 from finqa.errors import UserError
 
 if TYPE_CHECKING:
-    from crosscoder.trainer import Trainer
+    from crosscoder.training.trainer import Trainer
 
 
 def identity(trainer: Trainer) -> dict[str, Any]:

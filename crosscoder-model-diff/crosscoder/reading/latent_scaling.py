@@ -27,9 +27,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from crosscoder import analysis
 from crosscoder.config import N_MODELS
 from crosscoder.model import BatchTopKCrosscoder
+from crosscoder.reading import analysis
 from finqa.errors import UserError
 
 Condition = Literal["n", "beta", "nu_range", "nu_err", "nu_rec"]

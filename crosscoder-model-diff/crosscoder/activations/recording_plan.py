@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from crosscoder.activation_writer import BATCHES_BEHIND
+from crosscoder.activations.writer import BATCHES_BEHIND
 from crosscoder.config import N_MODELS
 from finqa.errors import UserError
 from finqa.needs import Need, Sizes

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosscoder.activation_store import ActivationStore
+from crosscoder.activations.store import ActivationStore
 from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.scaling import BATCH_TOKENS, sample_of
+from crosscoder.training.scaling import BATCH_TOKENS, sample_of
 from finqa.errors import UserError
 
 

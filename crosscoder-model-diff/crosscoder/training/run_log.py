@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finqa.paths import write_atomically
 
 if TYPE_CHECKING:
-    from crosscoder.trainer import StepRecord
+    from crosscoder.training.trainer import StepRecord
 
 LINE_EVERY_S = 5.0
 

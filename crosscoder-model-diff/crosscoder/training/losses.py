@@ -60,7 +60,7 @@ def auxiliary_loss(residual: Tensor, reconstructed: Tensor, ranks: Ranks = ALONE
 
 def batch_explained_variance(x: Tensor, xhat: Tensor) -> Tensor:
     """[2]: 1 - squared error / squared distance from the batch mean, for each input. For logs: the figure that is
-    reported is crosscoder.analysis.explained_variance, on held-out documents."""
+    reported is crosscoder.reading.analysis.explained_variance, on held-out documents."""
     error = (x - xhat).pow(2).sum(dim=(0, 2))
     total = (x - x.mean(dim=0)).pow(2).sum(dim=(0, 2))
     return 1 - error / total

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crosscoder.activation_store import ActivationStore, StoredDocument
-from crosscoder.activation_writer import SetWriter
+from crosscoder.activations.store import ActivationStore, StoredDocument
+from crosscoder.activations.writer import SetWriter
 
 SEED_OFFSET = 7_654_321
 

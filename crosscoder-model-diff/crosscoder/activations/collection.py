@@ -1,7 +1,7 @@
 """Records the activations of two models over the same tokens: documents, their order in a set, and the pass over them.
 
 Nothing here waits for the device between batches: ids go out by asynchronous copies, and what is read is written by
-activation_writer.BackgroundWriter while the next batch computes.
+writer.BackgroundWriter while the next batch computes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from crosscoder.activation_store import StoredDocument
-from crosscoder.activation_writer import BackgroundWriter, SetWriter
-from crosscoder.readers import Read, Target
+from crosscoder.activations.readers import Read, Target
+from crosscoder.activations.store import StoredDocument
+from crosscoder.activations.writer import BackgroundWriter, SetWriter
 from finqa.errors import UserError
 from finqa.prompts import completion
 from finqa.records import TeacherRow

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from crosscoder.collection import Document
-from crosscoder.readers import Target, decoder_layers, reader
+from crosscoder.activations.collection import Document
+from crosscoder.activations.readers import Target, decoder_layers, reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosscoder.activation_store import ActivationStore
+from crosscoder.activations.store import ActivationStore
 from crosscoder.model import BatchTopKCrosscoder
 from finqa.errors import UserError
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crosscoder import losses
 from crosscoder.config import TrainingConfig
 from crosscoder.model import BatchTopKCrosscoder
 from crosscoder.ranks import ALONE, Ranks
 from crosscoder.selection import Selection
+from crosscoder.training import losses
 
 
 class Weights(NamedTuple):

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from crosscoder import analysis
-from crosscoder.activation_store import ActivationStore, Split
-from crosscoder.analysis import ExplainedVariance
+from crosscoder.activations.store import ActivationStore, Split
 from crosscoder.config import N_MODELS
-from crosscoder.latent_scaling import exclusive_counts, latent_scaling
 from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.statistics import LatentStatistics, latent_statistics
+from crosscoder.reading import analysis
+from crosscoder.reading.analysis import ExplainedVariance
+from crosscoder.reading.latent_scaling import exclusive_counts, latent_scaling
+from crosscoder.reading.statistics import LatentStatistics, latent_statistics
 
 EVALUATION_BATCH = 4096
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crosscoder import analysis
-from crosscoder.analysis import ExplainedVariance
+from crosscoder.reading import analysis
+from crosscoder.reading.analysis import ExplainedVariance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,9 +15,9 @@ import torch
 import triton  # pyright: ignore[reportMissingImports]  not installed without a GPU
 from torch import Tensor
 
-from crosscoder import gpu_kernels as kernels
 from crosscoder.config import N_MODELS, Reconstruction
 from crosscoder.model import BatchTopKCrosscoder
+from crosscoder.training import gpu_kernels as kernels
 
 CAPACITY = 4
 """Candidates of the selection that there is room for, over the pairs that are kept."""
@@ -226,7 +226,7 @@ class GpuStep:
         weight: float,
         bias_gradient: Tensor,
     ) -> Tensor:
-        """The auxiliary loss (crosscoder.losses.auxiliary_loss); adds `weight` times its gradients to the others."""
+        """The auxiliary loss (losses.auxiliary_loss); adds `weight` times its gradients to the others."""
         values = torch.relu(product[:, dead].float() + self.model.b_enc[dead])
         if aux_k < len(dead):
             lowest = torch.topk(values * norms[dead], aux_k, dim=-1, sorted=False)

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from crosscoder.activation_store import read_set_config
-from crosscoder.collection import Document, assert_same_ids, documents_from_rows, fingerprint
+from crosscoder.activations.collection import Document, assert_same_ids, documents_from_rows, fingerprint
+from crosscoder.activations.store import read_set_config
 from crosscoder.names import ActivationChoice, find_folder
 from finqa import students
 from finqa.errors import UserError

@@ -1,0 +1,1 @@
+"""Activation sets: reading them off the models, on disk, and as shuffled batches."""

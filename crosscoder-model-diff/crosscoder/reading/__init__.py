@@ -1,0 +1,1 @@
+"""What a trained dictionary says: statistics, classes, tables, figures."""

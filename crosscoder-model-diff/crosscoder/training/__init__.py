@@ -1,0 +1,1 @@
+"""Training a dictionary: loss, schedule, threshold, resuming."""
