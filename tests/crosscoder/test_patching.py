@@ -9,7 +9,17 @@ import pytest
 
 from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target, reader
-from crosscoder.study.patching import agreement, batch_of, ceilings, program_logits, replaced, with_upper_half
+from crosscoder.study.halves import pair_of
+from crosscoder.study.patching import (
+    agreement,
+    batch_of,
+    batches,
+    ceilings,
+    patched_logits,
+    program_logits,
+    run_halves,
+)
+from finqa.errors import UserError
 
 SITES = ("mlp", "attention", "residual")
 
@@ -49,17 +59,86 @@ def documents(models):
     return made
 
 
-def test_a_model_patched_with_its_own_activation_is_as_it_was(models, documents):
+def test_the_halves_compute_what_the_models_compute(models, documents):
+    """Bit by bit: the empty patch is no patch."""
     import torch
 
+    pair, batch = pair_of(*models), batch_of(documents)
+    halves = run_halves(pair, batch, [1, 2, 3])
+    assert torch.equal(halves.reference, program_logits(models[1], batch))
+    for target in every_target():
+        own = halves.records[0][target.layer].site(target)
+        for value in (None, own):
+            logits = patched_logits(pair, halves, target, "sufficiency", "own", value)
+            assert torch.equal(logits, program_logits(models[0], batch))
+        assert torch.equal(own, reader(models[0], [target], "hooks")(batch.ids)[0])
+        assert torch.equal(patched_logits(pair, halves, target, "necessity", "own", None), halves.reference)
+
+
+def test_the_shortcut_past_a_layer_is_the_layer(models, documents):
+    """What an MLP gives is added to the stream without running its layer again; a hook gives the same."""
+    import dataclasses
+
+    import torch
+
+    class Unknown(type(run_halves(pair_of(*models), batch_of(documents), [2]).records[0][2])):
+        between = None
+
+    pair, batch, target = pair_of(*models), batch_of(documents), Target(2, "mlp")
+    halves = run_halves(pair, batch, [2])
+    given = halves.records[1][2].mlp
+    assert halves.records[0][2].between is not None
+    short = patched_logits(pair, halves, target, "sufficiency", "own", given)
+    hidden = Unknown(*(getattr(halves.records[0][2], f.name) for f in dataclasses.fields(halves.records[0][2])))
+    slow = dataclasses.replace(halves, records=({2: hidden}, halves.records[1]))
+    assert torch.equal(short, patched_logits(pair, slow, target, "sufficiency", "own", given))
+    assert not torch.equal(short, halves.reference)
+
+
+def test_an_adapter_is_a_pair_of_models(models, documents):
+    """One model with its adapter off and on is patched as two models are."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    adapted = get_peft_model(copy.deepcopy(models[0]), settings).eval()
+    whole = copy.deepcopy(adapted).merge_and_unload()
+    targets = [Target(2, "mlp"), Target(3, "residual")]
+    of_adapter, of_two = ceilings(adapted, None, documents, targets), ceilings(models[0], whole, documents, targets)
+    for ours, theirs in zip(of_adapter, of_two, strict=True):
+        assert ours.divergence_closed == pytest.approx(theirs.divergence_closed, abs=1e-4)
+    assert 0 < of_two[0].divergence_closed < 1
+
+
+def test_positions_are_the_parts_of_a_document(models, documents):
     batch = batch_of(documents)
-    expected = program_logits(models[0], batch)
-    for site in SITES:
-        target = Target(2, site)
-        (own,) = reader(models[0], [target], "hooks")(batch.ids)
-        with replaced(models[0], target, own, batch.patched):
-            torch.testing.assert_close(program_logits(models[0], batch), expected)
-    torch.testing.assert_close(program_logits(models[0], batch), expected)
+    parts = {name: batch.at(name) for name in ("all", "prompt", "completion", "last prompt token")}
+    assert (parts["all"] == parts["prompt"] ^ parts["completion"]).all()
+    assert parts["last prompt token"].sum(1).tolist() == [1] * len(documents)
+    assert not (parts["last prompt token"] & ~parts["prompt"]).any()
+    # The program is predicted from the last prompt token on, and patched at its own tokens.
+    assert (parts["last prompt token"] & ~batch.predicting).sum() == 0
+    assert parts["completion"].sum(1).tolist() == [5] * len(documents)
+
+
+def test_documents_come_in_batches_of_like_length_and_each_once(documents):
+    found = list(batches(documents, batch_tokens=40))
+    assert sorted(int(i) for chosen, _ in found for i in chosen) == list(range(len(documents)))
+    assert len(found) > 2 and all(batch.ids.numel() <= 40 for _, batch in found)
+
+
+def test_the_size_of_a_batch_does_not_change_the_ceilings(models, documents):
+    one, many = (ceilings(*models, documents, [Target(2, "mlp")], batch_tokens=n) for n in (20, 10_000))
+    for a, b in zip(one, many, strict=True):
+        assert a.divergence_closed == pytest.approx(b.divergence_closed, abs=1e-5) and a.exact == b.exact
+
+
+def test_models_of_two_shapes_are_no_pair(models):
+    other = copy.deepcopy(models[0])
+    other.model.layers = other.model.layers[:2]
+    with pytest.raises(UserError, match="differ in shape"):
+        pair_of(models[0], other)
 
 
 def test_bos_and_padding_are_never_patched(models, documents):
@@ -86,13 +165,13 @@ def test_the_last_residual_carries_all_and_an_untouched_layer_nothing(models, do
 def test_with_the_other_upper_half_the_layers_above_are_the_other_models(models, documents):
     import torch
 
-    instruct, fine_tuned = models
     batch = batch_of(documents)
-    hybrid = with_upper_half(instruct, fine_tuned, 1)
-    torch.testing.assert_close(program_logits(hybrid, batch), program_logits(fine_tuned, batch))
-    kept = with_upper_half(instruct, fine_tuned, 2)
-    torch.testing.assert_close(program_logits(kept, batch), program_logits(instruct, batch))
-    assert len(instruct.model.layers) == 3 and instruct.model.layers[1] is not fine_tuned.model.layers[1]
+    pair, halves = pair_of(*models), run_halves(pair_of(*models), batch, [1, 2])
+    # The second layer alone differs: above the first it is the other model's, above the second nothing is.
+    hybrid = patched_logits(pair, halves, Target(1, "mlp"), "sufficiency", "other", None)
+    assert torch.equal(hybrid, halves.reference)
+    kept = patched_logits(pair, halves, Target(2, "mlp"), "sufficiency", "other", None)
+    assert torch.equal(kept, program_logits(models[0], batch))
 
 
 def test_identical_models_have_no_gap_to_close(models, documents):

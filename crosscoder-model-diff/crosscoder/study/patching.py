@@ -11,24 +11,23 @@ the other model's (`other`): the fine-tuned upper half above a patched instruct 
 
 from __future__ import annotations
 
-import contextlib
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from crosscoder.activations.collection import Document
-from crosscoder.activations.readers import Target, decoder_layers, reader
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from crosscoder.activations.collection import Document, batches_by_length
+from crosscoder.activations.readers import Target
+from crosscoder.study.halves import Frame, LayerRecord, Pair, Side, after_patch, pair_of, record_layers
 
 Direction = Literal["sufficiency", "necessity"]
 Carrier = Literal["own", "other"]
+Positions = Literal["all", "prompt", "completion", "last prompt token"]
 Key = tuple[Target, Direction, Carrier]
+BATCH_TOKENS = 2_048
+"""Padded; small batches stay in a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,26 @@ class Batch:
     """[documents, time] bool: positions whose next token is of the program or its end."""
     patched: Tensor
     """[documents, time] bool: positions that a patch may change; not BOS, not padding."""
+    n_prompt: Tensor
+    """[documents] int64."""
+
+    def at(self, positions: Positions) -> Tensor:
+        """[documents, time] bool: the positions that a patch of this name changes."""
+        place, first = torch.arange(self.ids.shape[1], device=self.ids.device)[None], self.n_prompt[:, None]
+        match positions:
+            case "all":
+                return self.patched
+            case "prompt":
+                return self.patched & (place < first)
+            case "completion":
+                return self.patched & (place >= first)
+            case "last prompt token":
+                return self.patched & (place == first - 1)
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How near a model is to the fine-tuned one on gold programs, a number for each document."""
+    """How near a model is to the fine-tuned one on programs, a number for each document; on the CPU."""
 
     divergence: Tensor
     """[documents] fp64: mean over the program's tokens of KL(fine-tuned || model), nats."""
@@ -67,9 +81,11 @@ class Ceiling:
     """Share of programs that are exact with the patch."""
     exact_recovered: float
     """Sufficiency: (exact - instruct) / (fine-tuned - instruct); necessity: (fine-tuned - exact) over the same."""
+    n: int
+    """Documents."""
 
 
-def batch_of(documents: Sequence[Document], skip_first: bool = True) -> Batch:
+def batch_of(documents: Sequence[Document], skip_first: bool = True, device: Any = "cpu") -> Batch:
     """`skip_first`: the first token is BOS and stays as it is."""
     longest = max(len(document.ids) for document in documents)
     ids = torch.zeros(len(documents), longest, dtype=torch.int64)
@@ -80,99 +96,120 @@ def batch_of(documents: Sequence[Document], skip_first: bool = True) -> Batch:
         ids[row, :length] = torch.tensor(document.ids)
         predicting[row, document.n_prompt - 1 : length - 1] = True
         patched[row, int(skip_first) : length] = True
-    return Batch(ids, predicting, patched)
+    n_prompt = torch.tensor([document.n_prompt for document in documents])
+    return Batch(*(tensor.to(device) for tensor in (ids, predicting, patched, n_prompt)))
 
 
-@contextlib.contextmanager
-def replaced(model: nn.Module, target: Target, activation: Tensor, where: Tensor) -> Iterator[None]:
-    """While open, `target` of the model gives `activation` [documents, time, d_model] at the positions `where`."""
-    block = decoder_layers(model)[target.layer - 1]
-    module = {"attention": "self_attn", "mlp": "mlp"}.get(target.site)
-
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        changed = torch.where(where[..., None], activation.to(hidden.dtype), hidden)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    handle = (getattr(block, module) if module else block).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+def batches(
+    documents: Sequence[Document], device: Any = "cpu", batch_tokens: int = BATCH_TOKENS
+) -> Iterator[tuple[Tensor, Batch]]:
+    """Batches of like length, each with the indices of its documents."""
+    order = sorted(range(len(documents)), key=lambda i: len(documents[i].ids))
+    for run in batches_by_length([len(documents[i].ids) for i in order], batch_tokens):
+        chosen = [order[place] for place in run]
+        yield torch.tensor(chosen), batch_of([documents[i] for i in chosen], device=device)
 
 
-def with_upper_half(lower: Any, upper: Any, layer: int) -> Any:
-    """`lower` up to and with `layer` (counted from 1), `upper` above; the modules are shared, nothing is copied."""
-    model = copy.copy(lower)
-    model._modules = dict(lower._modules)
-    model._modules["model"] = inner = copy.copy(lower.model)
-    inner._modules = dict(lower.model._modules)
-    inner._modules["layers"] = nn.ModuleList([*lower.model.layers[:layer], *upper.model.layers[layer:]])
-    for name in ("norm", "rotary_emb"):
-        inner._modules[name] = upper.model._modules[name]
-    model._modules["lm_head"] = upper._modules["lm_head"]
-    return model
+@dataclass(frozen=True)
+class Halves:
+    """Both models on one batch, as far as the layers that are patched."""
+
+    batch: Batch
+    frame: Frame
+    records: tuple[dict[int, LayerRecord], dict[int, LayerRecord]]
+    """Of the instruct and the fine-tuned model, by layer (from 1)."""
+    reference: Tensor
+    """[predicting positions, vocabulary] fp32: the fine-tuned model's logits, document after document."""
+
+
+@torch.no_grad()
+def run_halves(pair: Pair, batch: Batch, layers: Sequence[int]) -> Halves:
+    """Run the instruct model up to the last of `layers`, the fine-tuned one to its end."""
+    records = []
+    for side in pair:
+        hidden = side.embedded(batch.ids)
+        frame = side.frame(hidden)
+        records.append(record_layers(side, hidden, frame, layers))
+    last = max(layers)
+    hidden = pair.fine_tuned.through(records[1][last].residual, range(last, pair.depth), frame)
+    reference = pair.fine_tuned.logits(hidden[batch.predicting])
+    return Halves(batch, frame, (records[0], records[1]), reference)
+
+
+def sides(pair: Pair, direction: Direction, carrier: Carrier) -> tuple[int, Side, Side]:
+    """Index of the receiving model, that model, and whose layers run above the patch."""
+    receiver = 0 if direction == "sufficiency" else 1
+    above = receiver if carrier == "own" else 1 - receiver
+    return receiver, pair[receiver], pair[above]
+
+
+@torch.no_grad()
+def patched_logits(
+    pair: Pair, halves: Halves, target: Target, direction: Direction, carrier: Carrier, value: Tensor | None
+) -> Tensor:
+    """[predicting positions, vocabulary] fp32 where the site gives `value` [documents, time, d_model]; None: its own.
+
+    `value` holds for every position: the receiver's own activation where nothing is patched.
+    """
+    number, receiver, above = sides(pair, direction, carrier)
+    record = halves.records[number][target.layer]
+    if value is None:
+        hidden = above.through(record.residual, range(target.layer, pair.depth), halves.frame)
+    else:
+        hidden = after_patch(receiver, above, record, target, value, halves.frame)
+    return above.logits(hidden[halves.batch.predicting])
 
 
 @torch.no_grad()
 def program_logits(model: Any, batch: Batch) -> Tensor:
-    """[predicting positions, vocabulary] fp32, document after document."""
+    """[predicting positions, vocabulary] fp32 of a whole model, document after document."""
     hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state[batch.predicting]
     return model.lm_head(hidden).float()
 
 
+@torch.no_grad()
 def agreement(logits: Tensor, fine_tuned: Tensor, batch: Batch) -> Agreement:
-    """Of a model's program_logits with the fine-tuned model's."""
+    """Of a model's logits at the predicting positions with the fine-tuned model's."""
     ours, theirs = logits.log_softmax(-1), fine_tuned.log_softmax(-1)
     divergence = (theirs.exp() * (theirs - ours)).sum(-1).double()
     true = torch.roll(batch.ids, -1, dims=1)[batch.predicting]
     wrong = logits.argmax(-1) != true
     document = batch.predicting.nonzero()[:, 0]
     counts = batch.predicting.sum(1)
-    sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, document, divergence)
-    mistakes = torch.zeros(len(counts)).index_add_(0, document, wrong.float())
-    return Agreement(sums / counts, mistakes == 0)
-
-
-def patched_agreement(
-    instruct: PreTrainedModel,
-    fine_tuned: PreTrainedModel,
-    batch: Batch,
-    target: Target,
-    direction: Direction,
-    carrier: Carrier,
-    reference: Tensor,
-) -> Agreement:
-    """Of the patched model with the fine-tuned one, whose program_logits are `reference`."""
-    receiver, giver = (instruct, fine_tuned) if direction == "sufficiency" else (fine_tuned, instruct)
-    model = receiver if carrier == "own" else with_upper_half(receiver, giver, target.layer)
-    (activation,) = reader(giver, [target], "hooks")(batch.ids)
-    with replaced(model, target, activation, batch.patched):
-        return agreement(program_logits(model, batch), reference, batch)
+    sums = torch.zeros_like(counts, dtype=torch.float64).index_add_(0, document, divergence)
+    mistakes = torch.zeros_like(counts).index_add_(0, document, wrong.long())
+    return Agreement((sums / counts).cpu(), (mistakes == 0).cpu())
 
 
 def ceilings(
-    instruct: PreTrainedModel,
-    fine_tuned: PreTrainedModel,
+    instruct: Any,
+    fine_tuned: Any,
     documents: Sequence[Document],
     targets: Sequence[Target],
     directions: Sequence[Direction] = ("sufficiency", "necessity"),
     carriers: Sequence[Carrier] = ("own", "other"),
-    batch_size: int = 100,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> list[Ceiling]:
-    """Every combination over all documents, both models in eval mode on the CPU, in fp32 or as they are."""
+    """Every combination over all documents, both models in eval mode.
+
+    `fine_tuned` None: `instruct` is a PeftModel, whose adapter is switched off and on.
+    """
+    pair = pair_of(instruct, fine_tuned)
     keys: list[Key] = [(t, d, c) for t in targets for d in directions for c in carriers]
-    plain: list[tuple[Agreement, Agreement]] = []
-    parts: dict[Key, list[Agreement]] = {key: [] for key in keys}
-    for start in range(0, len(documents), batch_size):
-        batch = batch_of(documents[start : start + batch_size])
-        reference = program_logits(fine_tuned, batch)
-        without = agreement(program_logits(instruct, batch), reference, batch)
-        plain.append((without, agreement(reference, reference, batch)))
-        for key in keys:
-            parts[key].append(patched_agreement(instruct, fine_tuned, batch, *key, reference))
-    base, full = (_joined([pair[i] for pair in plain]) for i in range(2))
-    return [_ceiling(*key, _joined(parts[key]), base, full) for key in keys]
+    base, full = _blank(len(documents)), _blank(len(documents))
+    patched = {key: _blank(len(documents)) for key in keys}
+    for chosen, batch in batches(documents, pair.instruct.device, batch_tokens):
+        halves = run_halves(pair, batch, [target.layer for target in targets])
+        first: Key = (targets[0], "sufficiency", "own")
+        _put(base, chosen, agreement(patched_logits(pair, halves, *first, None), halves.reference, batch))
+        _put(full, chosen, agreement(halves.reference, halves.reference, batch))
+        for target, direction, carrier in keys:
+            number = sides(pair, direction, carrier)[0]
+            own, given = (halves.records[m][target.layer].site(target) for m in (number, 1 - number))
+            value = torch.where(batch.patched[..., None], given, own)
+            logits = patched_logits(pair, halves, target, direction, carrier, value)
+            _put(patched[target, direction, carrier], chosen, agreement(logits, halves.reference, batch))
+    return [_ceiling(*key, patched[key], base, full) for key in keys]
 
 
 def _ceiling(
@@ -189,8 +226,13 @@ def _ceiling(
         divergence_closed=1 - remaining if direction == "sufficiency" else remaining,
         exact=exact,
         exact_recovered=distance / (high - low) if high != low else float("nan"),
+        n=len(patched.exact),
     )
 
 
-def _joined(parts: Sequence[Agreement]) -> Agreement:
-    return Agreement(torch.cat([p.divergence for p in parts]), torch.cat([p.exact for p in parts]))
+def _blank(n: int) -> Agreement:
+    return Agreement(torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.bool))
+
+
+def _put(whole: Agreement, chosen: Tensor, part: Agreement) -> None:
+    whole.divergence[chosen], whole.exact[chosen] = part.divergence, part.exact
