@@ -8,6 +8,7 @@
 Reads the filtered rows of a split (prompt and program, as the very token ids the student was trained on), the base
 model, and the adapter: from D/models/<dataset>/<model-id>/, else from the Hub. One model is in memory, its adapter
 switched off for index 0 (instruct) and on for index 1 (fine-tuned); with --merged a second one, the merged model.
+--against RUN_NAME puts another fine-tune of that base in index 0, so that two fine-tunes are compared.
 Several layers and sites are read in one pass of each model, which runs up to the last of them and no further.
 Padding is never recorded, BOS only with --keep-bos.
 
@@ -40,6 +41,7 @@ from finqa.errors import report_errors
 from finqa.manifest import write_manifest
 from finqa.paths import Folders
 from finqa.records import read_teacher_rows
+from finqa.weights import check_base, weights_hash
 
 if TYPE_CHECKING:
     from crosscoder.activations.collection import Document, Shard
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = {"cuda": 16_384, "cpu": 4096}
 """Large products are what makes a GPU fast; a CPU gains nothing from more."""
+INSTRUCT_ADAPTER = "instruct"
 
 
 def parse_args() -> argparse.Namespace:
@@ -99,6 +102,8 @@ class Plan:
     skip_id: int | None
     """The token that is not recorded."""
     fine_tuned: Path
+    instruct: Path | None
+    """The adapter in the base model's place."""
     device: str
     dtype: str
     reader: Any
@@ -118,13 +123,14 @@ def make_plan(args: argparse.Namespace, choices: list[ActivationChoice], folders
     rows = read_teacher_rows(rows_file)
     base = students.resolve_model(first.student.model, first.student.revision)
     fine_tuned = recorded_inputs.find_fine_tuned(first, folders)
+    instruct = recorded_inputs.find_instruct(first, folders)
     shape = recording_plan.model_shape(base)
     shape.check_layers([choice.resolved_layer for choice in choices])
     documents, bos_id = recorded_inputs.tokenize(rows, first, fine_tuned)
 
     device = args.device or students.default_device()
     dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
-    facts = recorded_inputs.describe_inputs(first, base, fine_tuned, rows_file) | {"dtype": dtype}
+    facts = recorded_inputs.describe_inputs(first, base, fine_tuned, rows_file, instruct) | {"dtype": dtype}
     batch_tokens = args.batch_tokens or BATCH_TOKENS.get(device.partition(":")[0], BATCH_TOKENS["cpu"])
     skip_id = None if first.keep_bos else bos_id
     missing, inputs, writers = [], [], []
@@ -155,6 +161,7 @@ def make_plan(args: argparse.Namespace, choices: list[ActivationChoice], folders
         shards=shards,
         skip_id=skip_id,
         fine_tuned=fine_tuned,
+        instruct=instruct,
         device=parallel.own_device(device),
         dtype=dtype,
         reader=args.reader or default_reader(),
@@ -241,9 +248,12 @@ def load_readers(plan: Plan) -> tuple[Read, Read]:
         for model in models:
             fuse_norms(model)
     if is_adapter(plan.fine_tuned):
-        adapted = students.load_adapter(base, plan.fine_tuned).eval()
-        in_the_models_dtype(adapted, dtype)
-        return adapter_readers(adapted, plan.targets, plan.reader)
+        adapted = students.load_adapter(base, plan.fine_tuned)
+        if plan.instruct:
+            check_base(plan.instruct, weights_hash(str(base.name_or_path)))
+            adapted.load_adapter(str(plan.instruct), INSTRUCT_ADAPTER)
+        in_the_models_dtype(adapted.eval(), dtype)
+        return adapter_readers(adapted, plan.targets, plan.reader, INSTRUCT_ADAPTER if plan.instruct else None)
     instruct, fine_tuned = (reader(model, plan.targets, plan.reader) for model in models)
     return instruct, fine_tuned
 

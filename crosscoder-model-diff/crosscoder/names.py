@@ -25,6 +25,8 @@ Site = Literal["attention", "mlp", "residual"]
 SITES: tuple[Site, ...] = get_args(Site)
 """In the order in which a layer computes them."""
 DEFAULT_RESULTS = REPOSITORY / "crosscoder-model-diff" / "results"
+UNNAMED = "unnamed"
+"""What stands for an empty run name in a name."""
 HUB_NAME_LENGTH = 96
 """Longest repository name that the Hub takes."""
 
@@ -46,6 +48,8 @@ class ActivationChoice:
     merged: bool = False
     """The fine-tuned model is the merged one, not base + adapter."""
     keep_bos: bool = False
+    against: str | None = None
+    """Run name of another fine-tune of the same base that takes the instruct model's place; None is the base."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 2:
@@ -54,6 +58,8 @@ class ActivationChoice:
             raise UserError(f"--layer counts from 1, and is {self.layer}")
         if self.site not in SITES:
             raise UserError(f"--site is one of {', '.join(SITES)}, not {self.site}")
+        if self.against is not None and (self.merged or not self.student.peft):
+            raise UserError("--against pairs two adapters of one base; leave out --merged and --no-peft")
 
     @property
     def resolved_layer(self) -> int:
@@ -70,7 +76,16 @@ class ActivationChoice:
         parts += [
             word for word, chosen in (("raw", self.raw), ("merged", self.merged), ("bos", self.keep_bos)) if chosen
         ]
-        return "-".join(parts)
+        return "-".join([*parts, *self._against_words])
+
+    @property
+    def _against_words(self) -> list[str]:
+        return [] if self.against is None else ["against", self.against or UNNAMED]
+
+    @property
+    def instruct_student(self) -> StudentRun | None:
+        """The fine-tune in the instruct model's place; None where that is the base itself."""
+        return None if self.against is None else replace(self.student, run_name=self.against)
 
     @property
     def crosscoder_name(self) -> str:
@@ -79,8 +94,8 @@ class ActivationChoice:
         short = local.name if local else self.student.model.split("/")[-1]
         n = self.num_samples
         samples = f"{n // 1024}k" if n % 1024 == 0 else str(n)
-        suffix = f"-{self.student.run_name}" if self.student.run_name else ""
-        return f"{short}_{samples}_samples_batchtopk{suffix}"
+        suffix = [self.student.run_name] if self.student.run_name else []
+        return "-".join([f"{short}_{samples}_samples_batchtopk", *suffix, *self._against_words])
 
     def command(self, script: str) -> str:
         """The command that runs `script` for this choice, with the flags that are not at their default."""
@@ -94,6 +109,7 @@ class ActivationChoice:
         words += [f"--site {self.site}"] if self.site != "mlp" else []
         words += [f"--{word}" for word, chosen in (("raw", self.raw), ("merged", self.merged)) if chosen]
         words += ["--keep-bos"] if self.keep_bos else []
+        words += [f"--against {self.against or repr('')}"] if self.against is not None else []
         return " ".join(words)
 
 
@@ -114,6 +130,9 @@ def add_activation_flags(parser: argparse.ArgumentParser, several: bool = False)
     add("--raw", action="store_true", help="join prompt and program without the chat template")
     add("--merged", action="store_true", help="use the merged model instead of base + adapter")
     add("--keep-bos", action="store_true", help="keep the first token, whose activation is an outlier")
+    add(
+        "--against", metavar="RUN_NAME", help="another fine-tune in the base model's place ('': the one without a name)"
+    )
     add_folder_flags(parser, results=False)
 
 
@@ -151,6 +170,7 @@ def choice_from_args(args: argparse.Namespace) -> ActivationChoice:
         raw=args.raw,
         merged=args.merged,
         keep_bos=args.keep_bos,
+        against=args.against,
     )
 
 

@@ -9,15 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hub_contents import Account
 from hub_server import hub_server
+from safetensors.torch import load_file, save_file
 
 from crosscoder.activations.store import ActivationStore
-from finqa.paths import REPOSITORY
+from crosscoder.names import ActivationChoice
+from finqa import students
+from finqa.paths import REPOSITORY, Folders
 
 FOLDER = REPOSITORY / "crosscoder-model-diff"
 SCRIPT = "collect_activations.py"
@@ -169,3 +173,29 @@ def test_a_set_goes_to_the_hub_and_comes_back(data, tiny_student, tmp_path: Path
         got = {name: (fetched / name).read_bytes() for name in pushed}
         assert got == pushed
         assert len(ActivationStore(fetched)) > 0
+
+
+def test_two_fine_tunes_are_compared_with_each_other(data, tiny_student):
+    """Index 0 is what the other fine-tune has as its index 1 against the base."""
+    adapter = students.find_adapter(fine_tuned(tiny_student, ""), Folders(data=data))
+    other = Folders(data=data).model("FinQA-mini", fine_tuned(tiny_student, "other").model_id)
+    shutil.copytree(adapter, other)
+    weights = {name: tensor * 2 for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file(weights, other / "adapter_model.safetensors")
+    run_names = {"plain": (), "other": ("--run-name", "other"), "pair": ("--run-name", "other", "--against", "")}
+    stores = {}
+    for name, words in run_names.items():
+        output = run(*names(tiny_student, data), *words, "--layer", "2")
+        assert output.returncode == 0, output.stderr
+        choice = ActivationChoice(fine_tuned(tiny_student, words[1] if words else ""), layer=2)
+        choice = replace(choice, against="") if name == "pair" else choice
+        stores[name] = ActivationStore(Folders(data=data).activations(choice.name))
+    every = torch.arange(len(stores["pair"]))
+    pair = stores["pair"].read(every)
+    assert torch.equal(pair[:, 0], stores["plain"].read(every)[:, 1])
+    assert torch.equal(pair[:, 1], stores["other"].read(every)[:, 1])
+    assert stores["pair"].config.recorded["fingerprint"] != stores["other"].config.recorded["fingerprint"]
+
+
+def fine_tuned(student: Path, run_name: str) -> students.StudentRun:
+    return students.StudentRun("FinQA-mini", str(student), students.settings_for(str(student)), run_name=run_name)

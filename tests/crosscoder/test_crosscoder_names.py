@@ -40,6 +40,11 @@ SEVEN_B = "mistralai_Mistral-7B-Instruct-v0.3-peftq_proj_k_proj_v_proj_o_proj-bs
         ({"site": "residual", "layer": 3, "num_samples": 50}, f"{SEVEN_B}-FinQA-test-layer3-residual-50"),
         ({"raw": True, "merged": True, "keep_bos": True}, f"{SEVEN_B}-FinQA-test-layer17-mlp-1024-raw-merged-bos"),
         ({"split": "dev", "dataset": "FinQA-mini"}, f"{SEVEN_B}-FinQA-mini-dev-layer17-mlp-1024"),
+        ({"against": "sham"}, f"{SEVEN_B}-FinQA-test-layer17-mlp-1024-against-sham"),
+        (
+            {"against": "", "run_name": "seed-4"},
+            f"{SEVEN_B}-seed-4-FinQA-test-layer17-mlp-1024-against-unnamed",
+        ),
     ],
 )
 def test_an_activation_sets_name_says_what_was_recorded(options, name):
@@ -81,6 +86,7 @@ def test_one_layer_and_site_are_all_that_a_crosscoder_is_trained_on(capsys):
         (choice(num_samples=2048), "Mistral-7B-Instruct-v0.3_2k_samples_batchtopk"),
         (choice(num_samples=800), "Mistral-7B-Instruct-v0.3_800_samples_batchtopk"),
         (choice(run_name="sham"), "Mistral-7B-Instruct-v0.3_1k_samples_batchtopk-sham"),
+        (choice(against="sham"), "Mistral-7B-Instruct-v0.3_1k_samples_batchtopk-against-sham"),
         (choice("pocket-mistral"), "pocket-mistral_1k_samples_batchtopk"),
     ],
 )
@@ -97,6 +103,15 @@ def test_the_depth_is_read_from_the_models_configuration(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 5}))
     assert model_depth(str(tmp_path)) == 5
     assert choice(str(tmp_path), layer=None).resolved_layer == 3
+
+
+def test_two_adapters_are_no_pair_of_merged_models():
+    with pytest.raises(UserError, match="leave out --merged"):
+        choice(against="sham", merged=True)
+
+
+def test_the_command_says_which_fine_tune_is_in_the_base_models_place():
+    assert choice(against="").command("train.py").endswith("--against ''")
 
 
 def test_a_model_that_is_nowhere_asks_for_the_layer():

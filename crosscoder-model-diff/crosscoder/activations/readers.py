@@ -56,16 +56,29 @@ def reader(model: PreTrainedModel, targets: Sequence[Target], kind: ReaderKind =
     return _nnsight_reader(model, targets) if kind == "nnsight" else _hook_reader(model, targets)
 
 
-def adapter_readers(model: PeftModel, targets: Sequence[Target], kind: ReaderKind = "nnsight") -> tuple[Read, Read]:
-    """(instruct, fine-tuned) readers of one model in memory, its adapter switched off and on."""
+def adapter_readers(
+    model: PeftModel, targets: Sequence[Target], kind: ReaderKind = "nnsight", instruct: str | None = None
+) -> tuple[Read, Read]:
+    """(instruct, fine-tuned) readers of one model in memory, its adapter switched off and on.
+
+    `instruct`: name of a second adapter of the model that is on, in place of none, for the first reader.
+    """
     whole: Any = model.get_base_model()
     read = reader(whole, targets, kind)
+    fine_tuned = model.active_adapter
 
     def without_adapter(ids: Tensor) -> list[Tensor]:
         with model.disable_adapter():
             return read(ids)
 
-    return without_adapter, read
+    def with_the_other(ids: Tensor) -> list[Tensor]:
+        model.set_adapter(instruct or fine_tuned)
+        try:
+            return read(ids)
+        finally:
+            model.set_adapter(fine_tuned)
+
+    return with_the_other if instruct else without_adapter, read
 
 
 def decoder_layers(model: Any) -> Any:

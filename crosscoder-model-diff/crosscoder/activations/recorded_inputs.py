@@ -28,6 +28,12 @@ def find_fine_tuned(choice: ActivationChoice, folders: Folders) -> Path:
     return find_folder(local, student, "config.json", "merged model", command)
 
 
+def find_instruct(choice: ActivationChoice, folders: Folders) -> Path | None:
+    """Folder of the adapter in the instruct model's place; None where that is the base itself."""
+    student = choice.instruct_student
+    return students.find_adapter(student, folders) if student else None
+
+
 def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path) -> tuple[list[Document], int | None]:
     """The first --num-samples rows as token ids, the same for both models' tokenizers; and the id of BOS."""
     student = choice.student
@@ -50,8 +56,11 @@ def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path)
     return chosen, tokenizer.bos_token_id
 
 
-def describe_inputs(choice: ActivationChoice, base: str, fine_tuned: Path, rows_file: Path) -> dict[str, Any]:
-    """What all sets of a run are made from."""
+def describe_inputs(
+    choice: ActivationChoice, base: str, fine_tuned: Path, rows_file: Path, instruct: Path | None = None
+) -> dict[str, Any]:
+    """What all sets of a run are made from. `instruct`: the adapter in the base model's place."""
+    other = {"against": choice.against, "against_hash": weights_hash(instruct)} if instruct else {}
     if choice.merged:
         how = "merged model"
     else:
@@ -68,6 +77,7 @@ def describe_inputs(choice: ActivationChoice, base: str, fine_tuned: Path, rows_
         "base_hash": weights_hash(base),
         "fine_tuned_hash": weights_hash(fine_tuned),
         "rows_hash": file_hash(rows_file),
+        **other,
     }
 
 
