@@ -40,6 +40,7 @@ from crosscoder.names import (
     crosscoder_folder,
     find_folder,
     hub_id,
+    name_of_method,
     require_push,
 )
 from crosscoder.training.run_log import RunLog
@@ -115,12 +116,6 @@ def open_store(folder: Path) -> ActivationStore:
     where = "in memory" if store.in_memory else "memory-mapped"
     print(f"{len(store):,} tokens of {len(store.documents)} documents, {where}, from {folder}", flush=True)
     return store
-
-
-def name_of_method(name: str, method: str) -> str:
-    """The default name of a crosscoder, which says batchtopk, with another method in its place."""
-    before, _, after = name.rpartition("_batchtopk")
-    return f"{before}_{method}{after}"
 
 
 def process_ranks(device: str) -> Ranks:

@@ -220,6 +220,12 @@ def crosscoder_folder(folders: Folders, name: str) -> Path:
     return folders.data / "models" / "crosscoders" / name
 
 
+def name_of_method(name: str, method: str) -> str:
+    """The default name of a crosscoder, which says batchtopk, with another method in its place."""
+    before, _, after = name.rpartition("_batchtopk")
+    return f"{before}_{method}{after}"
+
+
 def find_folder(local: Path, student: StudentRun, marker: str, what: str, command: str) -> Path:
     """`local` where it holds the file `marker`, else its copy from the Hub; UserError names both and the remedy."""
     if (local / marker).exists():
