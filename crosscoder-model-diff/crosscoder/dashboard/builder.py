@@ -17,9 +17,9 @@ from crosscoder.dashboard.examples import ExampleMaker
 from crosscoder.dashboard.firings import gather_firings, groups_within
 from crosscoder.dashboard.records import Column, Dashboard, DashboardConfig, Examples, LatentPage, Value
 from crosscoder.reading.lens import Unembedding, promoted_tokens
+from crosscoder.reading.token_kinds import token_texts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
     from crosscoder.model import BatchTopKCrosscoder
     from crosscoder.reading.analysis import ExplainedVariance
@@ -57,7 +57,6 @@ COLUMNS = (
 MIN_FIRINGS = 10
 """A latent that is active on fewer tokens is among the least interesting: there is too little to read."""
 COSINES_AT_ONCE = 2048
-ANCHOR = "a"
 
 
 def build_dashboard(
@@ -150,21 +149,6 @@ def nearest_latents(model: BatchTopKCrosscoder, dead: Tensor, n: int) -> list[tu
         for latents, near in zip(best.indices.tolist(), best.values.tolist(), strict=True):
             found.append(tuple((j, min(c, 1.0)) for j, c in zip(latents, near, strict=True) if c > -math.inf))
     return found
-
-
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[int, str]:
-    """Each token as it reads inside a text: a tokenizer decodes a token that comes first without its space."""
-
-    def text(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-    anchor = tokenizer.encode(ANCHOR, add_special_tokens=False)[-1:]
-    before = text(anchor)
-    texts = {}
-    for i in ids:
-        both = text([*anchor, i])
-        texts[i] = both[len(before) :] if both.startswith(before) else text([i])
-    return texts
 
 
 def _examples(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from crosscoder.activations.store import ActivationStore
 from crosscoder.model import BatchTopKCrosscoder
+from crosscoder.reading.token_kinds import KINDS, TEMPLATE
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,25 @@ class LatentStatistics:
     """[latent] int64: tokens on which it is positive, whether above the threshold or not."""
     mean_activation: Tensor
     """[latent] fp64: mean value where active; 0 where it never is."""
+    mean_square: Tensor
+    """[latent] fp64: mean over all tokens of its value squared."""
     top_values: Tensor
     """[latent, n_top]: its largest values, falling; 0 where it has fewer."""
     top_tokens: Tensor
     """[latent, n_top] int64: token indices of those in the store; -1 where it has fewer."""
+    activation_by_kind: Tensor | None = None
+    """[latent, kind] fp64: sum of its values on the tokens of each kind (token_kinds.KINDS); None where no kinds were
+    given."""
+
+    @property
+    def template_share(self) -> Tensor | None:
+        """[latent] fp64: share of its summed activation on template tokens; 0 where it is active on none. A latent
+        with a share near 1 says that a token is part of the template, not what stands in the document."""
+        if self.activation_by_kind is None:
+            return None
+        of_template = self.activation_by_kind[:, [KINDS.index(kind) for kind in TEMPLATE]].sum(dim=1)
+        total = self.activation_by_kind.sum(dim=1)
+        return torch.where(total > 0, of_template / total, 0.0)
 
     @property
     def frequency(self) -> Tensor:
@@ -42,14 +58,24 @@ class LatentStatistics:
 
 @torch.no_grad()
 def latent_statistics(
-    model: BatchTopKCrosscoder, store: ActivationStore, indices: Tensor, n_top: int = 20, batch_size: int = 4096
+    model: BatchTopKCrosscoder,
+    store: ActivationStore,
+    indices: Tensor,
+    n_top: int = 20,
+    batch_size: int = 4096,
+    kinds: Tensor | None = None,
 ) -> LatentStatistics:
-    """Run the tokens at `indices` of the store through the encoder once."""
+    """Run the tokens at `indices` of the store through the encoder once.
+
+    `kinds` [tokens of the store] is token_kinds.token_kinds', for what a latent does on each kind of token.
+    """
     device = model.b_dec.device
     n_latents = model.config.n_latents
     completion = store.is_completion()
     counts = {name: torch.zeros(n_latents, dtype=torch.int64, device=device) for name in ("all", "program", "positive")}
     sums = torch.zeros(n_latents, dtype=torch.float64, device=device)
+    squares = torch.zeros_like(sums)
+    by_kind = None if kinds is None else torch.zeros(n_latents, len(KINDS), dtype=torch.float64, device=device)
     top_values = torch.zeros(n_latents, 0, device=device)
     top_tokens = torch.zeros(n_latents, 0, dtype=torch.int64, device=device)
     for chunk, raw in store.batches(indices, batch_size):
@@ -60,6 +86,9 @@ def latent_statistics(
         counts["program"] += active[completion[chunk].to(device)].sum(dim=0)
         counts["positive"] += (values > 0).sum(dim=0)
         sums += f.sum(dim=0, dtype=torch.float64)
+        squares += f.pow(2).sum(dim=0, dtype=torch.float64)
+        if kinds is not None and by_kind is not None:
+            by_kind += f.T @ torch.nn.functional.one_hot(kinds[chunk], len(KINDS)).to(f)
         best = torch.topk(f.T, min(n_top, len(f)), dim=-1)
         top_values = torch.cat([top_values, best.values], dim=-1)
         top_tokens = torch.cat([top_tokens, chunk.to(device)[best.indices]], dim=-1)
@@ -71,6 +100,8 @@ def latent_statistics(
         n_completion_firings=counts["program"].cpu(),
         n_positive=counts["positive"].cpu(),
         mean_activation=(sums / counts["all"].clamp_min(1)).cpu(),
+        mean_square=(squares / max(1, len(indices))).cpu(),
         top_values=top_values.cpu(),
         top_tokens=torch.where(top_values > 0, top_tokens, -1).cpu(),
+        activation_by_kind=None if by_kind is None else by_kind.cpu(),
     )
