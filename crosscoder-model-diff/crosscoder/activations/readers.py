@@ -65,7 +65,7 @@ def adapter_readers(
     """
     whole: Any = model.get_base_model()
     read = reader(whole, targets, kind)
-    fine_tuned = model.active_adapter
+    fine_tuned: Any = model.active_adapter
 
     def without_adapter(ids: Tensor) -> list[Tensor]:
         with model.disable_adapter():
