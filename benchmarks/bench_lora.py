@@ -159,27 +159,32 @@ def in_4_bit(base: Any) -> Any:
     return base
 
 
-def plain_trainer(run: StudentRun, config: TrainingConfig, rows: Any, folder: Path, base: Any) -> Any:
+def plain_trainer(
+    run: StudentRun, config: TrainingConfig, rows: Any, folder: Path, base: Any, device: str = "cuda", pad_id: int = 0
+) -> Any:
     """What one would write first: padded batches with a mask, the model's own loss over every position."""
+    import torch
     from peft import get_peft_model
     from transformers import set_seed
 
-    from finqa.training import training_arguments
+    from finqa.training import multiplies_bf16, training_arguments
     from finqa.tuning.completion_trainer import CompletionTrainer
     from finqa.tuning.trainable import lora_config
     from finqa.tuning.training_rows import collator
 
     set_seed(config.seed)
-    padded = collator(0)
+    padded = collator(pad_id)
 
     def with_mask(examples: Any) -> dict[str, Any]:
         batch = padded(examples)
-        return {**batch, "attention_mask": (batch["input_ids"] != 0).long()}
+        lengths = torch.tensor([len(example.ids) for example in examples])
+        positions = torch.arange(batch["input_ids"].shape[1])
+        return {**batch, "attention_mask": (positions < lengths[:, None]).long()}
 
     base.config.use_cache = False
     trainer: Any = CompletionTrainer(
         model=get_peft_model(base, lora_config(run)),
-        args=training_arguments(run, config, len(rows), True, "cuda", folder),
+        args=training_arguments(run, config, len(rows), multiplies_bf16(device), device, folder),
         train_dataset=rows,
         data_collator=with_mask,
     )

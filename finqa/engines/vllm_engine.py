@@ -45,6 +45,8 @@ class EngineArguments:
     config: GenerationConfig
     adapter: Path | None
     """Folder of the adapter that requests may name."""
+    random_weights: bool = False
+    """Weights of the model's shapes that are made up, for measuring speed: the folder holds none."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
         settings["gpu_memory_utilization"] = config.gpu_memory_utilization
     if arguments.load_in_4bit:
         settings["quantization"] = "bitsandbytes"
+    if arguments.random_weights:
+        settings["load_format"] = "dummy"
     if adapter is not None:
         settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank_limit(adapter)}
 
