@@ -20,7 +20,6 @@ from crosscoder.reading.lens import Unembedding, promoted_tokens
 from crosscoder.reading.token_kinds import token_texts
 
 if TYPE_CHECKING:
-
     from crosscoder.model import BatchTopKCrosscoder
     from crosscoder.reading.analysis import ExplainedVariance
     from crosscoder.reading.opening import Reading

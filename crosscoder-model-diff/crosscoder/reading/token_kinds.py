@@ -116,9 +116,11 @@ def _prompt_borders(text: str) -> list[tuple[int, TokenKind]]:
     tables = list(_TABLE.finditer(text, page, question))
     if tables:
         table = max(tables, key=lambda run: run[0].strip("\n").count("\n"))
-        borders += [(table.start(), "table"), (table.end(), "passage")]
-    borders += [(question, "frame"), (asked, "question")]
-    return borders if python < 0 else [*borders, (python, "frame"), (python + len(PYTHON), "chat")]
+        borders.extend([(table.start(), "table"), (table.end(), "passage")])
+    borders.extend([(question, "frame"), (asked, "question")])
+    if python >= 0:
+        borders.extend([(python, "frame"), (python + len(PYTHON), "chat")])
+    return borders
 
 
 def _cut(ids: Sequence[int], texts: dict[int, str], borders: list[tuple[int, TokenKind]]) -> list[TokenKind]:
@@ -135,8 +137,10 @@ def _cut(ids: Sequence[int], texts: dict[int, str], borders: list[tuple[int, Tok
 
 def _mark_up(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids that no text is made of: special tokens, those of the chat template among them."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
+    marks = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    marks.update(tokenizer.all_special_ids)
+    unknown: Any = tokenizer.unk_token_id
+    return marks - {unknown}
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[int, str]:

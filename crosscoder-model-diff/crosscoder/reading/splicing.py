@@ -1,0 +1,257 @@
+"""Loss recovered: what a model still knows when a dictionary's reconstruction takes the place of its activation.
+
+Explained variance weighs directions by their size, the model by what it does with them. So the reconstruction is put
+into the forward pass of each model, at the site it was trained on, and the cross-entropy of the next token is compared
+with that of the untouched model and with those of three ablations of the same site:
+
+    recovered = (CE ablated - CE spliced) / (CE ablated - CE clean)
+
+    zero    the activation is 0
+    mean    it is its mean over training tokens
+    other   it is the other model's activation of the same token: what tells the models apart is lost, and nothing else
+
+A difference SAE reconstructs neither model: spliced is the instruct activation with the decoded difference added, in
+the fine-tuned model alone, and `other` is the ablation that it has to answer to.
+
+Only tokens that the dictionary was trained to read are changed: not BOS, not padding, no outlier that the set leaves
+out. All of it in the models' own units (the scales are undone).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from crosscoder.activations.collection import Document
+from crosscoder.activations.readers import Target
+from crosscoder.activations.store import ActivationStore
+from crosscoder.config import N_MODELS
+from crosscoder.model import BatchTopKCrosscoder
+from crosscoder.reading.token_kinds import recorded_tokens
+from crosscoder.study.halves import Frame, LayerRecord, Pair, Side, after_patch, record_layers
+from crosscoder.study.patching import BATCH_TOKENS, batches
+from finqa.errors import UserError
+
+Ablation = Literal["zero", "mean", "other"]
+ABLATIONS: tuple[Ablation, ...] = get_args(Ablation)
+Tokens = Literal["program", "all"]
+TOKENS: tuple[Tokens, ...] = get_args(Tokens)
+MODELS = ("instruct", "fine-tuned")
+CONDITIONS = ("clean", "spliced", *ABLATIONS)
+ROWS_AT_ONCE = 2048
+"""Tokens whose latents, or whose logits, are held at one time."""
+
+
+class LossRecovered(NamedTuple):
+    """Of one model, over one choice of tokens, against one ablation. Cross-entropies in nats a token."""
+
+    model: str
+    """instruct or fine-tuned."""
+    tokens: Tokens
+    """`program`: of the program and its end; `all`: every token but those that only BOS stands before."""
+    ablation: Ablation
+    n_documents: int
+    n_tokens: int
+    clean: float
+    spliced: float
+    ablated: float
+    recovered: float
+    """1: as good as the activation itself; 0: as bad as the ablation. Not a number where the ablation costs nothing."""
+    low: float
+    high: float
+    """95% of the resamples of documents."""
+
+
+@dataclass(frozen=True)
+class SpliceLosses:
+    """Sums over each document's tokens; on the CPU, fp64."""
+
+    sums: Tensor
+    """[document, model, condition, tokens]: cross-entropy, nats; not a number where a model was not spliced."""
+    counts: Tensor
+    """[document, tokens] int64."""
+
+
+class StoredText(NamedTuple):
+    """A document of an activation set as the models read it."""
+
+    document: Document
+    known: Tensor
+    """[ids] bool: ids whose activation the set reads."""
+
+
+def stored_texts(store: ActivationStore, numbers: Iterable[int], bos_id: int | None) -> list[StoredText]:
+    """The documents of these numbers. What was not recorded of them is BOS, whose id is `bos_id`.
+
+    UserError where an id was not recorded and `bos_id` is None.
+    """
+    recorded = recorded_tokens(store)
+    found, counts = recorded.document.unique_consecutive(return_counts=True)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).tolist()
+    place = {number: i for i, number in enumerate(found.tolist())}
+    texts = []
+    for number in numbers:
+        stored, own = store.documents[number], slice(starts[place[number]], starts[place[number] + 1])
+        positions = recorded.position[own]
+        if bos_id is None and len(positions) < stored.n_ids:
+            raise UserError(f"{store.folder} left tokens out, and the tokenizer has no BOS that they could be")
+        ids = torch.full((stored.n_ids,), bos_id or 0)
+        known = torch.zeros(stored.n_ids, dtype=torch.bool)
+        ids[positions], known[positions] = recorded.token_id[own], recorded.kept[own]
+        texts.append(StoredText(Document(stored.id, tuple(ids.tolist()), stored.n_prompt), known))
+    return texts
+
+
+def mean_activations(store: ActivationStore, indices: Tensor, batch_size: int = 4096) -> Tensor:
+    """[2, d_model] fp64, in the models' own units, over the tokens at these indices."""
+    total = torch.zeros(N_MODELS, store.config.d_model, dtype=torch.float64)
+    for _, raw in store.batches(indices, batch_size):
+        total += raw.double().sum(dim=0).cpu()
+    return total / len(indices)
+
+
+def target_of(store: ActivationStore) -> Target:
+    """Where a set was recorded."""
+    return Target(int(store.config.recorded["layer"]), store.config.recorded["site"])
+
+
+@torch.no_grad()
+def reconstructions(model: BatchTopKCrosscoder, raw: Tensor) -> list[Tensor | None]:
+    """[n, 2, d_model] raw activations -> for each model [n, d_model], what is spliced in its activation's place."""
+    parts = []
+    for rows in raw.split(ROWS_AT_ONCE):
+        xhat = model.unscale(model.forward(model.scale(rows.to(model.b_dec.device))))
+        parts.append(xhat if model.config.n_inputs == N_MODELS else model.difference(xhat))
+    decoded = torch.cat(parts).to(raw.device)
+    if model.config.n_inputs == N_MODELS:
+        return list(decoded.unbind(dim=1))
+    return [None, raw[:, 0] + decoded]
+
+
+@torch.no_grad()
+def splice_losses(
+    model: BatchTopKCrosscoder,
+    pair: Pair,
+    texts: Sequence[StoredText],
+    target: Target,
+    means: Tensor,
+    batch_tokens: int = BATCH_TOKENS,
+) -> SpliceLosses:
+    """Losses of both models on `texts`, under every condition.
+
+    Args:
+        pair: study.halves.pair_of; on any device, which need not be the dictionary's.
+        target: The site that the dictionary reads.
+        means: [2, d_model] for the mean ablation, raw (`mean_activations`).
+        batch_tokens: Padded, of a batch.
+    """
+    sums = torch.full((len(texts), N_MODELS, len(CONDITIONS), len(TOKENS)), torch.nan, dtype=torch.float64)
+    counts = torch.zeros(len(texts), len(TOKENS), dtype=torch.int64)
+    device = pair.instruct.device
+    for chosen, batch in batches([text.document for text in texts], device, batch_tokens):
+        known = torch.zeros(batch.ids.shape, dtype=torch.bool)
+        predicting = torch.zeros_like(known)
+        for row, number in enumerate(chosen.tolist()):
+            own = texts[number].known
+            known[row, : len(own)] = own
+            predicting[row, int(own.long().argmax()) : len(own) - 1] = True
+        known, predicting = known.to(device), predicting.to(device)
+        counts[chosen] = torch.stack([batch.predicting.sum(1), predicting.sum(1)], dim=1).cpu()
+
+        records: list[LayerRecord] = []
+        for side in pair:
+            hidden = side.embedded(batch.ids)
+            frame = side.frame(hidden)
+            records.append(record_layers(side, hidden, frame, [target.layer])[target.layer])
+        activations = [record.site(target) for record in records]
+        raw = torch.stack([activation[known] for activation in activations], dim=1).float()
+        spliced = reconstructions(model, raw)
+        for m, side in enumerate(pair):
+            rows = {
+                "clean": None,
+                "spliced": spliced[m],
+                "zero": torch.zeros_like(raw[:, m]),
+                "mean": means[m].to(raw).expand(len(raw), -1),
+                "other": raw[:, 1 - m],
+            }
+            if rows["spliced"] is None:
+                continue
+            for c, condition in enumerate(CONDITIONS):
+                loss = _losses(side, records[m], target, rows[condition], known, frame, batch.ids, predicting)
+                sums[chosen, m, c, 0] = (loss * batch.predicting).sum(1).cpu()
+                sums[chosen, m, c, 1] = loss.sum(1).cpu()
+    return SpliceLosses(sums, counts)
+
+
+def _losses(
+    side: Side,
+    record: LayerRecord,
+    target: Target,
+    rows: Tensor | None,
+    known: Tensor,
+    frame: Frame,
+    ids: Tensor,
+    predicting: Tensor,
+) -> Tensor:
+    """[documents, time] fp64 cross-entropy of the next token where `predicting`, else 0, with the site's activation
+    `rows` [known, d_model] at the known tokens; None leaves it as it is."""
+    if rows is None:
+        hidden = side.through(record.residual, range(target.layer, len(side.layers)), frame)
+    else:
+        value = record.site(target).clone()
+        value[known] = rows.to(value)
+        hidden = after_patch(side, side, record, target, value, frame)
+    following = torch.roll(ids, -1, dims=1)[predicting]
+    parts = [
+        torch.nn.functional.cross_entropy(side.logits(some), true, reduction="none")
+        for some, true in zip(hidden[predicting].split(ROWS_AT_ONCE), following.split(ROWS_AT_ONCE), strict=True)
+    ]
+    losses = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
+    losses[predicting] = torch.cat(parts).double()
+    return losses
+
+
+def loss_recovered(losses: SpliceLosses, n_resamples: int = 2000, seed: int = 0) -> list[LossRecovered]:
+    """Every model that was spliced, choice of tokens and ablation; the interval is a bootstrap over documents."""
+    n = len(losses.counts)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(n, (n_resamples, n), generator=generator)
+    weights = torch.zeros(n_resamples + 1, n, dtype=torch.float64)
+    weights[0] = 1
+    weights[1:].scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    found = []
+    for m, t in ((m, t) for m in range(N_MODELS) for t in range(len(TOKENS))):
+        # The first row is the documents themselves, the others are resamples: a mean over tokens in each.
+        means = (weights @ losses.sums[:, m, :, t]) / (weights @ losses.counts[:, t].double())[:, None]
+        if means[0].isnan().any():
+            continue
+        clean, spliced = means[:, 0], means[:, 1]
+        for a, ablation in enumerate(ABLATIONS):
+            ablated = means[:, 2 + a]
+            recovered = torch.where(ablated != clean, (ablated - spliced) / (ablated - clean), torch.nan)
+            low, high = torch.nanquantile(recovered[1:], torch.tensor([0.025, 0.975]).double()).tolist()
+            found.append(
+                LossRecovered(
+                    model=MODELS[m],
+                    tokens=TOKENS[t],
+                    ablation=ablation,
+                    n_documents=n,
+                    n_tokens=int(losses.counts[:, t].sum()),
+                    clean=float(clean[0]),
+                    spliced=float(spliced[0]),
+                    ablated=float(ablated[0]),
+                    recovered=float(recovered[0]),
+                    low=low,
+                    high=high,
+                )
+            )
+    return found
+
+
+def splice_rows(found: Iterable[LossRecovered]) -> list[dict[str, Any]]:
+    """A flat row each, to be written as CSV or JSON; what is not a number is None."""
+    return [{name: None if value != value else value for name, value in each._asdict().items()} for each in found]
