@@ -1,10 +1,12 @@
 """Measure pocket-mistral against its targets, and write its model card.
 
-    python -m mini.measure_pocket_mistral
+    python -m mini.measure_pocket_mistral               # the card
+    python -m mini.measure_pocket_mistral --reference   # and docs/reference/finqa-mini/
 
-Evaluates the base model on FinQA-mini's test split under every prompt form, fine-tunes it (all families) and makes
-the sham fine-tune (known families alone) by main.py where that was not done yet, and evaluates both. Writes
-data/models/pocket-mistral/README.md and accuracy.json. Needs FinQA-mini's filtered rows (make demo makes them).
+Fine-tunes the base model (all families) and makes the sham fine-tune (known families alone) by main.py where that was
+not done yet, and evaluates both on FinQA-mini's test split, zero-shot, few-shot and fine-tuned; and the base under the
+fine-tuning prompt. Writes data/models/pocket-mistral/README.md and accuracy.json. Needs FinQA-mini's filtered rows
+below --data-dir (make demo makes them). A measurement that was killed goes on where it was.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from finqa.datasets import dataset
@@ -23,16 +26,16 @@ from finqa.errors import UserError, report_errors
 from finqa.evaluation import read_rows, score
 from finqa.generation import GenerationConfig
 from finqa.manifest import package_versions, write_json
-from finqa.paths import REPOSITORY, SHIPPED_DATA, Folders, write_atomically
-from finqa.prompts import EVAL_TYPES, messages
+from finqa.paths import REPOSITORY, SHIPPED_DATA, Folders, add_folder_flags, write_atomically
+from finqa.prompts import EvalType, messages
 from finqa.sandbox import Sandbox
 from finqa.scoring.metrics import metrics
 from finqa.student_settings import settings_for
 from finqa.students import StudentRun, load_tokenizer, prompt_ids
 from mini.families import Kind, families
+from mini.reference import write_reference
 
 DATASET, STUDENT, SHAM = "FinQA-mini", "pocket-mistral", "sham"
-FOLDERS = Folders()
 CARD_FOLDER = SHIPPED_DATA / "models" / STUDENT
 COLUMNS = {
     "fine-tuned": "base, fine-tuning prompt",
@@ -47,35 +50,36 @@ def student(run_name: str = "") -> StudentRun:
     return StudentRun(DATASET, STUDENT, settings_for(STUDENT), run_name=run_name)
 
 
-def base_metrics() -> dict[str, dict[str, Any]]:
-    """metrics of the base model on test, by prompt form."""
+def base_metrics(folders: Folders) -> dict[str, Any]:
+    """metrics of the base model on test under the fine-tuning prompt: main.py gives that to fine-tuned models alone."""
     run, data = student(), dataset(DATASET)
-    _, rows = read_rows(FOLDERS, data, "test")
+    _, rows = read_rows(folders, data, "test")
     tokenizer = load_tokenizer(STUDENT)
     config = GenerationConfig(
         vllm=find_spec("vllm") is not None,
         max_new_tokens=run.settings.max_new_tokens,
         batch_size=run.settings.eval_batch_size,
     )
-    found = {}
+    ids = [prompt_ids(tokenizer, messages(r.prompt, "fine-tuned", data.worked_examples)) for r in rows]
     with Sandbox() as sandbox:
         for served in served_models(run, None, ["base"], config):
-            for eval_type in EVAL_TYPES:
-                ids = [prompt_ids(tokenizer, messages(r.prompt, eval_type, data.worked_examples)) for r in rows]
-                predictions, _ = score(rows, ids, served.generate, sandbox)
-                found[eval_type] = metrics(predictions)
-    return found
+            predictions, _ = score(rows, ids, served.generate, sandbox)
+    return metrics(predictions)
 
 
-def fine_tuned_metrics(run_name: str, *flags: str) -> dict[str, Any]:
-    """metrics of a fine-tune on test; trains and evaluates it by main.py where that is still to be done."""
-    path = FOLDERS.evaluation(DATASET, student(run_name).model_id, "test", "fine-tuned") / "metrics.json"
-    if not path.exists():
-        command = [sys.executable, "main.py", DATASET, STUDENT, "-P", "-T", "--no-push", *flags]
-        command += ["--VLLM"] if find_spec("vllm") else []
-        if subprocess.run(command, cwd=REPOSITORY, check=False).returncode:
-            raise UserError(f"failed: {' '.join(command)}")
-    return json.loads(path.read_text())
+def results_of(folders: Folders, run_name: str, *flags: str) -> Path:
+    """The results folder of a fine-tune, evaluated on test in every type; main.py does what is still to be done."""
+    words = [DATASET, STUDENT, "-P", "-T", "-ET", "all", "--no-push", *flags]
+    words += ["--VLLM"] if find_spec("vllm") else []
+    words += ["--run-name", run_name] if run_name else []
+    words += ["--data-dir", str(folders.data.resolve()), "--results-dir", str(folders.results.resolve())]
+    if subprocess.run([sys.executable, "main.py", *words], cwd=REPOSITORY, check=False).returncode:
+        raise UserError(f"failed: main.py {' '.join(words)}")
+    return folders.results / DATASET / student(run_name).model_id
+
+
+def metrics_of(results: Path, eval_type: EvalType) -> dict[str, Any]:
+    return json.loads((results / "test" / eval_type / "metrics.json").read_text())
 
 
 def accuracy_table(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -165,11 +169,15 @@ def card(found: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    args = parse_arguments()
+    folders = Folders.from_args(args)
+    tuned, sham = results_of(folders, ""), results_of(folders, SHAM, "--families", "known")
     found = {
-        "lora": fine_tuned_metrics(""),
-        "sham": fine_tuned_metrics(SHAM, "--families", "known", "--run-name", SHAM),
-        **base_metrics(),
+        "lora": metrics_of(tuned, "fine-tuned"),
+        "sham": metrics_of(sham, "fine-tuned"),
+        "zero-shot": metrics_of(tuned, "zero-shot"),
+        "few-shot": metrics_of(tuned, "few-shot"),
+        "fine-tuned": base_metrics(folders),
     }
     kept = ("n", "accuracy", "accuracy_interval", "accuracy_by_family_kind", "accuracy_by_family")
     write_json(
@@ -179,6 +187,15 @@ def main() -> None:
     write_atomically(CARD_FOLDER / "README.md", card(found))
     print("\n".join([*targets(found), "", *accuracy_table(found)]))
     print(f"written: {CARD_FOLDER / 'README.md'}")
+    if args.reference:
+        print(f"written: {write_reference({'fine-tuned': tuned, SHAM: sham})}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_folder_flags(parser)
+    parser.add_argument("--reference", action="store_true", help="write docs/reference/finqa-mini/ as well")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
