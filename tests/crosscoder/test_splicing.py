@@ -119,9 +119,11 @@ def test_the_identity_recovers_all_and_nothing_recovers_nothing(models, document
     for each in everything.values():
         assert each.recovered == pytest.approx(1, abs=1e-3) and each.clean == pytest.approx(each.spliced, abs=1e-4)
         assert each.low == pytest.approx(1, abs=1e-2) and each.high == pytest.approx(1, abs=1e-2)
+        assert each.divergence_recovered == pytest.approx(1, abs=1e-4) and each.divergence_ablated > 0
     for (_, _, ablation), each in recovered(nothing(), models, store, site).items():
         if ablation == "zero":
             assert each.recovered == pytest.approx(0, abs=1e-9) and each.spliced == each.ablated != each.clean
+            assert each.divergence_recovered == pytest.approx(0, abs=1e-9)
 
 
 def test_a_dictionary_that_gives_the_mean_recovers_nothing_of_the_mean_ablation(models, store):
@@ -159,6 +161,7 @@ def test_losses_are_the_models_own_cross_entropies(models, documents, store):
         for m, model in enumerate(models):
             with torch.no_grad():
                 each = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+            assert losses.divergences[number, m, CONDITIONS.index("clean")].tolist() == [0, 0]
             own = losses.sums[number, m, CONDITIONS.index("clean")]
             assert own.tolist() == pytest.approx([float(each[document.n_prompt - 1 :].sum()), float(each[1:].sum())])
         assert losses.counts[number].tolist() == [len(document.ids) - document.n_prompt, len(document.ids) - 2]
@@ -184,14 +187,20 @@ def test_what_the_set_does_not_read_keeps_its_activation(models, documents, stor
     only = StoredText(text.document, torch.arange(len(text.known)) == 1)
     losses = splice_losses(nothing(), pair_of(*models), [only], Target(2, "mlp"), torch.full((2, WIDTH), 100.0))
     ids = torch.tensor([documents[0].ids])
+    mean = CONDITIONS.index("mean")
     for m, model in enumerate(models):
+        with torch.no_grad():
+            clean = model(ids).logits[0, 1:-1].double().softmax(-1)
         hook = model.model.layers[1].mlp.register_forward_hook(
             lambda _module, _inputs, out: torch.where(torch.arange(out.shape[1])[:, None] == 1, 100.0, out)
         )
         with torch.no_grad():
-            each = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+            logits = model(ids).logits[0, :-1]
         hook.remove()
-        own = losses.sums[0, m, CONDITIONS.index("mean")]
+        each = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+        divergence = (clean * (clean.log() - logits[1:].double().log_softmax(-1))).sum()
+        assert float(losses.divergences[0, m, mean, 1]) == pytest.approx(float(divergence), rel=1e-4)
+        own = losses.sums[0, m, mean]
         assert own.tolist() == pytest.approx([float(each[documents[0].n_prompt - 1 :].sum()), float(each[1:].sum())])
 
 
@@ -208,7 +217,7 @@ def losses_of(clean: list[float], spliced: list[float], ablated: list[float], co
     sums = torch.zeros(n, 2, len(CONDITIONS), 2, dtype=torch.float64)
     for condition, values in (("clean", clean), ("spliced", spliced), ("zero", ablated)):
         sums[:, :, CONDITIONS.index(condition)] = torch.tensor(values).double()[:, None, None]
-    return SpliceLosses(sums, torch.tensor(counts)[:, None].expand(-1, 2))
+    return SpliceLosses(sums, sums, torch.tensor(counts)[:, None].expand(-1, 2))
 
 
 def test_recovered_is_of_means_over_tokens_and_its_interval_is_of_documents():

@@ -6,6 +6,10 @@ with that of the untouched model and with those of three ablations of the same s
 
     recovered = (CE ablated - CE spliced) / (CE ablated - CE clean)
 
+Beside it stands the same of KL(clean || patched), which the clean model has 0 of. A model on text that it would not
+have written can lose nothing by an ablation, or gain by it (ablated <= clean): then what is recovered of the loss says
+little, and what is recovered of the divergence still says how near the spliced model is to itself.
+
     zero    the activation is 0
     mean    it is its mean over training tokens
     other   it is the other model's activation of the same token: what tells the models apart is lost, and nothing else
@@ -64,6 +68,13 @@ class LossRecovered(NamedTuple):
     low: float
     high: float
     """95% of the resamples of documents."""
+    divergence_spliced: float
+    """KL(clean || spliced), nats a token."""
+    divergence_ablated: float
+    divergence_recovered: float
+    """1 - the first of the two over the second."""
+    divergence_low: float
+    divergence_high: float
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,8 @@ class SpliceLosses:
 
     sums: Tensor
     """[document, model, condition, tokens]: cross-entropy, nats; not a number where a model was not spliced."""
+    divergences: Tensor
+    """The same of KL(clean || condition)."""
     counts: Tensor
     """[document, tokens] int64."""
 
@@ -149,7 +162,7 @@ def splice_losses(
         means: [2, d_model] for the mean ablation, raw (`mean_activations`).
         batch_tokens: Padded, of a batch.
     """
-    sums = torch.full((len(texts), N_MODELS, len(CONDITIONS), len(TOKENS)), torch.nan, dtype=torch.float64)
+    sums = torch.full((2, len(texts), N_MODELS, len(CONDITIONS), len(TOKENS)), torch.nan, dtype=torch.float64)
     counts = torch.zeros(len(texts), len(TOKENS), dtype=torch.int64)
     device = pair.instruct.device
     for chosen, batch in batches([text.document for text in texts], device, batch_tokens):
@@ -160,6 +173,7 @@ def splice_losses(
             known[row, : len(own)] = own
             predicting[row, int(own.long().argmax()) : len(own) - 1] = True
         known, predicting = known.to(device), predicting.to(device)
+        following = torch.roll(batch.ids, -1, dims=1)[predicting]
         counts[chosen] = torch.stack([batch.predicting.sum(1), predicting.sum(1)], dim=1).cpu()
 
         records: list[LayerRecord] = []
@@ -180,39 +194,38 @@ def splice_losses(
             }
             if rows["spliced"] is None:
                 continue
-            for c, condition in enumerate(CONDITIONS):
-                loss = _losses(side, records[m], target, rows[condition], known, frame, batch.ids, predicting)
-                sums[chosen, m, c, 0] = (loss * batch.predicting).sum(1).cpu()
-                sums[chosen, m, c, 1] = loss.sum(1).cpu()
-    return SpliceLosses(sums, counts)
+            last = [_last_hidden(side, records[m], target, rows[c], known, frame)[predicting] for c in CONDITIONS]
+            for c, hidden in enumerate(last):
+                found = _losses(side, hidden, last[0], following)
+                for measure, values in enumerate(found):
+                    each = torch.zeros(batch.ids.shape, dtype=torch.float64, device=device)
+                    each[predicting] = values
+                    sums[measure, chosen, m, c, 0] = (each * batch.predicting).sum(1).cpu()
+                    sums[measure, chosen, m, c, 1] = each.sum(1).cpu()
+    return SpliceLosses(sums[0], sums[1], counts)
 
 
-def _losses(
-    side: Side,
-    record: LayerRecord,
-    target: Target,
-    rows: Tensor | None,
-    known: Tensor,
-    frame: Frame,
-    ids: Tensor,
-    predicting: Tensor,
+def _last_hidden(
+    side: Side, record: LayerRecord, target: Target, rows: Tensor | None, known: Tensor, frame: Frame
 ) -> Tensor:
-    """[documents, time] fp64 cross-entropy of the next token where `predicting`, else 0, with the site's activation
-    `rows` [known, d_model] at the known tokens; None leaves it as it is."""
+    """[documents, time, d_model] of the last layer with the site's activation `rows` [known, d_model] at the known
+    tokens; None leaves it as it is."""
     if rows is None:
-        hidden = side.through(record.residual, range(target.layer, len(side.layers)), frame)
-    else:
-        value = record.site(target).clone()
-        value[known] = rows.to(value)
-        hidden = after_patch(side, side, record, target, value, frame)
-    following = torch.roll(ids, -1, dims=1)[predicting]
-    parts = [
-        torch.nn.functional.cross_entropy(side.logits(some), true, reduction="none")
-        for some, true in zip(hidden[predicting].split(ROWS_AT_ONCE), following.split(ROWS_AT_ONCE), strict=True)
-    ]
-    losses = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
-    losses[predicting] = torch.cat(parts).double()
-    return losses
+        return side.through(record.residual, range(target.layer, len(side.layers)), frame)
+    value = record.site(target).clone()
+    value[known] = rows.to(value)
+    return after_patch(side, side, record, target, value, frame)
+
+
+def _losses(side: Side, hidden: Tensor, clean: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+    """[n] fp64 twice: cross-entropy of the tokens `following` [n], and the divergence of the prediction from that of
+    the `clean` model; from last hidden states [n, d_model]."""
+    losses, divergences = [], []
+    for some, untouched, true in zip(*(t.split(ROWS_AT_ONCE) for t in (hidden, clean, following)), strict=True):
+        ours, theirs = side.logits(some).log_softmax(-1), side.logits(untouched).log_softmax(-1)
+        losses.append(-ours.gather(-1, true[:, None]).squeeze(-1))
+        divergences.append((theirs.exp() * (theirs - ours)).sum(-1))
+    return torch.cat(losses).double(), torch.cat(divergences).double()
 
 
 def loss_recovered(losses: SpliceLosses, n_resamples: int = 2000, seed: int = 0) -> list[LossRecovered]:
@@ -226,14 +239,13 @@ def loss_recovered(losses: SpliceLosses, n_resamples: int = 2000, seed: int = 0)
     found = []
     for m, t in ((m, t) for m in range(N_MODELS) for t in range(len(TOKENS))):
         # The first row is the documents themselves, the others are resamples: a mean over tokens in each.
-        means = (weights @ losses.sums[:, m, :, t]) / (weights @ losses.counts[:, t].double())[:, None]
-        if means[0].isnan().any():
+        tokens = (weights @ losses.counts[:, t].double())[:, None]
+        loss, divergence = (weights @ sums[:, m, :, t] / tokens for sums in (losses.sums, losses.divergences))
+        if loss[0].isnan().any():
             continue
-        clean, spliced = means[:, 0], means[:, 1]
-        for a, ablation in enumerate(ABLATIONS):
-            ablated = means[:, 2 + a]
-            recovered = torch.where(ablated != clean, (ablated - spliced) / (ablated - clean), torch.nan)
-            low, high = torch.nanquantile(recovered[1:], torch.tensor([0.025, 0.975]).double()).tolist()
+        for a, ablation in enumerate(ABLATIONS, start=2):
+            recovered, low, high = _recovered(loss[:, 0], loss[:, 1], loss[:, a])
+            near, near_low, near_high = _recovered(divergence[:, 0], divergence[:, 1], divergence[:, a])
             found.append(
                 LossRecovered(
                     model=MODELS[m],
@@ -241,15 +253,27 @@ def loss_recovered(losses: SpliceLosses, n_resamples: int = 2000, seed: int = 0)
                     ablation=ablation,
                     n_documents=n,
                     n_tokens=int(losses.counts[:, t].sum()),
-                    clean=float(clean[0]),
-                    spliced=float(spliced[0]),
-                    ablated=float(ablated[0]),
-                    recovered=float(recovered[0]),
+                    clean=float(loss[0, 0]),
+                    spliced=float(loss[0, 1]),
+                    ablated=float(loss[0, a]),
+                    recovered=recovered,
                     low=low,
                     high=high,
+                    divergence_spliced=float(divergence[0, 1]),
+                    divergence_ablated=float(divergence[0, a]),
+                    divergence_recovered=near,
+                    divergence_low=near_low,
+                    divergence_high=near_high,
                 )
             )
     return found
+
+
+def _recovered(clean: Tensor, spliced: Tensor, ablated: Tensor) -> tuple[float, float, float]:
+    """[1 + resamples] each -> the share of the documents themselves, and the ends of its interval."""
+    share = torch.where(ablated != clean, (ablated - spliced) / (ablated - clean), torch.nan)
+    low, high = torch.nanquantile(share[1:], torch.tensor([0.025, 0.975], dtype=share.dtype)).tolist()
+    return float(share[0]), low, high
 
 
 def splice_rows(found: Iterable[LossRecovered]) -> list[dict[str, Any]]:
