@@ -11,7 +11,9 @@
 
 Reads the activation set that the same names and flags make collect_activations.py write: D/activations/<set>/, else
 its copy on the Hub. Size of the dictionary, k, batch and passes follow from the width and number of the activations
-where no flag gives them (crosscoder/training/sizing.py). --preset published takes the published run's settings where
+where no flag gives them (crosscoder/training/sizing.py). Before anything is loaded it prints what the run needs and
+what there is; the activations are held on the GPU if they fit beside the dictionary, else in memory if they fit there,
+else read from disk (--store). --preset published takes the published run's settings where
 no flag gives others, and prints what of that run it does not reproduce. Under torchrun each process takes an equal
 share of every batch; latents are selected over the whole batch, and the first process alone writes.
 
@@ -67,6 +69,8 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("running")
     add = group.add_argument
     add("--device", help="torch device (default: a GPU where there is one)")
+    add("--store", choices=("auto", "gpu", "memory", "disk"), default="auto", help="where activations are held")
+    add("--step", choices=("auto", "autograd", "by-hand"), default="auto", help="(default: by hand on a GPU)")
     add("--log-every", type=int, default=50, metavar="STEPS")
     add("--checkpoint-every", type=float, default=60.0, metavar="SECONDS")
     add("--overwrite", action="store_true", help="replace a crosscoder of other settings or data")
@@ -93,6 +97,7 @@ def main() -> None:
     crosscoder, training = configs(args, store)
     device = args.device or students.default_device()
     ranks = process_ranks(device)
+    hold(store, crosscoder, training, args, device, ranks)
     if args.overwrite and ranks.is_main:
         shutil.rmtree(folder, ignore_errors=True)
     ranks.wait()
@@ -110,11 +115,11 @@ def main() -> None:
 
 
 def open_store(folder: Path) -> ActivationStore:
+    """The set as it lies on disk; a plan decides where it is held."""
     from crosscoder.activations.store import ActivationStore
 
-    store = ActivationStore(folder)
-    where = "in memory" if store.in_memory else "memory-mapped"
-    print(f"{len(store):,} tokens of {len(store.documents)} documents, {where}, from {folder}", flush=True)
+    store = ActivationStore(folder, place="disk")
+    print(f"{len(store):,} tokens of {len(store.documents)} documents from {folder}", flush=True)
     return store
 
 
@@ -134,6 +139,26 @@ def configs(args: argparse.Namespace, store: ActivationStore) -> tuple[Crosscode
     held_out = given.get("held_out_fraction", TrainingConfig.held_out_fraction)
     n_tokens = len(store.split(held_out, TrainingConfig.split_seed).train)
     return sized_configs(store.config.d_model, n_tokens, args.method, **given)
+
+
+def hold(
+    store: ActivationStore,
+    crosscoder: CrosscoderConfig,
+    training: TrainingConfig,
+    args: argparse.Namespace,
+    device: str,
+    ranks: Ranks,
+) -> None:
+    """Print the plan, and hold the activations where it puts them; UserError where the run does not fit."""
+    import torch
+
+    from crosscoder.training.plan import plan_training, training_need
+    from crosscoder.training.step import not_by_hand, product_dtype
+
+    by_hand = args.step != "autograd" and not_by_hand(crosscoder, training, torch.device(device), ranks) is None
+    product_bytes = product_dtype(training, torch.device(device)).itemsize
+    need = training_need(crosscoder, training, by_hand, product_bytes, ranks.world)
+    store.move(plan_training(store, need, device, args.store, ranks.world), device)
 
 
 def trained_already(
@@ -167,19 +192,22 @@ def train(
     import torch
 
     from crosscoder.methods import new_dictionary
+    from crosscoder.training.step import not_by_hand
     from crosscoder.training.trainer import Trainer
 
     generator = torch.Generator().manual_seed(training.seed)
     model = new_dictionary(crosscoder, training.decoder_norm, generator, training.directions)
-    options = {"log_every": args.log_every, "checkpoint_every_s": args.checkpoint_every}
+    options = {"log_every": args.log_every, "checkpoint_every_s": args.checkpoint_every, "step": args.step}
     trainer = Trainer(model, store, training, folder, log.add, **options, device=device, ranks=ranks)
     if not ranks.is_main:
         return trainer.fit()
     processes = f", {ranks.world} processes" if ranks.world > 1 else ""
+    reason = "as asked" if args.step == "autograd" else not_by_hand(crosscoder, training, trainer.device, ranks)
+    steps = f"steps by autograd ({reason})" if reason else "steps by hand"
     print(
         f"{crosscoder.method}: {crosscoder.n_latents:,} latents, k {crosscoder.k}, {crosscoder.n_inputs} x "
         f"{crosscoder.d_model}; {trainer.total_steps:,} steps of {training.batch_size:,} tokens "
-        f"({training.epochs:g} passes) on {trainer.device}{processes}",
+        f"({training.epochs:g} passes) on {trainer.device}{processes}; {steps}",
         flush=True,
     )
     both = {"crosscoder": asdict(crosscoder), "training": asdict(training)}

@@ -8,6 +8,7 @@ import torch
 
 from crosscoder.activations.store import StoredDocument
 from crosscoder.activations.writer import SetWriter
+from crosscoder.training.trainer import Trainer
 
 N_DOCUMENTS, DOCUMENT_TOKENS, D_MODEL = 40, 50, 12
 
@@ -48,3 +49,10 @@ def planted_activations(n_tokens: int, d_model: int, n_features: int, seed: int 
     sizes = active * (1 + torch.rand(n_tokens, n_features, generator=generator))
     noise = 0.02 * torch.randn(n_tokens, 2, d_model, generator=generator)
     return torch.einsum("tf,fmd->tmd", sizes, directions) + noise + 0.3
+
+
+def take_steps(run: Trainer, count: int) -> None:
+    """The next steps of a trainer that has begun."""
+    with run.batches() as batches:
+        for _, (_, raw) in zip(range(count), batches, strict=False):
+            run.step(raw)

@@ -28,9 +28,9 @@ def test_tokens_come_back_as_they_were_written_in_bf16(store):
 
 
 def test_memory_mapped_shards_read_the_same_as_memory(store):
-    mapped = ActivationStore(store.folder, place="mapped")
+    mapped = ActivationStore(store.folder, place="disk")
     indices = torch.randint(len(store), (700,), generator=torch.Generator().manual_seed(3))
-    assert (store.place, mapped.place) == ("memory", "mapped")
+    assert (store.place, mapped.place) == ("memory", "disk")
     assert torch.equal(mapped.read(indices), store.read(indices))
     assert torch.equal(mapped.read(indices[:1]), store.read(indices[:1]))
     assert mapped.read(indices[:0]).shape == (0, 2, D_MODEL)
@@ -40,12 +40,17 @@ def test_a_set_is_held_where_it_fits_and_else_left_on_disk(store):
     size = 2 * 2 * D_MODEL * len(store)
     assert ActivationStore(store.folder, memory_limit_bytes=size).in_memory
     assert not ActivationStore(store.folder, memory_limit_bytes=size - 1).in_memory
-    assert ActivationStore(store.folder, memory_limit_bytes=0, place="memory").in_memory
+    held = ActivationStore(store.folder, memory_limit_bytes=0, place="memory")
+    assert held.in_memory
+    before = held.read(torch.arange(900))
+    held.move("disk")
+    assert not held.in_memory
+    assert torch.equal(held.read(torch.arange(900)), before)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused(store):
-    with pytest.raises(UserError, match="cannot be held on a GPU: none is in use here; choose memory or mapped"):
+    with pytest.raises(UserError, match="cannot be held on a GPU: none is in use here; choose memory or disk"):
         ActivationStore(store.folder, place="gpu", device="cuda")
 
 
@@ -56,7 +61,7 @@ def test_a_gpu_reads_the_same(store):
     held = ActivationStore(store.folder, device="cuda")
     assert held.place == "gpu"
     for on_gpu in (held, store):
-        with on_gpu.feed(order, range(40), "cuda") as batches:
+        with on_gpu.feed(map(order.batch, range(40)), "cuda") as batches:
             for indices, activations in batches:
                 assert activations.is_cuda
                 assert torch.equal(activations.cpu(), store.read(indices))
@@ -139,12 +144,12 @@ def test_a_pass_shuffles_across_the_whole_store_not_within_windows():
         assert tenths.min() > 50  # 100 expected from each tenth of the store; below 50 in less than 1 of 10^8
 
 
-@pytest.mark.parametrize("place", ["memory", "mapped"])
+@pytest.mark.parametrize("place", ["memory", "disk"])
 def test_reading_ahead_gives_the_batches_of_the_order_from_any_step_on(store, place):
     order = ShuffledOrder(store.split(0.2, 0).train, batch_size=96, seed=5)
     here = ActivationStore(store.folder, place=place)
     for first in (0, 7, 30):
-        with here.feed(order, range(first, 40)) as batches:
+        with here.feed(map(order.batch, range(first, 40))) as batches:
             fed = list(batches)
         assert len(fed) == 40 - first
         for step, (indices, activations) in enumerate(fed, first):
@@ -158,14 +163,14 @@ def feeding_threads() -> list[threading.Thread]:
 
 def test_no_thread_is_left_when_reading_ends_early_or_late(store):
     order = ShuffledOrder(torch.arange(len(store)), 50, seed=1)
-    with store.feed(order, range(100)) as batches:
+    with store.feed(map(order.batch, range(100))) as batches:
         next(batches)
         assert len(feeding_threads()) == 1
     assert not feeding_threads()
     assert next(batches, None) is None
-    with store.feed(order, range(3)) as batches:
+    with store.feed(map(order.batch, range(3))) as batches:
         assert len(list(batches)) == 3
-    with pytest.raises(KeyError), store.feed(order, range(100)) as batches:
+    with pytest.raises(KeyError), store.feed(map(order.batch, range(100))) as batches:
         raise KeyError
     assert not feeding_threads()
 

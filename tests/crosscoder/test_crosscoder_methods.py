@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_up_activations import planted_activations, write_store
+from made_up_activations import planted_activations, take_steps, write_store
 
 from crosscoder.activations.store import ActivationStore
 from crosscoder.config import CrosscoderConfig, Method, TrainingConfig, check_together
@@ -233,11 +233,10 @@ def test_a_stopped_run_of_every_method_ends_with_the_same_numbers(store, tmp_pat
     changes = {} if method == "l1" else {"anneal_k_from": 10, "anneal_fraction": 0.5}
     expected = trainer(store, tmp_path / "whole", method, **changes).fit()
     first = trainer(store, tmp_path / "stopped", method, **changes)
-    first._start()
-    for _ in range(31):
-        first._step()
+    first.begin()
+    take_steps(first, 31)
     first.save_state()
-    first._step()
+    take_steps(first, 1)
     again = trainer(store, tmp_path / "stopped", method, **changes).fit()
     for name, parameter in expected.named_parameters():
         assert torch.equal(parameter, dict(again.named_parameters())[name]), name

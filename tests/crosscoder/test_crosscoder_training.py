@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from made_up_activations import planted_activations, write_store
+from made_up_activations import planted_activations, take_steps, write_store
 
 from crosscoder.activations.store import ActivationStore
 from crosscoder.checkpoint import STATE_FILE, read_config
 from crosscoder.config import CrosscoderConfig, TrainingConfig
 from crosscoder.model import BatchTopKCrosscoder
+from crosscoder.ranks import ALONE, Ranks
 from crosscoder.reading import analysis
+from crosscoder.training import plan
 from crosscoder.training.liveness import Liveness, draw_anew
 from crosscoder.training.objective import objective
+from crosscoder.training.step import not_by_hand
 from crosscoder.training.threshold import RunningThreshold, calibrated_threshold
 from crosscoder.training.trainer import StepRecord, Trainer
 from finqa.errors import UserError
+from finqa.needs import Need
 
 SHAPE = CrosscoderConfig(d_model=12, n_latents=24, k=4)
 SETTINGS = TrainingConfig(batch_size=100, epochs=4, learning_rate=5e-3, seed=3, threshold_from_step=5)
@@ -82,11 +87,10 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_numbers(store, tmp_path: P
 
     halves: list[StepRecord] = []
     first = trainer(store, tmp_path / "stopped", on_log=halves.append, log_every=1)
-    first._start()
-    for _ in range(31):
-        first._step()
+    first.begin()
+    take_steps(first, 31)
     first.save_state()
-    first._step()  # lost when the run is killed
+    take_steps(first, 1)  # lost when the run is killed
     del halves[31:]
     second = trainer(store, tmp_path / "stopped", on_log=halves.append, log_every=1)
     assert same(parameters(second.fit()), expected)
@@ -105,8 +109,8 @@ def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(store, tmp_path
 
 def test_a_run_with_other_settings_is_not_gone_on_with(store, tmp_path: Path):
     first = trainer(store, tmp_path)
-    first._start()
-    first._step()
+    first.begin()
+    take_steps(first, 1)
     first.save_state()
     with pytest.raises(UserError, match="holds a run with other settings or data"):
         trainer(store, tmp_path, replace(SETTINGS, learning_rate=1e-3)).fit()
@@ -164,9 +168,8 @@ def test_never_selected_and_never_positive_are_counted_apart():
 
 def test_a_latent_that_is_never_positive_is_drawn_anew_and_becomes_positive(store, tmp_path: Path):
     run = trainer(store, tmp_path)
-    run._start()
-    for _ in range(3):
-        run._step()
+    run.begin()
+    take_steps(run, 3)
     run.model.b_enc.data[7] = -1e6
     x = run.model.scale(store.read(torch.arange(500)))
     before = parameters(run.model)
@@ -201,17 +204,82 @@ def test_a_loss_that_is_no_number_stops_the_run_at_its_step(store, tmp_path: Pat
 
 def test_a_run_that_diverges_stops_at_its_step_and_never_saves_over_the_last_good_state(store, tmp_path: Path):
     run = trainer(store, tmp_path, log_every=1000)
-    run._start()
-    for _ in range(5):
-        run._step()
+    run.begin()
+    take_steps(run, 5)
     run.save_state()
     good = (tmp_path / STATE_FILE).read_bytes()
     run.model.W_dec.data *= 1000
-    for _ in range(3):
-        run._step()
+    take_steps(run, 3)
     with pytest.raises(UserError, match=r"at step 6; the last good state is .*training_state"):
         run.save_state()
     assert (tmp_path / STATE_FILE).read_bytes() == good
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_the_thread_that_reads_ahead_ends_with_the_run_whatever_ends_it(store, tmp_path: Path, error):
+    def stop(record: StepRecord) -> None:
+        assert feeds(), "the batches are read ahead"
+        raise error
+
+    def feeds() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name == "activation feed"]
+
+    with pytest.raises(error):
+        trainer(store, tmp_path / "stopped", on_log=stop).fit()
+    assert not feeds()
+    diverging = trainer(store, tmp_path / "diverging", replace(SETTINGS, learning_rate=50.0), log_every=1)
+    with pytest.raises(UserError, match="diverged"):
+        diverging.fit()
+    assert not feeds()
+    trainer(store, tmp_path / "whole", replace(SETTINGS, epochs=1)).fit()
+    assert not feeds()
+
+
+@pytest.mark.parametrize(
+    ("device", "memory", "on_gpu", "place"),
+    [
+        ("cpu", 300_000, 0, "memory"),
+        ("cpu", 190_000, 0, "disk"),
+        ("cuda", 0, 300_000, "gpu"),
+        ("cuda", 150_000, 190_000, "memory"),
+        ("cuda", 50_000, 190_000, "disk"),
+    ],
+)
+def test_activations_are_held_where_they_fit_beside_the_run(store, monkeypatch, capsys, device, memory, on_gpu, place):
+    monkeypatch.setattr(plan, "free_memory", lambda device: memory if device == "cpu" else on_gpu)
+    assert store.size_bytes == 96_000
+    need = Need((("all of it", 150_000.0, "made up"),))
+    assert plan.plan_training(store, need, device) == place
+    said = capsys.readouterr().out
+    assert "plan: training needs 0 MB" in said and f"{plan.PLACES[place]} (--store)" in said
+    for asked in {"cpu": ("memory",), "cuda": ("gpu", "memory")}[device]:
+        fits = asked == place or ((asked, place) == ("memory", "gpu") and memory > 100_000)
+        if not fits:
+            with pytest.raises(UserError, match="give --store auto, or disk"):
+                plan.plan_training(store, need, device, asked)
+    assert plan.plan_training(store, need, device, "disk") == "disk"
+
+
+def test_a_run_that_does_not_fit_names_the_flags_that_help(store, monkeypatch):
+    need = plan.training_need(CrosscoderConfig(4096, 16_384, 100), TrainingConfig(), by_hand=True, product_bytes=2)
+    weights = next(size for name, size, _ in need.parts if name == "weights")
+    assert weights == 4 * (2 * 2 * 4096 * 16_384 + 16_384 + 2 * 4096)
+    monkeypatch.setattr(plan, "free_memory", lambda device: 1e9)
+    with pytest.raises(UserError, match=r"training needs .* GB .*--latents or --step-tokens, or --device cpu"):
+        plan.plan_training(store, need, "cuda")
+
+
+def test_a_step_by_hand_is_for_what_it_was_written_for():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for device, shape, settings, ranks, reason in [
+        (cpu, SHAPE, SETTINGS, ALONE, "the device cpu"),
+        (gpu, replace(SHAPE, method="l1"), replace(SETTINGS, l1_weight=1.0), ALONE, "method l1"),
+        (gpu, SHAPE, replace(SETTINGS, difference_weight="equal"), ALONE, "a difference term"),
+        (gpu, SHAPE, replace(SETTINGS, l1_weight=1.0), ALONE, "a price of L1"),
+        (gpu, SHAPE, SETTINGS, Ranks(0, 2), "2 processes"),
+    ]:
+        assert not_by_hand(shape, settings, device, ranks) == reason
+    assert not_by_hand(SHAPE, SETTINGS, gpu) in (None, "no Triton is installed")
 
 
 def test_a_store_smaller_than_a_batch_still_trains(tmp_path: Path):

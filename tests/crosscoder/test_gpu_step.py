@@ -1,4 +1,4 @@
-"""The hand-written step of a GPU is the step that autograd takes.
+"""The hand-written step of a GPU is the step that autograd takes, alone and in a whole run.
 
 pytest -m gpu tests/crosscoder/test_gpu_step.py
 TRITON_INTERPRET=1 pytest tests/crosscoder/test_gpu_step.py     without a GPU, where Triton is installed
@@ -7,66 +7,113 @@ TRITON_INTERPRET=1 pytest tests/crosscoder/test_gpu_step.py     without a GPU, w
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from made_up_activations import take_steps
+
+from crosscoder.activations.store import ActivationStore
+from crosscoder.config import CrosscoderConfig, TrainingConfig
+from crosscoder.model import BatchTopKCrosscoder
+from crosscoder.training.objective import Weights
+from crosscoder.training.step import AutogradStep, StepKind
+from crosscoder.training.trainer import StepRecord, Trainer
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+SETTINGS = TrainingConfig(
+    batch_size=30, epochs=0.4, learning_rate=5e-3, seed=3, precision="fp32", threshold_from_step=5,
+    dead_after_tokens=90, aux_weight=0.3,
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("score_norm", ["sum", "l2"])
+@pytest.fixture(autouse=True)
+def triton():
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("score_norm", ["sum", "l2", "none"])
 @pytest.mark.parametrize("reconstruction", ["mse", "l2"])
 def test_weights_follow_those_of_autograd_with_and_without_dead_latents(reconstruction, score_norm):
-    pytest.importorskip("triton")
-    import torch
-
-    from crosscoder.config import CrosscoderConfig
-    from crosscoder.model import BatchTopKCrosscoder
-    from crosscoder.training import losses
     from crosscoder.training.gpu_step import GpuStep
 
-    device = "cpu" if INTERPRETED else "cuda"
-    torch.backends.cuda.matmul.allow_tf32 = False
+    settings = TrainingConfig(reconstruction=reconstruction, aux_weight=0.3, aux_k=2, precision="fp32")
 
     def fresh():
         config = CrosscoderConfig(d_model=12, n_latents=48, k=4, score_norm=score_norm)
-        model = BatchTopKCrosscoder(config, generator=torch.Generator().manual_seed(1)).to(device)
+        model = BatchTopKCrosscoder(config, generator=torch.Generator().manual_seed(1)).to(DEVICE)
         model.activation_scales = (0.9, 1.1)
-        return model, torch.optim.Adam(model.parameters(), lr=1e-2, betas=(0.9, 0.99))
+        return model, torch.optim.Adam(model.parameters(), lr=1.0, betas=(0.9, 0.99))
 
     (expected, expected_adam), (model, adam) = fresh(), fresh()
-    step = GpuStep(model, adam, reconstruction, max_grad_norm=1.0, product_dtype=torch.float32)
+    by_autograd = AutogradStep(expected, expected_adam, settings)
+    by_hand = GpuStep(model, adam, settings, product_dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     for number in range(6):
-        raw = torch.randn(40, 2, 12, generator=generator).to(device)
-        dead = torch.tensor([3, 7, 11, 20], device=device) if number > 2 else None
+        raw = torch.randn(40, 2, 12, generator=generator).to(DEVICE)
+        dead = torch.zeros(48, dtype=torch.bool, device=DEVICE)
+        dead[[3, 7, 11, 20]] = number > 2
+        weights = Weights(k=4 if number else 6, l1=0.0, difference=0.0)
 
-        x = expected.scale(raw)
-        values = expected.activations(x)
-        selection = expected.select_batch_topk(values)
-        xhat = expected.decode(selection.values)
-        loss = expected_reconstruction = losses.reconstruction_loss(x, xhat, reconstruction)
-        auxiliary = torch.zeros((), device=device)
-        if dead is not None:
-            mask = torch.zeros(48, dtype=torch.bool, device=device).index_fill(0, dead, True)
-            scores = values.detach() * expected.selection_norms().detach()
-            kept = losses.auxiliary_values(values, scores, mask, 2)
-            auxiliary = losses.auxiliary_loss((x - xhat).detach(), expected.decode_without_bias(kept))
-            loss = loss + 0.3 * auxiliary
-        expected_adam.zero_grad()
-        loss.backward()
-        gradient_norm = torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
-        expected_adam.step()
-
-        done = step(raw, learning_rate=1e-2, dead=dead, aux_k=2, aux_weight=0.3)
-        close = {"rtol": 1e-4, "atol": 1e-5}
-        torch.testing.assert_close(done.reconstruction, expected_reconstruction.detach(), **close)
-        torch.testing.assert_close(done.auxiliary, auxiliary.detach(), **close)
-        torch.testing.assert_close(done.gradient_norm, gradient_norm, **close)
-        torch.testing.assert_close(done.smallest_score, selection.smallest_score, **close)
-        assert done.selected.equal((selection.values > 0).any(0))
-        assert done.positive.equal((values > 0).any(0))
+        wanted, done = (step(raw, 1e-2, weights, dead) for step in (by_autograd, by_hand))
+        assert (wanted.parts[4] > 0) == (number > 2)
+        for name, value in wanted._asdict().items():
+            found = getattr(done, name)
+            torch.testing.assert_close(found, value.detach(), msg=lambda m, where=name: f"{where}: {m}", **CLOSE)
         for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
-            torch.testing.assert_close(ours, theirs, msg=lambda m, where=(number, name): f"{where}: {m}", **close)
+            torch.testing.assert_close(ours, theirs, msg=lambda m, where=(number, name): f"{where}: {m}", **CLOSE)
     for name in ("exp_avg", "exp_avg_sq"):
-        torch.testing.assert_close(adam.state[model.W_enc][name], expected_adam.state[expected.W_enc][name], **close)
+        torch.testing.assert_close(adam.state[model.W_enc][name], expected_adam.state[expected.W_enc][name], **CLOSE)
+
+
+def trainer(store: ActivationStore, folder: Path, step: StepKind, log: list[StepRecord], **changes) -> Trainer:
+    """Of a dictionary of which six latents are out of reach at the start."""
+    settings = replace(SETTINGS, **changes)
+    shape = CrosscoderConfig(d_model=12, n_latents=24, k=4)
+    model = BatchTopKCrosscoder(shape, generator=torch.Generator().manual_seed(3))
+    model.b_enc.data[:6] = -1e6
+    return Trainer(model, store, settings, folder, log.append, log_every=1, device=DEVICE, step=step)
+
+
+def assert_same_run(found: list[StepRecord], expected: list[StepRecord]) -> None:
+    assert [record.step for record in found] == [record.step for record in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        counts = ("tokens", "dead_share", "never_positive_share", "drawn_anew", "learning_rate", "l0")
+        assert [getattr(ours, name) for name in counts] == [getattr(theirs, name) for name in counts]
+        for name in ("loss", "reconstruction", "auxiliary", "gradient_norm", "threshold", "explained_variance"):
+            ours_is, theirs_is = getattr(ours, name), getattr(theirs, name)
+            same = ours_is is None if theirs_is is None else ours_is == pytest.approx(theirs_is, rel=1e-3, abs=1e-5)
+            assert same, (ours.step, name, ours_is, theirs_is)
+
+
+@pytest.mark.parametrize("changes", [{}, {"anneal_k_from": 8, "anneal_fraction": 0.5, "centre": True}])
+def test_a_whole_run_has_the_losses_of_autograd(store, tmp_path: Path, changes):
+    expected: list[StepRecord] = []
+    found: list[StepRecord] = []
+    wanted = trainer(store, tmp_path / "autograd", "autograd", expected, **changes).fit()
+    model = trainer(store, tmp_path / "by-hand", "by-hand", found, **changes).fit()
+    assert len(expected) >= 20
+    assert any(record.auxiliary > 0 for record in expected)
+    assert expected[-1].drawn_anew >= 6
+    assert_same_run(found, expected)
+    assert model.threshold == pytest.approx(wanted.threshold, rel=1e-3)
+    read_back = BatchTopKCrosscoder.from_pretrained(tmp_path / "by-hand")
+    for ours, theirs in zip(read_back.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs.cpu())
+
+
+def test_a_stopped_run_goes_on_by_hand_with_the_losses_of_a_whole_one(store, tmp_path: Path):
+    expected: list[StepRecord] = []
+    found: list[StepRecord] = []
+    trainer(store, tmp_path / "whole", "autograd", expected).fit()
+    first = trainer(store, tmp_path / "stopped", "by-hand", found)
+    first.begin()
+    take_steps(first, 13)
+    first.save_state()
+    trainer(store, tmp_path / "stopped", "by-hand", found).fit()
+    assert_same_run(found, expected)

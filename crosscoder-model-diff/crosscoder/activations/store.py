@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ from crosscoder.activations.feed import ShuffledOrder as ShuffledOrder
 from crosscoder.config import N_MODELS
 from finqa.errors import UserError
 
-Place = Literal["auto", "gpu", "memory", "mapped"]
-PLACES: tuple[Place, ...] = get_args(Place)
+Place = Literal["auto", "gpu", "memory", "disk"]
 SHARE_OF_FREE_MEMORY = 0.5
 """A set is held in memory, or on the GPU, where it takes at most this share of what is free there."""
 
@@ -86,7 +85,7 @@ class ActivationStore:
         Args:
             folder: Of the set.
             memory_limit_bytes: What may be held in memory; None is half of what is free.
-            place: `mapped` leaves the activations on disk, where pages are read when they are touched; `memory` and
+            place: `disk` leaves the activations on disk, where pages are read when they are touched; `memory` and
                 `gpu` hold all of them. `auto` takes the GPU if `device` is one and the set fits, else memory if it
                 fits, else leaves it on disk.
             device: The GPU in question.
@@ -108,10 +107,10 @@ class ActivationStore:
         self.documents = [StoredDocument(**json.loads(line)) for line in lines]
         self._shards = [_map_shard(folder / shard_name(i)) for i in range(len(self.config.shard_tokens))]
         self._starts = torch.tensor([0, *self.config.shard_tokens]).cumsum(0)
-        size = 2 * N_MODELS * self.config.d_model * self.config.n_tokens
-        self.place: Place = _chosen_place(place, size, memory_limit_bytes, torch.device(device), folder)
-        """Where the activations are: `gpu`, `memory` or `mapped`."""
-        self._held = self._hold(torch.device(device if self.place == "gpu" else "cpu")) if self.in_memory else None
+        self.place: Place = "disk"
+        """Where the activations are: `gpu`, `memory` or `disk`."""
+        self._held: Tensor | None = None
+        self.move(place, device, memory_limit_bytes)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -119,7 +118,19 @@ class ActivationStore:
     @property
     def in_memory(self) -> bool:
         """Whether the activations are held, in memory or on the GPU."""
-        return self.place != "mapped"
+        return self.place != "disk"
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all activations."""
+        return 2 * N_MODELS * self.config.d_model * self.config.n_tokens
+
+    def move(self, place: Place, device: torch.device | str = "cpu", memory_limit_bytes: int | None = None) -> None:
+        """Hold the activations elsewhere; arguments and errors as of the class. Nothing may be reading meanwhile."""
+        self._held = None
+        self.place = _chosen_place(place, self.size_bytes, memory_limit_bytes, torch.device(device), self.folder)
+        if self.in_memory:
+            self._held = self._hold(torch.device(device if self.place == "gpu" else "cpu"))
 
     def read(self, indices: Tensor) -> Tensor:
         """[n] token indices -> [n, 2, d_model] bf16, unscaled, on the GPU where the store is there, else on the CPU."""
@@ -135,15 +146,14 @@ class ActivationStore:
                 out[order[first:last]] = self._shards[shard].index_select(0, rising[first:last] - self._starts[shard])
         return out
 
-    def feed(
-        self, order: ShuffledOrder, steps: range, device: torch.device | str = "cpu", ahead: int = BATCHES_AHEAD
-    ) -> Feed:
-        """The batches of `order` at `steps` on `device`, the next ones read while the current one is computed with.
+    def feed(self, batches: Iterable[Tensor], device: torch.device | str = "cpu", ahead: int = BATCHES_AHEAD) -> Feed:
+        """Batches of token indices with their activations on `device`, the next ones read while the current one is
+        computed with. `batches` is gone through in another thread.
 
-        with store.feed(order, range(first_step, total_steps), "cuda") as batches:
+        with store.feed(map(order.batch, range(first_step, total_steps)), "cuda") as batches:
             for indices, activations in batches: ...
         """
-        return Feed(self.read, map(order.batch, steps), device, ahead)
+        return Feed(self.read, batches, device, ahead)
 
     def _hold(self, device: torch.device) -> Tensor:
         held = torch.empty(self.config.n_tokens, N_MODELS, self.config.d_model, dtype=torch.bfloat16, device=device)
@@ -205,12 +215,12 @@ def _map_shard(path: Path) -> Tensor:
 def _chosen_place(place: Place, size: int, limit: int | None, device: torch.device, folder: Path) -> Place:
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
     if place == "gpu" and not on_gpu:
-        raise UserError(f"{folder} cannot be held on a GPU: none is in use here; choose memory or mapped")
+        raise UserError(f"{folder} cannot be held on a GPU: none is in use here; choose memory or disk")
     if place != "auto":
         return place
     if on_gpu and size <= SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0]:
         return "gpu"
-    return "memory" if size <= (SHARE_OF_FREE_MEMORY * _free_memory() if limit is None else limit) else "mapped"
+    return "memory" if size <= (SHARE_OF_FREE_MEMORY * _free_memory() if limit is None else limit) else "disk"
 
 
 def _free_memory() -> int:

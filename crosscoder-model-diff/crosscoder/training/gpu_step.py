@@ -1,6 +1,6 @@
 """A training step of the BatchTopK crosscoder on a GPU, its gradients written by hand.
 
-The same step as crosscoder.trainer takes through autograd. What makes it fast: one dense product (the encoder), all
+The same step as training/step.py takes through autograd. What makes it fast: one dense product (the encoder), all
 else on the active pairs of token and latent; weights as fp32 masters with bf16 copies for the products, both written
 by one pass of Adam; nothing waits for the GPU.
 
@@ -15,9 +15,11 @@ import torch
 import triton  # pyright: ignore[reportMissingImports]  not installed without a GPU
 from torch import Tensor
 
-from crosscoder.config import N_MODELS, Reconstruction
+from crosscoder.config import N_MODELS, TrainingConfig
 from crosscoder.model import BatchTopKCrosscoder
 from crosscoder.training import gpu_kernels as kernels
+from crosscoder.training.objective import Weights, auxiliary_latents
+from crosscoder.training.step import Step
 
 CAPACITY = 4
 """Candidates of the selection that there is room for, over the pairs that are kept."""
@@ -27,25 +29,6 @@ COLUMNS = 1024
 """Of a row of gradients, in one program: a latent that fires for every token is shared by several."""
 CLIP_EPSILON = 1e-6
 """As in torch.nn.utils.clip_grad_norm_."""
-
-
-class Step(NamedTuple):
-    """What a step leaves for the log, the threshold and the counts of live latents. All on the GPU."""
-
-    reconstruction: Tensor
-    """[]: the reconstruction loss."""
-    auxiliary: Tensor
-    """[]: the auxiliary loss; 0 where no latent was dead."""
-    gradient_norm: Tensor
-    """[]: over all parameters, before clipping."""
-    smallest_score: Tensor
-    """[]: smallest positive score that was kept; infinity where none was."""
-    selected: Tensor
-    """[latent] bool: active for a token of the batch."""
-    positive: Tensor
-    """[latent] bool: positive before the selection for a token of the batch."""
-    error: Tensor
-    """[batch, 2 * d_model] bf16: reconstruction less input."""
 
 
 class _Pairs(NamedTuple):
@@ -66,8 +49,7 @@ class GpuStep:
         model: On the GPU, fp32.
         optimizer: torch Adam over the model's parameters. Moments live in its state, where checkpoints find them;
             the biases are updated by it.
-        reconstruction: As in TrainingConfig.
-        max_grad_norm: As in TrainingConfig.
+        config: Of it the reconstruction loss, the auxiliary loss and clipping are read.
         product_dtype: Of the copies that the products read.
     """
 
@@ -75,13 +57,11 @@ class GpuStep:
         self,
         model: BatchTopKCrosscoder,
         optimizer: torch.optim.Optimizer,
-        reconstruction: Reconstruction,
-        max_grad_norm: float,
+        config: TrainingConfig,
         product_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        self.model, self.optimizer = model, optimizer
-        self.reconstruction, self.max_grad_norm = reconstruction, max_grad_norm
-        self.n_latents, self.k = model.config.n_latents, model.config.k
+        self.model, self.optimizer, self.config = model, optimizer, config
+        self.n_latents = model.config.n_latents
         self.width = N_MODELS * model.config.d_model
         device = model.b_dec.device
         self.decoder = model.W_dec.data.view(self.n_latents, self.width)
@@ -107,60 +87,57 @@ class GpuStep:
         self.norms.copy_(self.decoder.view(self.n_latents, N_MODELS, -1).norm(dim=-1))
         self.bound.zero_()
 
-    def __call__(
-        self, raw: Tensor, learning_rate: float, dead: Tensor | None = None, aux_k: int = 0, aux_weight: float = 0.0
-    ) -> Step:
-        """Take one step.
-
-        raw [batch, 2, d_model] activations as the models have them; `dead` [n] int64 the latents of the auxiliary
-        loss, None for no such loss.
-        """
+    def __call__(self, raw: Tensor, learning_rate: float, weights: Weights, dead: Tensor) -> Step:
+        """Take one step; see TakeStep."""
         x = self.model.scale(raw).flatten(1).to(self.decoder_copy.dtype)
         batch = len(x)
         product = x @ self.encoder_copy.t()
         score_norms = self._score_norms()
-        index, values, smallest, positive = self._select(product, score_norms)
+        index, values, smallest, positive = self._select(product, score_norms, weights.k)
         index, values = _sorted(index, values)
         by_token = _Pairs(_starts(index, self.n_latents, batch), (index % self.n_latents).int(), values)
         error, gradient, value_gradients, losses = self._decode(x, by_token)
         index, order = torch.sort((index % self.n_latents) * batch + index // self.n_latents)
         by_latent = _Pairs(_starts(index, batch, self.n_latents), (index % batch).int(), values[order])
         bias_gradient, squares = self._weight_gradients(x, gradient, by_latent, value_gradients[order])
-        auxiliary = torch.zeros((), device=x.device)
-        if dead is not None and len(dead) and aux_weight:
-            auxiliary = self._auxiliary(x, product, score_norms, error, dead, aux_k, aux_weight, bias_gradient)
+        reconstruction = losses.sum() / (batch if self.config.reconstruction == "mse" else N_MODELS * batch)
+        zero = auxiliary = torch.zeros((), device=x.device)
+        # Its number of latents is waited for; the selection has just been waited for as well.
+        if self.config.aux_weight and len(candidates := dead.nonzero().squeeze(-1)):
+            auxiliary = self._auxiliary(x, product, score_norms, error, candidates, bias_gradient)
             squares = torch.stack(
                 [g.norm(dtype=torch.float32) ** 2 for g in (self.decoder_gradient, self.encoder_gradient)]
             )
         decoder_bias_gradient = gradient.sum(0, dtype=torch.float32)
         norm = (squares.sum() + bias_gradient.square().sum() + decoder_bias_gradient.square().sum()).sqrt()
-        clip = (self.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+        clip = (self.config.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
         self._adam(learning_rate, clip, bias_gradient, decoder_bias_gradient)
 
-        per_token = losses.sum() / batch
-        selected = (
-            torch.zeros(self.n_latents, device=x.device).index_put_((by_token.other,), values, accumulate=True) > 0
-        )
+        loss = reconstruction + self.config.aux_weight * auxiliary
+        selected = torch.zeros(self.n_latents, device=x.device).index_add_(0, by_token.other, values) > 0
         return Step(
-            reconstruction=per_token if self.reconstruction == "mse" else per_token / N_MODELS,
-            auxiliary=auxiliary,
+            parts=torch.stack([loss, reconstruction, zero, zero, auxiliary]),
             gradient_norm=norm,
             smallest_score=smallest,
-            selected=selected,
             positive=positive.bool(),
-            error=error,
+            selected=selected,
+            n_active=(values > 0).sum(),
+            x=x.view(batch, N_MODELS, -1),
+            error=error.view(batch, N_MODELS, -1),
         )
 
     def _score_norms(self) -> Tensor:
         """[latent] fp32; see BatchTopKCrosscoder.selection_norms."""
+        if self.model.config.score_norm == "none":
+            return torch.ones_like(self.model.b_enc)
         return self.norms.norm(dim=-1) if self.model.config.score_norm == "l2" else self.norms.sum(dim=-1)
 
-    def _select(self, product: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _select(self, product: Tensor, norms: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Index (token * latents + latent) and value of the k * batch pairs of the largest scores, in any order; the
         smallest positive of these scores; which latents are positive for a token. Pairs without a positive score
         have value 0."""
         batch = len(product)
-        n_keep = min(self.k * batch, product.numel())
+        n_keep = min(k * batch, product.numel())
         capacity = min(CAPACITY * n_keep, product.numel())
         device = product.device
         counter = torch.zeros((), dtype=torch.int32, device=device)
@@ -191,7 +168,7 @@ class GpuStep:
         error, gradient = torch.empty_like(x), torch.empty_like(x)
         value_gradients = torch.empty_like(pairs.values)
         losses = torch.empty(batch, device=x.device)
-        l2 = self.reconstruction == "l2"
+        l2 = self.config.reconstruction == "l2"
         kernel: Any = kernels.decode_and_differentiate
         kernel[(batch,)](
             pairs.starts, pairs.other, pairs.values, self.decoder_copy, self.model.b_dec, x, error, gradient,
@@ -216,17 +193,11 @@ class GpuStep:
         return bias_gradient, squares
 
     def _auxiliary(
-        self,
-        x: Tensor,
-        product: Tensor,
-        norms: Tensor,
-        error: Tensor,
-        dead: Tensor,
-        aux_k: int,
-        weight: float,
-        bias_gradient: Tensor,
+        self, x: Tensor, product: Tensor, norms: Tensor, error: Tensor, dead: Tensor, bias_gradient: Tensor
     ) -> Tensor:
-        """The auxiliary loss (losses.auxiliary_loss); adds `weight` times its gradients to the others."""
+        """The auxiliary loss (losses.auxiliary_loss) of the `dead` [n] latents; adds its gradients, times its weight,
+        to the others."""
+        aux_k, weight = auxiliary_latents(self.config, self.model.config.d_model), self.config.aux_weight
         values = torch.relu(product[:, dead].float() + self.model.b_enc[dead])
         if aux_k < len(dead):
             lowest = torch.topk(values * norms[dead], aux_k, dim=-1, sorted=False)
@@ -245,6 +216,7 @@ class GpuStep:
 
     def _adam(self, learning_rate: float, clip: Tensor, bias_gradient: Tensor, decoder_bias_gradient: Tensor) -> None:
         group = self.optimizer.param_groups[0]
+        group["lr"] = learning_rate
         beta_1, beta_2 = group["betas"]
         kernel: Any = kernels.adam_rows
         self.steps += 1

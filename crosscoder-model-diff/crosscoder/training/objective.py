@@ -65,9 +65,14 @@ def objective(
     return Terms(loss, reconstruction, difference, price, auxiliary, values, selection, xhat)
 
 
+def auxiliary_latents(config: TrainingConfig, d_model: int) -> int:
+    """Dead latents a token in the auxiliary loss, at most."""
+    return config.aux_k or max(1, d_model // 2)
+
+
 def _auxiliary(
     model: BatchTopKCrosscoder, values: Tensor, residual: Tensor, dead: Tensor, config: TrainingConfig, ranks: Ranks
 ) -> Tensor:
     scores = values.detach() * model.selection_norms().detach()
-    kept = losses.auxiliary_values(values, scores, dead, config.aux_k or max(1, model.config.d_model // 2))
+    kept = losses.auxiliary_values(values, scores, dead, auxiliary_latents(config, model.config.d_model))
     return losses.auxiliary_loss(residual, model.decode_without_bias(kept), ranks)

@@ -1,27 +1,28 @@
-"""Trains a dictionary of any method on an activation store; objective.py has the loss, schedule.py what changes."""
+"""Trains a dictionary of any method on an activation store; step.py takes the steps, schedule.py has what changes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from crosscoder import checkpoint
-from crosscoder.activations.store import ActivationStore, ShuffledOrder, Split
+from crosscoder.activations.feed import Feed, ShuffledOrder
+from crosscoder.activations.store import ActivationStore, Split
 from crosscoder.config import TrainingConfig, check_together
 from crosscoder.model import BatchTopKCrosscoder
 from crosscoder.ranks import ALONE, Ranks, check_batch
 from crosscoder.training import losses, schedule
 from crosscoder.training import state as training_state
 from crosscoder.training.liveness import Liveness, draw_anew
-from crosscoder.training.objective import Terms, Weights, objective
+from crosscoder.training.objective import Weights
 from crosscoder.training.scaling import equal_difference_weight, fit_scaling, sample_of
+from crosscoder.training.step import Step, StepKind, TakeStep, new_step
 from crosscoder.training.threshold import RunningThreshold, calibrate
 from finqa.errors import UserError
 
@@ -76,6 +77,7 @@ class Trainer:
         checkpoint_every_s: float = 60.0,
         device: torch.device | str = "cpu",
         ranks: Ranks = ALONE,
+        step: StepKind = "auto",
     ):
         """`folder` gets the training state while it runs and the checkpoint at the end. The model is moved to
         `device` and given its activation scales. Of several `ranks` the first alone logs and writes."""
@@ -109,18 +111,20 @@ class Trainer:
         self.drawn_anew = 0
         self.first_reconstruction = torch.tensor(torch.inf, device=self.device)
         self._failed_step = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._step_kind: StepKind = step
+        self._take_step: TakeStep
 
     def fit(self) -> BatchTopKCrosscoder:
         """Train to the end, set the threshold, write the checkpoint; returns the model. Of several processes only the
         first has the threshold."""
-        if not training_state.resume(self):
-            self._start()
+        self.begin()
         saved_at = time.monotonic()
-        while self.steps_done < self.total_steps:
-            self._step()
-            if self.ranks.is_main and time.monotonic() - saved_at > self.checkpoint_every_s:
-                self.save_state()
-                saved_at = time.monotonic()
+        with self.batches() as batches:
+            for _, raw in batches:
+                self.step(raw)
+                if self.ranks.is_main and time.monotonic() - saved_at > self.checkpoint_every_s:
+                    self.save_state()
+                    saved_at = time.monotonic()
         if self.ranks.is_main:
             config = self.config
             calibrate(self.model, self.store, self.split.train, config.calibration_tokens, config.seed)
@@ -128,6 +132,18 @@ class Trainer:
             self.model.save_pretrained(self.folder, training=asdict(config), activations=recorded)
             (self.folder / checkpoint.STATE_FILE).unlink(missing_ok=True)
         return self.model
+
+    def begin(self) -> None:
+        """Put parameters and counts where the interrupted run in the folder was, or at their start."""
+        if not training_state.resume(self):
+            self._start()
+        # Only now: a step by hand holds copies of the weights, and the optimiser's moments.
+        self._take_step = new_step(self._step_kind, self.model, self.optimizer, self.config, self.ranks)
+
+    def batches(self) -> Feed:
+        """This process's rows of the steps that are left, read ahead; a context manager."""
+        left = range(self.steps_done, self.total_steps)
+        return self.store.feed((self.ranks.rows(self.order.batch(step)) for step in left), self.device)
 
     def learning_rate(self, step: int) -> float:
         """Of a step counted from 0."""
@@ -155,36 +171,23 @@ class Trainer:
         for parameter in self.model.parameters():
             parameter.data.copy_(self.ranks.gather(parameter.data)[0])
 
-    def _step(self) -> None:
-        step = self.steps_done
-        rows = self.ranks.rows(self.order.batch(step))
-        x = self.model.scale(self.store.read(rows).to(self.device, non_blocking=True))
-        with self._products():
-            terms = objective(self.model, x, self.config, self.weights(step), self.liveness.dead, self.ranks)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
-        self.optimizer.zero_grad(set_to_none=True)
-        terms.loss.backward()
-        self.ranks.mean_gradients(self.model.parameters())
-        self.model.correct_gradients()
-        gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
-        self.model.constrain()
+    def step(self, raw: Tensor) -> None:
+        """Take the next step, on its [batch, 2, d_model] raw activations."""
+        rate = self.learning_rate(self.steps_done)
+        step = self._take_step(raw, rate, self.weights(self.steps_done), self.liveness.dead)
         self.steps_done += 1
-
-        parts = self.ranks.mean(torch.stack(terms[:5]).detach().float())
-        self._watch(parts, gradient_norm)
-        self.threshold.update(self.steps_done, terms.selection.smallest_score)
-        self._update_liveness(terms, x)
+        self._watch(step)
+        self.threshold.update(self.steps_done, step.smallest_score)
+        self._update_liveness(step)
         if self.steps_done % self.log_every == 0 or self.steps_done in (1, self.total_steps):
-            self._log(terms, parts, gradient_norm, x)
+            self._log(step)
 
-    def _watch(self, parts: Tensor, gradient_norm: Tensor) -> None:
+    def _watch(self, step: Step) -> None:
         """Remember the first step that gave no number, or diverged, without waiting for the device."""
         if self.steps_done == 1:
-            self.first_reconstruction = parts[1]
-        healthy = torch.isfinite(parts[0]) & torch.isfinite(gradient_norm)
-        healthy &= parts[1] <= DIVERGED * self.first_reconstruction
+            self.first_reconstruction = step.parts[1]
+        healthy = torch.isfinite(step.parts[0]) & torch.isfinite(step.gradient_norm)
+        healthy &= step.parts[1] <= DIVERGED * self.first_reconstruction
         self._failed_step = torch.where(healthy | (self._failed_step > 0), self._failed_step, self.steps_done)
 
     def _check_healthy(self) -> None:
@@ -194,26 +197,26 @@ class Trainer:
             last = f"the last good state is {state}" if state.exists() else "no state was saved before it"
             raise UserError(f"the loss diverged or was no number at step {failed}; {last}; try a lower learning rate")
 
-    def _update_liveness(self, terms: Terms, x: Tensor) -> None:
-        positive = self.ranks.any((terms.values.detach() > 0).any(dim=0))
-        selected = self.ranks.any((terms.selection.values.detach() > 0).any(dim=0))
-        self.liveness.update(positive, selected, self.config.batch_size)
+    def _update_liveness(self, step: Step) -> None:
+        self.liveness.update(step.positive, step.selected, self.config.batch_size)
         every = max(1, self.liveness.window // self.config.batch_size)
         still_learning = self.steps_done < (1 - self.config.decay_fraction) * self.total_steps
         if self.config.draw_anew and self.steps_done % every == 0 and still_learning:
             lost = self.liveness.never_positive
-            mean_x = self.ranks.mean(x.mean(dim=0))
-            self.drawn_anew += draw_anew(self.model, self.optimizer, lost, mean_x, self.config, self.generator)
+            mean_x = self.ranks.mean(step.x.float().mean(dim=0))
+            n_drawn = draw_anew(self.model, self.optimizer, lost, mean_x, self.config, self.generator)
+            self.drawn_anew += n_drawn
             self.liveness.reset(lost)
+            if n_drawn:
+                self._take_step.refresh()
 
     @torch.no_grad()
-    def _log(self, terms: Terms, parts: Tensor, gradient_norm: Tensor, x: Tensor) -> None:
+    def _log(self, step: Step) -> None:
         self._check_healthy()
-        x, xhat = (self.ranks.gather(tensor.detach()).flatten(0, 1) for tensor in (x, terms.xhat))
-        n_active = self.ranks.sum((terms.selection.values.detach() > 0).sum())
+        x, error = (self.ranks.gather(tensor.float()).flatten(0, 1) for tensor in (step.x, step.error))
         if not self.ranks.is_main:
             return
-        loss, reconstruction, difference, l1, auxiliary = parts.tolist()
+        loss, reconstruction, difference, l1, auxiliary = step.parts.tolist()
         self.on_log(
             StepRecord(
                 step=self.steps_done,
@@ -221,22 +224,16 @@ class Trainer:
                 loss=loss,
                 reconstruction=reconstruction,
                 auxiliary=auxiliary,
-                explained_variance=tuple(losses.batch_explained_variance(x, xhat).tolist()),
-                explained_variance_published=tuple(losses.published_explained_variance(x, xhat).tolist()),
+                explained_variance=tuple(losses.batch_explained_variance(x, x + error).tolist()),
+                explained_variance_published=tuple(losses.published_explained_variance(x, x + error).tolist()),
                 dead_share=float(self.liveness.dead.float().mean()),
                 never_positive_share=float(self.liveness.never_positive.float().mean()),
                 drawn_anew=self.drawn_anew,
                 threshold=self.threshold.value,
-                gradient_norm=gradient_norm.item(),
+                gradient_norm=step.gradient_norm.item(),
                 learning_rate=self.learning_rate(self.steps_done - 1),
-                l0=int(n_active) / self.config.batch_size,
+                l0=int(step.n_active) / self.config.batch_size,
                 difference=difference,
                 l1=l1,
             )
         )
-
-    def _products(self) -> AbstractContextManager[Any]:
-        on_gpu = self.device.type == "cuda"
-        if self.config.precision == "bf16" or (self.config.precision == "auto" and on_gpu):
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
