@@ -1,4 +1,4 @@
-# make demo | make data | make test | make test-fast | make lint | make setup. Each sets up what it needs.
+# make demo | make study | make data | make test | make test-fast | make lint | make setup. Each sets up what it needs.
 
 VENV := .venv
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
@@ -11,10 +11,14 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Byte code is written even where the environment forbids it: importing vllm without it takes 11 s instead of 4.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo data test test-fast lint setup clean
+.PHONY: demo study data test test-fast lint setup clean
 
 demo: $(READY)
 	python -m mini.demo
+
+# All methods, seeds and controls behind docs/study.md; goes on where it was killed. QUICK=1 is a rehearsal.
+study: $(READY)
+	python -m mini.study $(if $(QUICK),--quick)
 
 # FinQA, from the download to the filtered CSVs, by the teacher that costs nothing: make data [DATA_DIR=D] [URL_BASE=URL]
 # A killed or failed run goes on when it is started again. A CSV of programs that is there is kept: delete the filtered

@@ -1,0 +1,161 @@
+"""What the study trains and measures, and the time it takes.
+
+TIMES is filled in at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+MINUTES = {"study": 55, "study-quick": 4}
+"""What a study takes where nothing is there yet; see the table above."""
+DATASET, STUDENT = "FinQA-mini", "pocket-mistral"
+
+Method = Literal["plain", "difference term", "partition", "L1", "difference SAE"]
+METHODS: dict[Method, tuple[Any, dict[str, Any]]] = {
+    "plain": ("batchtopk", {}),
+    "difference term": ("batchtopk", {"difference_weight": "equal"}),
+    "partition": ("partition", {}),
+    "L1": ("l1", {}),
+    "difference SAE": ("difference-sae", {}),
+}
+"""By name: the method of the library, and its settings beside the ones that all share."""
+CROSSCODERS: tuple[Method, ...] = ("plain", "difference term", "partition", "L1")
+"""Those that read both models; between two identical ones there is no difference for the others to read."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A fine-tune of the student, or the student itself."""
+
+    name: str
+    added: tuple[str, ...] = ()
+    """Kinds of family that it learnt and its base does not know."""
+    run_name: str | None = None
+    """Of main.py; None is the base."""
+    seed: int = 3
+    families: str = "all"
+    kinds: str = "known,new"
+    """Of the rows it is trained on."""
+
+
+BASE = Model("base")
+FINE_TUNED = Model("fine-tuned", ("new",), "")
+SECOND_SEED = Model("fine-tuned, second seed", ("new",), "seed-4", seed=4)
+SHAM = Model("sham", (), "sham", families="known")
+OTHER = Model("other families", ("other",), "other-families", kinds="known,other")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models that are compared."""
+
+    instruct: Model
+    fine_tuned: Model
+    methods: tuple[Method, ...] = tuple(METHODS)
+    seeds: tuple[int, ...] = (0,)
+    """Of the dictionaries."""
+    published_site: bool = False
+    """Whether it is read at the published site too, where another one is chosen."""
+    causal: bool = False
+    """Whether latents are put into the models, which takes minutes."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.instruct.name} -> {self.fine_tuned.name}"
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a file name."""
+        return self.name.replace(" -> ", "-to-").replace(",", "").replace(" ", "-")
+
+    @property
+    def identical(self) -> bool:
+        return self.instruct == self.fine_tuned
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Kinds of family that the second model has learnt and the first has not."""
+        return tuple(kind for kind in self.fine_tuned.added if kind not in self.instruct.added)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One length of the study."""
+
+    name: str
+    pairs: tuple[Pair, ...]
+    test_questions: int
+    """Of FinQA-mini's test split, from its top."""
+    other_questions: int
+    """Of the families that only the second fine-tune learns; they are in every activation set."""
+    ceiling_questions: int
+    """Of the families that fine-tuning added."""
+    causal_questions: int
+    random_sets: int
+    """Controls of the causal figures."""
+    permutations: int
+    """Of the null distribution."""
+    steps: int
+    """Updates of a dictionary."""
+    max_rows: int | None = None
+    """Rows a fine-tune learns from; None is all of them."""
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        """Every model of the pairs, each once."""
+        return tuple(dict.fromkeys(m for pair in self.pairs for m in (pair.instruct, pair.fine_tuned)))
+
+    def kinds_of_rows(self) -> tuple[str, ...]:
+        """The kinds of training rows that are needed, each once."""
+        return tuple(dict.fromkeys(model.kinds for model in self.models if model.run_name is not None))
+
+
+THREE_SEEDS = (0, 1, 2)
+FULL = Plan(
+    name="study",
+    pairs=(
+        Pair(BASE, FINE_TUNED, seeds=THREE_SEEDS, published_site=True, causal=True),
+        Pair(BASE, SECOND_SEED, seeds=THREE_SEEDS),
+        Pair(SHAM, FINE_TUNED),
+        Pair(BASE, SHAM),
+        Pair(BASE, OTHER),
+        Pair(FINE_TUNED, SECOND_SEED),
+        Pair(FINE_TUNED, FINE_TUNED, CROSSCODERS),
+    ),
+    test_questions=800,
+    other_questions=300,
+    ceiling_questions=100,
+    causal_questions=200,
+    random_sets=20,
+    permutations=1000,
+    steps=1000,
+)
+QUICK = Plan(
+    name="study-quick",
+    pairs=(
+        Pair(BASE, FINE_TUNED, ("plain", "difference SAE"), published_site=True, causal=True),
+        Pair(SHAM, FINE_TUNED, ("difference SAE",)),
+        Pair(FINE_TUNED, FINE_TUNED, ("plain",)),
+    ),
+    test_questions=72,
+    other_questions=12,
+    ceiling_questions=6,
+    causal_questions=4,
+    random_sets=2,
+    permutations=20,
+    steps=60,
+    max_rows=96,
+)
+
+
+def expected(plan: Plan) -> str:
+    """The first line of a study: what is made, and how long it takes where nothing is there yet."""
+    trainings = sum(len(pair.seeds) * len(pair.methods) for pair in plan.pairs)
+    trainings += sum(len(pair.methods) for pair in plan.pairs if pair.published_site)
+    n_models, minutes = len(plan.models) - 1, MINUTES[plan.name]
+    return (
+        f"{plan.name}: {n_models} fine-tunes, {len(plan.pairs)} pairs, up to {trainings} dictionaries; about {minutes} "
+        "minutes on two quiet cores where nothing is there yet"
+    )

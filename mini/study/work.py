@@ -1,0 +1,151 @@
+"""Steps that can be killed and started again, and the commands that they run.
+
+A step writes its results under a temporary name and renames them, so what is there is whole. It prints one line: what
+it is, how long it took, its main figure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from finqa.errors import UserError
+from finqa.paths import REPOSITORY, Folders
+from mini.study.plan import Plan
+
+CROSSCODER_FOLDER = REPOSITORY / "crosscoder-model-diff"
+LOG_LINES_SHOWN = 15
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where one length of the study keeps what it makes."""
+
+    plan: Plan
+    given: Folders
+    """What the user gave; a fine-tune that is there with the same settings is taken from it."""
+    output: Path
+    """Tables and figures."""
+
+    @property
+    def folders(self) -> Folders:
+        """Data and results folder of the study's own: its test split has more families than the shipped one."""
+        return Folders(self.given.data / self.plan.name, self.given.results / self.plan.name)
+
+    def rows_folders(self, kinds: str) -> Folders:
+        """Where the training rows of these kinds of family are."""
+        own = self.folders
+        return own if kinds == "known,new" else Folders(own.data / kinds.replace(",", "-"), own.results)
+
+    def log(self, name: str) -> Path:
+        return self.folders.results / "logs" / f"{re.sub('[^A-Za-z0-9]+', '-', name)}.log"
+
+    def dictionary(self, name: str) -> Path:
+        return self.folders.data / "models" / "crosscoders" / name
+
+    def measure(self, name: str) -> Path:
+        """The measures of one dictionary, a JSON file a measure."""
+        return self.folders.results / "measures" / name
+
+
+@contextmanager
+def step(name: str) -> Iterator[Callable[[str], None]]:
+    """Print a step's line; the block says the main figure by calling what it is given."""
+    print(f"{name:<44}", end="", flush=True)
+    started = time.perf_counter()
+    said: list[str] = []
+    try:
+        yield said.append
+    except BaseException:
+        print(f"{time.perf_counter() - started:6.0f} s  not done", flush=True)
+        raise
+    print(f"{time.perf_counter() - started:6.0f} s  {said[-1] if said else ''}", flush=True)
+
+
+def run(work: Work, name: str, command: str, folder: Path = REPOSITORY) -> Path:
+    """Run a command of the project with this Python, its output in the log of this name; returns the log.
+
+    Raises UserError with the end of the log where it fails.
+    """
+    log = work.log(name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    with log.open("w") as output:
+        done = subprocess.run(
+            [sys.executable, *shlex.split(command)],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if done.returncode:
+        with log.open() as lines:
+            end = "".join(deque(lines, LOG_LINES_SHOWN))
+        raise UserError(f"{name} failed (exit code {done.returncode}); the end of {log}:\n{end}")
+    return log
+
+
+def in_parallel(
+    work: Work,
+    what: str,
+    job: Callable[[Work, Any], dict[str, Any]],
+    over: Sequence[Any],
+    figure: Callable[[dict[str, Any]], str],
+) -> None:
+    """Run `job` on everything of `over`, each with a `name`; a line for each that is done, as they end."""
+    workers = min(n_workers(), len(over))
+    if workers <= 1:
+        for one in over:
+            with step(f"{what}: {one.name}") as say:
+                say(figure(job(work, one)))
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
+        running = {pool.submit(job, work, one): one for one in over}
+        try:
+            for done in as_completed(running):
+                found = done.result()
+                print(f"{what}: {running[done].name:<60} {found['seconds']:6.0f} s  {figure(found)}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def n_workers() -> int:
+    """Processes that work at once: the cores this one may use, or one where a GPU does the work."""
+    import torch
+
+    return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def last_line(log: Path) -> str:
+    lines = [line for line in log.read_text().splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def folder_flags(folders: Folders) -> str:
+    return f"--data-dir {shlex.quote(str(folders.data))} --results-dir {shlex.quote(str(folders.results))}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
