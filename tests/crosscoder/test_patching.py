@@ -16,7 +16,6 @@ from crosscoder.study.patching import (
     batches,
     ceilings,
     patched_logits,
-    program_logits,
     run_halves,
 )
 from finqa.errors import UserError
@@ -172,6 +171,12 @@ def test_with_the_other_upper_half_the_layers_above_are_the_other_models(models,
     assert torch.equal(hybrid, halves.reference)
     kept = patched_logits(pair, halves, Target(2, "mlp"), "sufficiency", "other", None)
     assert torch.equal(kept, program_logits(models[0], batch))
+    # So a ceiling says what the layers above do alone.
+    by_key = {(c.target, c.carrier): c for c in ceilings(*models, documents, [Target(1, "mlp"), Target(2, "mlp")])
+              if c.direction == "sufficiency"}  # fmt: skip
+    assert by_key[Target(1, "mlp"), "other"].unpatched_closed == pytest.approx(1, abs=1e-9)
+    assert by_key[Target(1, "mlp"), "other"].unpatched_exact == 1
+    assert by_key[Target(2, "mlp"), "other"].unpatched_closed == by_key[Target(1, "mlp"), "own"].unpatched_closed == 0
 
 
 def test_identical_models_have_no_gap_to_close(models, documents):
@@ -194,6 +199,14 @@ def test_agreement_is_the_mean_divergence_and_the_exact_programs_by_document(mod
         assert bool(found.exact[number]) == (best == list(document.ids[document.n_prompt :]))
         position += 5
     assert agreement(reference, reference, batch).exact.all()
+
+
+def program_logits(model, batch):
+    """[predicting positions, vocabulary] of a whole model, as anyone would run it."""
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=batch.ids, use_cache=False).logits[batch.predicting].float()
 
 
 def every_target() -> list[Target]:

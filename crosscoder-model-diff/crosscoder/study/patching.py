@@ -81,6 +81,10 @@ class Ceiling:
     """Share of programs that are exact with the patch."""
     exact_recovered: float
     """Sufficiency: (exact - instruct) / (fine-tuned - instruct); necessity: (fine-tuned - exact) over the same."""
+    unpatched_closed: float
+    """`divergence_closed` with nothing patched: what the carrier's layers alone do. 0 for `own`."""
+    unpatched_exact: float
+    """`exact` with nothing patched."""
     n: int
     """Documents."""
 
@@ -161,13 +165,6 @@ def patched_logits(
 
 
 @torch.no_grad()
-def program_logits(model: Any, batch: Batch) -> Tensor:
-    """[predicting positions, vocabulary] fp32 of a whole model, document after document."""
-    hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state[batch.predicting]
-    return model.lm_head(hidden).float()
-
-
-@torch.no_grad()
 def agreement(logits: Tensor, fine_tuned: Tensor, batch: Batch) -> Agreement:
     """Of a model's logits at the predicting positions with the fine-tuned model's."""
     ours, theirs = logits.log_softmax(-1), fine_tuned.log_softmax(-1)
@@ -198,36 +195,49 @@ def ceilings(
     keys: list[Key] = [(t, d, c) for t in targets for d in directions for c in carriers]
     base, full = _blank(len(documents)), _blank(len(documents))
     patched = {key: _blank(len(documents)) for key in keys}
+    # By layer alone: with nothing patched a site is as good as another.
+    unpatched: dict[Key, Agreement] = {_any_site(key): _blank(len(documents)) for key in keys}
     for chosen, batch in batches(documents, pair.instruct.device, batch_tokens):
         halves = run_halves(pair, batch, [target.layer for target in targets])
         first: Key = (targets[0], "sufficiency", "own")
         _put(base, chosen, agreement(patched_logits(pair, halves, *first, None), halves.reference, batch))
         _put(full, chosen, agreement(halves.reference, halves.reference, batch))
+        for key, found in unpatched.items():
+            _put(found, chosen, agreement(patched_logits(pair, halves, *key, None), halves.reference, batch))
         for target, direction, carrier in keys:
             number = sides(pair, direction, carrier)[0]
             own, given = (halves.records[m][target.layer].site(target) for m in (number, 1 - number))
             value = torch.where(batch.patched[..., None], given, own)
             logits = patched_logits(pair, halves, target, direction, carrier, value)
             _put(patched[target, direction, carrier], chosen, agreement(logits, halves.reference, batch))
-    return [_ceiling(*key, patched[key], base, full) for key in keys]
+    return [_ceiling(key, patched[key], unpatched[_any_site(key)], base, full) for key in keys]
 
 
-def _ceiling(
-    target: Target, direction: Direction, carrier: Carrier, patched: Agreement, base: Agreement, full: Agreement
-) -> Ceiling:
+def _ceiling(key: Key, patched: Agreement, unpatched: Agreement, base: Agreement, full: Agreement) -> Ceiling:
+    target, direction, carrier = key
     gap = float(base.divergence.sum())
-    remaining = float(patched.divergence.sum()) / gap if gap > 0 else float("nan")
-    low, high, exact = (float(a.exact.double().mean()) for a in (base, full, patched))
+
+    def closed(found: Agreement) -> float:
+        remaining = float(found.divergence.sum()) / gap if gap > 0 else float("nan")
+        return 1 - remaining if direction == "sufficiency" else remaining
+
+    low, high, exact, without = (float(a.exact.double().mean()) for a in (base, full, patched, unpatched))
     distance = exact - low if direction == "sufficiency" else high - exact
     return Ceiling(
         target=target,
         direction=direction,
         carrier=carrier,
-        divergence_closed=1 - remaining if direction == "sufficiency" else remaining,
+        divergence_closed=closed(patched),
         exact=exact,
         exact_recovered=distance / (high - low) if high != low else float("nan"),
+        unpatched_closed=closed(unpatched),
+        unpatched_exact=without,
         n=len(patched.exact),
     )
+
+
+def _any_site(key: Key) -> Key:
+    return Target(key[0].layer, "residual"), key[1], key[2]
 
 
 def _blank(n: int) -> Agreement:

@@ -1,0 +1,274 @@
+"""Patches by sets of latents, where the right answer is known."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from patched_models import (
+    SITE,
+    asked_about,
+    documents_written_by,
+    planted_crosscoder,
+    planted_pair,
+    planted_sae,
+)
+
+from crosscoder.activations.readers import Target
+from crosscoder.study.causal import Cell, Journal, measure
+from crosscoder.study.causal_report import CausalConfig, causal_report
+from crosscoder.study.halves import pair_of
+from crosscoder.study.patching import batch_of, run_halves
+from crosscoder.study.ranking import by_effect, reading_of, survey
+from crosscoder.study.sets import Components, Constant, Latents, Nothing, RandomDirections, Whole, matched_set
+from finqa.errors import UserError
+
+SMALL = CausalConfig(n_random=3, carriers=("own", "other"))
+
+
+@pytest.fixture(scope="module")
+def planted():
+    instruct, fine_tuned, direction = planted_pair()
+    return pair_of(instruct, fine_tuned), direction
+
+
+@pytest.fixture(scope="module")
+def documents(planted):
+    return documents_written_by(planted[0].fine_tuned.model, 12)
+
+
+@pytest.fixture(scope="module")
+def others(planted):
+    """To rank latents on."""
+    return documents_written_by(planted[0].fine_tuned.model, 8, first=20)
+
+
+@pytest.fixture(scope="module")
+def report(planted, documents, others, tmp_path_factory):
+    pair, direction = planted
+    rivals = {"difference SAE": planted_sae(direction)}
+    folder = tmp_path_factory.mktemp("causal")
+    dictionary = planted_crosscoder(direction)
+    return causal_report(dictionary, pair, asked_about(documents), others, SITE, folder, SMALL, rivals)
+
+
+def shares(report, kind, measure="divergence", group="all", **where):
+    """[(latents, recovered)] of the rows of a kind."""
+    wanted = {"kind": kind, "measure": measure, "group": group, **where}
+    return [(r["n_latents"], r["recovered"]) for r in report["rows"] if wanted.items() <= r.items()]
+
+
+def test_the_planted_latent_is_the_whole_difference_at_the_site(planted, documents):
+    pair, direction = planted
+    halves = run_halves(pair, batch_of(documents), [2])
+    reading = reading_of(halves, SITE)
+    for dictionary in (planted_crosscoder(direction), planted_sae(direction)):
+        torch.testing.assert_close(Latents(dictionary, [0])(reading), reading.difference, rtol=1e-3, atol=1e-4)
+    # The others write the same into both models: nothing of them is in the difference.
+    assert Latents(planted_crosscoder(direction), [1, 2, 3])(reading).abs().max() < 1e-5
+    assert (reading.values(planted_crosscoder(direction))[:, 1:] > 0).any()
+
+
+def test_the_planted_latent_recovers_all_and_the_empty_set_nothing(report):
+    for direction in ("sufficiency", "necessity"):
+        place = {"direction": direction, "carrier": "own"}
+        assert report["order"][0] == 0
+        assert all(share == pytest.approx(1, abs=1e-3) for _, share in shares(report, "ranked", **place))
+        assert shares(report, "none", **place) == [(0, 0)]
+        assert shares(report, "ceiling", **place) == [(0, 1)]
+        assert shares(report, "difference SAE", **place)[0][1] == pytest.approx(1, abs=1e-3)
+        assert shares(report, "components", **place)[0][1] == pytest.approx(1, abs=1e-3)
+        assert shares(report, "ranked", "exact", **place)[0][1] == pytest.approx(1)
+        assert all(abs(share) < 1e-3 for _, share in shares(report, "worst", **place) if share is not None)
+
+
+def test_the_layers_above_are_alike_so_either_carrier_gives_the_same(report):
+    own, other = ([r["value"] for r in report["rows"] if r["carrier"] == c] for c in ("own", "other"))
+    assert own == pytest.approx(other, abs=1e-9) and len(own) > 20
+
+
+def test_every_group_of_questions_has_its_share(report, documents):
+    groups = {row["group"]: row["n"] for row in report["rows"]}
+    assert groups == {"all": 12, "known": 6, "new": 6, "difference": 6, "ratio": 6}
+    right = next(r for r in report["rows"] if r["kind"] == "ranked" and r["measure"] == "exact" and r["group"] == "all")
+    # All that the site can make right, which is less than all: BOS differs above the site and is not patched.
+    assert right["none"] < 0.1 < right["value"] == right["ceiling"] < 1 and right["mcnemar_p"] < 0.01
+
+
+def test_random_sets_and_directions_are_the_null(report):
+    place = {"direction": "sufficiency", "carrier": "own"}
+    directions = shares(report, "random directions", **place)
+    assert len(directions) >= 3 and max(share for _, share in directions) < 0.5
+    assert len(shares(report, "random sets", **place)) >= 3
+    assert all(abs(share) < 1e-3 for _, share in shares(report, "random sets", **place))
+    wanted = {"n_latents": 1, "group": "all", "measure": "divergence", "direction": "sufficiency"}
+    among = [r for r in report["random"] if wanted.items() <= r.items()]
+    assert sorted(r["control"] for r in among) == ["random directions"] * 2 + ["random sets"] * 2  # two carriers
+    assert all(r["p"] == 1 / 4 and r["n_sets"] == 3 for r in among)
+    # Taking anything away harms the fine-tuned model, so there random directions open a gap of their own.
+    harmed = [share for _, share in shares(report, "random directions", direction="necessity", carrier="own")]
+    assert min(harmed) > 0.1
+
+
+def test_identical_models_have_no_gap_and_the_report_says_so(planted, documents, others, tmp_path):
+    pair, direction = planted
+    same = pair_of(pair.instruct.model, copy.deepcopy(pair.instruct.model))
+    config = CausalConfig(n_random=1, directions=("sufficiency",), carriers=("own",))
+    dictionary = planted_crosscoder(direction)
+    dictionary.W_dec[1:, 1] *= 1.2  # so that there is something to add
+    found = causal_report(dictionary, same, asked_about(documents), others, SITE, tmp_path, config)
+    assert all(row["recovered"] is None and row["interval"] is None for row in found["rows"])
+    assert any("nothing to recover" in note for note in found["notes"])
+    assert any(row["value"] > 0 for row in found["rows"] if row["kind"] == "ranked")
+    assert "NaN" not in (tmp_path / "causal.json").read_text()
+
+
+def test_positions_that_are_left_alone_stay(planted, documents):
+    """A patch of the completion alone cannot change what the last prompt token predicts."""
+    pair, _ = planted
+    short = [type(d)(d.id, d.ids[: d.n_prompt + 1], d.n_prompt) for d in documents]
+    cells = [
+        Cell(Whole(), "sufficiency", "own", where) for where in ("completion", "last prompt token", "prompt", "all")
+    ]
+    none, *found = measure(pair, SITE, short, [Cell(Nothing(), "sufficiency", "own"), *cells])
+    assert found[0].divergence == none.divergence and found[1].divergence != none.divergence
+    assert found[2].divergence == found[3].divergence
+    nearly = [sum(f.divergence) / sum(none.divergence) for f in found]
+    assert nearly[2] < 0.1 < nearly[1] < nearly[0] == 1
+
+
+def test_random_directions_are_as_long_as_the_set_at_every_token(planted, documents):
+    pair, direction = planted
+    reading = reading_of(run_halves(pair, batch_of(documents), [2]), SITE)
+    dictionary = planted_crosscoder(direction)
+    dictionary.W_dec[1:, 1] *= 1.5
+    true, one, again, two = (
+        made(reading)
+        for made in (
+            Latents(dictionary, range(6)),
+            *(RandomDirections(dictionary, range(6), seed) for seed in (1, 1, 2)),
+        )
+    )
+    torch.testing.assert_close(one.norm(dim=-1), true.norm(dim=-1))
+    assert torch.equal(one, again) and not torch.allclose(one, two)
+    assert torch.cosine_similarity(one, true, dim=-1).abs().mean() < 0.5
+
+
+def test_matched_sets_are_alike_and_share_nothing_with_the_set():
+    generator = torch.Generator().manual_seed(0)
+    frequency = torch.rand(400, generator=generator) ** 3
+    injected = torch.rand(400, generator=generator)
+    chosen = list(range(20))
+    sets = [matched_set(chosen, frequency, injected, range(400), seed) for seed in range(20)]
+    assert all(s is not None and len(set(s)) == 20 and set(s).isdisjoint(chosen) for s in sets)
+    assert len({tuple(sorted(s or [])) for s in sets}) == 20
+    for quantity in (frequency, injected):
+        wanted = quantity[:20].log().mean()
+        matched = torch.tensor([float(quantity[s].log().mean()) for s in sets]).mean()
+        unmatched = quantity[20:].log().mean()
+        assert abs(matched - wanted) < 0.4 * abs(unmatched - wanted) + 0.05
+    assert matched_set(list(range(300)), frequency, injected, range(400), 0) is None
+
+
+def test_mean_difference_and_components_are_those_of_the_difference(planted, others):
+    pair, direction = planted
+    found = survey(planted_crosscoder(direction), pair, others, SITE)
+    reading = reading_of(run_halves(pair, batch_of(others), [2]), SITE)
+    difference = reading.difference.double()
+    assert found.n_tokens == len(difference) == sum(len(d.ids) - 1 for d in others)
+    torch.testing.assert_close(found.mean_difference, difference.mean(0), rtol=1e-4, atol=1e-5)
+    _, _, axes = torch.linalg.svd(difference, full_matrices=False)
+    assert abs(float(axes[0] @ found.components(1)[0])) == pytest.approx(1, abs=1e-6)
+    all_of_it = Components(found.components(32).float())(reading)
+    torch.testing.assert_close(all_of_it, reading.difference, rtol=1e-3, atol=1e-4)
+    assert torch.equal(
+        Constant("mean", found.mean_difference)(reading)[0].double(), found.mean_difference.float().double()
+    )
+
+
+def test_the_estimated_effect_is_the_slope_of_the_divergence(planted, others):
+    """Against a finite difference: a little of the latent's vector added everywhere."""
+    pair, direction = planted
+    dictionary = planted_crosscoder(direction)
+    dictionary.W_dec[1:, 1] *= 1.5
+    found = survey(dictionary, pair, others, SITE)
+
+    class Little(Latents):
+        def __call__(self, reading):
+            return 1e-3 * super().__call__(reading)
+
+    counts = torch.tensor([len(d.ids) - d.n_prompt for d in others], dtype=torch.float64)
+    cells = [Cell(a, "sufficiency", "own") for a in (Nothing(), *(Little(dictionary, [j], "x", j) for j in range(6)))]
+    none, *moved = [(torch.tensor(m.divergence) * counts).sum() for m in measure(pair, SITE, others, cells)]
+    slopes = torch.stack([(none - m) / 1e-3 for m in moved])
+    torch.testing.assert_close(slopes, found.effect, rtol=0.05, atol=0.05 * float(found.effect.abs().max()))
+    assert by_effect(found)[0] == int(slopes.argmax()) and found.effect.abs().max() > 1e-2
+
+
+def test_a_killed_report_goes_on_and_gives_the_same(planted, documents, others, report, tmp_path, monkeypatch):
+    from crosscoder.study import causal
+
+    pair, direction = planted
+    arguments = (planted_crosscoder(direction), pair, asked_about(documents), others, SITE, tmp_path)
+    config = CausalConfig(n_random=3, carriers=("own", "other"), cells_at_once=5)
+    rivals = {"difference SAE": planted_sae(direction)}
+    true_measure, calls = causal.measure, []
+
+    def killed(pair, target, documents, cells, *rest):
+        calls.append(len(cells))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return true_measure(pair, target, documents, cells, *rest)
+
+    monkeypatch.setattr(causal, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        causal_report(*arguments, config, rivals)
+    journal = tmp_path / "cells.jsonl"
+    assert len(journal.read_text().splitlines()) == 10
+    journal.write_text(journal.read_text() + '{"key": "half a li')
+    again = causal_report(*arguments, config, rivals)
+    n_cells = len({(r["kind"], r["n_latents"], r["seed"], r["direction"], r["carrier"]) for r in again["rows"]})
+    assert sum(calls[3:]) == n_cells - 10
+    assert [r["recovered"] for r in again["rows"]] == [r["recovered"] for r in report["rows"]]
+    calls.clear()
+    assert causal_report(*arguments, config, rivals)["rows"] == again["rows"] and calls == []
+    assert json.loads((tmp_path / "causal.json").read_text())["rows"] == again["rows"]
+
+
+def test_a_cell_of_other_weights_is_another_cell(planted, documents, others, tmp_path):
+    pair, direction = planted
+    config = CausalConfig(n_random=0, directions=("sufficiency",), carriers=("own",), sizes=(1,))
+    arguments = (asked_about(documents), others, SITE, tmp_path, config)
+    causal_report(planted_crosscoder(direction), pair, *arguments)
+    lines = len(Journal(tmp_path / "cells.jsonl").found)
+    changed = copy.deepcopy(pair.fine_tuned.model)
+    with torch.no_grad():
+        changed.model.layers[2].mlp.up_proj.weight[0, 0] += 1e-3
+    causal_report(planted_crosscoder(direction), pair_of(pair.instruct.model, changed), *arguments)
+    assert len(Journal(tmp_path / "cells.jsonl").found) == 2 * lines
+
+
+def test_what_cannot_be_asked_is_refused(planted, documents, tmp_path):
+    pair, direction = planted
+    dictionary, asked = planted_crosscoder(direction), asked_about(documents)
+    with pytest.raises(UserError, match="chosen on documents"):
+        causal_report(dictionary, pair, asked, documents[:2], SITE, tmp_path)
+    with pytest.raises(UserError, match="needs the latent scaling"):
+        causal_report(dictionary, pair, asked[2:], documents[:2], SITE, tmp_path, CausalConfig("exclusivity"))
+    with pytest.raises(UserError, match="needs the tokenizer"):
+        causal_report(dictionary, pair, asked[2:], documents[:2], SITE, tmp_path, CausalConfig(generate_sizes=(1,)))
+    with pytest.raises(UserError, match="at least one latent"):
+        CausalConfig(sizes=(0, 1))
+
+
+def test_every_site_can_be_patched(planted, documents):
+    """With the whole difference of the last residual, all is recovered; before the change, nothing is there."""
+    pair, _ = planted
+    for site in ("attention", "mlp", "residual"):
+        for layer, expected in ((1, 0.0), (3, 1.0 if site == "residual" else None)):
+            cells = [Cell(a, "sufficiency", "own") for a in (Nothing(), Whole())]
+            none, whole = (sum(m.divergence) for m in measure(pair, Target(layer, site), documents, cells))
+            if expected is not None:
+                assert 1 - whole / none == pytest.approx(expected, abs=1e-6)

@@ -1,0 +1,176 @@
+"""Greedy replies of patched models, against plain generation."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from patched_models import SITE, planted_crosscoder, planted_pair
+
+from crosscoder.activations.collection import Document
+from crosscoder.activations.readers import Target
+from crosscoder.study.causal import Cell, measure
+from crosscoder.study.causal_report import Asked, CausalConfig, causal_report
+from crosscoder.study.halves import Pair, pair_of
+from crosscoder.study.patched_generation import answered, own_completions, patched_replies, written_tokens
+from crosscoder.study.sets import Latents, Nothing, Whole
+from finqa.engines.hugging_face_engine import hugging_face
+from finqa.generation import GenerationConfig, Reply, all_replies
+from finqa.sandbox import Sandbox
+from finqa.students import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_student) -> Any:
+    return load_tokenizer(str(tiny_student))
+
+
+@pytest.fixture(scope="module")
+def planted(tokenizer):
+    """A pair over the tokenizer's vocabulary; random models, so that the replies are long and of any token."""
+    instruct, fine_tuned, direction = planted_pair(len(tokenizer))
+    for model in (instruct, fine_tuned):
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return pair_of(instruct, fine_tuned), direction
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return [[1, *(7 + (number * 11 + j * (number + 2)) % 300 for j in range(5 + 3 * number))] for number in range(7)]
+
+
+def plain(model: Any, tokenizer: Any, prompts: list[list[int]], n: int = 24) -> list[Reply]:
+    config = GenerationConfig(vllm=False, max_new_tokens=n, batch_size=4)
+    return all_replies(hugging_face(model, tokenizer, config), prompts)
+
+
+def patched(pair: Pair, tokenizer: Any, prompts: list[list[int]], cell: Cell, target: Target = SITE) -> list[Reply]:
+    return patched_replies(pair, target, cell, prompts, tokenizer, max_new_tokens=24, batch_size=4)
+
+
+def texts(replies: list[Reply]) -> list[str]:
+    return [reply.text for reply in replies]
+
+
+def test_the_empty_set_writes_what_the_model_itself_writes(planted, tokenizer, prompts):
+    pair, direction = planted
+    for number, way in enumerate(("sufficiency", "necessity")):
+        expected = plain(pair[number].model, tokenizer, prompts)
+        for addition in (Nothing(), Latents(planted_crosscoder(direction), [])):
+            for site in ("attention", "mlp", "residual"):
+                assert patched(pair, tokenizer, prompts, Cell(addition, way, "own"), Target(2, site)) == expected
+    assert len(set(texts(expected))) == len(prompts)
+
+
+def test_the_whole_last_residual_writes_what_the_other_model_writes(planted, tokenizer, prompts):
+    pair, _ = planted
+    instruct, fine_tuned = (plain(side.model, tokenizer, prompts) for side in pair)
+    assert not set(texts(instruct)) & set(texts(fine_tuned))
+    last = Target(3, "residual")
+    for carrier in ("own", "other"):
+        assert patched(pair, tokenizer, prompts, Cell(Whole(), "sufficiency", carrier), last) == fine_tuned
+        assert patched(pair, tokenizer, prompts, Cell(Whole(), "necessity", carrier), last) == instruct
+
+
+def test_the_other_carrier_alone_is_the_upper_half_of_the_other_model(planted, tokenizer, prompts):
+    pair, _ = planted
+    changed = copy.deepcopy(pair.instruct.model)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        changed.model.layers[2].mlp.down_proj.weight.add_(
+            torch.randn_like(changed.model.layers[2].mlp.down_proj.weight)
+        )
+    both = pair_of(pair.instruct.model, changed)
+    expected = plain(changed, tokenizer, prompts)
+    assert patched(both, tokenizer, prompts, Cell(Nothing(), "sufficiency", "other")) == expected
+    assert patched(both, tokenizer, prompts, Cell(Nothing(), "sufficiency", "own")) != expected
+
+
+def test_an_adapter_is_switched_for_each_side(planted, tokenizer, prompts):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    settings = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    base = planted[0].instruct.model
+    adapted = get_peft_model(copy.deepcopy(base), settings).eval()
+    pair = pair_of(adapted)
+    with_adapter = plain(adapted.get_base_model(), tokenizer, prompts)
+    assert with_adapter != plain(base, tokenizer, prompts)
+    assert patched(pair, tokenizer, prompts, Cell(Nothing(), "sufficiency", "own")) == plain(base, tokenizer, prompts)
+    last = Target(3, "residual")
+    assert patched(pair, tokenizer, prompts, Cell(Whole(), "sufficiency", "own"), last) == with_adapter
+
+
+def test_what_is_written_token_by_token_is_what_teacher_forcing_says(planted, tokenizer, prompts):
+    """At every set of positions: the reply, read back as a document under the same patch, is exact."""
+    pair, direction = planted
+    addition = Latents(planted_crosscoder(direction), [0])
+    found = []
+    for where in ("all", "prompt", "completion", "last prompt token"):
+        cell = Cell(addition, "sufficiency", "own", where)
+        written = written_tokens(pair, SITE, cell, prompts, tokenizer, 12, ())
+        documents = [Document(str(i), (*p, *w), len(p)) for i, (p, w) in enumerate(zip(prompts, written, strict=True))]
+        assert all(measure(pair, SITE, documents, [cell])[0].exact)
+        found.append(written)
+    assert all(a != b for i, a in enumerate(found) for b in found[:i])
+
+
+def test_a_reply_ends_at_its_end_token_or_stop_string(planted, tokenizer, prompts):
+    """Whichever comes first, each row for itself, as in plain generation."""
+    pair, _ = planted
+    model = copy.deepcopy(pair.instruct.model)
+    free = plain(model, tokenizer, prompts)
+    ends = [tokenizer(reply.text, add_special_tokens=False)["input_ids"] for reply in free]
+    stop = free[2].text[5:8]
+    assert stop and len(ends[0]) > 6
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, ends[0][6]]
+    config = GenerationConfig(vllm=False, max_new_tokens=24, batch_size=4, stop=(stop,))
+    expected = all_replies(hugging_face(model, tokenizer, config), prompts)
+    both = pair_of(model, pair.fine_tuned.model)
+    cell = Cell(Nothing(), "sufficiency", "own")
+    found = patched_replies(both, SITE, cell, prompts, tokenizer, 24, 4, (stop,))
+    assert texts(found) == texts(expected)
+    assert [reply.finish_reason for reply in found] == [reply.finish_reason for reply in expected]
+    assert {"stop", "length"} == {reply.finish_reason for reply in found}
+
+
+def test_own_completions_are_what_the_fine_tuned_model_writes(planted, tokenizer, prompts):
+    pair, _ = planted
+    documents = [Document(str(i), (*prompt, 9, 9, 9), len(prompt)) for i, prompt in enumerate(prompts)]
+    made = own_completions(pair, documents, tokenizer, max_new_tokens=10)
+    assert [d.ids[: d.n_prompt] for d in made] == [tuple(prompt) for prompt in prompts]
+    assert all(measure(pair, SITE, made, [Cell(Nothing(), "necessity", "own")])[0].exact)
+
+
+def test_programs_are_run_and_their_answers_held_against_the_labels():
+    replies = [
+        Reply("\nans = 6 * 7\n###End Python", 3, 9, "stop"),
+        Reply("\nans = 6 * 7\n###End Python", 3, 9, "stop"),
+        Reply("\nans = \n###End Python", 3, 9, "stop"),
+        Reply("\nans = 42 if", 3, 9, "length"),
+    ]
+    with Sandbox(workers=1) as sandbox:
+        found = answered(replies, ["42", "43", "42", "42"], sandbox)
+    assert found.right == [True, False, False, False]
+    assert found.runs == [True, True, False, False]
+
+
+def test_a_report_writes_and_runs_replies_once(planted, tokenizer, prompts, tmp_path):
+    pair, direction = planted
+    asked = [Asked(Document(str(i), (*p, 9, 2), len(p)), "ratio", "new", "1") for i, p in enumerate(prompts)]
+    others = [Document(f"other-{i}", (*p[:-1], 8, 9, 2), len(p)) for i, p in enumerate(prompts)]
+    config = CausalConfig(n_random=2, directions=("sufficiency",), carriers=("own",), generate_sizes=(1,),
+                          generate_random=1, max_new_tokens=8)  # fmt: skip
+    said: list[str] = []
+    arguments = (planted_crosscoder(direction), pair, asked, others, SITE, tmp_path, config)
+    report = causal_report(*arguments, tokenizer=tokenizer, say=said.append)
+    rows = [r for r in report["rows"] if r["measure"] == "share_runs" and r["group"] == "all"]
+    kinds = sorted(row["kind"] for row in rows)
+    assert kinds == sorted(["none", "ceiling", "bias", "mean difference", "ranked", "worst", "components",
+                            "random sets", "random directions"])  # fmt: skip
+    assert {row["n_latents"] for row in rows} == {0, 1} and sum("generated" in line for line in said) == len(rows)
+    said.clear()
+    assert causal_report(*arguments, tokenizer=tokenizer, say=said.append)["rows"] == report["rows"]
+    assert not said
