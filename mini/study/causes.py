@@ -2,83 +2,128 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crosscoder.activations.readers import Target
+from finqa import students
 from mini.study.ceilings import load_pair, test_rows
 from mini.study.dictionaries import Dictionary, load
 from mini.study.measures import all_documents
-from mini.study.plan import BASE, SHAM, Pair
-from mini.study.work import Work, read_json, step
+from mini.study.plan import BASE, SHAM, STUDENT, Pair
+from mini.study.work import Work, in_parallel, read_json
 
 if TYPE_CHECKING:
     from crosscoder.activations.collection import Document
+    from crosscoder.study.causal_report import CausalConfig
 
-CAUSAL_METHODS = ("plain", "difference SAE")
-CAUSAL_SIZES, CONTROL_SIZES = (1, 4, 16, 64), (16,)
-
-
-def causal_all(work: Work, trained: Sequence[Dictionary], target: Target) -> None:
-    """Latents of the first seed put into the models, for the pairs that ask for it."""
-    for dictionary in causal_dictionaries(trained, target):
-        if not causal_file(work, dictionary).exists():
-            with step(f"causal: {dictionary.method}") as say:
-                say(_causal(work, dictionary, trained))
-
-
-def causal_dictionaries(trained: Sequence[Dictionary], target: Target) -> list[Dictionary]:
-    return [d for d in trained if d.pair.causal and d.target == target and d.seed == 0 and d.method in CAUSAL_METHODS]
+METHODS = ("plain", "difference SAE")
+SIZES, CONTROL_SIZES = (1, 4, 16, 64), (16,)
+"""Latents in a set; those of the controls, of which there are many."""
+GROUPS = ("all", "known", "new", "other")
+COLUMNS = (
+    "kind", "n_latents", "seed", "direction", "carrier", "positions", "group", "measure", "n", "value", "none",
+    "ceiling", "recovered", "injected_norm",
+)  # fmt: skip
 
 
-def causal_file(work: Work, dictionary: Dictionary) -> Path:
-    return work.measure(dictionary.name) / "causal" / "causal.json"
+@dataclass(frozen=True)
+class Experiment:
+    """One report on a dictionary."""
+
+    dictionary: Dictionary
+    rivals: tuple[Dictionary, ...]
+    """Whose latents are patched beside its own."""
+    replies: bool
+    """Whether replies are written and their programs run, on fewer questions; else gold programs, teacher-forced."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.dictionary.method}, {'replies' if self.replies else 'teacher-forced'}"
+
+    def file(self, work: Work) -> Path:
+        folder = "causal-replies" if self.replies else "causal"
+        return work.measure(self.dictionary.name) / folder / "causal.json"
 
 
-def _causal(work: Work, dictionary: Dictionary, trained: Sequence[Dictionary]) -> str:
-    """Nothing, the whole site, sets of rising size and their controls, teacher-forced."""
-    from crosscoder.study.causal_report import CausalConfig, causal_report
-    from crosscoder.study.halves import pair_of
-
-    asked, choose_on = _causal_questions(work, dictionary.pair)
-    pair = pair_of(load_pair(work, dictionary.pair.fine_tuned))
-    config = CausalConfig(sizes=CAUSAL_SIZES, control_sizes=CONTROL_SIZES, n_random=work.plan.random_sets)
-    rivals = {f"{d.method}, {d.pair.name}": load(work, d) for d in _rivals(dictionary, trained)}
-    folder = causal_file(work, dictionary).parent
-    report = causal_report(load(work, dictionary), pair, asked, choose_on, dictionary.target, folder, config, rivals)
-    best = [
-        row["recovered"]
-        for row in report["rows"]
-        if (row["kind"], row["direction"], row["carrier"], row["group"], row["measure"])
-        == ("ranked", "sufficiency", "other", "new", "divergence")
-    ]
-    shown = [f"{value:.0%}" if value is not None else "-" for value in best]
-    return f"KL recovered by {', '.join(map(str, CAUSAL_SIZES))} latents: {', '.join(shown)}"
+def experiments(trained: Sequence[Dictionary], target: Target) -> list[Experiment]:
+    """Of the first seed of the pairs that ask for it; the longer ones first."""
+    chosen = [d for d in trained if d.pair.causal and d.target == target and d.seed == 0 and d.method in METHODS]
+    return [Experiment(d, _rivals(d, trained), replies) for replies in (False, True) for d in chosen]
 
 
-def _rivals(dictionary: Dictionary, trained: Sequence[Dictionary]) -> list[Dictionary]:
+def _rivals(dictionary: Dictionary, trained: Sequence[Dictionary]) -> tuple[Dictionary, ...]:
     """The difference SAE of the same pair, and what the sham gives by the same method."""
     same_place = [d for d in trained if d.target == dictionary.target and d.seed == 0 and d != dictionary]
-    return [
+    return tuple(
         d
         for d in same_place
         if (d.pair == dictionary.pair and d.method == "difference SAE")
         or ((d.pair.instruct, d.pair.fine_tuned) == (BASE, SHAM) and d.method == dictionary.method)
-    ]
+    )
 
 
-def _causal_questions(work: Work, pair: Pair) -> tuple[list[Any], list[Document]]:
-    """Those that are scored, of known and added families, and other questions of added ones to choose on."""
-    from crosscoder.study.causal_report import Asked as Question
+def causal_all(work: Work, trained: Sequence[Dictionary], target: Target) -> None:
+    """Every experiment that is not there; one that was killed goes on with the patches that are missing."""
+    missing = [e for e in experiments(trained, target) if not e.file(work).exists()]
+    in_parallel(work, "causal", measure_one, missing, lambda found: found["shown"])
 
+
+def measure_one(work: Work, experiment: Experiment) -> dict[str, Any]:
+    """Nothing, the whole site, sets of rising size and their controls."""
+    from crosscoder.study.causal_report import causal_report
+    from crosscoder.study.halves import pair_of
+
+    started = time.perf_counter()
+    dictionary = experiment.dictionary
+    n = work.plan.reply_questions if experiment.replies else work.plan.causal_questions
+    asked, choose_on = _questions(work, dictionary.pair, n, only_added=experiment.replies)
+    report = causal_report(
+        load(work, dictionary),
+        pair_of(load_pair(work, dictionary.pair.fine_tuned)),
+        asked,
+        choose_on,
+        dictionary.target,
+        experiment.file(work).parent,
+        _config(work, experiment),
+        {f"{d.method} of {d.pair.name}": load(work, d) for d in experiment.rivals},
+        tokenizer=students.load_tokenizer(STUDENT),
+    )
+    measure = "accuracy" if experiment.replies else "divergence"
+    place = ("ranked", "sufficiency", "other", "all", measure)
+    names = ("kind", "direction", "carrier", "group", "measure")
+    shares = [row["recovered"] for row in report["rows"] if tuple(row[name] for name in names) == place]
+    shown = ", ".join("-" if value is None else f"{value:.0%}" for value in shares)
+    return {"shown": f"recovered ({measure}): {shown}", "seconds": time.perf_counter() - started}
+
+
+def _config(work: Work, experiment: Experiment) -> CausalConfig:
+    from crosscoder.study.causal_report import CausalConfig
+
+    if experiment.replies:
+        return CausalConfig(
+            sizes=CONTROL_SIZES,
+            directions=("sufficiency",),
+            n_random=0,
+            generate_sizes=CONTROL_SIZES,
+            max_new_tokens=160,
+        )
+    return CausalConfig(sizes=SIZES, control_sizes=CONTROL_SIZES, n_random=work.plan.random_sets)
+
+
+def _questions(work: Work, pair: Pair, n: int, only_added: bool) -> tuple[list[Any], list[Document]]:
+    """The first `n` of known and added families, which are scored, and later ones of added families to choose on."""
+    from crosscoder.study.causal_report import Asked
+
+    kinds = pair.added if only_added else ("known", *pair.added)
     rows, documents = test_rows(work), all_documents(work)
-    kinds = ("known", *pair.added)
     there = [(row, document) for row, document in zip(rows, documents, strict=True) if row.family_kind in kinds]
-    scored, rest = there[: work.plan.causal_questions], there[work.plan.causal_questions :]
-    asked = [Question(document, row.family, row.family_kind, row.expected_answer) for row, document in scored]
-    choose_on = [document for row, document in rest if row.family_kind in pair.added]
-    return asked, choose_on[: work.plan.causal_questions // 2]
+    asked = [Asked(document, row.family, row.family_kind, row.expected_answer) for row, document in there[:n]]
+    rest = [document for row, document in there[n:] if row.family_kind in pair.added]
+    return asked, rest[: work.plan.causal_questions // 2]
 
 
 def csv_rows(
@@ -87,20 +132,15 @@ def csv_rows(
     """A row a patch, group of questions and measure; and the ranked sets among their random ones."""
     rows: list[dict[str, Any]] = []
     among: list[dict[str, Any]] = []
-    for dictionary in causal_dictionaries(trained, target):
-        report = read_json(causal_file(work, dictionary))
-        described = {name: dictionary.described[name] for name in ("pair", "site", "method")}
-        kept = [row for row in report["rows"] if row["group"] in GROUPS]
-        rows += [described | {name: row[name] for name in CAUSAL_COLUMNS} | _interval(row) for row in kept]
-        among += [described | row for row in report["random"] if row["group"] in GROUPS]
+    for experiment in experiments(trained, target):
+        report = read_json(experiment.file(work))
+        described = {name: experiment.dictionary.described[name] for name in ("pair", "site", "method")}
+        # The teacher-forced figures are those of the experiment with more questions.
+        wanted = ("accuracy", "share_runs") if experiment.replies else ("divergence", "exact")
+        kept = [row for row in report["rows"] if row["group"] in GROUPS and row["measure"] in wanted]
+        rows += [described | {name: row[name] for name in COLUMNS} | _interval(row) for row in kept]
+        among += [described | row for row in report["random"] if row["group"] in GROUPS and row["measure"] in wanted]
     return rows, among
-
-
-GROUPS = ("all", "known", "new", "other")
-CAUSAL_COLUMNS = (
-    "kind", "n_latents", "seed", "direction", "carrier", "positions", "group", "measure", "n", "value", "none",
-    "ceiling", "recovered", "injected_norm",
-)  # fmt: skip
 
 
 def _interval(row: dict[str, Any]) -> dict[str, float | None]:

@@ -23,7 +23,7 @@ from finqa.tuning.training_rows import read_training_rows, rows_hash
 from finqa.weights import weights_hash
 from mini.families import BY_NAME
 from mini.make_finqa_mini import SEED, SIZES, as_json, make_split
-from mini.study.plan import DATASET, STUDENT, Model
+from mini.study.plan import DATASET, SHIPPED_KINDS, STUDENT, Model
 from mini.study.work import Work, folder_flags, read_json, run, step
 
 OTHER_SPLIT = "other"
@@ -37,28 +37,37 @@ def student_of(model: Model) -> StudentRun:
 
 def make_rows(work: Work) -> None:
     """The test questions of all families, and each fine-tune's training questions, as filtered rows."""
-    own = work.folders
-    test = _test_questions(work)
     for kinds in work.plan.kinds_of_rows():
         folders = work.rows_folders(kinds)
-        splits = ("train", "test") if folders == own else ("train",)
-        wanted = test if folders == own else as_json(make_split("train", SIZES["train"], _kinds(kinds), SEED))
-        raw = folders.data / DATASET / f"{splits[-1]}.json"
-        same = raw.exists() and raw.read_text() == wanted
-        if same and all(folders.filtered(DATASET, split).exists() for split in splits):
+        wanted = {"train": as_json(_training_questions(work, kinds))}
+        if folders == work.folders:
+            wanted["test"] = as_json(_test_questions(work))
+        raw = {split: folders.data / DATASET / f"{split}.json" for split in wanted}
+        same = all(path.exists() and path.read_text() == wanted[split] for split, path in raw.items())
+        if same and all(folders.filtered(DATASET, split).exists() for split in wanted):
             continue
         with step(f"questions of {kinds.replace(',', ' and ')} families") as say:
             shutil.rmtree(folders.data / "clean_with_code", ignore_errors=True)
-            write_atomically(raw, wanted)
-            for split in splits:
+            for split, path in raw.items():
+                write_atomically(path, wanted[split])
                 _prepare(work, folders, split)
-            say(", ".join(f"{_n_rows(folders, split)} {split}" for split in splits) + " rows")
+            say(", ".join(f"{_n_rows(folders, split)} {split}" for split in raw) + " rows")
 
 
-def _test_questions(work: Work) -> str:
-    shipped = json.loads((SHIPPED_DATA / DATASET / "test.json").read_text())
+def _training_questions(work: Work, kinds: str) -> list[dict[str, Any]]:
+    """The shipped ones, or as many of other kinds of family; in a rehearsal enough for a sham of the first of them."""
+    shipped = kinds == SHIPPED_KINDS
+    records = _shipped("train") if shipped else make_split("train", SIZES["train"], _kinds(kinds), SEED)
+    return records[: 2 * work.plan.max_rows] if work.plan.max_rows else records
+
+
+def _test_questions(work: Work) -> list[dict[str, Any]]:
     other = make_split(OTHER_SPLIT, work.plan.other_questions, ("other",), SEED)
-    return as_json([*shipped[: work.plan.test_questions], *other])
+    return [*_shipped("test")[: work.plan.test_questions], *other]
+
+
+def _shipped(split: str) -> list[dict[str, Any]]:
+    return json.loads((SHIPPED_DATA / DATASET / f"{split}.json").read_text())
 
 
 def _kinds(names: str) -> tuple[Any, ...]:

@@ -179,7 +179,11 @@ def probes(folder: Path) -> str:
 def causal(folder: Path) -> str:
     lines = []
     for row in read_csv(folder / "causal.csv"):
-        if row["group"] == "new" and row["measure"] in ("divergence", "exact") and not row["kind"].startswith("random"):
+        if (
+            row["group"] == "new"
+            and row["measure"] in ("divergence", "exact", "accuracy")
+            and not row["kind"].startswith("random")
+        ):
             interval = (
                 f"{share(row['recovered_low'])} to {share(row['recovered_high'])}" if row["recovered_low"] else "-"
             )

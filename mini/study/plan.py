@@ -12,6 +12,9 @@ MINUTES = {"study": 55, "study-quick": 4}
 """What a study takes where nothing is there yet; see the table above."""
 DATASET, STUDENT = "FinQA-mini", "pocket-mistral"
 
+SHIPPED_KINDS = "known,new"
+"""The kinds of family in FinQA-mini as it is shipped."""
+
 Method = Literal["plain", "difference term", "partition", "L1", "difference SAE"]
 METHODS: dict[Method, tuple[Any, dict[str, Any]]] = {
     "plain": ("batchtopk", {}),
@@ -36,7 +39,7 @@ class Model:
     """Of main.py; None is the base."""
     seed: int = 3
     families: str = "all"
-    kinds: str = "known,new"
+    kinds: str = SHIPPED_KINDS
     """Of the rows it is trained on."""
 
 
@@ -93,6 +96,8 @@ class Plan:
     ceiling_questions: int
     """Of the families that fine-tuning added."""
     causal_questions: int
+    reply_questions: int
+    """Of added families, to which patched models write replies."""
     random_sets: int
     """Controls of the causal figures."""
     permutations: int
@@ -127,7 +132,8 @@ FULL = Plan(
     test_questions=800,
     other_questions=300,
     ceiling_questions=100,
-    causal_questions=200,
+    causal_questions=300,
+    reply_questions=64,
     random_sets=20,
     permutations=1000,
     steps=1000,
@@ -142,7 +148,8 @@ QUICK = Plan(
     test_questions=72,
     other_questions=12,
     ceiling_questions=6,
-    causal_questions=4,
+    causal_questions=8,
+    reply_questions=2,
     random_sets=2,
     permutations=20,
     steps=60,

@@ -24,7 +24,7 @@ from typing import Any
 
 from finqa.errors import UserError
 from finqa.paths import REPOSITORY, Folders
-from mini.study.plan import Plan
+from mini.study.plan import SHIPPED_KINDS, Plan
 
 CROSSCODER_FOLDER = REPOSITORY / "crosscoder-model-diff"
 LOG_LINES_SHOWN = 15
@@ -48,7 +48,7 @@ class Work:
     def rows_folders(self, kinds: str) -> Folders:
         """Where the training rows of these kinds of family are."""
         own = self.folders
-        return own if kinds == "known,new" else Folders(own.data / kinds.replace(",", "-"), own.results)
+        return own if kinds == SHIPPED_KINDS else Folders(own.data / kinds.replace(",", "-"), own.results)
 
     def log(self, name: str) -> Path:
         return self.folders.results / "logs" / f"{re.sub('[^A-Za-z0-9]+', '-', name)}.log"
