@@ -3,8 +3,9 @@
     python -m mini.demo
 
 Each stage is the command that a user would type; its output goes to results/demo/<stage>.log. Prints a line a stage
-with its time and its main figure, and at the end where the tables and figures are. A stage that fails stops the demo
-with the end of its log. Evaluation goes through vLLM where it is installed, else through Hugging Face generate.
+with its time and its main figure, and at the end where tables, figures and the dashboard are. A stage that fails stops
+the demo with the end of its log. Evaluation goes through vLLM where it is installed, else through Hugging Face's
+generate.
 """
 
 from __future__ import annotations
@@ -66,13 +67,7 @@ def stages() -> list[Stage]:
         Stage("merge", f"merge_and_push_lora.py {names} --no-push", last_line("merge"), CROSSCODER_FOLDER),
         Stage("activations", f"collect_activations.py {names} --no-push", last_line("activations"), CROSSCODER_FOLDER),
         Stage("crosscoder", f"train.py {names} --no-push", explained_variance, CROSSCODER_FOLDER),
-        Stage(
-            "notebook",
-            "-m jupyter nbconvert --to html --execute analysis_and_dashboard.ipynb "
-            f"--output-dir {shlex.quote(str(CROSSCODER_RESULTS))}",
-            figures,
-            CROSSCODER_FOLDER,
-        ),
+        Stage("analysis", f"analyse.py {names}", latents, CROSSCODER_FOLDER),
     ]
 
 
@@ -83,7 +78,6 @@ def run_stage(stage: Stage) -> float:
         "WANDB_MODE": "offline",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
-        "CROSSCODER_ARGUMENTS": f"{DATASET} {STUDENT}",
     }
     started = time.perf_counter()
     with log.open("w") as output:
@@ -155,8 +149,27 @@ def explained_variance() -> str:
     )
 
 
-def figures() -> str:
-    return f"{len(list(CROSSCODER_RESULTS.glob('*.png')))} figures"
+def latents() -> str:
+    numbers = _json(CROSSCODER_RESULTS / "analysis.json")
+    classes = [f"{numbers['classes'][kind]:,} {kind}" for kind in ("shared", "instruct-only", "fine-tuned-only")]
+    size = dashboard().stat().st_size
+    return f"{numbers['latents']['alive']:,} latents alive, {', '.join(classes)}; dashboard {size / 1e6:.1f} MB"
+
+
+def dashboard() -> Path:
+    return CROSSCODER_RESULTS / "dashboard.html"
+
+
+def where() -> str:
+    """Where what the demo has made is to be looked at."""
+    results = FOLDERS.results / DATASET / student().model_id
+    return "\n".join(
+        (
+            f"accuracy, side by side:   {results / 'metrics.md'}",
+            f"figures and tables:       {CROSSCODER_RESULTS}",
+            f"every latent, to look up: {dashboard()}",
+        )
+    )
 
 
 def last_line(stage: str) -> Callable[[], str]:
@@ -182,10 +195,8 @@ def main() -> None:
         print(f"{stage.name:<12}", end="", flush=True)
         seconds = run_stage(stage)
         print(f"{seconds:6.0f} s  {stage.figure()}", flush=True)
-    results = FOLDERS.results / DATASET / student().model_id
     print(f"\nthe whole pipeline in {time.perf_counter() - started:.0f} s; logs in {LOGS}")
-    print(f"accuracy, side by side:  {results / 'metrics.md'}")
-    print(f"what fine-tuning changed: {CROSSCODER_RESULTS}")
+    print(where())
 
 
 if __name__ == "__main__":

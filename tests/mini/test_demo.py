@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,25 @@ def test_a_stage_that_fails_stops_the_demo_with_the_end_of_its_log():
         run_stage(Stage("bad", f"-c '{code}'", str))
     assert str(failure.value).endswith("48\n49\n")
     assert "\n20\n" not in str(failure.value)
+
+
+def test_the_analysis_is_summed_up_by_what_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(demo, "CROSSCODER_RESULTS", tmp_path)
+    classes = {"n": 5, "instruct-only": 0, "shared": 3, "fine-tuned-only": 2, "between": 0}
+    numbers = {"classes": classes, "latents": {"n": 6, "alive": 5, "dead": 1}}
+    (tmp_path / "analysis.json").write_text(json.dumps(numbers))
+    with pytest.raises(FileNotFoundError, match=r"dashboard\.html"):
+        demo.latents()
+    (tmp_path / "dashboard.html").write_bytes(b"x" * 2_340_000)
+    assert demo.latents() == "5 latents alive, 3 shared, 0 instruct-only, 2 fine-tuned-only; dashboard 2.3 MB"
+
+
+def test_the_last_lines_name_the_table_the_figures_and_the_dashboard():
+    paths = [Path(line.partition(": ")[2].strip()) for line in demo.where().splitlines()]
+    results = REPOSITORY / "crosscoder-model-diff" / "results" / "pocket-mistral_1k_samples_batchtopk"
+    assert [path.name for path in paths] == ["metrics.md", results.name, "dashboard.html"]
+    assert paths[1:] == [results, results / "dashboard.html"]
+    assert paths[0].parent == REPOSITORY / "results" / "FinQA-mini" / demo.student().model_id
 
 
 def test_every_script_that_the_demo_runs_is_there():

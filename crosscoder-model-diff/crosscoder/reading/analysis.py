@@ -130,7 +130,12 @@ def classify(delta_values: Tensor) -> list[LatentClass]:
 
 
 def decoder_cosines(model: BatchTopKCrosscoder) -> Tensor:
-    """[latent], on the CPU: cosine of a latent's two decoder vectors; a scale for each model does not change it."""
+    """[latent], on the CPU: cosine of a latent's two decoder vectors; a scale for each model does not change it.
+
+    Not a number where one of them has no length, as a partition's delta latents can have.
+    """
     with torch.no_grad():
         # Rounding can take the cosine of two equal vectors above 1, and out of a histogram that ends there.
-        return torch.cosine_similarity(model.W_dec[:, 0], model.W_dec[:, 1], dim=-1).clamp(-1, 1).cpu()
+        cosines = torch.cosine_similarity(model.W_dec[:, 0], model.W_dec[:, 1], dim=-1).clamp(-1, 1)
+        without_length = (model.W_dec.norm(dim=-1) == 0).any(dim=-1)
+        return cosines.masked_fill(without_length, torch.nan).cpu()

@@ -1,82 +1,89 @@
 """Figures of a crosscoder, as matplotlib figures; `save_figure` writes them as PNG and SVG.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart.
+As wide as a column of a paper, with type that can be read there. Colours are Okabe and Ito's, which colour-blind
+readers can tell apart; where two kinds of thing share an axis their markers or lines differ too. latent_figures.py has
+those of latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
-from crosscoder.reading import analysis
 from crosscoder.reading.analysis import ExplainedVariance
+from finqa.paths import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from torch import Tensor
+
+    from crosscoder.reading.token_kinds import KindExplained
 
 INSTRUCT, FINE_TUNED, BOTH, OTHER = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
-WIDTH, HEIGHT = 6.4, 3.8
+WIDTH, HEIGHT = 3.4, 2.5
 """Inches."""
-PNG_DPI = 200
+PNG_DPI = 300
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "crosscoder",
+    "svg.fonttype": "path",
+}
+LOWEST_SHOWN = -0.5
+"""An explained variance below this is drawn at the edge, with its value beside it."""
+
+Arguments = ParamSpec("Arguments")
+
+
+def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
+    """Draw in STYLE, whatever the settings of the process are."""
+
+    @wraps(draw)
+    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapped
 
 
 def save_figure(figure: Figure, path: Path) -> list[Path]:
     """Write `<path>.png` and `<path>.svg`; the SVG is the same for the same data."""
     import matplotlib
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    png, svg = path.with_name(f"{path.name}.png"), path.with_name(f"{path.name}.svg")
-    figure.savefig(png, dpi=PNG_DPI)
-    with matplotlib.rc_context({"svg.hashsalt": "crosscoder", "svg.fonttype": "path"}):
-        figure.savefig(svg, metadata={"Date": None})
-    return [png, svg]
+    written = []
+    # Ticks are made when a figure is drawn, so the style holds here too.
+    with matplotlib.rc_context(STYLE):
+        for kind in ("png", "svg"):
+            image = io.BytesIO()
+            figure.savefig(image, format=kind, dpi=PNG_DPI, metadata={"Date": None} if kind == "svg" else None)
+            written.append(path.with_name(f"{path.name}.{kind}"))
+            write_atomically(written[-1], image.getvalue())
+    return written
 
 
-def relative_norm_figure(norms: Tensor) -> Figure:
-    """Histogram of the relative decoder norm of [latent, 2] `norms`, with the classes' regions and counts."""
-    relative = analysis.relative_decoder_norm(norms)
-    kinds = analysis.classify(analysis.delta(norms))
-    figure, axes = _figure()
-    axes.hist(relative.tolist(), bins=100, range=(0, 1), color=OTHER, log=True)
-    low = analysis.relative_norm_at(analysis.INSTRUCT_ONLY_BELOW)
-    high = analysis.relative_norm_at(analysis.FINE_TUNED_ONLY_ABOVE)
-    shared = tuple(map(analysis.relative_norm_at, analysis.SHARED))
-    regions: Sequence[tuple[analysis.LatentClass, float, float, str]] = (
-        ("instruct-only", 0.0, low, INSTRUCT),
-        ("shared", shared[0], shared[1], BOTH),
-        ("fine-tuned-only", high, 1.0, FINE_TUNED),
-    )
-    for kind, left, right, colour in regions:
-        axes.axvspan(left, right, color=colour, alpha=0.15, lw=0)
-        axes.text(
-            (left + right) / 2,
-            1.02,
-            f"{kind}\n{kinds.count(kind):,}",
-            transform=axes.get_xaxis_transform(),
-            ha="center",
-            va="bottom",
-            color=colour,
-            fontsize="small",
-        )
-    axes.set(xlim=(0, 1), ylim=(0.7, None), ylabel="latents")
-    axes.set_xlabel("relative decoder norm  $n_1 / (n_0 + n_1)$   (0: instruct, 1: fine-tuned)")
-    return figure
+def new_figure(panels: int = 1, width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Any]:
+    """A figure and its axes, a list of them where there are several panels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, panels)
 
 
-def cosine_figure(cosines: Tensor, norms: Tensor) -> Figure:
-    """Histogram of the cosine between the two decoder vectors of the shared ones among the latents."""
-    kinds = analysis.classify(analysis.delta(norms))
-    values = [cosine for cosine, kind in zip(cosines.tolist(), kinds, strict=True) if kind == "shared"]
-    figure, axes = _figure()
-    axes.hist(values, bins=60, range=(min([0.0, *values]), 1), color=BOTH, log=True)
-    axes.set(ylim=(0.7, None), ylabel="latents", xlabel="cosine of instruct and fine-tuned decoder vector")
-    axes.set_title(f"{len(values):,} shared latents", fontsize="medium", loc="left")
-    return figure
-
-
+@styled
 def explained_variance_figure(explained: ExplainedVariance) -> Figure:
     """Bars of the explained variance of either model and of their difference; of a difference SAE the last alone."""
     all_bars = (
@@ -85,22 +92,57 @@ def explained_variance_figure(explained: ExplainedVariance) -> Figure:
         ("difference", explained.difference, OTHER),
     )
     bars = {name: (value, colour) for name, value, colour in all_bars if value is not None}
-    figure, axes = _figure()
+    figure, axes = new_figure()
     drawn = axes.bar(
         list(bars), [value for value, _ in bars.values()], width=0.6, color=[colour for _, colour in bars.values()]
     )
     axes.bar_label(drawn, [f"{value:.3f}" for value, _ in bars.values()], padding=2)
-    axes.axhline(0, color="black", lw=0.8)
-    axes.set(ylim=(min(0.0, 1.15 * min(value for value, _ in bars.values())), 1.08), ylabel="explained variance")
-    axes.set_title(
-        f"held-out documents, {explained.n_tokens:,} tokens, L0 {explained.l0:.1f}", fontsize="medium", loc="left"
-    )
+    axes.axhline(0, color="black", lw=0.6)
+    lowest = min(value for value, _ in bars.values())
+    axes.set(xlim=(-0.6, len(bars) - 0.4), ylim=(min(0.0, 1.2 * lowest), 1.1), ylabel="explained variance")
+    axes.set_title(f"held-out documents, {explained.n_tokens:,} tokens, L0 {explained.l0:.1f}", loc="left")
     return figure
 
 
+@styled
+def explained_variance_by_kind_figure(found: Sequence[KindExplained]) -> Figure:
+    """A line for every kind of token, with the explained variance of either model and of the difference.
+
+    About the mean of those very tokens. What is not a number is left out; what lies below LOWEST_SHOWN is drawn there.
+    """
+    # The two models are often alike, so each has a height of its own within the line.
+    series = (
+        ("instruct", INSTRUCT, "<", -0.14),
+        ("fine_tuned", FINE_TUNED, ">", 0.14),
+        ("difference", "black", "D", 0),
+    )
+    figure, axes = new_figure(height=0.9 + 0.22 * len(found))
+    for name, colour, marker, shift in series:
+        values = {y + shift: getattr(each.own_mean, name) for y, each in enumerate(found)}
+        there = {y: value for y, value in values.items() if value is not None and value == value}
+        if not there:
+            continue
+        shown = [max(value, LOWEST_SHOWN) for value in there.values()]
+        axes.plot(shown, list(there), marker, color=colour, ms=4, lw=0, label=name.replace("_", "-"), alpha=0.9)
+        for y, value in there.items():
+            if value < LOWEST_SHOWN:
+                axes.annotate(f"{value:.1f}", (LOWEST_SHOWN, y), (5, 0), textcoords="offset points", va="center",
+                              color=colour, fontsize=6)  # fmt: skip
+    axes.set_yticks(range(len(found)), [f"{each.kind}  ({each.n_tokens:,})" for each in found])
+    axes.invert_yaxis()
+    axes.grid(axis="y", color="0.9", lw=0.5)
+    axes.axvline(0, color="black", lw=0.6)
+    lowest = min([0.0, *(value for each in found for value in each.own_mean[:4] if value is not None)])
+    axes.set(xlim=(max(lowest, LOWEST_SHOWN) - 0.05, 1.03), xlabel="explained variance, held-out")
+    axes.set_ylabel("kind of token (number)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3, handletextpad=0.1)
+    return figure
+
+
+@styled
 def training_figure(records: Sequence[dict[str, Any]]) -> Figure:
     """Loss, explained variance, dead share over the steps of a training log."""
-    figure, panels = _figure(panels=3)
+    figure, panels = new_figure(panels=3, width=2 * WIDTH, height=2.2)
     steps = [record["step"] for record in records]
     loss, variance, dead = panels
     loss.plot(steps, [record["loss"] for record in records], color="black")
@@ -112,24 +154,15 @@ def training_figure(records: Sequence[dict[str, Any]]) -> Figure:
         values = [record["explained_variance"][m] for record in records]
         variance.plot(steps, values, color=colour, label=name, ls="-" if m == 0 else "--")
     variance.set(ylabel="explained variance\n(training batch)", ylim=(0, 1))
-    variance.legend(frameon=False, fontsize="small", loc="lower right")
+    variance.legend(loc="lower right")
     shares = [100 * record["dead_share"] for record in records]
     dead.plot(steps, shares, color="black")
     dead.set(ylabel="dead latents (%)", ylim=(0, max([5, *(1.05 * share for share in shares)])))
     for axes in panels:
-        axes.set_xlabel("step")
+        _steps(axes)
     return figure
 
 
-def _figure(panels: int = 1) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH * (1 if panels == 1 else 1.7), HEIGHT), layout="constrained")
-    drawn: Any = figure.subplots(1, panels)
-    for axes in [drawn] if panels == 1 else drawn:
-        _plain(axes)
-    return figure, drawn
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
+def _steps(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.locator_params(axis="x", nbins=4)

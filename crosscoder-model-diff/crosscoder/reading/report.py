@@ -49,7 +49,7 @@ class CrosscoderReport:
     median_relative_decoder_norm: float | None
     """Of the latents that are active on some training token."""
     median_decoder_cosine: float | None
-    """Of the same latents."""
+    """Of the same latents, those left out that have a vector of no length."""
 
 
 def crosscoder_report(
@@ -96,7 +96,8 @@ def _of_two_models(
 
 
 def _median(values: torch.Tensor) -> float | None:
-    return float(values.median()) if len(values) else None
+    numbers = values[values.isfinite()]
+    return float(numbers.median()) if len(numbers) else None
 
 
 def _raw(store: ActivationStore, indices: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from crosscoder.activations.store import ActivationStore
 from crosscoder.model import BatchTopKCrosscoder
@@ -18,6 +20,7 @@ from crosscoder.reading import analysis
 from crosscoder.reading.latent_scaling import LatentScaling, own_model, verdict
 from crosscoder.reading.lens import Unembedding, promoted_tokens
 from crosscoder.reading.statistics import LatentStatistics
+from crosscoder.reading.token_kinds import token_texts
 from finqa.paths import write_atomically
 
 if TYPE_CHECKING:
@@ -46,6 +49,13 @@ class LatentRow:
     """Share of tokens on which it is active."""
     completion_share: float
     """Of the tokens on which it is active, the share in programs; 0 where it is active on none."""
+    template_share: float | None
+    """Of its summed activation, the share on tokens that every document has alike (statistics.template_share); None
+    where the kinds of the tokens were not asked for."""
+    difference_share: float
+    """Of what all latents write into the difference of the models, this one's part: the mean square of its value times
+    the squared length of fine-tuned less instruct decoder vector, over the sum of all latents. In the models' own
+    units; what two latents write together is left out."""
     mean_activation: float
     max_activation: float
     top_tokens: str
@@ -53,7 +63,7 @@ class LatentRow:
     example: str
     """Context of its largest activation, which is marked by «»."""
     promoted: str
-    """Tokens that its fine-tuned decoder vector promotes (logit lens)."""
+    """Tokens that its fine-tuned decoder vector promotes (logit lens); a difference SAE's one vector."""
     promoted_instruct: str
     """The same of its instruct decoder vector."""
     scaling_firings: int | None = None
@@ -77,10 +87,11 @@ def latent_table(
     scaling: LatentScaling | None = None,
 ) -> list[LatentRow]:
     """A row a latent, in their order, dead ones included. With `scaling` (of held-out documents) its columns too."""
-    decoder = model.raw_decoder()
-    directions = [model.difference_decoder()] if decoder.shape[1] == 1 else list(decoder.unbind(dim=1))
-    promoted = [promoted_tokens(vectors, unembedding, N_TOKENS).cpu() for vectors in directions]
+    directions = [model.difference_decoder()] if model.config.n_inputs == 1 else list(model.raw_decoder().unbind(dim=1))
+    promoted = [_promoted(vectors, unembedding) for vectors in directions]
     completion = statistics.n_completion_firings / statistics.n_firings.clamp_min(1)
+    template = statistics.template_share
+    written = difference_shares(model, statistics)
     contexts = Contexts(store, tokenizer)
     compared = _compared(model)
     return [
@@ -89,26 +100,42 @@ def latent_table(
             **compared[j],
             frequency=float(statistics.frequency[j]),
             completion_share=float(completion[j]),
+            template_share=None if template is None else float(template[j]),
+            difference_share=float(written[j]),
             mean_activation=float(statistics.mean_activation[j]),
             max_activation=float(statistics.top_values[j, 0]),
             top_tokens=contexts.commonest_tokens(statistics.top_tokens[j]),
             example=contexts.around(int(statistics.top_tokens[j, 0])),
-            promoted=contexts.tokens(promoted[-1][j].tolist()),
-            promoted_instruct=contexts.tokens(promoted[0][j].tolist()) if len(promoted) == 2 else "",
+            promoted=contexts.tokens(promoted[-1][j]),
+            promoted_instruct=contexts.tokens(promoted[0][j]) if len(promoted) == 2 else "",
             **(_scaled(scaling, j, compared[j]["kind"]) if scaling else {}),
         )
         for j in range(model.config.n_latents)
     ]
 
 
+def difference_shares(model: BatchTopKCrosscoder, statistics: LatentStatistics) -> Tensor:
+    """[latent] fp64, on the CPU: LatentRow.difference_share of each; 0 where none writes any difference."""
+    lengths = model.difference_decoder().double().pow(2).sum(dim=-1).cpu()
+    written = statistics.mean_square * lengths
+    return written / written.sum().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _promoted(vectors: Tensor, unembedding: Unembedding) -> list[list[int]]:
+    """Of every latent the tokens that its vector promotes; none where it has no length."""
+    tokens = promoted_tokens(vectors, unembedding, N_TOKENS).tolist()
+    return [ids if length > 0 else [] for ids, length in zip(tokens, vectors.norm(dim=-1).tolist(), strict=True)]
+
+
 def _compared(model: BatchTopKCrosscoder) -> list[dict[str, Any]]:
-    """A latent's columns that compare its two decoder vectors."""
+    """A latent's columns that compare its two decoder vectors; what is not a number is None."""
     names = ("kind", "delta", "relative_decoder_norm", "instruct_norm", "fine_tuned_norm", "cosine")
     if model.config.n_inputs == 1:
         return [dict.fromkeys(names) | {"kind": "difference"} for _ in range(model.config.n_latents)]
     norms, cosines = analysis.decoder_norms(model), analysis.decoder_cosines(model)
     deltas, relative = analysis.delta(norms), analysis.relative_decoder_norm(norms)
-    columns = (analysis.classify(deltas), *(c.tolist() for c in (deltas, relative, norms[:, 0], norms[:, 1], cosines)))
+    numbers = (map(_number, c.tolist()) for c in (deltas, relative, norms[:, 0], norms[:, 1], cosines))
+    columns = (analysis.classify(deltas), *numbers)
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
@@ -122,8 +149,12 @@ def _scaled(scaling: LatentScaling, latent: int, kind: analysis.LatentClass) -> 
         "nu_err": scaling.nu_err[latent, probe],
         "nu_rec": scaling.nu_rec[latent, probe],
     }
-    numbers = {name: value.item() if torch.isfinite(value) else None for name, value in values.items()}
+    numbers = {name: _number(value.item()) for name, value in values.items()}
     return numbers | {"scaling_firings": int(scaling.n[latent]), "verdict": verdict(scaling, latent, kind)}
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def write_latent_table(path: Path, rows: Sequence[LatentRow]) -> None:
@@ -135,13 +166,18 @@ def write_latent_table(path: Path, rows: Sequence[LatentRow]) -> None:
     write_atomically(path, text.getvalue())
 
 
-def most_fine_tuned(rows: Sequence[LatentRow], n: int, min_frequency: float = 0.0) -> list[LatentRow]:
-    """The active latents that lean most towards the fine-tuned model, by relative decoder norm; those of a difference
-    SAE, which have none, by how often they are active."""
-    active = [row for row in rows if row.frequency > min_frequency]
-    return sorted(
-        active, key=lambda row: -(row.frequency if row.relative_decoder_norm is None else row.relative_decoder_norm)
-    )[:n]
+def most_changed(rows: Sequence[LatentRow], n: int, min_frequency: float = 0.0) -> list[LatentRow]:
+    """Of the latents that are active on more than this share of the tokens, the `n` that changed most.
+
+    Those of a crosscoder by how far their relative decoder norm is from 1/2, towards either model; those of a
+    difference SAE, which have none, by the share of the difference that they write.
+    """
+
+    def change(row: LatentRow) -> float:
+        r = row.relative_decoder_norm
+        return row.difference_share if r is None else abs(r - 0.5)
+
+    return sorted((row for row in rows if row.frequency > min_frequency), key=lambda row: -change(row))[:n]
 
 
 class Contexts:
@@ -150,12 +186,13 @@ class Contexts:
     def __init__(self, store: ActivationStore, tokenizer: PreTrainedTokenizerBase):
         self._store = store
         self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
 
     def tokens(self, ids: Sequence[int]) -> str:
         """Token ids as quoted text, so that spaces and line breaks show."""
-        return " ".join(repr(self._tokenizer.decode([i])) for i in ids)
+        return " ".join(map(repr, self._spelt(ids)))
 
-    def commonest_tokens(self, indices: torch.Tensor) -> str:
+    def commonest_tokens(self, indices: Tensor) -> str:
         """Tokens at these indices (-1 is none), the commonest first."""
         there = indices[indices >= 0]
         counts = Counter(self._store.token_id[there].tolist())
@@ -167,8 +204,12 @@ class Contexts:
             return ""
         document = self._store.document[index]
         first, last = max(0, index - CONTEXT_TOKENS), min(len(self._store), index + CONTEXT_TOKENS // 2 + 1)
-        near = [i for i in range(first, last) if self._store.document[i] == document]
-        before = self._store.token_id[[i for i in near if i < index]].tolist()
-        after = self._store.token_id[[i for i in near if i > index]].tolist()
-        decode = self._tokenizer.decode
-        return f"{decode(before)}«{decode([int(self._store.token_id[index])])}»{decode(after)}"
+        near = torch.arange(first, last)[self._store.document[first:last] == document]
+        texts = self._spelt(self._store.token_id[near].tolist())
+        at = int((near == index).nonzero())
+        return f"{''.join(texts[:at])}«{texts[at]}»{''.join(texts[at + 1 :])}"
+
+    def _spelt(self, ids: Sequence[int]) -> list[str]:
+        """What each id spells, its leading space included."""
+        self._texts |= token_texts(self._tokenizer, {i for i in ids if i not in self._texts})
+        return [self._texts[i] for i in ids]

@@ -1,0 +1,153 @@
+"""Read a trained dictionary: its figures, tables, numbers and dashboard.
+
+    python analyse.py                                          that of the 7B run
+    python analyse.py FinQA-mini pocket-mistral
+    python analyse.py FinQA-mini pocket-mistral --method difference-sae
+    python analyse.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> --name wide --examples-for 4096
+
+Takes the names and flags of train.py, and these. Reads the crosscoder and its activation set, each from its local
+folder, else from the Hub, and the base model's tokenizer and unembedding.
+
+Writes into crosscoder-model-diff/results/<crosscoder's name>/
+
+    explained_variance, explained_variance_by_kind, relative_decoder_norms, decoder_cosines, latent_scaling,
+    firing_frequency                 figures, each as .png and .svg
+    latents.csv                      every latent
+    most_changed.csv                 the latents that changed most, in that order
+    classes.csv                      latents by class, and how many latent scaling confirms
+    explained_variance.csv           on all held-out tokens, and by kind of token
+    stability.csv                    with --second-seed: latents matched one to one, by class, beside what chance gives
+    splicing.csv                     with --splice: loss recovered when reconstructions take the activations' place
+    analysis.json                    every number that the figures show, with what it was counted over
+    dashboard.html                   every latent, to be looked up; no server and no network needed
+    analysis.run.json                the run manifest
+
+What compares the decoder vectors of two models is left out for a difference SAE, which has one a latent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from crosscoder.dashboard.records import DashboardConfig
+from crosscoder.names import choice_from_args
+from crosscoder.reading.opening import ReadingConfig, add_reading_flags, open_reading_of
+from finqa.errors import report_errors
+from finqa.manifest import write_manifest
+from finqa.paths import Folders
+
+if TYPE_CHECKING:
+    from crosscoder.model import BatchTopKCrosscoder
+    from crosscoder.reading.findings import Findings
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_reading_flags(parser)
+    add = parser.add_argument_group("reading").add_argument
+    add(
+        "--most-changed",
+        type=int,
+        default=ReadingConfig.n_most_changed,
+        metavar="N",
+        help="latents in that table (%(default)s)",
+    )
+    add(
+        "--min-frequency",
+        type=float,
+        default=ReadingConfig.min_frequency,
+        metavar="SHARE",
+        help="of tokens, at or below which a latent is left out of that table (default: %(default)s)",
+    )
+    add(
+        "--examples-for",
+        type=int,
+        default=DashboardConfig.n_with_examples,
+        metavar="N",
+        help="latents that get examples in the dashboard, the most interesting first (default: %(default)s)",
+    )
+    add("--no-dashboard", action="store_true", help="leave the dashboard out")
+    add(
+        "--second-seed",
+        metavar="FOLDER",
+        help="checkpoint of another dictionary of the same activations, to see which latents it finds too",
+    )
+    add("--splice", action="store_true", help="load both models, and measure what their loss is with reconstructions")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    started = time.perf_counter()
+    config, dashboard = configs(args)
+    reading = open_reading_of(args)
+    model, store = reading.model, reading.store
+
+    from crosscoder.reading.extra_readings import open_second
+    from crosscoder.reading.findings import find
+    from crosscoder.reading.results import write_figures, write_numbers, write_page, write_tables
+
+    second = open_second(reading, args.second_seed) if args.second_seed else None
+    print(f"{reading.name}: {model.config.n_latents:,} latents on {len(store):,} tokens", flush=True)
+    found = find(reading, config)
+    folder = reading.results
+    n_figures = len(write_figures(found, folder)) // 2
+    n_tables = len(write_tables(found, folder))
+    extras = extra_tables(args, found, second)
+    write_numbers(found, folder, **extras)
+    if dashboard is not None:
+        print(write_page(found, dashboard), flush=True)
+    seconds = round(time.perf_counter() - started, 1)
+    write_manifest(folder / "analysis.run.json", vars(args), activations=store.config.recorded, seconds=seconds)
+    print(summary(found))
+    n_tables += sum(rows is not None for rows in extras.values())
+    print(f"{n_figures} figures, {n_tables} tables and analysis.json in {folder}")
+
+
+def configs(args: argparse.Namespace) -> tuple[ReadingConfig, DashboardConfig | None]:
+    """What the flags ask for, checked before anything is read."""
+    dashboard = None if args.no_dashboard else DashboardConfig(n_with_examples=args.examples_for)
+    return ReadingConfig(n_most_changed=args.most_changed, min_frequency=args.min_frequency), dashboard
+
+
+def extra_tables(
+    args: argparse.Namespace, found: Findings, second: BatchTopKCrosscoder | None
+) -> dict[str, list[dict[str, Any]] | None]:
+    """Make and write the tables of --second-seed and --splice; None under those that were not asked for."""
+    from crosscoder.reading.extra_readings import load_pair, splice, stability_table
+    from crosscoder.reading.results import write_extra_table
+
+    tables: dict[str, list[dict[str, Any]] | None] = {"stability": None, "splicing": None}
+    if second is not None:
+        tables["stability"] = stability_table(found, second)
+    if args.splice:
+        pair = load_pair(found.reading, choice_from_args(args), Folders.from_args(args))
+        tables["splicing"] = splice(found.reading, pair)
+    for name, rows in tables.items():
+        write_extra_table(name, rows, found.reading.results)
+    return tables
+
+
+def summary(found: Findings) -> str:
+    """The main figures, in two lines."""
+    from crosscoder.reading.results import class_rows
+
+    explained = found.explained
+    parts = {"instruct": explained.instruct, "fine-tuned": explained.fine_tuned, "difference": explained.difference}
+    values = ", ".join(f"{part} {value:.4f}" for part, value in parts.items() if value is not None)
+    dead = int(found.statistics.dead.sum())
+    lines = [
+        f"held-out explained variance: {values}, at L0 {explained.l0:.1f}, n {explained.n_tokens:,} tokens",
+        f"latents: {len(found.rows):,}, {dead:,} of them active on no token",
+    ]
+    for row in class_rows(found):
+        confirmed = f" ({row['confirmed']:,} confirmed)" if "confirmed" in row else ""
+        lines[1] += f", {row['latents']:,} {row['class']}{confirmed}"
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main))

@@ -1,0 +1,115 @@
+"""Readings that need more than a dictionary and its activations: another seed's dictionary, or the models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from crosscoder.checkpoint import find_checkpoint, read_config
+from crosscoder.model import BatchTopKCrosscoder
+from crosscoder.reading import analysis
+from crosscoder.reading.findings import Findings
+from crosscoder.reading.latent_scaling import LatentScaling, latent_scaling, verdict
+from crosscoder.reading.opening import Reading
+from crosscoder.reading.splicing import (
+    loss_recovered,
+    mean_activations,
+    splice_losses,
+    splice_rows,
+    stored_texts,
+    target_of,
+)
+from crosscoder.reading.stability import features, stability_rows
+from finqa import students
+from finqa.errors import UserError
+from finqa.weights import weights_hash
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from crosscoder.names import ActivationChoice
+    from crosscoder.study.halves import Pair
+    from finqa.paths import Folders
+
+CONFIRMED = "fine-tuned-only, confirmed"
+"""Name of the set of latents that latent scaling confirms."""
+
+
+def open_second(reading: Reading, name: Path | str) -> BatchTopKCrosscoder:
+    """The dictionary that stability is measured against; UserError where it cannot be compared with the one read."""
+    folder = find_checkpoint(name)
+    config, own = read_config(folder), reading.model.config
+    fingerprint = reading.store.config.recorded.get("fingerprint")
+    if config.activations and config.activations["fingerprint"] != fingerprint:
+        raise UserError(f"{folder} was trained on other activations than those in {reading.store.folder}")
+    if (config.crosscoder.method, config.crosscoder.d_model) != (own.method, own.d_model):
+        other = f"{config.crosscoder.method} of width {config.crosscoder.d_model}"
+        raise UserError(f"{folder} is a {other}, and cannot be matched with a {own.method} of width {own.d_model}")
+    return BatchTopKCrosscoder.from_pretrained(folder).to(reading.model.b_dec.device)
+
+
+def stability_table(found: Findings, second: BatchTopKCrosscoder) -> list[dict[str, Any]]:
+    """stability.stability_rows of the latents that are active on training tokens, by class.
+
+    The latents that latent scaling confirms as fine-tuned-only, in either dictionary on held-out documents, are a set
+    of their own.
+    """
+    reading, two = found.reading, found.two_models
+    store, split = reading.store, reading.split
+    own: dict[str, Tensor] = {}
+    other: dict[str, Tensor] = {}
+    if two is not None:
+        scaling = latent_scaling(second, (raw for _, raw in store.batches(split.held_out, found.config.batch_size)))
+        own, other = {CONFIRMED: _confirmed(reading.model, two.scaling)}, {CONFIRMED: _confirmed(second, scaling)}
+    return stability_rows(features(reading.model, store, split.train, own), features(second, store, split.train, other))
+
+
+def _confirmed(model: BatchTopKCrosscoder, scaling: LatentScaling) -> Tensor:
+    """[latent] mask."""
+    kinds = analysis.classify(analysis.delta(analysis.decoder_norms(model)))
+    of = (kind == "fine-tuned-only" and verdict(scaling, j, kind) == "confirmed" for j, kind in enumerate(kinds))
+    return torch.tensor(list(of), dtype=torch.bool)
+
+
+def splice(reading: Reading, pair: Pair) -> list[dict[str, Any]]:
+    """splicing.splice_rows over the held-out documents; the mean ablation is the mean of the training tokens."""
+    store, split = reading.store, reading.split
+    numbers = store.document[split.held_out].unique().tolist()
+    bos_id: Any = reading.tokenizer.bos_token_id
+    texts = stored_texts(store, numbers, bos_id)
+    means = mean_activations(store, split.train)
+    return splice_rows(loss_recovered(splice_losses(reading.model, pair, texts, target_of(store), means)))
+
+
+def load_pair(reading: Reading, choice: ActivationChoice, folders: Folders) -> Pair:
+    """Both models that the activations are of, in the precision that they were recorded in.
+
+    UserError where one is missing, or is not the one that was recorded.
+    """
+    from crosscoder.activations.readers import in_the_models_dtype
+    from crosscoder.activations.recorded_inputs import find_fine_tuned, find_instruct, is_adapter
+    from crosscoder.study.halves import pair_of
+
+    recorded, student = reading.store.config.recorded, choice.student
+    fine_tuned, instruct = find_fine_tuned(choice, folders), find_instruct(choice, folders)
+    for folder, key in ((fine_tuned, "fine_tuned_hash"), (instruct, "against_hash")):
+        if folder is not None and key in recorded and weights_hash(folder) != recorded[key]:
+            raise UserError(f"{folder} has changed since {reading.store.folder} was recorded; collect it again")
+    device = str(reading.model.b_dec.device)
+    dtype = torch.bfloat16 if recorded.get("dtype") == "bf16" else torch.float32
+
+    def base() -> Any:
+        return students.load_base(student.model, dtype, device, student.load_in_4bit, student.revision)
+
+    def adapted(folder: Path) -> Any:
+        model = students.load_adapter(base(), folder).eval()
+        in_the_models_dtype(model, dtype)
+        return model
+
+    if instruct is not None:
+        return pair_of(adapted(instruct).get_base_model(), adapted(fine_tuned).get_base_model())
+    if is_adapter(fine_tuned):
+        return pair_of(adapted(fine_tuned))
+    return pair_of(base(), students.load_base(str(fine_tuned), dtype, device))

@@ -1,0 +1,136 @@
+"""Findings -> files: figures (PNG and SVG), tables (CSV), analysis.json, dashboard.html."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crosscoder.reading import figures, findings, latent_figures, tables
+from crosscoder.reading.analysis import CLASSES
+from crosscoder.reading.findings import Findings
+from crosscoder.reading.latent_scaling import exclusive_counts
+from crosscoder.reading.token_kinds import kind_rows
+from finqa.manifest import write_json
+from finqa.paths import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from crosscoder.dashboard.records import DashboardConfig
+
+
+def _relative_norms(found: Findings) -> Figure | None:
+    return found.two_models and latent_figures.relative_norm_figure(found.two_models.norms[found.alive])
+
+
+def _cosines(found: Findings) -> Figure | None:
+    two, alive = found.two_models, found.alive
+    return two and latent_figures.cosine_figure(two.cosines[alive], two.norms[alive])
+
+
+def _scaling(found: Findings) -> Figure | None:
+    two = found.two_models
+    return two and latent_figures.latent_scaling_figure(two.scaling, two.kinds, found.statistics.dead)
+
+
+def _frequencies(found: Findings) -> Figure:
+    statistics = found.statistics
+    shown = findings.frequencies(found)
+    return latent_figures.frequency_figure(shown, int(statistics.dead.sum()), statistics.n_tokens)
+
+
+FIGURES: Mapping[str, Callable[[Findings], Figure | None]] = {
+    "explained_variance": lambda found: figures.explained_variance_figure(found.explained),
+    "explained_variance_by_kind": lambda found: figures.explained_variance_by_kind_figure(found.by_kind),
+    "relative_decoder_norms": _relative_norms,
+    "decoder_cosines": _cosines,
+    "latent_scaling": _scaling,
+    "firing_frequency": _frequencies,
+}
+"""By the names of their files. None is what does not apply: a difference SAE has no two decoder vectors to compare."""
+
+
+def write_figures(found: Findings, folder: Path) -> list[Path]:
+    """<name>.png and <name>.svg of every figure that applies; the paths, in order.
+
+    A figure of an earlier run that does not apply is deleted, so that none is taken for this dictionary's.
+    """
+    written = []
+    for name, draw in FIGURES.items():
+        figure = draw(found)
+        if figure is not None:
+            written += figures.save_figure(figure, folder / name)
+        else:
+            for kind in ("png", "svg"):
+                (folder / f"{name}.{kind}").unlink(missing_ok=True)
+    return written
+
+
+def write_tables(found: Findings, folder: Path) -> list[Path]:
+    """latents.csv, most_changed.csv, explained_variance.csv, and classes.csv where latents have classes."""
+    paths = {name: folder / f"{name}.csv" for name in ("latents", "most_changed", "explained_variance", "classes")}
+    tables.write_latent_table(paths["latents"], found.rows)
+    tables.write_latent_table(paths["most_changed"], found.most_changed)
+    _write_csv(paths["explained_variance"], kind_rows(found.by_kind))
+    if found.two_models is None:
+        paths.pop("classes").unlink(missing_ok=True)
+    else:
+        _write_csv(paths["classes"], class_rows(found))
+    return list(paths.values())
+
+
+def write_extra_table(name: str, rows: Sequence[Mapping[str, Any]] | None, folder: Path) -> None:
+    """<name>.csv; where the table was not asked for (None), that of an earlier run is deleted."""
+    path = folder / f"{name}.csv"
+    if rows is None:
+        path.unlink(missing_ok=True)
+    else:
+        _write_csv(path, rows)
+
+
+def class_rows(found: Findings) -> list[dict[str, Any]]:
+    """A row a class: how many latents it has that are active on some token, and what latent scaling says of them."""
+    two, kinds = found.two_models, found.classes
+    if two is None:
+        return []
+    counts = exclusive_counts(two.scaling.of(found.alive), kinds)
+    rows = []
+    for kind in CLASSES:
+        row: dict[str, Any] = {"class": kind, "latents": kinds.count(kind)}
+        of = counts.get(kind)
+        if of is not None:
+            row |= {"confirmed": of.confirmed} | {f"fail_{name}": n for name, n in of.fail.items()}
+        rows.append(row)
+    return rows
+
+
+def write_numbers(found: Findings, folder: Path, **more: Any) -> Path:
+    """analysis.json; `more` are sections of other readings, such as stability, left out where they are None."""
+    path = folder / "analysis.json"
+    write_json(path, findings.in_numbers(found) | {name: value for name, value in more.items() if value is not None})
+    return path
+
+
+def write_page(found: Findings, config: DashboardConfig) -> str:
+    """Write dashboard.html; a line about it."""
+    from crosscoder.dashboard.builder import build_dashboard
+    from crosscoder.dashboard.page import write_dashboard
+
+    path = found.reading.results / "dashboard.html"
+    dashboard = build_dashboard(found.reading, found.statistics, found.rows, config, found.explained)
+    size = write_dashboard(path, dashboard)
+    n = sum(page.examples is not None for page in dashboard.pages)
+    return f"{path}: {size / 1e6:.1f} MB, {len(dashboard.pages):,} latents, {n:,} with examples"
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows as CSV, with a column for every key that any of them has."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())

@@ -1,0 +1,336 @@
+"""analyse.py and the notebook, on small dictionaries of every method over the activations of real prompts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_up_activations import planted_activations
+from made_up_documents import write_documents
+
+from crosscoder.activations.collection import Document
+from crosscoder.activations.store import ActivationStore
+from crosscoder.config import CrosscoderConfig
+from crosscoder.methods import new_dictionary
+from crosscoder.model import BatchTopKCrosscoder
+from crosscoder.names import ActivationChoice, crosscoder_folder, name_of_method
+from crosscoder.reading import analysis
+from crosscoder.reading.latent_scaling import latent_scaling
+from crosscoder.reading.opening import ReadingConfig
+from finqa import students
+from finqa.errors import UserError
+from finqa.paths import REPOSITORY, Folders
+from finqa.records import TeacherRow
+
+FOLDER = REPOSITORY / "crosscoder-model-diff"
+NOTEBOOK = "analysis_and_dashboard.ipynb"
+D_MODEL, N_LATENTS, DEAD = 64, 24, 5
+METHODS = ("batchtopk", "l1", "partition", "difference-sae")
+OF_ALL = {"explained_variance", "explained_variance_by_kind", "firing_frequency"}
+OF_TWO_MODELS = {"relative_decoder_norms", "decoder_cosines", "latent_scaling"}
+
+
+def dictionary(method: str) -> BatchTopKCrosscoder:
+    """An untrained one with a dead latent, and where there are two models with one latent of each exclusive class."""
+    partition: dict[str, Any] = {"n_delta": 8, "k_delta": 2} if method == "partition" else {}
+    config = CrosscoderConfig(D_MODEL, N_LATENTS, 4, method=method, **partition)  # type: ignore[arg-type]
+    model = new_dictionary(config, generator=torch.Generator().manual_seed(3))
+    model.threshold = 0.05 if method == "difference-sae" else 0.4  # the difference is small
+    model.delta_threshold = 0.2 if partition else None
+    model.b_enc.data[DEAD] = -1e6
+    if config.n_inputs == 2:
+        model.W_dec.data[2, 0] *= 0.05
+        model.W_dec.data[3, 1] *= 0.05
+    return model
+
+
+class Made:
+    """A data folder with an activation set of the tiny student, and a checkpoint of every method."""
+
+    def __init__(self, folder: Path, student: Path, rows: list[TeacherRow]):
+        self.folders = Folders(data=folder / "data")
+        self.results = folder / "results"
+        self.student = student
+        run = students.StudentRun("FinQA-mini", str(student), students.settings_for(str(student)))
+        self.choice = ActivationChoice(run)
+        tokenizer = students.load_tokenizer(str(student))
+        documents = []
+        for row in rows:
+            ids, n_prompt = students.training_ids(tokenizer, row.prompt, row.generated_code)
+            documents.append(Document(row.id, tuple(ids), n_prompt))
+
+        def activations(table: dict[str, torch.Tensor]) -> torch.Tensor:
+            return planted_activations(len(table["token_id"]), D_MODEL, 16)
+
+        self.set_folder = self.folders.activations(self.choice.name)
+        self.store = write_documents(self.set_folder, documents, tokenizer.bos_token_id, activations)
+        for method in METHODS:
+            about = {"activations": self.store.config.recorded}
+            dictionary(method).save_pretrained(self.checkpoint(method), **about)
+
+    def name(self, method: str) -> str:
+        return name_of_method(self.choice.crosscoder_name, method)
+
+    def checkpoint(self, method: str) -> Path:
+        return crosscoder_folder(self.folders, self.name(method))
+
+    def words(self, method: str = "batchtopk") -> list[str]:
+        words = ["FinQA-mini", self.student, "--data-dir", self.folders.data, "--results-dir", self.results]
+        return [*map(str, words), "--method", method]
+
+
+def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A Python command in the folder of the model diff, offline."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=FOLDER,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def run_here(*words: object) -> int:
+    """analyse.py as a command, in this process: what it imports is there already. Its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["analyse.py", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(FOLDER / "analyse.py"), run_name="__main__")
+    return ended.value.code  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_student: Path, teacher_rows: list[TeacherRow]) -> Made:
+    return Made(tmp_path_factory.mktemp("analysed"), tiny_student, teacher_rows)
+
+
+@pytest.fixture(scope="module")
+def analysed(made: Made) -> Callable[[str], Path]:
+    """The folder that analyse.py writes for a method; run once for each."""
+    done: dict[str, Path] = {}
+
+    def of(method: str) -> Path:
+        if method not in done:
+            assert run_here(*made.words(method), "--most-changed", "6", "--examples-for", "4") == 0
+            done[method] = made.results / made.name(method)
+        return done[method]
+
+    return of
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "analysis.json").read_text())
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_the_figures_and_tables_that_apply_to_it(analysed, method):
+    folder = analysed(method)
+    figures = OF_ALL if method == "difference-sae" else OF_ALL | OF_TWO_MODELS
+    assert {path.stem for path in folder.glob("*.png")} == {path.stem for path in folder.glob("*.svg")} == figures
+    tables = {"latents", "most_changed", "explained_variance"} | (set() if method == "difference-sae" else {"classes"})
+    assert {path.stem for path in folder.glob("*.csv")} == tables
+    assert {"analysis.json", "analysis.run.json", "dashboard.html"} <= {path.name for path in folder.iterdir()}
+    assert len(table(folder / "latents.csv")) == N_LATENTS
+    assert len(table(folder / "most_changed.csv")) == 6
+    assert json.loads((folder / "analysis.run.json").read_text())["config"]["method"] == method
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_the_numbers_are_those_of_the_library_over_the_held_out_documents(made, analysed, method):
+    found = numbers(analysed(method))
+    store = ActivationStore(made.set_folder)
+    held_out = store.split(0.1, 0).held_out
+    model = BatchTopKCrosscoder.from_pretrained(made.checkpoint(method))
+    raw = store.read(held_out)
+    expected = analysis.explained_variance(model, [raw])._asdict()
+    assert found["explained_variance"] == pytest.approx({k: v for k, v in expected.items() if v is not None})
+    assert (found["n_tokens"], found["n_held_out_tokens"]) == (len(store), len(held_out))
+    with torch.no_grad():
+        f = model.encode(model.scale(store.read(torch.arange(len(store)))))
+    alive = int((f > 0).any(dim=0).sum())
+    assert alive < N_LATENTS
+    assert found["latents"] == {"n": N_LATENTS, "alive": alive, "dead": N_LATENTS - alive}
+    assert sum(map(sum, found["frequency"]["histogram"]["counts"].values())) == alive
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["batchtopk", "l1", "partition"])
+def test_classes_norms_and_scaling_are_counted_over_the_latents_that_are_alive(made, analysed, method):
+    folder = analysed(method)
+    found = numbers(folder)
+    alive = found["latents"]["alive"]
+    classes = found["classes"]
+    assert classes.pop("n") == sum(classes.values()) == alive
+    assert classes["fine-tuned-only"] > 0 and classes["instruct-only"] > 0
+    norms = found["relative_decoder_norm"]
+    assert sum(norms["histogram"]["counts"]) == norms["n"] == alive
+    assert sum(region["n"] for region in norms["regions"]) == alive
+    assert found["decoder_cosine"]["n"] + found["decoder_cosine"]["without_length"] == alive
+    shown = found["latent_scaling"]["shown"].values()
+    assert sum(of["n"] + of["too_few"] + of["outside"] for of in shown) == alive
+    rows = {row["class"]: row for row in table(folder / "classes.csv")}
+    assert {kind: int(row["latents"]) for kind, row in rows.items()} == classes
+    for kind in ("instruct-only", "fine-tuned-only"):
+        assert int(rows[kind]["confirmed"]) == found["latent_scaling"][kind]["confirmed"]
+
+
+@pytest.mark.slow
+def test_the_table_of_latents_has_the_values_of_latent_scaling(made, analysed):
+    rows = table(analysed("batchtopk") / "latents.csv")
+    store = ActivationStore(made.set_folder)
+    model = BatchTopKCrosscoder.from_pretrained(made.checkpoint("batchtopk"))
+    scaling = latent_scaling(model, [store.read(store.split(0.1, 0).held_out)])
+    assert [row["kind"] for row in rows[2:4]] == ["fine-tuned-only", "instruct-only"]
+    for latent, probe in ((2, 1), (3, 0)):
+        assert float(rows[latent]["nu_err"]) == pytest.approx(scaling.nu_err[latent, probe].item(), rel=1e-4)
+        assert int(rows[latent]["scaling_firings"]) == scaling.n[latent]
+    changed = [int(row["latent"]) for row in table(analysed("batchtopk") / "most_changed.csv")]
+    assert set(changed[:2]) == {2, 3}
+    assert changed == numbers(analysed("batchtopk"))["most_changed"]["latents"]
+
+
+@pytest.mark.slow
+def test_explained_variance_is_given_by_kind_of_token(made, analysed):
+    rows = {row["kind"]: row for row in table(analysed("batchtopk") / "explained_variance.csv")}
+    assert {"all", "template", "chat", "frame", "passage", "question", "program", "end"} <= set(rows)
+    parts = [int(row["n_tokens"]) for kind, row in rows.items() if kind not in ("all", "template")]
+    assert sum(parts) == int(rows["all"]["n_tokens"]) == numbers(analysed("batchtopk"))["n_held_out_tokens"]
+
+
+@pytest.mark.slow
+def test_what_compares_two_models_is_left_out_for_a_difference_sae(made, analysed):
+    folder = analysed("difference-sae")
+    found = numbers(folder)
+    assert not {"classes", "relative_decoder_norm", "decoder_cosine", "latent_scaling"} & set(found)
+    assert set(found["explained_variance"]) == {"difference", "l0", "n_tokens"}
+    rows = table(folder / "latents.csv")
+    for column in ("delta", "relative_decoder_norm", "cosine", "nu_err", "nu_rec", "promoted_instruct"):
+        assert {row[column] for row in rows} == {""}
+    shares = [float(row["difference_share"]) for row in table(folder / "most_changed.csv")]
+    assert shares == sorted(shares, reverse=True) and shares[-1] > 0
+    assert found["most_changed"]["ordered_by"] == "difference_share"
+
+
+@pytest.mark.slow
+def test_figures_of_an_earlier_dictionary_of_this_name_that_do_not_apply_are_not_left_there(made, tmp_path: Path):
+    folder = tmp_path / made.name("difference-sae")
+    folder.mkdir()
+    stale = [folder / name for name in ("latent_scaling.png", "latent_scaling.svg", "classes.csv")]
+    for path in stale:
+        path.write_text("earlier")
+    words = [*made.words("difference-sae"), "--results-dir", tmp_path, "--no-dashboard"]
+    assert run_here(*words) == 0
+    assert not any(path.exists() for path in stale)
+    assert (folder / "analysis.json").exists() and not (folder / "dashboard.html").exists()
+
+
+def same_results(written: Path, expected: Path) -> None:
+    """Two folders of results with the same content, but for the manifest."""
+    names = {path.name for path in expected.iterdir()} - {"analysis.run.json"}
+    assert {path.name for path in written.iterdir()} == names
+    for name in names:
+        if not name.endswith(".png"):
+            assert (written / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_top_to_bottom_and_writes_what_the_command_writes(made, analysed, tmp_path: Path):
+    words = [*made.words(), "--results-dir", str(tmp_path)]
+    notebook = ("--to", "html", "--execute", NOTEBOOK, "--output-dir", tmp_path)
+    environment = {"CROSSCODER_ARGUMENTS": shlex.join(words), "LATENTS_IN_TABLE": "6", "EXAMPLES_FOR": "4"}
+    output = run("-m", "jupyter", "nbconvert", *notebook, **environment)
+    assert output.returncode == 0, output.stderr
+    same_results(tmp_path / made.name("batchtopk"), analysed("batchtopk"))
+    page = (tmp_path / "analysis_and_dashboard.html").read_text()
+    assert page.count('src="data:image/png') == len(OF_ALL | OF_TWO_MODELS)
+    assert "<em>Left out" not in page
+
+
+@pytest.mark.slow
+def test_the_notebooks_cells_leave_out_what_a_difference_sae_has_not(made, analysed, tmp_path: Path, monkeypatch):
+    words = [*made.words("difference-sae"), "--results-dir", str(tmp_path)]
+    monkeypatch.setenv("CROSSCODER_ARGUMENTS", shlex.join(words))
+    monkeypatch.setenv("LATENTS_IN_TABLE", "6")
+    monkeypatch.setenv("EXAMPLES_FOR", "4")
+    from IPython.display import Markdown
+
+    shown: list[Any] = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    names: dict[str, Any] = {}
+    for cell in json.loads((FOLDER / NOTEBOOK).read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), NOTEBOOK, "exec"), names)
+    same_results(tmp_path / made.name("difference-sae"), analysed("difference-sae"))
+    left_out = [what for what in shown if isinstance(what, Markdown) and "Left out" in str(what.data)]
+    assert len(left_out) == len(OF_TWO_MODELS)
+
+
+# What a user can get wrong
+
+
+def test_help_imports_no_torch():
+    output = run("-X", "importtime", "analyse.py", "--help")
+    imported = {line.rsplit("|", 1)[-1].strip() for line in output.stderr.splitlines()}
+    assert imported.isdisjoint({"torch", "transformers", "pandas", "matplotlib", "numpy"})
+    assert "DATASET_NAME" in output.stdout and "--most-changed" in output.stdout
+
+
+def error_of(output: subprocess.CompletedProcess[str]) -> str:
+    assert output.returncode == 1
+    (line,) = output.stderr.strip().splitlines()
+    return line
+
+
+def test_bare_it_means_the_7b_run_and_says_both_places_and_the_command(tmp_path: Path):
+    error = error_of(run("analyse.py", "--data-dir", tmp_path, HF_NAME="someone"))
+    name = "Mistral-7B-Instruct-v0.3_1k_samples_batchtopk"
+    assert f"no crosscoder in {tmp_path}/models/crosscoders/{name}" in error
+    assert f"on the Hub as someone/{name}" in error
+    assert error.endswith("make it with: python train.py FinQA mistralai/Mistral-7B-Instruct-v0.3")
+
+
+def test_the_command_that_is_named_makes_the_dictionary_that_was_asked_for(made, tmp_path: Path):
+    words = [*made.words("partition"), "--data-dir", tmp_path, "--name", "mine"]
+    assert error_of(run("analyse.py", *words)).endswith("--method partition --name mine")
+
+
+def test_a_dictionary_of_other_activations_is_refused(made):
+    other = crosscoder_folder(made.folders, "other")
+    dictionary("batchtopk").save_pretrained(other, activations={"fingerprint": "another set"})
+    error = error_of(run("analyse.py", *made.words(), "--name", "other"))
+    assert "was trained on other activations than those in" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--most-changed", "0"), "at least 1 row, not 0"),
+        (("--min-frequency", "1"), "from 0 to below 1, not 1.0"),
+        (("--examples-for", "-1"), "at least 0, not -1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_anything_is_read(flags, said, tmp_path: Path):
+    assert said in error_of(run("analyse.py", "--data-dir", tmp_path, *flags))
+
+
+def test_a_reading_config_checks_itself():
+    with pytest.raises(UserError, match="a share of tokens"):
+        ReadingConfig(min_frequency=-0.1)
