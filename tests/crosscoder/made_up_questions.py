@@ -1,8 +1,8 @@
 """Questions of five made-up families, and the activations of two models that read them.
 
-Every question has 12 tokens: three of passage, one before the cue, one after it, the last of the prompt, three look-ups,
-an operator, two more. From the cue on, a direction of the question's own family is written: into both models for a
-known family, into the fine-tuned one alone for an added family. Other directions come and go at random in both.
+Every question has 12 tokens: three of passage, one before the cue, one after it, the last of the prompt, three
+look-ups, an operator, two more. From the cue on, a direction of the question's own family is written: into both models
+for a known family, into the fine-tuned one alone for an added family. Other directions come and go at random in both.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def made_up_questions(per_page: int = 1, seed: int = 0, n: int = N_QUESTIONS) ->
 
 
 def made_up_store(folder: Path, questions: Questions, identical: bool = False, noise: float = 0.02) -> ActivationStore:
-    """What the two models make of them; `identical`: the instruct model twice."""
+    """What the two models make of them; `identical`: the fine-tuned model twice."""
     generator = torch.Generator().manual_seed(5)
     along = directions()
     n_tokens = len(questions.document)
@@ -72,7 +72,7 @@ def made_up_store(folder: Path, questions: Questions, identical: bool = False, n
     strength = torch.ones(2, len(FAMILIES))
     strength[0, questions.added] = 0
     models = [torch.cat([of_family * strength[m], of_others], dim=1) @ along for m in range(2)]
-    activations = torch.stack([models[0], models[0] if identical else models[1]], dim=1)
+    activations = torch.stack([models[1] if identical else models[0], models[1]], dim=1)
     spread = noise * torch.randn(n_tokens, 2, D_MODEL, generator=generator)
     activations = activations + (spread[:, :1] if identical else spread)
     write_store(folder, activations, document_tokens=len(LAYOUT))  # half of a document is prompt

@@ -68,15 +68,18 @@ def fixed_tokens(
 
 @torch.no_grad()
 def predictions(model: Any, documents: Sequence[Document], batch_size: int = 64) -> list[Tensor]:
-    """[ids] int64 of each document, on the CPU: the model's best next token after every one; in eval mode, as it is."""
-    result: list[Tensor] = [torch.empty(0)] * len(documents)
+    """[ids] int64 of each document, on the CPU: the model's best next token after every one from the last of the prompt
+    on, and NOT_PREDICTED before. The model in eval mode, as it is, on the device where it is."""
+    result = [torch.full((len(document.ids),), NOT_PREDICTED) for document in documents]
     order = sorted(range(len(documents)), key=lambda i: len(documents[i].ids))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         ids, _ = padded([documents[i].ids for i in batch], None)
-        best = model(input_ids=ids.to(model.device), use_cache=False).logits.argmax(dim=-1).cpu()
-        for row, i in zip(best, batch, strict=True):
-            result[i] = row[: len(documents[i].ids)]
+        first = min(documents[i].n_prompt for i in batch) - 1
+        output = model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=ids.shape[1] - first)
+        for row, i in zip(output.logits.argmax(dim=-1).cpu(), batch, strict=True):
+            own = documents[i].n_prompt - 1
+            result[i][own:] = row[own - first : len(documents[i].ids) - first]
     return result
 
 
