@@ -7,6 +7,7 @@ import json
 import os
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,8 +26,10 @@ from crosscoder.methods import new_dictionary
 from crosscoder.model import BatchTopKCrosscoder
 from crosscoder.names import ActivationChoice, crosscoder_folder, name_of_method
 from crosscoder.reading import analysis
+from crosscoder.reading.extra_readings import load_pair, open_second
 from crosscoder.reading.latent_scaling import latent_scaling
-from crosscoder.reading.opening import ReadingConfig
+from crosscoder.reading.opening import ReadingConfig, open_reading
+from crosscoder.reading.results import write_extra_table
 from finqa import students
 from finqa.errors import UserError
 from finqa.paths import REPOSITORY, Folders
@@ -281,6 +284,75 @@ def test_the_notebooks_cells_leave_out_what_a_difference_sae_has_not(made, analy
     same_results(tmp_path / made.name("difference-sae"), analysed("difference-sae"))
     left_out = [what for what in shown if isinstance(what, Markdown) and "Left out" in str(what.data)]
     assert len(left_out) == len(OF_TWO_MODELS)
+
+
+# Another seed, and the models themselves
+
+
+@pytest.fixture
+def with_adapter(made: Made, data_folder: Path) -> Made:
+    """With the tiny student's fine-tune beside the activation set."""
+    student = made.choice.student
+    own, source = (f.model(student.dataset, student.model_id) for f in (made.folders, Folders(data=data_folder)))
+    shutil.copytree(source, own, dirs_exist_ok=True)
+    return made
+
+
+@pytest.mark.slow
+def test_a_second_seed_and_the_models_give_a_table_each(with_adapter, tmp_path: Path):
+    made = with_adapter
+    words = [*made.words(), "--results-dir", tmp_path, "--no-dashboard"]
+    assert run_here(*words, "--second-seed", made.checkpoint("batchtopk"), "--splice") == 0
+    folder = tmp_path / made.name("batchtopk")
+    found = numbers(folder)
+    stability = table(folder / "stability.csv")
+    assert len(stability) == len(found["stability"])
+    everything = stability[0]
+    assert everything["set"] == "all"
+    assert int(everything["n_first"]) == int(everything["n_second"]) > 0
+    # Against itself every latent is found again.
+    assert float(everything["matched_0.95"]) == 1
+    assert "fine-tuned-only, confirmed" in {row["set"] for row in stability}
+    splicing = table(folder / "splicing.csv")
+    assert len(splicing) == len(found["splicing"])
+    assert {row["model"] for row in splicing} == {"instruct", "fine-tuned"}
+    assert {int(row["n_documents"]) for row in splicing} == {found["n_held_out_documents"]}
+    assert all(float(row["spliced"]) != float(row["clean"]) for row in splicing)
+
+
+@pytest.mark.slow
+def test_splicing_a_difference_sae_is_in_the_fine_tuned_model_alone(with_adapter, tmp_path: Path):
+    made = with_adapter
+    words = [*made.words("difference-sae"), "--results-dir", tmp_path, "--no-dashboard", "--splice"]
+    assert run_here(*words, "--second-seed", made.checkpoint("difference-sae")) == 0
+    folder = tmp_path / made.name("difference-sae")
+    assert {row["model"] for row in table(folder / "splicing.csv")} == {"fine-tuned"}
+    assert [row["set"] for row in table(folder / "stability.csv")] == ["all"]
+
+
+def test_a_table_that_is_not_asked_for_any_more_is_not_left_there(tmp_path: Path):
+    write_extra_table("splicing", [{"model": "instruct", "clean": 1.5}], tmp_path)
+    assert table(tmp_path / "splicing.csv") == [{"model": "instruct", "clean": "1.5"}]
+    write_extra_table("splicing", None, tmp_path)
+    assert not (tmp_path / "splicing.csv").exists()
+
+
+def test_a_dictionary_of_another_kind_or_of_other_activations_is_no_second_seed(made, tmp_path: Path):
+    reading = open_reading(made.words())
+    with pytest.raises(UserError, match="is a partition of width 64, and cannot be matched with a batchtopk"):
+        open_second(reading, made.checkpoint("partition"))
+    dictionary("batchtopk").save_pretrained(tmp_path / "other", activations={"fingerprint": "another set"})
+    with pytest.raises(UserError, match="was trained on other activations than those in"):
+        open_second(reading, tmp_path / "other")
+    with pytest.raises(UserError, match="no crosscoder at"):
+        open_second(reading, tmp_path / "nothing")
+
+
+def test_a_fine_tune_that_changed_since_its_activations_were_recorded_is_not_spliced(with_adapter):
+    reading = open_reading(with_adapter.words())
+    reading.store.config.recorded["fine_tuned_hash"] = "of another one"
+    with pytest.raises(UserError, match=r"has changed since .* was recorded; collect it again"):
+        load_pair(reading, with_adapter.choice, with_adapter.folders)
 
 
 # What a user can get wrong
