@@ -1,4 +1,4 @@
-"""Several processes that train together, as torchrun starts them."""
+"""Several processes that train together, as torchrun or accelerate starts them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from training_parts import SETTINGS, folders_with_rows, launch, read_log, script
+from training_parts import LAUNCHERS, SETTINGS, folders_with_rows, launch, read_log, script
 
 from finqa.errors import UserError
 from finqa.paths import REPOSITORY
@@ -60,33 +60,44 @@ def test_a_process_without_a_row_gets_one_token_without_loss():
     assert (batch["labels"] == -100).all()
 
 
-@pytest.mark.slow
-def test_two_processes_have_the_losses_of_one_with_twice_the_rows_and_one_of_them_speaks_and_writes(
-    tiny_student: Path, tmp_path: Path
-):
-    settings = replace(SETTINGS, lora_dropout=0.0, num_epochs=2)
+def train_in(folder: Path, run: StudentRun, processes: int, launcher: str) -> Path:
+    """The folder of a student that so many processes have trained for two epochs; only one of them spoke."""
+    folders = folders_with_rows(folder, N_ROWS)
     config = TrainingConfig(save_steps=5)
-    logs = {}
-    for processes, rows in ((1, 8), (2, 4)):
-        folders = folders_with_rows(tmp_path / str(processes), N_ROWS)
-        run = StudentRun("FinQA-mini", str(tiny_student), replace(settings, batch_size=rows))
-        done = launch(script(tmp_path, f"train_{processes}", run, config, FP32), folders.data, processes=processes)
-        assert done.returncode == 0, done.stderr
-        folder = folders.model("FinQA-mini", run.model_id)
-        logs[processes] = read_log(folder)
-        assert len(re.findall("training on 43 rows", done.stdout)) == 1
-        assert len(re.findall("step 12 of 12", done.stdout)) == 1
-        manifest = json.loads((folder / "run.json").read_text())
-        assert manifest["updates"] == 12 and manifest["processes"] == processes
-        assert manifest["precision"] == "fp32"
+    done = launch(script(folder, "train", run, config, FP32), folders.data, processes=processes, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall("training on 43 rows", done.stdout)) == 1
+    assert len(re.findall("step 12 of 12", done.stdout)) == 1
+    trained = folders.model("FinQA-mini", run.model_id)
+    manifest = json.loads((trained / "run.json").read_text())
+    assert manifest["updates"] == 12 and manifest["processes"] == processes
+    assert manifest["precision"] == "fp32"
+    return trained
 
-    assert [record["step"] for record in logs[1]] == [record["step"] for record in logs[2]] == list(range(1, 13))
-    for one, two in zip(logs[1], logs[2], strict=True):
+
+@pytest.fixture(scope="module")
+def alone(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[StudentRun, list[dict]]:
+    """A run of one process with eight rows an update, and its log."""
+    settings = replace(SETTINGS, lora_dropout=0.0, num_epochs=2, batch_size=8)
+    run = StudentRun("FinQA-mini", str(tiny_student), settings)
+    return run, read_log(train_in(tmp_path_factory.mktemp("alone"), run, 1, "torchrun"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_have_the_losses_of_one_with_twice_the_rows_and_one_of_them_speaks_and_writes(
+    launcher: str, alone: tuple[StudentRun, list[dict]], tmp_path: Path
+):
+    run, one_log = alone
+    run = replace(run, settings=replace(run.settings, batch_size=4))
+    two_log = read_log(train_in(tmp_path, run, 2, launcher))
+    assert [record["step"] for record in one_log] == [record["step"] for record in two_log] == list(range(1, 13))
+    for one, two in zip(one_log, two_log, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
         # A token stands for each row that the last batch of an epoch lacks.
         assert 0 <= two["tokens_seen"] - one["tokens_seen"] <= 2 * (48 - N_ROWS)
-    assert logs[1][-1]["loss"] < logs[1][0]["loss"] - 1
+    assert one_log[-1]["loss"] < one_log[0]["loss"] - 1
 
 
 @pytest.mark.slow

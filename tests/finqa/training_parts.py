@@ -62,8 +62,18 @@ def script(folder: Path, name: str, run: Any, config: Any, prelude: str = "") ->
     return path
 
 
-def launch(script: Path, *words: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run a script by itself, or in several processes by torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(script), *map(str, words)]
+LAUNCHERS = {
+    "torchrun": "-m torch.distributed.run --standalone --nproc-per-node {processes}",
+    # What it does by itself where there are several GPUs. (With --cpu it needs MPI to start more than one process.)
+    "accelerate launch": "-m accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes {processes} "
+    "--main_process_port 0 --mixed_precision no --dynamo_backend no",
+}
+
+
+def launch(
+    script: Path, *words: object, processes: int = 1, launcher: str = "torchrun"
+) -> subprocess.CompletedProcess[str]:
+    """Run a script by itself, or in several processes by a launcher."""
+    launched = LAUNCHERS[launcher].format(processes=processes).split() if processes > 1 else []
+    command = [sys.executable, *launched, str(script), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
