@@ -107,7 +107,7 @@ EXAMPLES = [
     ("what was the total of net sales between 2008 and 2009?", "two_year_total", "what was the total of net sales b"),
     ("what was the total of net sales and goodwill in 2009?", "two_row_total", "what was the total of net sales a"),
     ("what was the total net sales in the table?", "row_total", "what was the total n"),
-    ("what is the average net sales for 2008 and 2009?", "two_year_average", "what is the average net sales f"),
+    ("what was the average of net sales between 2008 and 2009?", "two_year_average", "what was the average o"),
     ("how many authorized units were not yet issued?", "units_left", "how many a"),
     ("how many units can still be issued?", "units_left", "how many u"),
 ]  # fmt: skip
