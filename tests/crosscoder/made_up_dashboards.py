@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from crosscoder.dashboard.builder import COLUMNS
+from crosscoder.dashboard.builder import COLUMNS, columns_of
 from crosscoder.dashboard.records import Band, Dashboard, Example, Examples, LatentPage, TokenUse, Value
 
 HOSTILE = (
@@ -20,16 +20,23 @@ KINDS = ("fine-tuned-only", "shared", "instruct-only", "between")
 WORDS = 32_000
 
 
-def made_up_dashboard(n_latents: int, n_with_examples: int, two_models: bool = True, n_examples: int = 10) -> Dashboard:
-    """Latent j has frequency (j + 1) / 1e6 and largest activation j + 1; every tenth, from 9 on, is never active.
+def made_up_dashboard(
+    n_latents: int, n_with_examples: int, two_models: bool = True, n_examples: int = 10, n_delta: int = 0
+) -> Dashboard:
+    """With `n_delta` a partition, whose last latents are delta latents.
+
+    Latent j has frequency (j + 1) / 1e6 and largest activation j + 1; every tenth, from 9 on, is never active.
 
     Its strongest example has that activation at `peak`, half of it at the token after, and the token " Word<j>."
     in it. Latent HOSTILE_LATENT has the hostile texts for tokens.
     """
     dice = random.Random(0)
     pages = tuple(_page(j, j < n_with_examples, n_latents, two_models, n_examples, dice) for j in range(n_latents))
+    if n_delta:
+        for page in pages:
+            page.values["part"] = "delta latent" if page.latent >= n_latents - n_delta else "shared latent"
     vocabulary = {i: f" Word{i}." for i in range(WORDS)} | {WORDS + i: text for i, text in enumerate(HOSTILE)}
-    columns = tuple(column for column in COLUMNS if pages[0].values[column.key] is not None)
+    columns = tuple(columns_of([page.values for page in pages]))
     return Dashboard(
         title="made-up </title><script>window.broken = 4</script>",
         facts=(("data", HOSTILE[0]), ("tokens", "12,345 in 40 documents")),
@@ -69,6 +76,8 @@ def _values(j: int, alive: bool, two_models: bool, n_latents: int) -> dict[str, 
         "kind": KINDS[j % 4] if two_models else None,
         "frequency": (j + 1) / 1e6 if alive else 0.0,
         "completion_share": (j % 100) / 100,
+        "template_share": (j % 5) / 4,
+        "difference_share": (j + 1) / n_latents**2 if alive else 0.0,
         "mean_activation": (j + 1) / 3 if alive else 0.0,
         "max_activation": j + 1.0 if alive else 0.0,
     }

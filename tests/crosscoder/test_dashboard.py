@@ -35,6 +35,7 @@ from crosscoder.reading import tables
 from crosscoder.reading.lens import Unembedding
 from crosscoder.reading.opening import Reading
 from crosscoder.reading.statistics import LatentStatistics, latent_statistics
+from crosscoder.reading.token_kinds import KINDS
 from finqa import students
 from finqa.errors import UserError
 from finqa.paths import Folders
@@ -47,11 +48,13 @@ def reading_of(store: ActivationStore, student: Path, method: str = "batchtopk")
     """An untrained dictionary of 8 latents, one of them dead, over the tokens of a real tokenizer."""
     tokenizer = students.load_tokenizer(str(student))
     store.token_id = store.token_id % len(tokenizer)
-    model = new_dictionary(CrosscoderConfig(D_MODEL, N_LATENTS, 2, method=method), generator=generator(2))
+    parts = {"n_delta": 3, "k_delta": 1} if method == "partition" else {}
+    model = new_dictionary(CrosscoderConfig(D_MODEL, N_LATENTS, 2, method=method, **parts), generator=generator(2))
     if method == "batchtopk":
         model.activation_scales = store.config.activation_scales
         model.W_dec.data[3, 1] *= 20
     model.threshold = 0.05
+    model.delta_threshold = 0.05 if parts else None
     model.b_enc.data[DEAD] = -1e6
     unembedding = Unembedding(torch.ones(D_MODEL), torch.randn(len(tokenizer), D_MODEL, generator=generator(1)))
     return Reading("made-up", model, store, store.split(0.1, 0), tokenizer, unembedding, Path("results"))
@@ -226,12 +229,45 @@ def test_a_negative_number_of_latents_with_examples_is_refused():
 
 
 def test_a_difference_sae_has_one_direction_and_no_column_that_compares(store, tiny_student):
-    dashboard = built(reading_of(store, tiny_student, "difference-sae"))
+    dashboard = built(reading_of(store, tiny_student, "difference-sae"), n_with_examples=3)
     assert dashboard.directions == ("difference",)
     assert all(len(page.promoted) == 1 for page in dashboard.pages)
     keys = {column.key for column in dashboard.columns}
-    assert {"frequency", "max_activation"} <= keys
+    assert {"frequency", "max_activation", "difference_share"} <= keys
     assert not keys & {"kind", "relative_decoder_norm", "delta", "cosine", "nu_err", "exclusivity", "instruct_norm"}
+    # What it writes into the difference leads, in the table and among the latents that get examples.
+    assert {column.key: column.in_table for column in dashboard.columns}["difference_share"]
+    written = {page.latent: page.values["difference_share"] for page in dashboard.pages}
+    chosen = {page.latent for page in dashboard.pages if page.examples}
+    assert chosen == set(sorted(written, key=lambda j: -written[j])[:3])
+    assert sum(written.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("method", ["batchtopk", "l1"])
+def test_a_crosscoder_has_every_column_that_compares_and_no_parts(store, tiny_student, method):
+    dashboard = built(reading_of(store, tiny_student, method))
+    columns = {column.key: column for column in dashboard.columns}
+    assert {"kind", "relative_decoder_norm", "cosine", "frequency"} <= set(columns)
+    assert "part" not in columns and not columns["difference_share"].in_table
+    assert dashboard.directions == ("instruct", "fine-tuned")
+
+
+def test_a_partition_says_which_latents_are_of_which_part(store, tiny_student):
+    dashboard = built(reading_of(store, tiny_student, "partition"))
+    assert [page.values["part"] for page in dashboard.pages] == ["shared latent"] * 5 + ["delta latent"] * 3
+    for page in dashboard.pages[:5]:
+        assert (page.values["kind"], page.values["relative_decoder_norm"]) == ("shared", pytest.approx(0.5))
+
+
+def test_the_share_on_template_tokens_is_a_column_where_the_kinds_are_known(reading):
+    assert "template_share" not in {column.key for column in built(reading).columns}
+    kinds = torch.arange(len(reading.store)) % len(KINDS)
+    statistics = latent_statistics(reading.model, reading.store, torch.arange(len(reading.store)), kinds=kinds)
+    rows = tables.latent_table(reading.model, statistics, reading.store, reading.tokenizer, reading.unembedding)
+    dashboard = build_dashboard(reading, statistics, rows)
+    assert {column.key: column.in_table for column in dashboard.columns}["template_share"]
+    assert statistics.template_share is not None
+    assert [page.values["template_share"] for page in dashboard.pages] == statistics.template_share.tolist()
 
 
 def test_a_decoder_vector_without_length_promotes_nothing(reading):
@@ -375,6 +411,7 @@ def test_the_command_builds_the_dashboard_of_a_crosscoder_on_disk(tiny_student, 
     assert data["title"] == choice.crosscoder_name
     assert sum(map(bool, data["examples"])) == 5
     assert any(value is not None for value in data["values"]["nu_err"])
+    assert all(value is not None for value in data["values"]["template_share"])
     assert dict(data["facts"])["model"] == "tiny-student"
     assert str(tmp_path) not in path.read_text()
 

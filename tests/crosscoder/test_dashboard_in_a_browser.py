@@ -43,36 +43,68 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("dashboards")
-    crosscoder, sae = folder / "crosscoder.html", folder / "sae.html"
-    write_dashboard(crosscoder, made_up_dashboard(N, WITH_EXAMPLES))
-    write_dashboard(sae, made_up_dashboard(30, 30, two_models=False))
-    return {"crosscoder": crosscoder, "sae": sae}
+    made = {
+        "crosscoder": made_up_dashboard(N, WITH_EXAMPLES),
+        "sae": made_up_dashboard(30, 30, two_models=False),
+        "partition": made_up_dashboard(30, 5, n_delta=8),
+    }
+    for name, dashboard in made.items():
+        write_dashboard(folder / f"{name}.html", dashboard)
+    return {name: folder / f"{name}.html" for name in made}
+
+
+class Tab:
+    """A page of the browser, which is used again: opening one takes longer than most tests."""
+
+    def __init__(self, chromium: Any, settings: dict[str, Any]):
+        self.page = chromium.new_context(**{"viewport": {"width": 1300, "height": 900}, **settings}).new_page()
+        self.page.set_default_timeout(20_000)
+        self.troubles: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda message: self.troubles.append(message.text))
+        self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+
+    def open(self, address: str) -> None:
+        """As new: loaded, not moved within the page that was open, and with nothing stored."""
+        self.troubles.clear()
+        self.asked.clear()
+        self.page.goto("about:blank")
+        self.page.goto(address, wait_until="commit")
+        self.page.wait_for_selector("html[data-ready]")
+
+    def close(self) -> None:
+        self.page.evaluate("localStorage.clear()")
+
+
+@pytest.fixture(scope="module")
+def tabs(chromium) -> dict[str, list[Tab]]:
+    """Tabs that no test uses now, by the settings of the browser."""
+    return {}
 
 
 @pytest.fixture
-def open_page(chromium, files) -> Iterator[Open]:
+def open_page(chromium, tabs, files) -> Iterator[Open]:
     """open_page(address after #, file, settings of the browser); afterwards, that the page met no error, asked the
     network for nothing, and ran nothing of the data."""
-    opened, troubles, asked = [], [], []
+    opened: list[tuple[str, Tab]] = []
 
     def open_one(fragment: str = "", file: str = "crosscoder", **settings: Any) -> Any:
-        context = chromium.new_context(**{"viewport": {"width": 1300, "height": 900}, **settings})
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        page.on("console", lambda message: troubles.append(message.text))
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(f"{files[file].as_uri()}{fragment}")
-        page.wait_for_selector("html[data-ready]")
-        opened.append((context, page))
-        return page
+        key = repr(settings)
+        free = tabs.setdefault(key, [])
+        tab = free.pop() if free else Tab(chromium, settings)
+        opened.append((key, tab))
+        tab.open(f"{files[file].as_uri()}{fragment}")
+        return tab.page
 
     yield open_one
-    for context, page in opened:
-        assert page.evaluate("window.broken") is None
-        context.close()
-    assert troubles == []
-    assert {url.split("#")[0] for url in asked} <= {path.as_uri() for path in files.values()}
+    for key, tab in opened:
+        assert tab.page.evaluate("window.broken") is None
+        assert tab.troubles == []
+        asked = {url.split("#")[0] for url in tab.asked} - {"about:blank"}
+        assert asked == {url for url in asked if url in {path.as_uri() for path in files.values()}} != set()
+        tab.close()
+        tabs[key].append(tab)
 
 
 def rows(page: Any) -> list[int]:
@@ -148,9 +180,15 @@ def test_every_column_can_be_sorted_by_and_missing_figures_come_last(open_page):
     page = open_page()
     keys = page.eval_on_selector_all("#sort option", "options => options.map(option => option.value)")
     assert {"latent", "kind", "relative_decoder_norm", "nu_err", "exclusivity", "topTokens", "promoted1"} <= set(keys)
-    for key in keys:
-        page.select_option("#sort", key)
-        assert len(rows(page)) == 100
+    shown = page.evaluate(
+        """keys => keys.map(key => {
+      document.getElementById("sort").value = key;
+      document.getElementById("sort").dispatchEvent(new Event("change"));
+      return [view.sort, document.querySelectorAll("#rows tr").length];
+    })""",
+        keys,
+    )
+    assert shown == [[key, 100] for key in keys]
     for order in ("falling", "rising"):
         page.select_option("#sort", "nu_err")
         if order not in page.inner_text("#direction"):
@@ -182,6 +220,7 @@ def test_filters_by_class_and_by_ranges_and_all_of_them_together(open_page):
         ("relative_decoder_norm", "0.9", "", lambda j: (j + 0.123) / N >= 0.9),
         ("cosine", "", "-0.5", lambda j: 1 - 2 * (j + 0.1235) / N <= -0.5),
         ("frequency", "0.0001", "0.00012", lambda j: 100 <= j + 1 <= 120),
+        ("template_share", "0.7", "", lambda j: j % 5 >= 3),
         ("exclusivity", "0.9", "", lambda j: j != 3 and 2 * (j + 0.1235) / N <= 0.1),
         ("fine_tuned_norm", "0.9", "0.95", lambda j: 0.9 <= (j + 0.1235) / N <= 0.95),
     ],
@@ -198,6 +237,21 @@ def test_latents_that_are_never_active_come_when_asked_for(open_page):
     page.click("#filters summary")
     page.check("input[name=dead]")
     assert count(page) == "250 latents"
+
+
+def test_latents_that_are_mostly_on_template_tokens_can_be_left_out(open_page):
+    page = open_page("#content=1")
+    content = [latent for latent in ALIVE if (latent % 5) / 4 <= 0.5]
+    assert rows(page) == content[::-1][:100]
+    assert page.inner_text("#filters-set") == "(1 set)"
+    page.click("#filters summary")
+    assert page.is_checked("input[name=content]")
+    page.uncheck("input[name=content]")
+    assert count(page) == "225 of 250 latents"
+    page.check("input[name=content]")
+    assert "content=1" in page.url
+    page.select_option("#sort", "template_share")
+    assert {latent % 5 for latent in rows(page)[:20]} == {2}
 
 
 def test_the_view_stands_in_the_address_and_opens_from_there(open_page):
@@ -234,8 +288,12 @@ def test_a_click_on_a_row_opens_the_latent_and_back_and_forward_work(open_page):
 
 def test_a_deep_link_opens_its_latent_and_one_to_nowhere_the_table(open_page):
     expect_latent(open_page("#latent=17"), 17)
-    for fragment in ("#latent=250", "#latent=x", "#latent=-1", "#latent=", "#nonsense&nu_err=a..b&sort=no"):
-        assert count(open_page(fragment)) == "225 of 250 latents"
+    page = open_page("#nonsense&nu_err=a..b&sort=no&content=yes")
+    assert count(page) == "225 of 250 latents"
+    for fragment in ("latent=250", "latent=x", "latent=-1", "latent="):
+        page.evaluate("fragment => { location.hash = 'latent=17'; location.hash = fragment; }", fragment)
+        page.wait_for_selector("#list:not([hidden])")
+        assert count(page) == "225 of 250 latents"
 
 
 def test_the_nearest_latents_are_links(open_page):
@@ -383,20 +441,65 @@ def test_hostile_text_is_shown_as_text(open_page):
 
 def test_a_difference_sae_shows_what_it_has(open_page):
     page = open_page(file="sae")
-    assert page.input_value("#sort") == "frequency"
-    assert "relative norm" not in page.inner_text("#heads")
+    assert page.input_value("#sort") == "difference_share"
+    assert rows(page) == [latent for latent in range(30) if is_alive(latent)][::-1]
+    heads = page.inner_text("#heads")
+    for missing in ("relative norm", "class", "cosine", "ν err"):
+        assert missing not in heads
+    for there in ("frequency", "on template", "share of difference", "difference promotes"):
+        assert there in heads
+    page.click("#filters summary")
+    fields = set(page.eval_on_selector_all("#filter-fields input", "inputs => inputs.map(input => input.name)"))
+    assert {"difference_share-from", "template_share-to", "content"} <= fields
+    assert not fields & {"kind", "relative_decoder_norm-from", "nu_err-from", "instruct_norm-from"}
+    page.click("#heads button[data-sort=frequency]")
+    set_range(page, "frequency", "", "0.000012")
+    assert rows(page) == [11, 10, 8, 7, 6, 5, 4, 3, 2, 1, 0]
     page.click("#rows a >> nth=0")
     assert page.locator(".promoted").count() == 1
     assert page.locator(".nearest thead th").all_inner_texts() == ["latent", "cosine", "fires on"]
     assert "by the difference" in page.inner_text("#latent")
+    assert "relative norm" not in page.inner_text("#latent")
+    page.hover(".passage >> nth=0 >> .token.peak")
+    assert "12.0" in page.inner_text("#tip")
+
+
+def test_a_partition_tells_its_two_parts_apart(open_page):
+    page = open_page(file="partition")
+    assert "part" in page.inner_text("#heads")
+    page.click("#filters summary")
+    page.uncheck("input[name=part][value='shared latent']")
+    assert rows(page) == [28, 27, 26, 25, 24, 23, 22]
+    again = open_page("#" + page.url.split("#")[1], file="partition")
+    assert rows(again) == rows(page)
+    page.click("#rows a >> nth=0")
+    assert "delta latent" in page.inner_text("#latent .statistics")
+
+
+OUTLIER = """() => {
+  data.values.cosine[0] = 1e6;
+  view.descending = !view.descending;
+  refreshTable();
+}"""
+
+
+def test_one_value_far_off_does_not_squeeze_the_chart_of_the_others(open_page):
+    page = open_page()
+    page.evaluate("() => { view.sort = 'cosine'; refreshTable(); }")
+    assert "lie outside" not in page.inner_text("#overview")
+    bars = page.locator("#overview rect.here").count()
+    page.evaluate(OUTLIER)
+    assert page.locator("#overview rect.here").count() > 0.8 * bars > 20
+    assert "of the active latents lie outside of what is drawn" in page.inner_text("#overview")
 
 
 # How it looks
 
 
+@pytest.mark.parametrize("file", ["crosscoder", "sae"])
 @pytest.mark.parametrize("fragment", ["", "#latent=20", f"#latent={HOSTILE_LATENT}", "#latent=45"])
-def test_on_a_phone_nothing_sticks_out(open_page, fragment):
-    page = open_page(fragment, **PHONE)
+def test_on_a_phone_nothing_sticks_out(open_page, fragment, file):
+    page = open_page(fragment, file, **PHONE)
     if not fragment:
         page.click("#filters summary")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -451,6 +554,12 @@ CONTRASTS = """() => {
 def test_all_text_has_the_contrast_that_reading_needs(open_page, scheme, fragment):
     """4.5 to 1, WCAG AA, on every shade of activation too."""
     assert open_page(fragment, color_scheme=scheme).evaluate(CONTRASTS) == []
+
+
+def test_on_a_screen_the_table_has_room_for_all_of_its_columns(open_page):
+    for file in ("crosscoder", "sae"):
+        page = open_page(file=file)
+        assert page.evaluate("document.getElementById('scroll').scrollWidth") <= 1300 - 2 * 24
 
 
 @pytest.mark.parametrize("fragment", ["", "#latent=20"])

@@ -49,12 +49,14 @@ def main() -> None:
     from crosscoder.reading.latent_scaling import latent_scaling
     from crosscoder.reading.opening import open_reading
     from crosscoder.reading.statistics import latent_statistics
+    from crosscoder.reading.token_kinds import token_kinds
 
     reading = open_reading(names)
     model, store = reading.model, reading.store
     held_out = reading.split.held_out
     print(f"{reading.name}: {model.config.n_latents:,} latents on {len(store):,} tokens", flush=True)
-    statistics = latent_statistics(model, store, torch.arange(len(store)), batch_size=BATCH)
+    kinds = token_kinds(store, reading.tokenizer)
+    statistics = latent_statistics(model, store, torch.arange(len(store)), batch_size=BATCH, kinds=kinds)
     scaling = None
     if model.config.n_inputs == N_MODELS:
         scaling = latent_scaling(model, (raw for _, raw in store.batches(held_out, BATCH)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from crosscoder.reading.tables import LatentRow
 
 COLUMNS = (
+    Column("part", "part", "Of the partition: shared latents have one decoder vector for both models, delta latents "
+           "alone tell the models apart.", "word"),
     Column("kind", "class", "By Delta: below 0.1 instruct-only, 0.4 to 0.6 shared, above 0.9 fine-tuned-only.", "word"),
     Column("relative_decoder_norm", "relative norm", "Relative decoder norm r: length of the fine-tuned model's "
            "decoder vector over the sum of both. Near 0 the instruct model alone has the latent, near 1 the fine-tuned "
@@ -50,6 +52,11 @@ COLUMNS = (
            "count", in_table=False),
     Column("frequency", "frequency", "Share of tokens on which it is active.", "share"),
     Column("completion_share", "in programs", "Of the tokens on which it is active, the share in programs.", "share"),
+    Column("template_share", "on template", "Of its summed activation, the share on tokens that every document has "
+           "alike: chat mark-up, the request, the markers.", "share"),
+    Column("difference_share", "share of difference", "Of what all latents write into the difference of the two "
+           "models, the part of this one: mean squared activation times the squared length of what it adds to the "
+           "difference.", "share", in_table=False),
     Column("mean_activation", "mean activation", "Over the tokens on which it is active.", "number", in_table=False),
     Column("max_activation", "largest activation", "Over all tokens.", "number"),
 )  # fmt: skip
@@ -76,7 +83,7 @@ def build_dashboard(
     """
     config = config or DashboardConfig()
     model, tokenizer = reading.model, reading.tokenizer
-    values = [_values(row) for row in rows]
+    values = [_values(row, model) for row in rows]
     alive = [row for row in rows if row.frequency > 0]
     chosen = [row.latent for row in by_interest(alive, statistics)[: config.n_with_examples]]
     largest = statistics.top_values[:, 0]
@@ -101,10 +108,10 @@ def build_dashboard(
     return Dashboard(
         title=reading.name,
         facts=tuple(_facts(reading, statistics, explained)),
-        columns=tuple(column for column in COLUMNS if any(v[column.key] not in (None, "") for v in values)),
+        columns=tuple(columns_of(values)),
         directions=tuple(directions),
         chosen_by=(
-            "that are active most often"
+            "that write most into the difference of the models"
             if model.config.n_inputs == 1
             else "whose decoder norms differ most between the models"
         ),
@@ -113,13 +120,22 @@ def build_dashboard(
     )
 
 
+def columns_of(values: Sequence[dict[str, Value]]) -> Iterable[Column]:
+    """The columns of which some latent has a figure. Where no norm leads the table, what a latent writes into the
+    difference does."""
+    there = [column for column in COLUMNS if any(v[column.key] not in (None, "") for v in values)]
+    no_norms = all(column.key != "relative_decoder_norm" for column in there)
+    for column in there:
+        yield replace(column, in_table=True) if no_norms and column.key == "difference_share" else column
+
+
 def by_interest(rows: Iterable[LatentRow], statistics: LatentStatistics) -> list[LatentRow]:
     """The most interesting first: those that lean furthest to one of the models; those of a difference SAE, which
-    have one decoder vector, by how often they are active. What is hardly ever active comes last."""
+    have one decoder vector, by what they write into the difference. What is hardly ever active comes last."""
 
     def key(row: LatentRow) -> tuple[bool, float]:
         r = row.relative_decoder_norm
-        lean = row.frequency if r is None else abs(r - 0.5)
+        lean = row.difference_share if r is None else abs(r - 0.5)
         return int(statistics.n_firings[row.latent]) < MIN_FIRINGS, -lean
 
     return sorted(rows, key=key)
@@ -169,13 +185,15 @@ def _examples(
     return examples, histograms
 
 
-def _values(row: LatentRow) -> dict[str, Value]:
+def _values(row: LatentRow, model: BatchTopKCrosscoder) -> dict[str, Value]:
     """A latent's columns; what is no number is None."""
     known: dict[str, Any] = asdict(row)
     nu = known.get("nu_err")
     known["exclusivity"] = None if nu is None else 1 - nu
     if row.relative_decoder_norm is None:
         known["kind"] = None  # a difference SAE's latents are all of one kind
+    if model.config.n_delta:
+        known["part"] = "shared latent" if row.latent < model.config.n_shared else "delta latent"
     values = {column.key: known.get(column.key) for column in COLUMNS}
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 

@@ -51,11 +51,11 @@ function histogram({ layers, from, to, label, describe, height = 150 }) {
   return svg;
 }
 
-/** Counts of values in n equal bins; what is null is left out. */
+/** Counts of values in n equal bins; what is null, or outside, is left out. */
 function binned(values, from, to, n) {
   const counts = new Array(n).fill(0);
   for (const value of values) {
-    if (typeof value === "number") counts[Math.min(n - 1, Math.floor(n * (value - from) / (to - from || 1)))] += 1;
+    if (typeof value === "number" && value >= from && value <= to) counts[Math.min(n - 1, Math.floor(n * (value - from) / (to - from || 1)))] += 1;
   }
   return counts;
 }

@@ -65,7 +65,7 @@ function format(value, kind) {
   if (value === null || value === undefined || value === "") return "–";
   if (kind === "word") return value;
   if (kind === "count") return value.toLocaleString("en");
-  if (kind === "share") return `${threeDigits(100 * value)}%`;
+  if (kind === "share") return value > 0 && value < 1e-5 ? "<0.001%" : `${threeDigits(100 * value)}%`;
   return threeDigits(value);
 }
 
@@ -74,6 +74,7 @@ function threeDigits(value) {
   const size = Math.abs(value);
   const text = size >= 100 ? Math.round(value).toLocaleString("en")
     : size < 0.001 ? value.toExponential(1)
+    : size < 0.1 ? value.toPrecision(2)
     : size < 1 ? value.toFixed(3)
     : value.toPrecision(3);
   return text.replace("-", "−");

@@ -1,6 +1,9 @@
 // Which latents the table holds, and in which order. All of it stands in the address, so a view can be sent on.
 
 const MISSING_LAST = 1;
+const MOSTLY = 0.5;
+// dead: never active ones too; examples: with examples alone; content: none that is mostly active on the template.
+const NO_FLAGS = { dead: false, examples: false, content: false };
 const TEXT_COLUMNS = new Map([
   ["topTokens", "fires on"],
   ...data.directions.map((name, i) => [`promoted${i}`, `${name} promotes`]).reverse(),
@@ -10,8 +13,8 @@ const numberColumns = data.columns.filter((column) => column.kind !== "word");
 const extents = new Map(numberColumns.map((column) => [column.key, extentOf(data.values[column.key])]));
 
 function defaultView() {
-  const sort = columnOf.has("relative_decoder_norm") ? "relative_decoder_norm" : "frequency";
-  return { query: "", sort, descending: true, words: new Map(), ranges: new Map(), dead: false, examples: false };
+  const sort = ["relative_decoder_norm", "difference_share", "frequency"].find((key) => columnOf.has(key));
+  return { query: "", sort, descending: true, words: new Map(), ranges: new Map(), ...NO_FLAGS };
 }
 
 let view = defaultView();
@@ -42,6 +45,7 @@ function latentsOfView() {
 function passes(latent) {
   if (!view.dead && !isActive(latent)) return false;
   if (view.examples && !data.examples[latent]) return false;
+  if (view.content && valueOf("template_share", latent) > MOSTLY) return false;
   for (const [key, allowed] of view.words) {
     if (!allowed.has(valueOf(key, latent))) return false;
   }
@@ -75,7 +79,7 @@ function sortLabel(key) {
 }
 
 function nFilters() {
-  return view.words.size + view.ranges.size + (view.dead ? 1 : 0) + (view.examples ? 1 : 0);
+  return view.words.size + view.ranges.size + Object.keys(NO_FLAGS).filter((flag) => view[flag]).length;
 }
 
 // The view as the part of the address after #, and back.
@@ -89,8 +93,7 @@ function viewToHash() {
   }
   for (const [key, allowed] of view.words) parts.set(key, [...allowed].join(","));
   for (const [key, [low, high]] of view.ranges) parts.set(key, `${low ?? ""}..${high ?? ""}`);
-  if (view.dead) parts.set("dead", "1");
-  if (view.examples) parts.set("examples", "1");
+  for (const flag of Object.keys(NO_FLAGS)) if (view[flag]) parts.set(flag, "1");
   return `#${parts}`;
 }
 
@@ -108,8 +111,8 @@ function viewFromHash(parts) {
     const ends = (parts.get(key) ?? "").split("..").map((end) => (end === "" ? null : Number(end)));
     if (parts.has(key) && ends.length === 2 && !ends.some(Number.isNaN)) read.ranges.set(key, ends);
   }
-  read.dead = parts.get("dead") === "1";
-  read.examples = parts.get("examples") === "1";
+  for (const flag of Object.keys(NO_FLAGS)) read[flag] = parts.get(flag) === "1";
+  read.content &&= columnOf.has("template_share");
   return read;
 }
 
@@ -121,6 +124,7 @@ function buildFilters(changed) {
     ...wordColumns.map((column) => wordField(column, changed)),
     flagField("dead", "Never active", "show latents that are never active", changed),
     ...(data.examples.every((examples, latent) => examples || !isActive(latent)) ? [] : [flagField("examples", "Examples", "only latents with examples", changed)]),
+    ...(columnOf.has("template_share") ? [flagField("content", "Template", "leave out latents mostly on template tokens", changed)] : []),
     ...numberColumns.map((column) => rangeField(column, changed)),
   );
 }
@@ -158,7 +162,9 @@ function rangeField(column, changed) {
     };
     return make("input", attributes);
   });
-  const field = make("fieldset", {}, make("legend", { title: column.help }, column.label),
+  // The table shows per cent.
+  const label = column.kind === "share" ? `${column.label}, as a fraction` : column.label;
+  const field = make("fieldset", {}, make("legend", { title: column.help }, label),
     make("span", { class: "range" }, inputs[0], "to", inputs[1]));
   field.addEventListener("input", () => {
     const ends = inputs.map((input) => (input.value === "" ? null : Number(input.value)));

@@ -71,7 +71,7 @@ function setUpForm() {
   search.addEventListener("input", () => { view.query = search.value; viewChanged(); });
   document.getElementById("controls").addEventListener("submit", (event) => event.preventDefault());
   document.getElementById("clear").addEventListener("click", () => {
-    Object.assign(view, { words: new Map(), ranges: new Map(), dead: false, examples: false });
+    Object.assign(view, { words: new Map(), ranges: new Map(), ...NO_FLAGS });
     fillForm();
     viewChanged();
   });

@@ -86,18 +86,31 @@ function drawOverview() {
   overviewDrawn = state;
   const values = data.values[column.key];
   const [low, high] = extents.get(column.key);
-  const [from, to] = column.key === "relative_decoder_norm" ? [0, 1] : [low, high];
+  const active = [...values.keys()].filter(isActive);
+  const [from, to] = column.key === "relative_decoder_norm" ? [0, 1] : drawnRange(active.map((latent) => values[latent]));
   const counts = (latents) => binned(latents.map((latent) => values[latent]), from, to, 50);
-  const all = counts([...values.keys()].filter(isActive));
+  const all = counts(active);
   const here = counts(shown);
+  const outside = active.filter((latent) => values[latent] !== null && (values[latent] < from || values[latent] > to)).length;
   figure.replaceChildren(
     histogram({
       layers: [{ counts: all, name: "all" }, { counts: here, name: "here" }], from, to, height: 120, label: column.label,
       describe: `Histogram of ${column.label}: ${threeDigits(low)} to ${threeDigits(high)}, ${shown.length} latents in the table`,
     }),
     make("figcaption", {}, make("strong", {}, column.label), ` ${column.help} `,
+      outside ? `${outside.toLocaleString("en")} of the active latents lie outside of what is drawn. ` : null,
       make("span", { class: "keys-line" }, make("span", { class: "key here" }, "in the table"), make("span", { class: "key all" }, "all active latents"))),
   );
+}
+
+/** From the lowest to the highest value; without the outermost hundredth at either end where it would squeeze the rest. */
+function drawnRange(values) {
+  const rising = values.filter((value) => value !== null).sort((a, b) => a - b);
+  if (!rising.length) return [0, 1];
+  const at = (share) => rising[Math.round(share * (rising.length - 1))];
+  const [low, high, inner] = [at(0), at(1), at(0.99) - at(0.01)];
+  if (inner <= 0 || high - low <= 3 * inner) return [low, high];
+  return [Math.max(low, at(0.01) - inner / 10), Math.min(high, at(0.99) + inner / 10)];
 }
 
 function sortBy(key) {
