@@ -15,7 +15,8 @@ One pass for all latents. With E = x - xhat (b_dec inside xhat) and C_j = sum_i 
     beta_err[m] = sum_i f_ij <E_i[m], D_j> / (|D_j|^2 C_j) + <D_j, W_dec[j,m]> / |D_j|^2
     beta_rec[m] = sum_i f_ij <xhat_i[m], D_j> / (|D_j|^2 C_j)
 
-All of it in the models' own units, products in the parameters' precision and at least fp32, sums in fp64.
+All of it in the models' own units, products in the parameters' precision and at least fp32, sums in fp64 (of a few
+batches at a time).
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ MIN_FIRINGS = 50
 NU_RANGE = (-0.1, 2.0)
 NU_ERR_BELOW = 0.2
 NU_REC_BELOW = 0.5
+BATCHES_IN_PRODUCTS_PRECISION = 8
+"""Batches that are summed in the precision of the products, before their sum is added in fp64."""
 
 
 @dataclass(frozen=True)
@@ -103,22 +106,31 @@ def latent_scaling(model: BatchTopKCrosscoder, batches: Iterable[Tensor]) -> Lat
     if model.config.n_inputs != N_MODELS:
         raise UserError(f"latent scaling compares two models' decoder vectors; a {model.config.method} has one")
     n_latents, device = model.config.n_latents, model.b_dec.device
-    decoder = model.raw_decoder()
+    exact = model.raw_decoder().double()
     n = torch.zeros(n_latents, dtype=torch.int64, device=device)
     squares = torch.zeros(n_latents, dtype=torch.float64, device=device)
     of_error = torch.zeros(n_latents, N_MODELS, N_MODELS, dtype=torch.float64, device=device)
     of_reconstruction = torch.zeros_like(of_error)
-    for raw in batches:
+    # [latent, model * d_model]: sums over some batches of f_ij times the vector. To go along the probes in fp64 after
+    # every batch would move as much memory as the product itself does.
+    weighted = [torch.zeros(exact.flatten(1).shape, dtype=model.b_dec.dtype, device=device) for _ in range(2)]
+
+    def take_along_probes() -> None:
+        for sums, vectors in zip((of_error, of_reconstruction), weighted, strict=True):
+            sums += torch.einsum("jmd,jpd->jpm", vectors.view(exact.shape).double(), exact)
+            vectors.zero_()
+
+    for number, raw in enumerate(batches, start=1):
         inputs = model.inputs(raw.to(device))
         f = model.encode(model.scale(raw.to(device)))
         reconstruction = model.unscale(model.decode(f))
         n += (f > 0).sum(dim=0)
-        squares += f.double().pow(2).sum(dim=0)
-        for sums, vectors in ((of_error, inputs - reconstruction), (of_reconstruction, reconstruction)):
-            # [latent, model, d_model]: sum over tokens of f_ij times the vector, then along each probe.
-            weighted = (f.T @ vectors.flatten(1)).view(n_latents, N_MODELS, -1)
-            sums += torch.einsum("jmd,jpd->jpm", weighted.double(), decoder.double())
-    exact = decoder.double()
+        squares += f.pow(2).sum(dim=0, dtype=torch.float64)
+        for sums, vectors in zip(weighted, (inputs - reconstruction, reconstruction), strict=True):
+            sums.addmm_(f.T, vectors.flatten(1))
+        if number % BATCHES_IN_PRODUCTS_PRECISION == 0:
+            take_along_probes()
+    take_along_probes()
     probe_squares = exact.pow(2).sum(dim=-1)[:, :, None]
     own = torch.einsum("jpd,jmd->jpm", exact, exact) / probe_squares
     scale = probe_squares * squares[:, None, None]
