@@ -117,7 +117,8 @@ def train_plainly(run: StudentRun, config: TrainingConfig, folders: Folders) -> 
     trainer.args.save_strategy = "no"
     trainer.add_callback(TrainingLog(folder / LOG_FILE, trainer))
     trainer.train()
-    trainer.model.save_pretrained(folder, save_embedding_layers=False)
+    model: Any = trainer.model
+    model.save_pretrained(folder, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
     write_manifest(
         folder / "run.json",

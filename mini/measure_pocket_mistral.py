@@ -33,7 +33,7 @@ from finqa.scoring.metrics import metrics
 from finqa.student_settings import settings_for
 from finqa.students import StudentRun, load_tokenizer, prompt_ids
 from mini.families import Kind, families
-from mini.reference import write_reference
+from mini.reference import Measured, write_reference
 
 DATASET, STUDENT, SHAM = "FinQA-mini", "pocket-mistral", "sham"
 CARD_FOLDER = SHIPPED_DATA / "models" / STUDENT
@@ -188,7 +188,9 @@ def main() -> None:
     print("\n".join([*targets(found), "", *accuracy_table(found)]))
     print(f"written: {CARD_FOLDER / 'README.md'}")
     if args.reference:
-        print(f"written: {write_reference({'fine-tuned': tuned, SHAM: sham})}")
+        models = [folders.model(DATASET, student(run_name).model_id) for run_name in ("", SHAM)]
+        students = {"fine-tuned": Measured(tuned, models[0]), SHAM: Measured(sham, models[1])}
+        print(f"written: {write_reference(students)}")
 
 
 def parse_arguments() -> argparse.Namespace:

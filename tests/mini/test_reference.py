@@ -13,7 +13,7 @@ from finqa.manifest import write_manifest
 from finqa.scoring.predictions import Prediction
 from finqa.scoring.report import write_report
 from finqa.students import StudentRun, settings_for
-from mini.reference import REFERENCE, write_reference
+from mini.reference import REFERENCE, Measured, write_reference
 
 TYPES = ("zero-shot", "few-shot", "fine-tuned")
 
@@ -41,27 +41,32 @@ def prediction(number: int, right: bool) -> Prediction:
 
 
 @pytest.fixture
-def students(tmp_path: Path) -> dict[str, Path]:
+def students(tmp_path: Path) -> dict[str, Measured]:
     """20 questions, half of them new: the base knows the known, fine-tuned all, the sham the known but one."""
     right = {"zero-shot": 10, "few-shot": 10, "fine-tuned": 20}
     folders = {}
     for name in ("fine-tuned", "sham"):
-        folders[name] = tmp_path / "results" / name
+        results, model = tmp_path / "results" / name, tmp_path / "models" / name
+        folders[name] = Measured(results, model)
+        model.mkdir(parents=True)
+        (model / "run.json").write_text(json.dumps({"git": {"revision": f"abcdef0123{name}", "dirty": False}}))
         for eval_type in TYPES:
             many = 9 if (name, eval_type) == ("sham", "fine-tuned") else right[eval_type]
-            where = folders[name] / "test" / eval_type
+            where = results / "test" / eval_type
             write_results(where, [prediction(n, n < many) for n in range(20)], {"generate": 1, "run": 1})
             served = {"engine": "vllm", "dtype": "bfloat16", "adapter": "merged"}
             write_manifest(where / "run.json", StudentRun("FinQA-mini", "m", settings_for("m")), served=served)
-        write_report(folders[name])
+        write_report(results)
     return folders
 
 
-def test_the_reference_says_what_the_evaluations_gave_and_names_no_folder(students: dict[str, Path], tmp_path: Path):
+def test_the_reference_says_what_the_evaluations_gave_and_names_no_folder(
+    students: dict[str, Measured], tmp_path: Path
+):
     (tmp_path / "reference" / "old").mkdir(parents=True)
     folder = write_reference(students, tmp_path / "reference")
     assert not (folder / "old").exists()
-    for name, results in students.items():
+    for name, (results, _) in students.items():
         assert (folder / name / "metrics.md").read_text() == (results / "metrics.md").read_text()
         for eval_type in TYPES:
             copied, original = (p / "metrics.json" for p in (folder / name / eval_type, results / "test" / eval_type))
@@ -71,6 +76,7 @@ def test_the_reference_says_what_the_evaluations_gave_and_names_no_folder(studen
     assert "goes from 0.0% to 100.0%, on those that it knew from 100.0% to 100.0%" in text
     assert "the sham has 0.0% on the new families and 90.0% on the known" in text
     assert "Of the same 20 questions 11 are right after fine-tuning only and 0 after the sham only" in text
+    assert "Trained: fine-tuned at revision abcdef0123, sham at revision abcdef0123." in text
     assert str(tmp_path) not in "".join(p.read_text() for p in folder.rglob("*.*") if p.suffix in {".md", ".json"})
 
 
