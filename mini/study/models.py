@@ -7,6 +7,8 @@ again.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shlex
 import shutil
@@ -142,7 +144,8 @@ def _copy(source: Path, target: Path) -> None:
 def _identity(work: Work, model: Model) -> dict[str, Any]:
     """What a training_config.json must say."""
     rows = work.rows_folders(model.kinds).filtered(DATASET, "train")
-    learnt = read_training_rows(rows, model.families, work.plan.max_rows)  # pyright: ignore[reportArgumentType]
+    with contextlib.redirect_stdout(io.StringIO()):  # training says how many rows it repeats
+        learnt = read_training_rows(rows, model.families, work.plan.max_rows)
     settings = asdict(student_of(model).settings)
     return {
         **{name: value for name, value in settings.items() if name not in ("max_new_tokens", "eval_batch_size")},

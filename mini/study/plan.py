@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from finqa.tuning.training_rows import Families
+
 MINUTES = {"study": 55, "study-quick": 4}
 """What a study takes where nothing is there yet; see the table above."""
 DATASET, STUDENT = "FinQA-mini", "pocket-mistral"
@@ -38,7 +40,7 @@ class Model:
     run_name: str | None = None
     """Of main.py; None is the base."""
     seed: int = 3
-    families: str = "all"
+    families: Families = "all"
     kinds: str = SHIPPED_KINDS
     """Of the rows it is trained on."""
 

@@ -1,0 +1,210 @@
+"""The study's tables: no number of the page is typed, and every one is in a CSV beside it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from finqa.paths import REPOSITORY
+from mini.study import page, tables
+from mini.study.tables import read_csv, write_csv
+
+PAGE = REPOSITORY / "docs" / "study.md"
+PRIMARY = ("last prompt token", "program before the operator")
+COMMITTED = REPOSITORY / "docs" / "reference" / "study"
+NUMBER = re.compile(r"(?<![\w.-])-?\d+(?:\.\d+)?%?(?![\w.])")
+
+
+def estimate(value: float | None) -> dict[str, float | None]:
+    return {"value": value, "low": None, "high": None, "n": 3, "n_others": 5}
+
+
+def answer(pair: str, method: str, seed: int, specific: int, delta: float | None, families=("ratio",)) -> dict:
+    """What measures.answer_one writes, of two strata."""
+    measures = [{"measure": "delta_slope", "added_against_rest": estimate(0.625)}]
+    classes = [{"name": "all active", "n": 9, "recall": estimate(0.5), "precision": estimate(0.25)}]
+    if delta is not None:
+        measures.append({"measure": "delta", "added_against_rest": estimate(delta)})
+        classes.append({"name": "delta", "n": 0, "recall": estimate(None), "precision": estimate(None)})
+    strata = [
+        {
+            "stratum": stratum,
+            "exclusivity": measures,
+            "classes": classes,
+            "best_is_added": estimate(0.375),
+            "best_items": {"ratio": estimate(0.84), "change": estimate(0.71)},
+            "specific_to_added": specific,
+            "specific_to_known": 2,
+            "significant_for_added": 4,
+            "significant_for_known": 1,
+            "probe": {name: {"ratio": 0.9, "change": None} for name in ("instruct", "fine-tuned", "difference")},
+        }
+        for stratum in (*PRIMARY, "passage")
+    ]
+    which = {"pair": pair, "site": "layer 4 residual", "method": method, "seed": seed}
+    squares = {"fixed": 1234.5, "other predicted": 8.125, "passage": None}
+    tokens = {
+        "best": {"value": 0.8125, "low": 0.7, "high": 0.9},
+        "n_tokens": {"fixed": 17, "other predicted": 1000},
+        "mean_square_norm": squares,
+        "share_in_added_families": 1.0,
+    }
+    return {
+        **which,
+        "n_alive": 9,
+        "added": list(families),
+        "strata": strata,
+        "specific_by_family": {stratum: {"ratio": specific} for stratum in PRIMARY},
+        "tokens": tokens,
+        "rows": [{"pair": pair, "subject": method, "stratum": "last prompt token", "n_alive": 9}],
+    }
+
+
+ANSWERS = [
+    answer("base -> fine-tuned", "plain", 0, 3, 0.44),
+    answer("base -> fine-tuned", "plain", 1, 6, 0.56),
+    answer("base -> fine-tuned", "difference SAE", 0, 47, None),
+    answer("base -> sham", "plain", 0, 0, 0.5, families=()),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Every CSV of a study, with made-up figures."""
+    from mini.study.plan import FULL
+
+    kinds = [("new", 0.0, 0.985), ("known", 0.998, 0.948)]
+    models = [
+        {"model": m, "kind": kind, "family": family, "n": 400, "accuracy": share[i]}
+        for i, m in enumerate(("base", "fine-tuned"))
+        for kind, *share in kinds
+        for family in ("all", f"a {kind} one")
+    ]
+    ceilings = [
+        {"layer": layer, "site": site, "direction": direction, "carrier": carrier, "divergence_closed": 0.137 * layer,
+         "exact": 0.021, "exact_recovered": None, "n": 48}
+        for layer in (1, 2) for site in ("attention", "mlp", "residual")
+        for direction in ("sufficiency", "necessity") for carrier in ("own", "other")
+    ]  # fmt: skip
+    which = {"pair": "base -> fine-tuned", "site": "layer 4 residual", "method": "plain"}
+    quality = {"seed": 0, "explained_joint": 0.96712, "explained_difference": 0.62345, "l0": 24.84}
+    patch = {"kind": "ranked", "n_latents": 16, "direction": "sufficiency", "carrier": "other", "group": "new"}
+    patch |= {"measure": "divergence", "value": 0.3719, "recovered": 0.443, "injected_norm": 7.25}
+    patch |= {"recovered_low": 0.39, "recovered_high": 0.51}
+    control = {"control": "random sets", "n_latents": 16, "group": "new", "measure": "divergence", "ranked": 0.443}
+    control |= {"direction": "sufficiency", "carrier": "other", "mean": 0.12, "lowest": 0.02, "highest": 0.27}
+    written = {
+        "models": models,
+        "ceilings": ceilings,
+        "dictionaries": [which | quality | {"dead_on_held_out": 0.031, "steps": 1000}],
+        "known_answer": tables.answer_rows(ANSWERS),
+        "glance": tables.glance_rows(ANSWERS),
+        "matrix": tables.matrix_rows(ANSWERS, FULL.pairs),
+        "tokens": tables.token_rows(ANSWERS),
+        "probes": tables.probe_rows(ANSWERS),
+        "causal": [which | patch],
+        "causal_controls": [which | control | {"n_sets": 20, "p": 0.0476}],
+    }
+    for name, rows in written.items():
+        write_csv(tmp_path / f"{name}.csv", rows)
+    return tmp_path
+
+
+def shown_numbers(text: str) -> set[str]:
+    """Every number in the cells of the page's tables, as it is written there; names of things are left out."""
+    cells = [
+        cell.strip()
+        for block in page.BLOCK.finditer(text)
+        for line in block[3].splitlines()[2:]
+        for cell in line.strip("|").split("|")
+    ]
+    return {number for cell in cells for number in NUMBER.findall(cell)}
+
+
+def is_in(number: str, values: list[float]) -> bool:
+    """Whether some value of a CSV rounds to a number that is shown."""
+    digits = len(number.rstrip("%").partition(".")[2])
+    scale, sign = (100, "%") if number.endswith("%") else (1, "")
+    return any(f"{value * scale:.{digits}f}{sign}" == number for value in values)
+
+
+def values_of(folder: Path) -> list[float]:
+    texts = {text for path in folder.glob("*.csv") for row in read_csv(path) for text in row.values()}
+    return [float(number) for text in texts for number in re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", text)]
+
+
+def test_every_table_of_the_page_is_filled_and_every_number_in_it_is_in_a_csv(folder: Path):
+    filled = page.fill(PAGE.read_text(), folder)
+    assert page.NOT_RUN not in filled
+    numbers, values = shown_numbers(filled), values_of(folder)
+    assert {"98%", "0.44", "47", "1234.5", "44%", "0.967"} <= numbers
+    assert not [number for number in numbers if not is_in(number, values)]
+
+
+def test_a_number_that_is_in_no_csv_is_noticed(folder: Path):
+    filled = page.fill(PAGE.read_text(), folder).replace("1234.5", "1235.5")
+    assert [n for n in shown_numbers(filled) if not is_in(n, values_of(folder))] == ["1235.5"]
+
+
+def test_the_committed_page_has_the_committed_figures_and_no_others():
+    text = PAGE.read_text()
+    assert page.fill(text, COMMITTED) == text
+    values = values_of(COMMITTED)
+    assert not [number for number in shown_numbers(text) if not is_in(number, values)]
+
+
+def test_filling_again_changes_nothing_and_other_text_stays(folder: Path):
+    once = page.fill(PAGE.read_text(), folder)
+    assert page.fill(once, folder) == once
+    assert page.BLOCK.sub("", once) == page.BLOCK.sub("", PAGE.read_text())
+
+
+def test_a_table_that_nobody_knows_is_an_error():
+    with pytest.raises(KeyError, match="accuracies"):
+        page.fill("<!-- table: accuracies -->\n<!-- end of table -->", COMMITTED)
+
+
+def test_seeds_are_one_row_with_their_mean_and_their_range():
+    plain = next(row for row in tables.glance_rows(ANSWERS) if row["method"] == "plain")
+    assert (plain["seeds"], plain["specific to added"]) == (2, 4.5)
+    assert (plain["specific to added lowest"], plain["specific to added highest"]) == (3, 6)
+    assert plain["auroc of Delta"] == pytest.approx(0.5)
+
+
+def test_an_empty_class_has_no_figure_and_not_the_figure_zero():
+    rows = {(row["pair"], row["method"]): row for row in tables.glance_rows(ANSWERS)}
+    plain, sae = rows["base -> fine-tuned", "plain"], rows["base -> fine-tuned", "difference SAE"]
+    assert (plain["only, by Delta"], plain["recall, by Delta"], plain["precision, by Delta"]) == (0, None, None)
+    assert sae["auroc of Delta"] is None
+    assert sae["only, by Delta"] is None
+
+
+def test_the_glance_is_of_the_strata_that_were_counted():
+    assert {row["stratum"] for row in tables.glance_rows(ANSWERS)} == set(PRIMARY)
+
+
+def test_the_matrix_holds_the_fine_tunes_that_add_families_and_those_alone():
+    from mini.study.plan import FULL
+
+    rows = tables.matrix_rows(ANSWERS, FULL.pairs)
+    assert {row["pair"] for row in rows} == {"base -> fine-tuned"}
+    ratio = {row["method"]: row["specific"] for row in rows if row["family"] == "ratio"}
+    assert ratio == {"plain": 4.5, "difference SAE": 47}
+
+
+def test_a_csv_comes_back_as_it_was_with_empty_cells_for_what_there_is_not(tmp_path: Path):
+    write_csv(tmp_path / "t.csv", [{"a": None, "b": 0.1234567}, {"a": True, "c": "x, y"}])
+    assert read_csv(tmp_path / "t.csv") == [
+        {"a": "", "b": "0.123457", "c": ""},
+        {"a": "1", "b": "", "c": "x, y"},
+    ]
+
+
+def test_figures_are_drawn_from_the_csvs(folder: Path):
+    from mini.study import figures
+
+    figures.draw_ceilings(read_csv(folder / "ceilings.csv"), folder / "ceilings.png")
+    figures.draw_glance(read_csv(folder / "glance.csv"), folder / "glance.png", "last prompt token")
+    assert all((folder / name).stat().st_size > 10_000 for name in ("ceilings.png", "glance.png"))
