@@ -72,6 +72,16 @@ def test_one_pass_gives_the_least_squares_slopes_of_every_latent(threshold, mean
                 assert scaling.beta_rec[j, probe, m].item() == pytest.approx(expected[1], rel=1e-11, abs=1e-12)
 
 
+@pytest.mark.parametrize("batch_size", [N, 50, 49, 24, 1])
+def test_the_slopes_are_the_same_in_any_number_of_batches(batch_size):
+    """1, 8, 9, 17 and 400: sums are added up after every eighth and after the last."""
+    model, raw = crosscoder(5.0), raw_activations()
+    whole, parts = latent_scaling(model, [raw]), latent_scaling(model, raw.split(batch_size))
+    assert torch.equal(whole.n, parts.n)
+    torch.testing.assert_close(parts.beta_err, whole.beta_err, rtol=1e-10, atol=1e-12, equal_nan=True)
+    torch.testing.assert_close(parts.beta_rec, whole.beta_rec, rtol=1e-10, atol=1e-12, equal_nan=True)
+
+
 def test_nu_in_raw_space_is_nu_in_scaled_space_times_the_ratio_of_scales():
     model, raw = crosscoder(5.0), raw_activations()
     scaling = latent_scaling(model, [raw])
