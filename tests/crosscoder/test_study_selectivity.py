@@ -123,6 +123,18 @@ def test_a_latent_is_chosen_on_one_half_and_scored_on_the_other():
     assert result.found(torch.tensor([False, True, True])).tolist() == [False] * 5
     assert result.found(torch.tensor([True, False, True])).tolist() == [False, False, False, True, False]
     assert result.found(torch.zeros(3, dtype=torch.bool)).tolist() == [False] * 5
+    assert result.best_of(torch.zeros(3, dtype=torch.bool)).isnan().all()
+    assert result.best_of(torch.tensor([True, True, False]))[3] == 1.0
+    assert result.best_of(torch.tensor([False, True, False]))[3] == result.scored[1, 3]
+
+
+def test_a_family_that_one_half_lacks_has_no_figure():
+    questions = made_up_questions()
+    scores = noise(len(questions), 3, seed=0)
+    for half in (questions.family != 3, questions.family == 3):
+        result = selectivity(scores, questions, half)
+        assert result.best_of(torch.ones(3, dtype=torch.bool))[3].isnan()
+        assert not result.found(torch.ones(3, dtype=torch.bool), at=0.0)[3]
 
 
 def test_a_question_without_the_stratum_is_left_out():

@@ -143,13 +143,11 @@ def _of_stratum(
 def _best_items(selective: Selectivity, alive: Tensor, questions: Questions) -> dict[str, Estimate]:
     """For each family the active item that the choosing half likes best, and what it has on the other half."""
     result = {}
-    chosen = torch.where(alive[:, None], selective.chosen.nan_to_num(nan=-1.0), -2.0).argmax(dim=0)
-    areas = selective.scored.gather(0, chosen[None])[0].tolist()
+    areas = _numbers(selective.best_of(alive))
     for name, area, n in zip(questions.families, areas, selective.n_of_family.tolist(), strict=True):
         n_others = selective.n_scored - n
-        known = alive.any() and n > 0 and n_others > 0
-        interval = auroc_interval(area, n, n_others) if known else (None, None)
-        result[name] = Estimate(area if known else None, *interval, n, n_others)
+        interval = (None, None) if area is None else auroc_interval(area, n, n_others)
+        result[name] = Estimate(area, *interval, n, n_others)
     return result
 
 

@@ -44,13 +44,19 @@ class Selectivity:
         """[items] bool: chosen for one of `families` [families] bool, and at least `at` on the other half."""
         return families[self.best] & (self.best_scored >= at)
 
-    def found(self, items: Tensor, at: float = SELECTIVE_AT) -> Tensor:
-        """[families] bool: of the items of a mask, the one that the choosing half likes best for a family has at least
-        `at` on the other half."""
+    def best_of(self, items: Tensor) -> Tensor:
+        """[families] fp64: AUROC, on the scoring half, of the item of a mask that the choosing half likes best for a
+        family; not a number where there is no item or a half lacks the family. For several sets of items, such as
+        those of two fine-tunes, these are the rows of the matrix of sets against families."""
         if not items.any():
-            return torch.zeros(self.chosen.shape[1], dtype=torch.bool)
+            return torch.full((self.chosen.shape[1],), torch.nan, dtype=torch.float64)
         best = self.chosen[items].nan_to_num(nan=-1.0).argmax(dim=0)
-        return self.scored[items].gather(0, best[None])[0] >= at
+        areas = self.scored[items].gather(0, best[None])[0]
+        return torch.where(self.chosen[0].isnan(), torch.nan, areas)
+
+    def found(self, items: Tensor, at: float = SELECTIVE_AT) -> Tensor:
+        """[families] bool: `best_of` is at least `at`."""
+        return self.best_of(items) >= at
 
 
 def selectivity(

@@ -17,7 +17,7 @@ from crosscoder.activations.collection import Document, padded
 from crosscoder.activations.store import ActivationStore
 from crosscoder.study.auroc import Estimate, auroc_interval, auroc_sparse
 from crosscoder.study.readouts import BATCH_TOKENS, Subject, difference
-from crosscoder.study.strata import Questions
+from crosscoder.study.strata import STRATA, Questions
 
 TokenGroup = Literal["fixed", "other predicted", "passage", "rest"]
 TOKEN_GROUPS: tuple[TokenGroup, ...] = get_args(TokenGroup)
@@ -48,7 +48,7 @@ def token_groups(store: ActivationStore, questions: Questions, fixed: Tensor) ->
     n_prompt = torch.tensor([document.n_prompt for document in store.documents])[store.document]
     predicted = (store.position >= n_prompt - 1) & (store.position < n_ids - 1)
     groups = torch.full_like(store.position, TOKEN_GROUPS.index("rest"))
-    groups[questions.stratum == 0] = TOKEN_GROUPS.index("passage")
+    groups[questions.stratum == STRATA.index("passage")] = TOKEN_GROUPS.index("passage")
     groups[predicted] = TOKEN_GROUPS.index("other predicted")
     groups[predicted & fixed] = TOKEN_GROUPS.index("fixed")
     return groups
