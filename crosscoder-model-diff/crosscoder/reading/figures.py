@@ -98,8 +98,10 @@ def explained_variance_figure(explained: ExplainedVariance) -> Figure:
     )
     axes.bar_label(drawn, [f"{value:.3f}" for value, _ in bars.values()], padding=2)
     axes.axhline(0, color="black", lw=0.6)
-    lowest = min(value for value, _ in bars.values())
-    axes.set(xlim=(-0.6, len(bars) - 0.4), ylim=(min(0.0, 1.2 * lowest), 1.1), ylabel="explained variance")
+    lowest = min(0.0, *(value for value, _ in bars.values()))
+    room_for_a_label = 0.12 * (1 - lowest)
+    below = lowest - room_for_a_label if lowest < 0 else 0.0
+    axes.set(xlim=(-0.6, len(bars) - 0.4), ylim=(below, 1 + room_for_a_label), ylabel="explained variance")
     axes.set_title(f"held-out documents, {explained.n_tokens:,} tokens, L0 {explained.l0:.1f}", loc="left")
     return figure
 

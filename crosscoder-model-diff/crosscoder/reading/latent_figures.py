@@ -27,7 +27,7 @@ COLOURS: dict[LatentClass, str] = {
 MARKERS: dict[LatentClass, str] = {"instruct-only": "<", "shared": "o", "fine-tuned-only": ">", "between": "s"}
 DRAWN_FIRST: tuple[LatentClass, ...] = ("shared", "between", "instruct-only", "fine-tuned-only")
 """What there is most of lies below."""
-RASTERISED_ABOVE = 2000
+MANY = 2000
 """Points, above which a scatter is an image inside the SVG: as paths it would be megabytes, and slow to show."""
 RELATIVE_NORM = "relative decoder norm  $n_1 / (n_0 + n_1)$"
 
@@ -58,7 +58,7 @@ def cosine_figure(cosines: Tensor, norms: Tensor) -> Figure:
     _class_regions(axes)
     for kind in DRAWN_FIRST:
         chosen = [j for j, its in enumerate(kinds) if its == kind and there[j]]
-        _scatter(axes, relative[chosen], cosines[chosen], kind, f"{kind} ({len(chosen):,})")
+        _scatter(axes, relative[chosen], cosines[chosen], kind, many=int(there.sum()) > MANY)
     lowest = float(cosines[there].min()) if there.any() else 0.0
     axes.set(xlim=(0, 1), ylim=(min(-0.05, lowest - 0.05), 1.05), ylabel="cosine of decoder vectors")
     axes.set_xlabel(RELATIVE_NORM)
@@ -81,7 +81,7 @@ def latent_scaling_figure(scaling: LatentScaling, kinds: Sequence[LatentClass], 
     for kind in DRAWN_FIRST:
         if kind in points:
             of = points[kind]
-            _scatter(axes, of.nu_err, of.nu_rec, kind, f"{kind} ({of.n:,})")
+            _scatter(axes, of.nu_err, of.nu_rec, kind, many=sum(each.n for each in points.values()) > MANY)
     axes.set(xlim=NU_RANGE, ylim=NU_RANGE, xlabel="$\\nu_\\mathrm{err}$\n", ylabel=r"$\nu_\mathrm{rec}$")
     _name_regions(axes)
     figure.text(0.99, 0.005, _left_out(points), ha="right", va="bottom", fontsize=6, color="0.25")
@@ -135,30 +135,29 @@ def _above(axes: Axes, x: float, kind: LatentClass, n: int) -> None:
     )
 
 
-def _scatter(axes: Axes, x: Any, y: Any, kind: LatentClass, label: str) -> None:
-    axes.scatter(
-        x,
-        y,
-        s=6,
-        marker=MARKERS[kind],
-        color=COLOURS[kind],
-        alpha=0.5,
-        lw=0,
-        label=label,
-        rasterized=len(x) > RASTERISED_ABOVE,
-    )
+def _scatter(axes: Axes, x: Any, y: Any, kind: LatentClass, many: bool) -> None:
+    """Points of one class. Where the figure has many they are an image, and those of no exclusive class are small."""
+    label, colour, marker = f"{kind} ({len(x):,})", COLOURS[kind], MARKERS[kind]
+    size, alpha = (6, 0.6) if kind.endswith("-only") or not many else (1.5, 0.35)
+    axes.scatter(x, y, s=size, marker=marker, color=colour, alpha=alpha, lw=0, label=label, rasterized=many)
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
+    from matplotlib.collections import PathCollection
+
     handles, labels = axes.get_legend_handles_labels()
     legend = figure.legend(handles, labels, loc="outside upper left", ncols=2, handletextpad=0.3, columnspacing=1.0)
     for handle in legend.legend_handles:
         if handle is not None:
             handle.set_alpha(1)
+            if isinstance(handle, PathCollection):
+                handle.set_sizes([10])
 
 
 def _name_regions(axes: Axes) -> None:
     """Names in the regions' outer corners; those of the narrow left ones stand upright."""
+    from matplotlib.patheffects import withStroke
+
     low, high = NU_RANGE
     near, far = low + 0.03, high - 0.03
     places: Sequence[tuple[str, float, float, Literal["left", "right"], Literal["bottom", "top"], int]] = (
@@ -168,7 +167,8 @@ def _name_regions(axes: Axes) -> None:
         ("both", far, far, "right", "top", 0),
     )
     for name, x, y, ha, va, rotation in places:
-        axes.text(x, y, name, ha=ha, va=va, rotation=rotation, fontsize=6.5, color="0.25")
+        text = axes.text(x, y, name, ha=ha, va=va, rotation=rotation, fontsize=6.5, color="0.15")
+        text.set_path_effects([withStroke(linewidth=2, foreground="white", alpha=0.8)])  # points may lie below it
 
 
 def _left_out(points: Mapping[LatentClass, ScalingPoints]) -> str:
