@@ -128,9 +128,11 @@ def ways_of(setup: Setup) -> dict[str, Way]:
 
 
 def order(ways: list[str], repeats: int) -> list[str]:
-    """vLLM alone and the project in turns, the first of a round being the last of the one before; then the rest."""
+    """vLLM alone and the project in turns, the first of a round being the last of the one before; the rest once, after
+    the first round, so that a run that is cut short has every way."""
     main, rest = ways[:2], ways[2:]
-    return [name for repeat in range(repeats) for name in (main if repeat % 2 == 0 else main[::-1])] + rest
+    rounds = [main if repeat % 2 == 0 else main[::-1] for repeat in range(repeats)]
+    return [*rounds[0], *rest, *(name for later in rounds[1:] for name in later)]
 
 
 def alone(setup: Setup) -> Way:
