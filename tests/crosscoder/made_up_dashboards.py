@@ -34,7 +34,7 @@ def made_up_dashboard(
     pages = tuple(_page(j, j < n_with_examples, n_latents, two_models, n_examples, dice) for j in range(n_latents))
     if n_delta:
         for page in pages:
-            page.values["part"] = "delta latent" if page.latent >= n_latents - n_delta else "shared latent"
+            page.values["part"] = "delta" if page.latent >= n_latents - n_delta else "shared"
     vocabulary = {i: f" Word{i}." for i in range(WORDS)} | {WORDS + i: text for i, text in enumerate(HOSTILE)}
     columns = tuple(columns_of([page.values for page in pages]))
     return Dashboard(

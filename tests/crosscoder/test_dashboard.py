@@ -254,7 +254,7 @@ def test_a_crosscoder_has_every_column_that_compares_and_no_parts(store, tiny_st
 
 def test_a_partition_says_which_latents_are_of_which_part(store, tiny_student):
     dashboard = built(reading_of(store, tiny_student, "partition"))
-    assert [page.values["part"] for page in dashboard.pages] == ["shared latent"] * 5 + ["delta latent"] * 3
+    assert [page.values["part"] for page in dashboard.pages] == ["shared"] * 5 + ["delta"] * 3
     for page in dashboard.pages[:5]:
         assert (page.values["kind"], page.values["relative_decoder_norm"]) == ("shared", pytest.approx(0.5))
 

@@ -412,6 +412,9 @@ def test_a_latent_with_examples_has_every_part(open_page):
     assert page.locator(".example").count() == 10 + 4 * 4
     assert page.locator("#latent h4").all_inner_texts()[2].startswith("Highest quarter 15.8 to 21.0")
     assert page.locator(".promoted").count() == 2
+    lists = [set(page.locator(f".promoted >> nth={i} >> .chip").all_inner_texts()) for i in range(2)]
+    alone = page.locator(".promoted >> nth=0 >> .alone").all_inner_texts()
+    assert set(alone) == lists[0] - lists[1]
     assert page.locator("#latent svg rect").count() == 30
 
 
@@ -459,6 +462,7 @@ def test_a_difference_sae_shows_what_it_has(open_page):
     assert page.locator(".promoted").count() == 1
     assert page.locator(".nearest thead th").all_inner_texts() == ["latent", "cosine", "fires on"]
     assert "by the difference" in page.inner_text("#latent")
+    assert page.locator(".promoted .alone").count() == 0  # there is no other vector to tell it from
     assert "relative norm" not in page.inner_text("#latent")
     page.hover(".passage >> nth=0 >> .token.peak")
     assert "12.0" in page.inner_text("#tip")
@@ -466,14 +470,16 @@ def test_a_difference_sae_shows_what_it_has(open_page):
 
 def test_a_partition_tells_its_two_parts_apart(open_page):
     page = open_page(file="partition")
-    assert "part" in page.inner_text("#heads")
+    heads = page.locator("#heads th").all_inner_texts()
+    assert "part" in heads and "class" not in heads
     page.click("#filters summary")
-    page.uncheck("input[name=part][value='shared latent']")
+    page.uncheck("input[name=part][value=shared]")
     assert rows(page) == [28, 27, 26, 25, 24, 23, 22]
     again = open_page("#" + page.url.split("#")[1], file="partition")
     assert rows(again) == rows(page)
     page.click("#rows a >> nth=0")
-    assert "delta latent" in page.inner_text("#latent .statistics")
+    assert "delta latent of the partition" in page.inner_text("#latent-heading")
+    assert "delta" in page.inner_text("#latent .statistics")
 
 
 OUTLIER = """() => {
@@ -557,9 +563,12 @@ def test_all_text_has_the_contrast_that_reading_needs(open_page, scheme, fragmen
 
 
 def test_on_a_screen_the_table_has_room_for_all_of_its_columns(open_page):
-    for file in ("crosscoder", "sae"):
+    for file in ("crosscoder", "sae", "partition"):
         page = open_page(file=file)
         assert page.evaluate("document.getElementById('scroll').scrollWidth") <= 1300 - 2 * 24
+        assert (
+            page.evaluate("Math.max(...[...document.querySelectorAll('#rows tr')].map(row => row.offsetHeight))") < 45
+        )
 
 
 @pytest.mark.parametrize("fragment", ["", "#latent=20"])

@@ -122,11 +122,11 @@ def build_dashboard(
 
 def columns_of(values: Sequence[dict[str, Value]]) -> Iterable[Column]:
     """The columns of which some latent has a figure. Where no norm leads the table, what a latent writes into the
-    difference does."""
-    there = [column for column in COLUMNS if any(v[column.key] not in (None, "") for v in values)]
-    no_norms = all(column.key != "relative_decoder_norm" for column in there)
-    for column in there:
-        yield replace(column, in_table=True) if no_norms and column.key == "difference_share" else column
+    difference does; a partition's parts stand there in place of the classes, which follow from them."""
+    there = {column.key: column for column in COLUMNS if any(v[column.key] not in (None, "") for v in values)}
+    moved = {"difference_share": "relative_decoder_norm" not in there, "kind": "part" not in there}
+    for key, column in there.items():
+        yield replace(column, in_table=moved.get(key, column.in_table))
 
 
 def by_interest(rows: Iterable[LatentRow], statistics: LatentStatistics) -> list[LatentRow]:
@@ -193,7 +193,7 @@ def _values(row: LatentRow, model: BatchTopKCrosscoder) -> dict[str, Value]:
     if row.relative_decoder_norm is None:
         known["kind"] = None  # a difference SAE's latents are all of one kind
     if model.config.n_delta:
-        known["part"] = "shared latent" if row.latent < model.config.n_shared else "delta latent"
+        known["part"] = "shared" if row.latent < model.config.n_shared else "delta"
     values = {column.key: known.get(column.key) for column in COLUMNS}
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 

@@ -27,11 +27,12 @@ function latentHead(latent) {
     const other = at < 0 ? undefined : shown[at + step];
     return other === undefined ? make("span", { class: "off" }, text) : latentLink(other, text);
   };
+  const part = columnOf.has("part") ? make("span", { class: "tag" }, `${valueOf("part", latent)} latent of the partition`) : null;
   const verdict = columnOf.has("verdict") && valueOf("verdict", latent);
   return make("header", { class: "latent-head" },
     make("nav", { "aria-label": "Latents" }, make("a", { href: viewToHash(), id: "back" }, "← Table"),
       neighbour(-1, "Previous"), neighbour(1, "Next"), make("span", { class: "off" }, place)),
-    make("h2", { id: "latent-heading", tabindex: "-1" }, `Latent ${latent} `, kindTag(latent),
+    make("h2", { id: "latent-heading", tabindex: "-1" }, `Latent ${latent} `, part, kindTag(latent),
       verdict ? make("span", { class: "tag" }, verdict) : null));
 }
 
@@ -60,7 +61,7 @@ function promoted(latent) {
   const several = data.directions.length > 1;
   const lists = data.directions.flatMap((direction, i) => {
     const others = new Set(data.promoted.filter((_, k) => k !== i).flatMap((lists) => lists[latent]));
-    const items = data.promoted[i][latent].map((token) => make("li", { class: others.has(token) ? "both" : "" },
+    const items = data.promoted[i][latent].map((token) => make("li", { class: several && !others.has(token) ? "alone" : "" },
       make("span", { class: "chip" }, quoted(word(token)))));
     const heading = several ? `by the ${direction} vector` : `by the ${direction}`;
     return [make("h4", {}, heading), make("ol", { class: "promoted" }, ...items)];

@@ -2,6 +2,9 @@
 
 const ROWS_ON_PAGE = 100;
 const tableColumns = data.columns.filter((column) => column.in_table);
+// With few figures there is room for more tokens.
+const roomy = tableColumns.length < 8;
+document.getElementById("latents").classList.toggle("roomy", roomy);
 let shown = [];
 let firstShown = 0;
 let overviewDrawn = "";
@@ -58,7 +61,7 @@ function tableRow(latent) {
     make("th", { scope: "row", class: cellClass("latent") }, latentLink(latent)),
     ...cells,
     make("td", { class: cellClass("topTokens") }, chips(data.topTokens[latent])),
-    ...data.promoted.map((lists, i) => make("td", { class: cellClass(`promoted${i}`) }, chips(lists[latent].slice(0, 4)))).reverse());
+    ...data.promoted.map((lists, i) => make("td", { class: cellClass(`promoted${i}`) }, chips(lists[latent].slice(0, roomy ? 8 : 4)))).reverse());
 }
 
 function tableCell(column, latent) {
@@ -94,7 +97,7 @@ function drawOverview() {
   const outside = active.filter((latent) => values[latent] !== null && (values[latent] < from || values[latent] > to)).length;
   figure.replaceChildren(
     histogram({
-      layers: [{ counts: all, name: "all" }, { counts: here, name: "here" }], from, to, height: 120, label: column.label,
+      layers: [{ counts: all, name: "all" }, { counts: here, name: "here" }], from, to, height: 120, label: column.kind === "share" ? `${column.label}, as a fraction` : column.label,
       describe: `Histogram of ${column.label}: ${threeDigits(low)} to ${threeDigits(high)}, ${shown.length} latents in the table`,
     }),
     make("figcaption", {}, make("strong", {}, column.label), ` ${column.help} `,
