@@ -62,7 +62,7 @@ class CausalConfig:
     sizes: tuple[int, ...] | None = None
     """Latents in a set; None is 1, 2, 4, ... and all that are alive."""
     control_sizes: tuple[int, ...] | None = None
-    """Sizes of the controls; None is those of the sets."""
+    """Sizes of the controls; None is `sizes`, or every third of 1, 2, 4, ...: the random ones are most of the work."""
     directions: tuple[Direction, ...] = ("sufficiency", "necessity")
     carriers: tuple[Carrier, ...] = ("own", "other")
     positions: tuple[Positions, ...] = ("all",)
@@ -168,9 +168,14 @@ def ordered(
             return ranking.by_exclusivity(scaling, found)
 
 
+def set_sizes(config: CausalConfig, order: Sequence[int]) -> list[int]:
+    chosen = {*(config.sizes or sizes_to(len(order))), *config.generate_sizes}
+    return sorted(size for size in chosen if size <= len(order))
+
+
 def control_sizes(config: CausalConfig, order: Sequence[int]) -> list[int]:
-    chosen = config.control_sizes or config.sizes or sizes_to(len(order))
-    return [size for size in chosen if size <= len(order)]
+    chosen = {*(config.control_sizes or config.sizes or sizes_to(len(order))[::3]), *config.generate_sizes}
+    return sorted(size for size in chosen if size <= len(order))
 
 
 def additions_of(
@@ -181,7 +186,7 @@ def additions_of(
     scaling: LatentScaling | None,
 ) -> list[Addition]:
     """The sets, nothing and all, and the controls that the dictionary and its data give."""
-    sizes = [size for size in config.sizes or sizes_to(len(order)) if size <= len(order)]
+    sizes = set_sizes(config, order)
     made: list[Addition] = [Nothing(), Whole(), bias_of(dictionary)]
     made.append(Constant("mean difference", found.mean_difference.float()))
     made += [Latents(dictionary, order[:size], "ranked") for size in sizes]

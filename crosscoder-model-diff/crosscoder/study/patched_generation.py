@@ -132,14 +132,20 @@ def written_tokens(
         for row, token in enumerate(best.tolist()):
             if not done[row]:
                 written[row].append(token)
-                tail = tokenizer.decode(written[row][-STOP_TAIL:], skip_special_tokens=True)
-                done[row] = token in ends or any(string in tail for string in stop)
+                done[row] = token in ends or _stops(written[row], tokenizer, stop)
         if all(done) or number == max_new_tokens - 1:
             break
         attended = torch.cat([attended, torch.ones_like(attended[:, :1])], dim=1)
         place = attended.long().sum(-1, keepdim=True) - 1
         logits = writer.step(best[:, None], attended, place, later)
     return written
+
+
+def _stops(tokens: list[int], tokenizer: Any, stop: tuple[str, ...]) -> bool:
+    if not stop:
+        return False
+    tail = tokenizer.decode(tokens[-STOP_TAIL:], skip_special_tokens=True)
+    return any(string in tail for string in stop)
 
 
 def _reply(tokens: list[int], n_prompt: int, tokenizer: Any, stop: tuple[str, ...], ends: set[int]) -> Reply:

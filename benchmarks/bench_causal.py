@@ -1,0 +1,311 @@
+"""Patches at 7B shapes: speed and memory of the causal figure, against running whole models for every patch.
+
+    python -m benchmarks.bench_causal [--documents 32] [--layer 17] [--latents 16384]
+    python -m benchmarks.bench_causal --small
+
+Random weights in Mistral-7B's shapes with a random adapter of rank 512, random documents as long as FinQA's, a random
+dictionary. Measured in one run:
+
+    teacher-forced      seconds a document and patch, both models' lower halves shared by all patches of a group, and
+                        run again for each patch
+    ceilings            the same for whole-site patches of a few layers, and by whole models with a hook
+    generation          new tokens/s of a patched model, and of transformers' generate unpatched, same prompts
+
+--small is the same code on small shapes, on the CPU. Writes benchmarks/results/causal.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from benchmarks.bench_collect import SMALL, with_adapter
+from benchmarks.mistral_7b import SHAPES, random_mistral_7b, random_rows
+from benchmarks.record import RESULTS, markdown_table, write_record
+from finqa.errors import report_errors
+
+BOS, NO_TOKEN = 1, -1
+TOKENS = SimpleNamespace(pad_token_id=0, eos_token_id=NO_TOKEN)
+"""In place of a tokenizer: replies never end before the limit."""
+
+
+def main() -> None:
+    args = parse_arguments()
+    results = measured(args)
+    table = causal_table(results)
+    write_record(args.name, results, table, args.output_dir)
+    print(table)
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and tokens/s of every way, and the most memory that was in use."""
+    import torch
+
+    from crosscoder.activations.readers import Target
+    from crosscoder.study.halves import pair_of
+
+    model = with_adapter(random_student(args), args.rank, args.device)
+    model.get_base_model().generation_config.eos_token_id = None
+    pair, target = pair_of(model), Target(args.layer, "mlp")
+    documents = shortened(random_documents(args.documents), args)
+    dictionary = random_dictionary(args, model.get_base_model().config.hidden_size, pair, documents, target)
+    ways: dict[str, Any] = {}
+
+    def keep(name: str, unit: str, run: Callable[[], float]) -> None:
+        value = run()
+        ways[name] = {"unit": unit, "value": value, "peak_memory_gb": peak_memory_gb(args.device)}
+        print(name, ways[name], flush=True)
+
+    cells = patches(dictionary, args)
+    ms = "ms a document and patch"
+    keep("teacher-forced, grouped", ms, lambda: teacher_forced(pair, target, documents, cells, args, len(cells)))
+    keep("teacher-forced, each alone", ms, lambda: teacher_forced(pair, target, documents, cells[-2:], args, 1))
+    layers = sorted({1, args.layer, args.layers})
+    keep("ceilings", ms, lambda: whole_sites(model, documents, layers, args))
+    keep("ceilings, whole models", ms, lambda: whole_models(pair, documents, layers))
+    keep("generation, patched", "new tokens/s", lambda: patched_tokens(pair, target, documents, cells[-1], args))
+    keep("generation, unpatched", "new tokens/s", lambda: plain_tokens(model, documents, args))
+    return {
+        "layers": args.layers,
+        "layer": args.layer,
+        "d_model": dictionary.config.d_model,
+        "latents": args.latents,
+        "documents": len(documents),
+        "tokens": sum(len(d.ids) for d in documents),
+        "patches": len(cells),
+        "new_tokens": args.new_tokens,
+        "mean_active_latents": round(mean_active(dictionary, pair, documents[:2], target), 1),
+        "torch_threads": torch.get_num_threads(),
+        "ways": ways,
+    }
+
+
+def random_documents(count: int) -> list[Any]:
+    from crosscoder.activations.collection import Document
+
+    return [Document(row.id, row.ids, row.n_prompt) for row in random_rows(count)]
+
+
+def shortened(documents: Sequence[Any], args: argparse.Namespace) -> list[Any]:
+    """BOS and their ends, in the model's vocabulary, where --small asks for less."""
+    from crosscoder.activations.collection import Document
+
+    made = []
+    for d in documents:
+        cut = max(0, len(d.ids) - args.longest)
+        ids = tuple(3 + token % (args.vocabulary - 3) for token in d.ids[cut + 1 :])
+        made.append(Document(d.id, (BOS, *ids), d.n_prompt - cut))
+    return made
+
+
+def random_student(args: argparse.Namespace) -> Any:
+    """Mistral with random weights: 7B's shapes, or small ones with a small vocabulary."""
+    if not args.small:
+        return random_mistral_7b(args.layers, args.device)
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    shapes: dict[str, Any] = {**SHAPES, **SMALL, "num_hidden_layers": args.layers, "vocab_size": args.vocabulary}
+    torch.manual_seed(0)
+    model: Any = MistralForCausalLM(MistralConfig(**shapes))
+    return model.to(args.device).eval()
+
+
+def random_dictionary(args: argparse.Namespace, width: int, pair: Any, documents: Sequence[Any], target: Any) -> Any:
+    """A crosscoder of random directions, its threshold such that about 100 latents (or an eighth) are active."""
+    import torch
+
+    from crosscoder.config import CrosscoderConfig
+    from crosscoder.methods import new_dictionary
+
+    k = min(100, args.latents // 8)
+    generator = torch.Generator().manual_seed(0)
+    dictionary = new_dictionary(CrosscoderConfig(width, args.latents, k), generator=generator, directions="apart")
+    dictionary = dictionary.to(args.device).requires_grad_(False)
+    dictionary.threshold = 0.0
+    reading = reading_of_first(pair, documents[:2], target)
+    scores = dictionary.activations(dictionary.scale(reading.pairs)) * dictionary.selection_norms()
+    dictionary.threshold = float(torch.topk(scores.flatten(), k * len(scores)).values[-1])
+    return dictionary
+
+
+def reading_of_first(pair: Any, documents: Sequence[Any], target: Any) -> Any:
+    from crosscoder.study.patching import batch_of, run_halves
+    from crosscoder.study.ranking import reading_of
+
+    return reading_of(run_halves(pair, batch_of(documents, device=pair.instruct.device), [target.layer]), target)
+
+
+def mean_active(dictionary: Any, pair: Any, documents: Sequence[Any], target: Any) -> float:
+    values = reading_of_first(pair, documents, target).values(dictionary)
+    return float((values > 0).sum(dim=-1).float().mean())
+
+
+def patches(dictionary: Any, args: argparse.Namespace) -> list[Any]:
+    """Nothing, the whole site, sets of rising size, random directions; the last is a set of 64."""
+    from crosscoder.study.causal import Cell
+    from crosscoder.study.sets import Latents, Nothing, RandomDirections, Whole, sizes_to
+
+    additions: list[Any] = [Nothing(), Whole()]
+    for size in sizes_to(args.latents):
+        additions += [Latents(dictionary, range(size)), RandomDirections(dictionary, range(size), 0)]
+    return [Cell(addition) for addition in [*additions, Latents(dictionary, range(64), "last")]]
+
+
+def teacher_forced(
+    pair: Any, target: Any, documents: Sequence[Any], cells: Sequence[Any], args: argparse.Namespace, at_once: int
+) -> float:
+    from crosscoder.study.causal import measure
+
+    measure(pair, target, documents[:2], cells[:1], args.batch_tokens)
+    started = begin(args.device)
+    for start in range(0, len(cells), at_once):
+        measure(pair, target, documents, cells[start : start + at_once], args.batch_tokens)
+    return ms_each(started, args.device, len(documents) * len(cells))
+
+
+def whole_sites(model: Any, documents: Sequence[Any], layers: Sequence[int], args: argparse.Namespace) -> float:
+    from crosscoder.activations.readers import Target
+    from crosscoder.study.patching import ceilings
+
+    targets = [Target(layer, site) for layer in layers for site in ("attention", "mlp", "residual")]
+    started = begin(args.device)
+    found = ceilings(model, None, documents, targets, batch_tokens=args.batch_tokens)
+    return ms_each(started, args.device, len(documents) * len(found))
+
+
+def whole_models(pair: Any, documents: Sequence[Any], layers: Sequence[int]) -> float:
+    """What one would write first: for each patch the giver up to the site, then all of the receiver with a hook."""
+    import torch
+
+    from crosscoder.activations.readers import SITES, Target, reader
+    from crosscoder.study.halves import edited, site_module
+    from crosscoder.study.patching import agreement, batch_of
+
+    device = str(pair.instruct.device)
+    targets = [Target(layer, site) for layer in layers for site in SITES]
+    few = documents[: max(1, len(documents) // 8)]
+    started = begin(device)
+    for document in few:
+        batch = batch_of([document], device=device)
+        for target in targets:
+            for giver, receiver in ((pair.fine_tuned, pair.instruct), (pair.instruct, pair.fine_tuned)):
+                with giver.active(), torch.no_grad():
+                    (given,) = reader(giver.model, [target], "hooks")(batch.ids)
+
+                def put(own: Any, given: Any = given, where: Any = batch.patched[..., None]) -> Any:
+                    return torch.where(where, given, own)
+
+                with receiver.active(), torch.no_grad(), edited(site_module(receiver, target), put):
+                    hidden = receiver.model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
+                    logits = receiver.model.lm_head(hidden[batch.predicting]).float()
+                    agreement(logits, logits, batch)
+    return ms_each(started, device, len(few) * len(targets) * 2)
+
+
+def patched_tokens(pair: Any, target: Any, documents: Sequence[Any], cell: Any, args: argparse.Namespace) -> float:
+    from crosscoder.study.patched_generation import written_tokens
+
+    prompts = [list(d.ids[: d.n_prompt]) for d in documents[: args.generation_batch]]
+    written_tokens(pair, target, cell, prompts[:1], TOKENS, 2, ())
+    started = begin(args.device)
+    written = written_tokens(pair, target, cell, prompts, TOKENS, args.new_tokens, ())
+    return round(1000 * sum(map(len, written)) / ms_each(started, args.device, 1), 1)
+
+
+def plain_tokens(model: Any, documents: Sequence[Any], args: argparse.Namespace) -> float:
+    """transformers' generate of the fine-tuned model."""
+    import torch
+
+    prompts = [list(d.ids[: d.n_prompt]) for d in documents[: args.generation_batch]]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=args.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=args.device)
+    whole = model.get_base_model()
+    started = begin(args.device)
+    with torch.inference_mode():
+        written = whole.generate(input_ids=ids, attention_mask=mask, max_new_tokens=args.new_tokens, do_sample=False)
+    return round(1000 * written[:, longest:].numel() / ms_each(started, args.device, 1), 1)
+
+
+def begin(device: str) -> float:
+    synchronise(device)
+    return time.perf_counter()
+
+
+def ms_each(started: float, device: str, count: int) -> float:
+    synchronise(device)
+    return round(1000 * (time.perf_counter() - started) / count, 3)
+
+
+def synchronise(device: str) -> None:
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def peak_memory_gb(device: str) -> float | None:
+    """Since the last call; None without a GPU."""
+    import torch
+
+    if not device.startswith("cuda"):
+        return None
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    torch.cuda.reset_peak_memory_stats()
+    return round(peak, 1)
+
+
+def causal_table(results: dict[str, Any]) -> str:
+    ways = results["ways"]
+    rows = []
+    for ours, theirs in (
+        ("teacher-forced, grouped", "teacher-forced, each alone"),
+        ("ceilings", "ceilings, whole models"),
+        ("generation, patched", "generation, unpatched"),
+    ):
+        a, b = ways[ours]["value"], ways[theirs]["value"]
+        faster = a / b if ways[ours]["unit"].endswith("/s") else b / a
+        memory = ways[ours]["peak_memory_gb"]
+        rows.append((ours, theirs, ways[ours]["unit"], f"{a:,.1f}", f"{b:,.1f}", f"{faster:.2f}", memory or "-"))
+    header = ("way", "against", "unit", "way", "against", "times as fast", "peak GB of the way")
+    return markdown_table(header, rows)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--small", action="store_true", help="small shapes, few short documents, on the CPU")
+    add("--documents", type=int, help="(default: 32; with --small 4)")
+    add("--layers", type=int, help="of the model (default: 32; with --small 4)")
+    add("--layer", type=int, help="whose MLP output is patched (default: 17; with --small 2)")
+    add("--latents", type=int, help="(default: 16384; with --small 128)")
+    add("--rank", type=int, help="of the adapter (default: 512; with --small 4)")
+    add("--new-tokens", type=int, help="of each reply (default: 128; with --small 8)")
+    add("--generation-batch", type=int, default=16, help="prompts in a batch (default: %(default)s)")
+    add("--batch-tokens", type=int, default=4_096, help="teacher-forced, padded (default: %(default)s)")
+    add("--device", help="(default: a GPU where there is one; with --small the CPU)")
+    add("--name", default="causal", help="of the record (default: %(default)s)")
+    add("--output-dir", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    small = {"documents": 4, "layers": 4, "layer": 2, "latents": 128, "rank": 4, "new_tokens": 8}
+    whole = {"documents": 32, "layers": 32, "layer": 17, "latents": 16_384, "rank": 512, "new_tokens": 128}
+    for name, value in (small if args.small else whole).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.vocabulary = 1_024 if args.small else SHAPES["vocab_size"]
+    args.longest = 256 if args.small else sys.maxsize
+    if args.device is None:
+        import torch
+
+        args.device = "cuda" if torch.cuda.is_available() and not args.small else "cpu"
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main))
