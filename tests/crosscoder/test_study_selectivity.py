@@ -107,9 +107,10 @@ def test_a_latent_is_chosen_on_one_half_and_scored_on_the_other():
     questions = made_up_questions()
     choosing = halves(questions)
     scores = noise(len(questions), 3, seed=0)
-    # Item 0 knows family 3 throughout, item 1 on the choosing half alone.
+    # Item 0 knows family 3 throughout, item 1 on the choosing half alone, item 2 on the scoring half alone.
     scores.values[:, 0] += 20.0 * (questions.family == 3)
     scores.values[:, 1] += 20.0 * ((questions.family == 3) & choosing)
+    scores.values[:, 2] += 20.0 * ((questions.family == 3) & ~choosing)
     result = selectivity(scores, questions, choosing)
     assert result.best[:2].tolist() == [3, 3]
     assert result.chosen[:2, 3].tolist() == [1.0, 1.0]
@@ -125,7 +126,8 @@ def test_a_latent_is_chosen_on_one_half_and_scored_on_the_other():
     assert result.found(torch.zeros(3, dtype=torch.bool)).tolist() == [False] * 5
     assert result.best_of(torch.zeros(3, dtype=torch.bool)).isnan().all()
     assert result.best_of(torch.tensor([True, True, False]))[3] == 1.0
-    assert result.best_of(torch.tensor([False, True, False]))[3] == result.scored[1, 3]
+    assert result.scored[2, 3] == 1.0
+    assert result.best_of(torch.tensor([False, True, True]))[3] == result.scored[1, 3]
 
 
 def test_a_family_that_one_half_lacks_has_no_figure():
