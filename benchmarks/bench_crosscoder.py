@@ -1,20 +1,34 @@
-"""A crosscoder's training step on one GPU: beside the floor that the hardware sets, and beside plain code, in one run.
+"""A crosscoder's training step beside the floor of the hardware, plain code and other implementations, in one run.
 
-    python -m benchmarks.bench_crosscoder [--latents 16384 32768 65536 131072] [--steps 40]
+    python -m benchmarks.bench_crosscoder                            on one GPU, under eight minutes
+    python -m benchmarks.bench_crosscoder --latents 16384 --steps 20 --ev-steps 0
+    python -m benchmarks.bench_crosscoder --cpu                      small shapes, the same code
 
-2 x 4,096 inputs, k 100, 4,096 tokens a step, activations drawn at random from a store on the GPU (its reading is part
-of a step, as are selection and clipping). The data: random directions, each rarely active, plus noise; speed depends
-on how evenly latents are active, so every way starts from the same weights, first trained for --warm-steps.
+2 x 4,096 inputs, k 100, 4,096 tokens a step. The activations are made up (random directions, each rarely active, plus
+noise) and lie in a set on disk as collect_activations.py leaves it. A step is the trainer's: reading its tokens, the
+selection over the batch, clipping, Adam, the counts of live latents, the running threshold. How fast a step by hand is
+depends on how evenly latents are active, so it is timed after --warm-steps of training.
 
-The floor is five bf16 products of the step's shapes (two to read and write, three for their gradients; the inputs
-need none) and Adam's memory traffic, 28 bytes a parameter at the speed of a copy: each measured here.
+The floor is five bf16 products of the step's shapes (two to read and write, three for their gradients; the inputs need
+none) and Adam's memory traffic, 28 bytes a parameter at the speed of a copy: each measured here. It is that of a dense
+step: at 65,536 latents and more the sparse kernels go below it.
 
-    plain fp32     autograd, fp32 products, torch's Adam
-    autocast       autograd, bf16 products, fused Adam: crosscoder.trainer
-    by hand        crosscoder.gpu_step
-    + auxiliary    the same with --dead of the latents dead, in the auxiliary loss
+    by hand                crosscoder/training/gpu_step.py, the set on the GPU
+    by hand, from memory   the same, the set in the machine's memory
+    + auxiliary            the same as the first with --dead of the latents dead, all of them in the auxiliary loss
+    autograd, bf16         what train.py --step autograd does
+    autograd, fp32         --step autograd --precision fp32, without TF32: plain code
 
-Writes benchmarks/results/crosscoder_step.json and .md.
+Other implementations have no crosscoder of this kind in their released packages. The nearest thing that each has is an
+autoencoder of both models' activations as one vector of 8,192, with its own loss and clipped Adam:
+
+dictionary-learning, eai-sparsify and sae-lens (benchmarks/other_dictionaries.py). One that cannot be imported is left
+out with a word; what each needs on PYTHONPATH stands there.
+
+The last part trains the same dictionary on the same data with bf16 and with fp32 products and compares the explained
+variance of held-out documents, which should not differ by more than half a point.
+
+Writes benchmarks/results/crosscoder_step.json and .md after everything that is measured.
 """
 
 from __future__ import annotations
@@ -22,205 +36,322 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.made_up_set import made_up_store
+from benchmarks.other_dictionaries import OTHERS
 from benchmarks.record import RESULTS, markdown_table, write_record
 from finqa.errors import report_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from crosscoder.activations.store import ActivationStore
+    from crosscoder.training.step import StepKind
+    from crosscoder.training.trainer import Trainer
+
 BYTES_A_PARAMETER = 28
 """Adam with a bf16 gradient: reads gradient 2, weight, two moments 12; writes the last three, and a bf16 copy 14."""
-AUX_WEIGHT = 1 / 32
+BY_HAND, FROM_MEMORY, AUXILIARY = "by hand", "by hand, from memory", "+ auxiliary"
+AUTOGRAD, PLAIN = "autograd, bf16", "autograd, fp32"
+OURS = (BY_HAND, FROM_MEMORY, AUXILIARY, AUTOGRAD, PLAIN)
+
+
+class Bench:
+    """What was measured so far, and its record."""
+
+    def __init__(self, args: argparse.Namespace, store: ActivationStore) -> None:
+        self.args, self.store = args, store
+        self.steps: dict[int, dict[str, Any]] = {}
+        """By latents: floor, and each way's milliseconds and memory, or why there are none."""
+        self.explained: dict[str, Any] = {}
+
+    def add(self, n_latents: int, way: str, result: Any) -> None:
+        self.steps.setdefault(n_latents, {})[way] = result
+        print(f"{n_latents:,} latents, {way}: {result}", flush=True)
+        self.write()
+
+    def write(self) -> str:
+        settings = {name: value for name, value in vars(self.args).items() if name != "output_dir"}
+        record = {"settings": settings, "steps": self.steps, "explained_variance": self.explained}
+        table = step_table(self.steps) + explained_table(self.explained)
+        write_record(self.args.name, record, table, self.args.output_dir)
+        return table
 
 
 def main() -> None:
     args = parse_arguments()
-    results: dict[str, Any] = {}
-    for n_latents in args.latents:
-        results[str(n_latents)] = measure(n_latents, args)
-        print(n_latents, results[str(n_latents)], flush=True)
-        report(results, args)
-    print(report(results, args))
+    with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
+        store = made_up_store(Path(folder) / "activations", args.tokens, args.d_model, args.device)
+        bench = Bench(args, store)
+        for n_latents in args.latents:
+            bench.add(n_latents, "floor", floor(n_latents, args))
+            for way in args.ways:
+                if way == FROM_MEMORY and n_latents != args.latents[0]:
+                    continue
+                bench.add(n_latents, way, measured(lambda way=way, n=n_latents: ours(way, n, bench), args))
+        for other, make in OTHERS.items():
+            n_latents = args.latents[0]
+            bench.add(n_latents, other, measured(lambda make=make, n=n_latents: theirs(make, n, bench), args))
+        if args.ev_steps:
+            compare_precisions(bench)
+        print(bench.write())
 
 
-def measure(n_latents: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds a step of every way, and the floor, for one size of the dictionary."""
+def measured(measure: Callable[[], dict[str, Any]], args: argparse.Namespace) -> dict[str, Any] | str:
+    """What `measure` gives, and the memory it took at most; in words why there is nothing."""
     import torch
 
-    store = made_up_activations(args.tokens, args.d_model)
-    result: dict[str, Any] = {"floor": floor(n_latents, args)}
-    ways: dict[str, Callable[[], Callable[[Tensor], None]]] = {
-        "by hand": lambda: by_hand(n_latents, args, 0.0),
-        "+ auxiliary": lambda: by_hand(n_latents, args, args.dead),
-        "autocast": lambda: by_autograd(n_latents, args, torch.bfloat16),
-        "plain fp32": lambda: by_autograd(n_latents, args, None),
-    }
-    for name, make in ways.items():
-        if name not in args.ways:
-            continue
-        try:
-            result[name] = timed(make(), store, args)
-        except torch.cuda.OutOfMemoryError:
-            result[name] = None
-        gc.collect()
+    from finqa.errors import UserError
+
+    on_gpu = args.device == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        result: dict[str, Any] | str = measure()
+        if on_gpu and isinstance(result, dict):
+            result["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+    except torch.cuda.OutOfMemoryError:
+        result = "out of memory"
+    except ImportError as error:
+        result = f"not installed ({error})"
+    except UserError as error:
+        result = str(error)
+    gc.collect()
+    if on_gpu:
         torch.cuda.empty_cache()
     return result
 
 
-def made_up_activations(n_tokens: int, d_model: int) -> Tensor:
-    """[tokens, 2, d_model] bf16 of mean norm sqrt(d_model), on the GPU: 32 of 20,000 directions a token, and noise."""
+# The project's steps
+
+
+def ours(way: str, n_latents: int, bench: Bench) -> dict[str, Any]:
+    """Milliseconds of a step of the trainer, and steps that were timed."""
+    args = bench.args
+    by_hand = way in (BY_HAND, FROM_MEMORY, AUXILIARY)
+    bench.store.move("gpu" if args.device == "cuda" and way != FROM_MEMORY else "memory", args.device)
+    steps = args.steps if by_hand else max(1, args.steps // 4)
+    warm = args.warm_steps if by_hand else 3
+    with tempfile.TemporaryDirectory() as folder:
+        precision = "fp32" if way == PLAIN or args.device == "cpu" else "bf16"
+        run = trainer_of(n_latents, bench, Path(folder), "by-hand" if by_hand else "autograd", precision, warm + steps)
+        if way == AUXILIARY:
+            hold_dead(run, args.dead)
+        run.begin()
+        with run.batches() as batches:
+            raws = (raw for _, raw in batches)
+            take(run.step, raws, warm)
+            return {"ms": timed(lambda: take(run.step, raws, steps)) / steps, "steps": steps, "warm_steps": warm}
+
+
+def trainer_of(
+    n_latents: int, bench: Bench, folder: Path, step: StepKind, precision: Any, steps: int, **settings: Any
+) -> Trainer:
+    """A run of so many steps, from the same weights whichever way they are taken; no latent is ever dead."""
     import torch
 
-    generator = torch.Generator("cuda").manual_seed(0)
-    directions = torch.randn(20_000, d_model, device="cuda", generator=generator)
-    directions /= directions.norm(dim=-1, keepdim=True)
-    parts = []
-    for _ in range(0, n_tokens, 4096):
-        # Some directions are common and most are rare, as features are.
-        which = (20_000 * torch.rand(4096, 32, device="cuda", generator=generator) ** 2).long()
-        strength = torch.rand(4096, 32, 1, device="cuda", generator=generator)
-        x = (directions[which] * strength).sum(1)
-        pair = torch.stack([x, x], 1) + 0.01 * torch.randn(4096, 2, d_model, device="cuda", generator=generator)
-        parts.append((pair * d_model**0.5 / pair.norm(dim=-1).mean()).bfloat16())
-    return torch.cat(parts)[:n_tokens]
-
-
-def fresh(n_latents: int, args: argparse.Namespace) -> tuple[Any, Any]:
-    """A model, and Adam over its parameters."""
-    import torch
-
-    from crosscoder.config import CrosscoderConfig
+    from crosscoder.config import CrosscoderConfig, TrainingConfig
     from crosscoder.model import BatchTopKCrosscoder
+    from crosscoder.training.trainer import Trainer
 
+    args = bench.args
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(args.device):
         model = BatchTopKCrosscoder(CrosscoderConfig(args.d_model, n_latents, args.k))
-    return model, torch.optim.Adam(model.parameters(), lr=args.learning_rate, fused=True)
-
-
-def by_hand(n_latents: int, args: argparse.Namespace, dead_share: float) -> Callable[[Tensor], None]:
-    import torch
-
-    from crosscoder.training.gpu_step import GpuStep
-
-    model, adam = fresh(n_latents, args)
-    step = GpuStep(model, adam, "mse", max_grad_norm=1.0)
-    dead = torch.randperm(n_latents, device="cuda")[: int(dead_share * n_latents)] if dead_share else None
-
-    def run(raw: Tensor) -> None:
-        step(raw, args.learning_rate, dead, args.d_model // 2, AUX_WEIGHT)
-
-    return run
-
-
-def by_autograd(n_latents: int, args: argparse.Namespace, dtype: Any) -> Callable[[Tensor], None]:
-    import torch
-
-    from crosscoder.training.losses import reconstruction_loss
-
-    model, adam = fresh(n_latents, args)
+    n_train = len(bench.store.split(TrainingConfig.held_out_fraction, TrainingConfig.split_seed).train)
+    config = TrainingConfig(
+        batch_size=args.batch,
+        epochs=(steps + 0.5) * args.batch / n_train,
+        learning_rate=args.learning_rate,
+        precision=precision,
+        dead_after_tokens=10**12,
+        draw_anew=False,
+        decoder_bias="zero",
+        **settings,
+    )
     torch.backends.cuda.matmul.allow_tf32 = False
-
-    def run(raw: Tensor) -> None:
-        x = model.scale(raw)
-        with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
-            selection = model.select_batch_topk(model.activations(x))
-            loss = reconstruction_loss(x, model.decode(selection.values), "mse")
-        adam.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adam.step()
-
-    return run
+    return Trainer(model, bench.store, config, folder, device=args.device, step=step, log_every=10**9)
 
 
-def timed(run: Callable[[Tensor], None], store: Tensor, args: argparse.Namespace) -> float:
-    """Milliseconds a step after the warm steps, the reading of its tokens included."""
+def hold_dead(run: Trainer, share: float) -> None:
+    """A share of the latents is in the auxiliary loss at every step, whether it fires or not."""
     import torch
 
-    generator = torch.Generator("cuda").manual_seed(1)
-    marks = []
-    for number in range(args.warm_steps + args.steps + 1):
-        if number >= args.warm_steps:
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-        run(store[torch.randint(len(store), (args.batch,), device="cuda", generator=generator)])
-    torch.cuda.synchronize()
-    return round(marks[0].elapsed_time(marks[-1]) / args.steps, 3)
+    from crosscoder.training.liveness import Liveness
+
+    n_latents = run.model.config.n_latents
+    mask = torch.zeros(n_latents, dtype=torch.bool, device=run.device)
+    mask[torch.randperm(n_latents, device=run.device)[: int(share * n_latents)]] = True
+
+    class HeldDead(Liveness):
+        @property
+        def dead(self) -> Tensor:
+            return mask
+
+    run.liveness = HeldDead(n_latents, run.liveness.window, run.device)
+
+
+def compare_precisions(bench: Bench) -> None:
+    """Explained variance of held-out documents after the same run with products of either precision."""
+    from crosscoder.reading.analysis import explained_variance
+
+    args = bench.args
+    ways: dict[str, tuple[StepKind, str]] = {
+        "by hand, bf16": ("by-hand", "bf16"), "by hand, fp32": ("by-hand", "fp32"),
+        AUTOGRAD: ("autograd", "bf16"), PLAIN: ("autograd", "fp32"),
+    }  # fmt: skip
+    bench.store.move("auto", args.device)
+    for way, (step, precision) in ways.items():
+
+        def measure(step: StepKind = step, precision: str = precision) -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as folder:
+                run = trainer_of(args.latents[0], bench, Path(folder), step, precision, args.ev_steps)
+                model = run.fit()
+                held_out = bench.store.batches(run.split.held_out, 4096)
+                return explained_variance(model, (raw for _, raw in held_out))._asdict()
+
+        bench.explained[way] = measured(measure, args)
+        print(f"{way}: {bench.explained[way]}", flush=True)
+        bench.write()
+
+
+# Others
+
+
+def theirs(make: Callable[..., Callable[[Tensor], object]], n_latents: int, bench: Bench) -> dict[str, Any]:
+    args = bench.args
+    step = make(n_latents, args)
+    bench.store.move("gpu" if args.device == "cuda" else "memory", args.device)
+    scale = float(sum(bench.store.config.activation_scales)) / 2
+
+    def batches() -> Iterator[Tensor]:
+        from crosscoder.activations.feed import ShuffledOrder
+
+        order = ShuffledOrder(bench.store.split(0.1, 0).train, args.batch, 0)
+        for number in count():
+            yield bench.store.read(order.batch(number)).to(args.device).flatten(1).float() * scale
+
+    raws, steps = batches(), max(1, args.steps // 4)
+    take(step, raws, 3)
+    return {"ms": timed(lambda: take(step, raws, steps)) / steps, "steps": steps, "warm_steps": 3}
+
+
+# The floor and the clock
 
 
 def floor(n_latents: int, args: argparse.Namespace) -> dict[str, float]:
     """Milliseconds of the five products, of Adam's memory traffic, and of both."""
     import torch
 
-    width = 2 * args.d_model
-    x = torch.randn(args.batch, width, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(n_latents, width, device="cuda", dtype=torch.bfloat16)
-    latents = torch.randn(args.batch, n_latents, device="cuda", dtype=torch.bfloat16)
+    width, device = 2 * args.d_model, args.device
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    x = torch.randn(args.batch, width, device=device, dtype=dtype)
+    weight = torch.randn(n_latents, width, device=device, dtype=dtype)
+    latents = torch.randn(args.batch, n_latents, device=device, dtype=dtype)
 
-    def products() -> list[Tensor]:
-        encode, decode = x @ weight.t(), latents @ weight
-        to_decoder, to_values, to_encoder = latents.t() @ x, x @ weight.t(), latents.t() @ x
-        return [encode, decode, to_decoder, to_values, to_encoder]
+    def products() -> None:
+        _ = x @ weight.t(), latents @ weight
+        _ = latents.t() @ x, x @ weight.t(), latents.t() @ x
 
-    source = torch.empty(2**30, dtype=torch.int8, device="cuda")
+    source = torch.empty(2**30 if device == "cuda" else 2**26, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    copy_ms = repeated(lambda: target.copy_(source), 20)
-    products_ms = repeated(products, 20)
-    adam_ms = 2 * n_latents * width * BYTES_A_PARAMETER / (2 * source.numel() / copy_ms)
-    return {"products": products_ms, "adam": adam_ms, "both": products_ms + adam_ms}
+    repeats = 20 if device == "cuda" else 3
+    times = {}
+    for name, action in (("products", products), ("copy", lambda: target.copy_(source))):
+        action()
+        times[name] = timed(lambda action=action: [action() for _ in range(repeats)]) / repeats
+    adam = 2 * n_latents * width * BYTES_A_PARAMETER / (2 * source.numel() / times["copy"])
+    return {"products": times["products"], "adam": adam, "both": times["products"] + adam}
 
 
-def repeated(action: Callable[[], object], count: int) -> float:
-    """Milliseconds a call, after three that are not counted."""
+def timed(action: Callable[[], object]) -> float:
+    """Milliseconds until all that was asked of the device is done."""
+    synchronise()
+    started = time.perf_counter()
+    action()
+    synchronise()
+    return 1000 * (time.perf_counter() - started)
+
+
+def synchronise() -> None:
     import torch
 
-    for _ in range(3):
-        action()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(count):
-        action()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / count
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
-def report(results: dict[str, Any], args: argparse.Namespace) -> str:
-    header = ("latents", "floor ms", "of it products", *(f"{way} ms" for way in args.ways), "by hand / floor")
+def take(step: Callable[[Tensor], object], raws: Iterator[Tensor], steps: int) -> None:
+    for _ in range(steps):
+        step(next(raws))
+
+
+# The record
+
+
+def step_table(results: dict[int, dict[str, Any]]) -> str:
+    """One row a way: milliseconds and the ratio to the floor, for every size."""
+    ways = list(dict.fromkeys(way for of in results.values() for way in of if way != "floor"))
+    header = ("ms a step (times the floor)", *(f"{n:,} latents" for n in results))
+    rows = [("floor", *(f"{of['floor']['both']:.2f}" for of in results.values()))]
+    rows += [("of it products", *(f"{of['floor']['products']:.2f}" for of in results.values()))]
+    left_out = []
+    for way in ways:
+        cells = []
+        for of in results.values():
+            result = of.get(way, "")
+            if isinstance(result, str):
+                left_out += [f"{way}: {result}"] if result else []
+                cells.append("-")
+            else:
+                cells.append(f"{result['ms']:.2f} ({result['ms'] / of['floor']['both']:.2f})")
+        rows.append((way, *cells))
+    return "\n\n".join([markdown_table(header, rows), *dict.fromkeys(left_out)])
+
+
+def explained_table(explained: dict[str, Any]) -> str:
+    if not explained:
+        return ""
     rows = []
-    for n_latents, result in results.items():
-        low = result["floor"]
-        times = ["out of memory" if result.get(way) is None else f"{result[way]:.2f}" for way in args.ways]
-        ratio = f"{result['by hand'] / low['both']:.2f}" if result.get("by hand") else "-"
-        rows.append((f"{int(n_latents):,}", f"{low['both']:.2f}", f"{low['products']:.2f}", *times, ratio))
-    table = markdown_table(header, rows)
-    write_record(args.name, {"settings": vars(args) | {"output_dir": ""}, "ms": results}, table, args.output_dir)
-    return table
-
-
-WAYS = ("plain fp32", "autocast", "by hand", "+ auxiliary")
+    for way, of in explained.items():
+        figures = ("instruct", "fine_tuned", "difference")
+        cells = ["-"] * 4 if isinstance(of, str) else [*(f"{of[name]:.4f}" for name in figures), f"{of['l0']:.1f}"]
+        rows.append((way, *cells))
+    header = ("explained variance of held-out documents", "instruct", "fine-tuned", "difference", "L0")
+    return "\n\n" + markdown_table(header, rows)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latents", type=int, nargs="+", default=[16_384, 32_768, 65_536, 131_072])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--d-model", type=int, default=4096)
-    parser.add_argument("--k", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=4096, help="tokens a step")
-    parser.add_argument("--tokens", type=int, default=200_000, help="in the store")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--warm-steps", type=int, default=60)
-    parser.add_argument("--dead", type=float, default=0.1, help="share of the latents that is dead, for + auxiliary")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--name", default="crosscoder_step", help="of the record (default: %(default)s)")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS)
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--latents", type=int, nargs="+", help="(default: 16,384 to 131,072)")
+    add("--ways", nargs="+", choices=OURS, default=list(OURS), metavar="WAY")
+    add("--cpu", action="store_true", help="small shapes, on the CPU")
+    add("--d-model", type=int)
+    add("--k", type=int)
+    add("--batch", type=int, help="tokens a step")
+    add("--tokens", type=int, help="in the set")
+    add("--steps", type=int, default=40, help="timed; a quarter of it for the slow ways (default: %(default)s)")
+    add("--warm-steps", type=int, default=60, help="before those of a step by hand (default: %(default)s)")
+    add("--ev-steps", type=int, default=200, help="of the runs whose explained variance is compared; 0 is none")
+    add("--dead", type=float, default=0.1, help="share of the latents that is dead, for + auxiliary")
+    add("--learning-rate", type=float, default=5e-4)
+    add("--scratch", type=Path, help="folder for the set, which is deleted (default: the system's)")
+    add("--name", default="crosscoder_step", help="of the record (default: %(default)s)")
+    add("--output-dir", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    args.device = "cpu" if args.cpu else "cuda"
+    small = {"latents": [128, 256], "d_model": 32, "k": 8, "batch": 128, "tokens": 10_240}
+    full = {"latents": [16_384, 32_768, 65_536, 131_072], "d_model": 4096, "k": 100, "batch": 4096, "tokens": 131_072}
+    for name, value in (small if args.cpu else full).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
 if __name__ == "__main__":

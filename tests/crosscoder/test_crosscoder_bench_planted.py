@@ -50,9 +50,8 @@ def test_each_method_claims_by_its_own_reading():
 @pytest.mark.slow
 def test_a_small_run_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     methods = ["crosscoder", "partition", "difference SAE"]
-    words = ["bench_planted", "--methods", *methods, "--seeds", "0", "--tokens", "4000", "--results", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", words)
-    monkeypatch.setattr(bench_planted, "EPOCHS", 1.0)
+    words = ["bench_planted", "--methods", *methods, "--seeds", "0", "--tokens", "4000", "--passes", "1", "--results"]
+    monkeypatch.setattr("sys.argv", [*words, str(tmp_path)])
     bench_planted.main()
     record = json.loads((tmp_path / "planted.json").read_text())
     runs = [(run["method"], run["magnitude"]) for run in record["outcomes"]]
