@@ -101,7 +101,10 @@ def explained_variance_figure(explained: ExplainedVariance) -> Figure:
     lowest = min(0.0, *(value for value, _ in bars.values()))
     room_for_a_label = 0.12 * (1 - lowest)
     below = lowest - room_for_a_label if lowest < 0 else 0.0
-    axes.set(xlim=(-0.6, len(bars) - 0.4), ylim=(below, 1 + room_for_a_label), ylabel="explained variance")
+    beside = (len(all_bars) - len(bars)) / 2  # one bar alone is no wider than one of three
+    axes.set(
+        xlim=(-0.6 - beside, len(bars) - 0.4 + beside), ylim=(below, 1 + room_for_a_label), ylabel="explained variance"
+    )
     axes.set_title(f"held-out documents, {explained.n_tokens:,} tokens, L0 {explained.l0:.1f}", loc="left")
     return figure
 
