@@ -163,7 +163,9 @@ def test_chance_is_what_unrelated_dictionaries_of_the_same_norms_give(tokens):
     assert row["chance_overlap"] == pytest.approx(6 / WIDTH, abs=0.02)
 
 
-def test_many_latents_in_few_dimensions_match_by_chance_and_the_table_says_so():
+def test_many_latents_in_few_dimensions_match_by_chance_and_the_table_says_so(monkeypatch):
+    monkeypatch.setattr("crosscoder.reading.stability.ROWS_AT_ONCE", 30)
+
     def crowd(seed: int) -> Features:
         return Features("difference-sae", random_vectors(400, 3, seed)[:, None], _all(400))
 

@@ -152,10 +152,15 @@ def test_the_other_models_activation_at_the_last_residual_is_the_other_model(mod
     assert abs(instruct.ablated - fine_tuned.clean) < abs(instruct.clean - fine_tuned.clean)
 
 
-def test_losses_are_the_models_own_cross_entropies(models, documents, store):
+@pytest.mark.parametrize("rows_at_once", [7, 2048])
+def test_losses_are_the_models_own_cross_entropies(models, documents, store, monkeypatch, rows_at_once):
+    monkeypatch.setattr("crosscoder.reading.splicing.ROWS_AT_ONCE", rows_at_once)
     texts = stored_texts(store, range(len(documents)), BOS)
     means = mean_activations(store, torch.arange(len(store)))
     losses = splice_losses(identity(), pair_of(*models), texts, target_of(store), means, batch_tokens=30)
+    # The dictionary is the identity, so that what is spliced is what was there.
+    spliced, clean = (losses.sums[:, :, CONDITIONS.index(name)] for name in ("spliced", "clean"))
+    torch.testing.assert_close(spliced, clean, rtol=1e-4, atol=1e-4)
     for number, document in enumerate(documents):
         ids = torch.tensor([document.ids])
         for m, model in enumerate(models):
