@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from finqa.paths import REPOSITORY
 METHODS = ("batchtopk", "l1", "partition", "difference-sae")
 
 WORKER = '''
-"""Trains one dictionary: worker.py STORE FOLDER METHOD EPOCHS"""
+"""Trains a dictionary of each method, one after the other: worker.py STORE FOLDER EPOCHS METHOD..."""
 import atexit, json, sys
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from pathlib import Path
 def note_threads():
     if ranks.world > 1:
         threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-        (folder / f"threads-{ranks.rank}.json").write_text(json.dumps(threads))
+        (root / f"threads-{ranks.rank}.json").write_text(json.dumps(threads))
 
 import torch
 from crosscoder.activations.store import ActivationStore
@@ -40,23 +41,25 @@ from crosscoder.training.sizing import sized_configs
 from crosscoder.training.trainer import Trainer
 
 torch.set_num_threads(1)
-store, folder, method, epochs = ActivationStore(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3], float(sys.argv[4])
+store, root, epochs = ActivationStore(Path(sys.argv[1])), Path(sys.argv[2]), float(sys.argv[3])
 ranks = ranks_from_environment("cpu")
-crosscoder, training = sized_configs(
-    store.config.d_model, len(store), method, n_latents=64, k=3, batch_size=100, epochs=epochs, learning_rate=2e-3,
-    dead_after_tokens=100, seed=5,
-)
-folder.mkdir(parents=True, exist_ok=True)
+for method in sys.argv[4:]:
+    folder = root / method
+    crosscoder, training = sized_configs(
+        store.config.d_model, len(store), method, n_latents=64, k=3, batch_size=100, epochs=epochs,
+        learning_rate=2e-3, dead_after_tokens=100, seed=5,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
 
-def log(record):
-    with (folder / f"log-{ranks.rank}.jsonl").open("a") as file:
-        file.write(json.dumps(record._asdict()) + "\\\\n")
+    def log(record):
+        with (folder / f"log-{ranks.rank}.jsonl").open("a") as file:
+            file.write(json.dumps(record._asdict()) + "\\n")
 
-model = new_dictionary(crosscoder, generator=torch.Generator().manual_seed(5 + 100 * ranks.rank))
-trainer = Trainer(model, store, training, folder, log, log_every=1, checkpoint_every_s=0.0, ranks=ranks)
-trainer.fit()
-parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
-torch.save(parameters, folder / f"parameters-{ranks.rank}.pt")
+    model = new_dictionary(crosscoder, generator=torch.Generator().manual_seed(5 + 100 * ranks.rank))
+    trainer = Trainer(model, store, training, folder, log, log_every=1, checkpoint_every_s=0.0, ranks=ranks)
+    trainer.fit()
+    parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.save(parameters, folder / f"parameters-{ranks.rank}.pt")
 '''.replace("\\\\", "\\")
 
 
@@ -69,12 +72,14 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "worker.py", folder / "store"
 
 
-def command(worker: tuple[Path, Path], folder: Path, method: str, epochs: float, processes: int = 1) -> list[str]:
+def command(
+    worker: tuple[Path, Path], folder: Path, epochs: float, methods: Sequence[str] = METHODS, processes: int = 1
+) -> list[str]:
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [
         sys.executable,
         *(several if processes > 1 else []),
-        *map(str, (worker[0], worker[1], folder, method, epochs)),
+        *map(str, (worker[0], worker[1], folder, epochs, *methods)),
     ]
 
 
@@ -88,12 +93,19 @@ def log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log-0.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def one_and_two(worker, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of runs of every method, by one process and by two."""
+    root = tmp_path_factory.mktemp("processes")
+    run(command(worker, root / "one", epochs=0.5))
+    run(command(worker, root / "two", epochs=0.5, processes=2))
+    return root / "one", root / "two"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_have_the_loss_of_one(worker, tmp_path: Path, method: str):
-    one, two = tmp_path / "one", tmp_path / "two"
-    run(command(worker, one, method, epochs=0.5))
-    run(command(worker, two, method, epochs=0.5, processes=2))
+def test_two_processes_have_the_loss_of_one(one_and_two: tuple[Path, Path], method: str):
+    one, two = (folder / method for folder in one_and_two)
     alone, together = log(one), log(two)
     assert len(alone) == len(together) == 9
     for a, b in zip(alone, together, strict=True):
@@ -107,10 +119,6 @@ def test_two_processes_have_the_loss_of_one(worker, tmp_path: Path, method: str)
     # Both processes hold the same parameters to the last bit, and the first alone has written.
     mine, other = (torch.load(two / f"parameters-{rank}.pt") for rank in range(2))
     assert torch.equal(mine, other)
-    # Neither left a thread of the group behind, which would abort the process once in a while.
-    for path in two.glob("threads-*.json"):
-        assert not [name for name in json.loads(path.read_text()) if "gloo" in name]
-        path.unlink()
     names = {path.name for path in two.iterdir()}
     assert names == {"config.json", "model.safetensors", "log-0.jsonl", "parameters-0.pt", "parameters-1.pt"}
     thresholds = [json.loads((folder / "config.json").read_text())["threshold"] for folder in (one, two)]
@@ -118,22 +126,34 @@ def test_two_processes_have_the_loss_of_one(worker, tmp_path: Path, method: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_a_run_killed_at_any_moment_ends_bitwise_as_a_whole_one(worker, tmp_path: Path, method: str):
+def test_no_process_leaves_a_thread_of_the_group_behind_which_would_abort_it_once_in_a_while(one_and_two):
+    threads = [json.loads((one_and_two[1] / f"threads-{rank}.json").read_text()) for rank in range(2)]
+    assert all(threads)
+    assert not [name for of_rank in threads for name in of_rank if "gloo" in name]
+
+
+@pytest.mark.slow
+def test_a_run_of_every_method_killed_at_any_moment_ends_bitwise_as_a_whole_one(worker, tmp_path: Path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(command(worker, whole, method, epochs=10))
-    words = command(worker, killed, method, epochs=10)
+    run(command(worker, whole, epochs=10))
+    for method in METHODS:
+        kill_under_way(command(worker, killed, 10, [method]), killed / method)
+    run(command(worker, killed, epochs=10))
+    for method in METHODS:
+        for name in ("model.safetensors", "config.json"):
+            assert (killed / method / name).read_bytes() == (whole / method / name).read_bytes(), method
+        steps = {record["step"]: record for record in log(killed / method)}
+        assert [steps[record["step"]] for record in log(whole / method)] == log(whole / method)
+
+
+def kill_under_way(words: list[str], folder: Path) -> None:
+    """Start a run and kill it once it has written a state."""
     with subprocess.Popen(words, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
-        while process.poll() is None and not (killed / "training_state.safetensors").exists():
+        while process.poll() is None and not (folder / "training_state.safetensors").exists():
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert not (killed / "config.json").exists()
-    run(words)
-    for name in ("model.safetensors", "config.json"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes()
-    steps = {record["step"]: record for record in log(killed)}
-    assert [steps[record["step"]] for record in log(whole)] == log(whole)
+    assert not (folder / "config.json").exists()
 
 
 class TwoInOne(Ranks):
