@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 KNOWN_ANSWER_FILE = "known_answer.json"
 BASELINES = ("PCA of the difference", "mean difference", "norm of the difference")
+SHOWN_STRATUM = "program before the operator"
+"""Of the two primary strata the one of the figure, the matrix and the progress lines; the tables have both."""
 HELD_OUT_FRACTION, SPLIT_SEED = 0.1, 0
 """As the dictionaries are trained (config.TrainingConfig's defaults)."""
 
@@ -71,8 +73,9 @@ def answer_all(work: Work, asked: Sequence[Asked]) -> None:
 
 
 def _shown(found: dict[str, Any]) -> str:
-    first = found["strata"][0]
-    return f"specific to added families {first['specific_to_added']}, to others {first['specific_to_known']}"
+    by_stratum = {of["stratum"]: of for of in found["strata"]}
+    of = by_stratum[SHOWN_STRATUM]
+    return f"specific to added families {of['specific_to_added']}, to others {of['specific_to_known']}"
 
 
 @dataclass(frozen=True)

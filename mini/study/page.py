@@ -154,7 +154,7 @@ def tokens(folder: Path) -> str:
 
 
 def matrix(folder: Path) -> str:
-    rows = [row for row in read_csv(folder / "matrix.csv") if row["stratum"] == "last prompt token"]
+    rows = [row for row in read_csv(folder / "matrix.csv") if row["stratum"] == "program before the operator"]
     rows = [row for row in rows if row["kind"] != "known"]
     columns = list(dict.fromkeys((row["pair"], row["site"], row["method"]) for row in rows))
     families = {row["family"]: row["kind"] for row in rows}
