@@ -79,7 +79,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "tokens": sum(len(d.ids) for d in documents),
         "patches": len(cells),
         "new_tokens": args.new_tokens,
-        "mean_active_latents": round(mean_active(dictionary, pair, documents[:2], target), 1),
+        "mean_active_latents": active_latents(dictionary, reading_of_first(pair, documents[:2], target)),
         "torch_threads": torch.get_num_threads(),
         "ways": ways,
     }
@@ -141,9 +141,8 @@ def reading_of_first(pair: Any, documents: Sequence[Any], target: Any) -> Any:
     return reading_of(run_halves(pair, batch_of(documents, device=pair.instruct.device), [target.layer]), target)
 
 
-def mean_active(dictionary: Any, pair: Any, documents: Sequence[Any], target: Any) -> float:
-    values = reading_of_first(pair, documents, target).values(dictionary)
-    return float((values > 0).sum(dim=-1).float().mean())
+def active_latents(dictionary: Any, reading: Any) -> float:
+    return round(float((reading.values(dictionary) > 0).sum(dim=-1).float().mean()), 1)
 
 
 def patches(dictionary: Any, args: argparse.Namespace) -> list[Any]:
@@ -208,10 +207,14 @@ def whole_models(pair: Any, documents: Sequence[Any], layers: Sequence[int]) -> 
     return ms_each(started, device, len(few) * len(targets) * 2)
 
 
+def prompts_of(documents: Sequence[Any], args: argparse.Namespace) -> list[list[int]]:
+    return [list(d.ids[: d.n_prompt]) for d in documents[: args.generation_batch]]
+
+
 def patched_tokens(pair: Any, target: Any, documents: Sequence[Any], cell: Any, args: argparse.Namespace) -> float:
     from crosscoder.study.patched_generation import written_tokens
 
-    prompts = [list(d.ids[: d.n_prompt]) for d in documents[: args.generation_batch]]
+    prompts = prompts_of(documents, args)
     written_tokens(pair, target, cell, prompts[:1], TOKENS, 2, ())
     started = begin(args.device)
     written = written_tokens(pair, target, cell, prompts, TOKENS, args.new_tokens, ())
@@ -222,7 +225,7 @@ def plain_tokens(model: Any, documents: Sequence[Any], args: argparse.Namespace)
     """transformers' generate of the fine-tuned model."""
     import torch
 
-    prompts = [list(d.ids[: d.n_prompt]) for d in documents[: args.generation_batch]]
+    prompts = prompts_of(documents, args)
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=args.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=args.device)

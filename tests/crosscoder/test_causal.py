@@ -19,6 +19,7 @@ from patched_models import (
 from crosscoder.activations.readers import Target
 from crosscoder.study.causal import Cell, Journal, measure
 from crosscoder.study.causal_report import CausalConfig, causal_report
+from crosscoder.study.causal_rows import low_ceilings
 from crosscoder.study.halves import pair_of
 from crosscoder.study.patching import batch_of, run_halves
 from crosscoder.study.ranking import by_effect, reading_of, survey
@@ -123,6 +124,23 @@ def test_identical_models_have_no_gap_and_the_report_says_so(planted, documents,
     assert any("nothing to recover" in note for note in found["notes"])
     assert any(row["value"] > 0 for row in found["rows"] if row["kind"] == "ranked")
     assert "NaN" not in (tmp_path / "causal.json").read_text()
+
+
+def test_a_site_that_closes_little_of_the_gap_is_named(report):
+    assert not any("closes" in note for note in report["notes"])  # the planted site closes nearly all
+    rows = [
+        {"kind": kind, "measure": measure, "direction": direction, "carrier": "own", "positions": "all", "group": "new",
+         "none": 2.0, "ceiling": ceiling}
+        for kind, measure, direction, ceiling in (
+            ("ceiling", "divergence", "sufficiency", 1.7),
+            ("ceiling", "divergence", "sufficiency", 1.5),
+            ("ceiling", "divergence", "necessity", 1.7),
+            ("ceiling", "exact", "sufficiency", 1.7),
+            ("ranked", "divergence", "sufficiency", 1.7),
+        )
+    ]  # fmt: skip
+    (note,) = low_ceilings(rows)
+    assert note.startswith("new, sufficiency, own, all: the whole site closes 15% of the KL, under 20%")
 
 
 def test_positions_that_are_left_alone_stay(planted, documents):

@@ -17,7 +17,8 @@ def ceiling(layer, site, direction="sufficiency", carrier="own", closed=0.25, un
 def row(kind, n, recovered, direction="sufficiency", carrier="own", measure="divergence", group="all"):
     interval = None if recovered is None else [recovered - 0.1, recovered + 0.1]
     return {"kind": kind, "n_latents": n, "seed": 0, "direction": direction, "carrier": carrier, "positions": "all",
-            "measure": measure, "group": group, "recovered": recovered, "interval": interval}  # fmt: skip
+            "measure": measure, "group": group, "recovered": recovered, "interval": interval, "none": 1.5,
+            "ceiling": 0.25}  # fmt: skip
 
 
 def written(axes):
@@ -65,7 +66,7 @@ def test_recovered_shares_are_drawn_against_the_number_of_latents(tmp_path):
     band = next(c for c in axes.collections if c.get_label() == "random sets")
     heights = band.get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == (-0.02, 0.1)
-    assert axes.get_xscale() == "log"
+    assert axes.get_xscale() == "log" and axes.get_title(loc="left").endswith("0: 1.5, 1: 0.25")
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(legend) == len(set(legend)) == 4
     assert all(path.stat().st_size > 5_000 for path in save_figure(figure, tmp_path / "recovered"))

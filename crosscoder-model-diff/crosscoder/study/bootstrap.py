@@ -53,7 +53,7 @@ def share_recovered(
     low, high = (drawn[2] - drawn[1]).quantile(torch.tensor(INTERVAL, dtype=torch.float64)).tolist()
     recovered = interval = None
     if not low <= 0 <= high:
-        recovered = (m_patched - m_none) / (m_ceiling - m_none)
+        recovered = (m_patched - m_none) / (m_ceiling - m_none) + 0.0  # no minus before a 0
         # A few resamples of few questions have no gap; they say nothing of the share.
         has_gap = drawn[2] != drawn[1]
         ratios = ((drawn[0] - drawn[1]) / (drawn[2] - drawn[1]))[has_gap]

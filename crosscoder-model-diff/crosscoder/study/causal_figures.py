@@ -98,8 +98,8 @@ def _annotate(
 def recovered_figure(report: Mapping[str, Any], measure: str = "divergence", group: str = "all") -> Figure:
     """Recovered share against the number of latents, log scale; a panel for each direction, carrier and positions.
 
-    Lines: the ranked sets with their 95% interval, and controls. Bands: lowest to highest of the random sets. A panel
-    without a gap says so.
+    Lines: the ranked sets with their 95% interval, and controls. Bands: lowest to highest of the random sets. A panel's
+    title has the measure's values with nothing patched (0) and with the whole site (1); one without a gap says so.
     """
     from matplotlib.figure import Figure
 
@@ -125,7 +125,9 @@ def recovered_figure(report: Mapping[str, Any], measure: str = "divergence", gro
 def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], panel: tuple[str, str, str], measure: str) -> None:
     direction, carrier, positions = panel
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"{direction}, carrier {carrier}, positions {positions}", fontsize="medium", loc="left")
+    # A share of a small gap looks like one of a large gap, so the gap is there too.
+    gap = f"0: {rows[0]['none']:.3g}, 1: {rows[0]['ceiling']:.3g}"
+    axes.set_title(f"{direction}, carrier {carrier}, positions {positions}\n{gap}", fontsize="medium", loc="left")
     axes.set(xlabel="latents (or directions)", ylabel=f"recovered share\n{NAMES.get(measure, measure)}")
     shown = [r for r in rows if r["recovered"] is not None]
     ranked = sorted((r for r in shown if r["kind"] == "ranked"), key=lambda r: r["n_latents"])

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 VERDICTS = ("exact", "accuracy")
 """Measures of right and wrong, which McNemar's test compares."""
+LOW_CEILING = 0.2
+"""Share of the KL that a site must close for shares of its ceiling to say much."""
 NO_GAP = "nothing to recover: the whole site changes nothing here, within its 95% interval"
 
 
@@ -58,7 +60,21 @@ def rows_of(
                 rows.append(_row(cell, measured[number], group, measure, picked, weights[group]))
     missing = sorted({(r["group"], r["measure"], *_where(r)) for r in rows if r["recovered"] is None})
     notes = [f"{', '.join(place)}: {NO_GAP}" for place in missing]
-    return {"rows": rows, "random": among_random(rows), "notes": notes}
+    return {"rows": rows, "random": among_random(rows), "notes": [*low_ceilings(rows), *notes]}
+
+
+def low_ceilings(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Where the whole site, put into the instruct model, closes little of the KL: sets of latents can do no more."""
+    notes = []
+    for row in rows:
+        whole = (row["kind"], row["measure"], row["direction"]) == ("ceiling", "divergence", "sufficiency")
+        if whole and row["none"] > 0 and (closed := 1 - row["ceiling"] / row["none"]) < LOW_CEILING:
+            place = ", ".join((row["group"], *_where(row)))
+            little = f"the whole site closes {closed:.0%} of the KL, under {LOW_CEILING:.0%}"
+            notes.append(
+                f"{place}: {little}, and shares are of that; the residual stream (--site residual) carries more"
+            )
+    return notes
 
 
 def kind_of(cell: Cell) -> str:
