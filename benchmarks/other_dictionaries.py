@@ -12,7 +12,7 @@ into one folder on PYTHONPATH (Python 3.11, torch 2.13):
 
     dictionary-learning    dictionary_learning 0.1.0
     eai-sparsify           eai_sparsify 1.3.3, simple_parsing 0.1.9, natsort 8.4.0, schedulefree 1.4.1
-    sae-lens               sae_lens 6.54.12, transformer_lens 4.3.0, jaxtyping 0.3.11
+    sae-lens               sae_lens 6.54.12, transformer_lens 3.9.0, jaxtyping 0.3.11, better_abc
 """
 
 from __future__ import annotations
