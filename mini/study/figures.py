@@ -70,7 +70,6 @@ def draw_glance(rows: Sequence[Row], path: Path, stratum: str) -> None:
         axes.set_yticks(range(len(methods)), methods, size=8)
         axes.tick_params(axis="x", labelsize=8)
     grid[0][0].legend(fontsize=7)
-    figure.supxlabel(
-        f"latents or directions, {stratum}; bars are means over seeds, lines reach from lowest to highest", size=8
-    )
+    what = f"latents or directions, {stratum};\nbars are means over seeds, lines reach from lowest to highest"
+    figure.supxlabel(what, size=8)
     figure.savefig(path, dpi=130)

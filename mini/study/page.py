@@ -28,8 +28,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def share(text: str) -> str:
-    """A share as a percentage of a whole number of points."""
-    return f"{float(text):.0%}" if text else NOTHING
+    """A share as a percentage of a whole number of points; what rounds to nothing has no sign."""
+    shown = f"{float(text):.0%}" if text else NOTHING
+    return "0%" if shown == "-0%" else shown
 
 
 def number(text: str, digits: int = 2) -> str:
@@ -182,6 +183,7 @@ def causal(folder: Path) -> str:
         if (
             row["group"] == "new"
             and row["measure"] in ("divergence", "exact", "accuracy")
+            and row["kind"] != "none"
             and not row["kind"].startswith("random")
         ):
             interval = (
