@@ -5,8 +5,8 @@
 
 A narrow fine-tune in small: many features that both models share, a little stronger in the fine-tuned one, and eight
 that it has alone, rare and weak. Every method gets the same tokens and steps, and the learning rate of its kind. A
-planted feature is found where a latent that claims to be exclusive has its direction (cosine at least 0.9); precision is the share of claiming
-latents that have one.
+planted feature is found where a latent that claims to be exclusive has its direction (cosine at least 0.9); precision
+is the share of claiming latents that have one.
 What claims: in a crosscoder the latents that Delta calls fine-tuned-only; beside it the same after latent scaling; in a
 partition every delta latent, in a difference SAE every latent, if it is active on some held-out token. Most claims are
 made by a method that claims everything: read the two figures together.
@@ -44,7 +44,7 @@ N_LATENTS, BATCH, LEARNING_RATE, EPOCHS = 192, 256, 3e-3, 10.0
 OF_DIFFERENCE = 1e-2
 """Learning rate of the methods with latents of the difference alone. It and k decide what the difference SAE finds. At
 3e-3 two latents often share a planted feature: both fire exactly where it is, each with a cosine of 0.8 to 0.88, and
-together they are it. At k 4 the same happens. For a difference term 1e-2 is too much: it explained nothing (one seed)."""
+together they are it. At k 4 the same happens. A difference term explained nothing at 1e-2 (one seed)."""
 FOUND_AT = 0.9
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "crosscoder": ("batchtopk", {"k": 4}),
