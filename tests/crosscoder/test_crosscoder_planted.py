@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from crosscoder.config import Method
+from crosscoder.config import CrosscoderConfig, Method
 from crosscoder.methods import new_dictionary
 from crosscoder.model import BatchTopKCrosscoder
 from crosscoder.reading import analysis
@@ -16,14 +17,16 @@ from crosscoder.study.planted import Kind, Planted, best_matches, plant, planted
 from crosscoder.training.sizing import sized_configs
 from crosscoder.training.trainer import Trainer
 
-D_MODEL, N_TOKENS, HELD_OUT = 96, 20_000, 0.2
+D_MODEL, N_TOKENS, HELD_OUT = 96, 12_000, 0.2
 WEAK = 0.25
 KINDS = [
-    Kind("shared", 40, (1, 1), 0.05),
-    Kind("instruct-only", 8, (1, 0), 0.05),
-    Kind("fine-tuned-only", 8, (0, 1), 0.05),
-    Kind("weak", 8, (WEAK, 1), 0.05),
+    Kind("shared", 20, (1, 1), 0.08),
+    Kind("instruct-only", 6, (1, 0), 0.08),
+    Kind("fine-tuned-only", 6, (0, 1), 0.08),
+    Kind("weak", 6, (WEAK, 1), 0.08),
 ]
+RARER = [replace(kind, frequency=0.065) for kind in KINDS]
+"""The same with about 1.2 of the 18 features that differ on a token: k 1 of the difference has room for them."""
 EXCLUSIVE = ("instruct-only", "fine-tuned-only")
 SEEDS = (0, 1, 2)
 FOUND_AT = 0.9
@@ -31,7 +34,7 @@ FOUND_AT = 0.9
 
 
 def trained(
-    planted: Planted, folder: Path, method: Method, seed: int, n_latents: int = 128, k: int = 3
+    planted: Planted, folder: Path, method: Method, seed: int, n_latents: int = 80, k: int = 3
 ) -> tuple[BatchTopKCrosscoder, torch.Tensor]:
     """A dictionary of that method on the planted data, and the raw activations of the held-out documents."""
     store = planted_store(planted, folder / "activations")
@@ -45,7 +48,7 @@ def trained(
         n_latents=n_latents,
         k=k,
         batch_size=128,
-        epochs=10,
+        epochs=8,
         held_out_fraction=HELD_OUT,
         learning_rate=3e-3,
         seed=seed,
@@ -89,11 +92,11 @@ def test_batchtopk_finds_what_was_planted_and_tells_whose_it_is_and_l1_claims_to
     # A feature that one model has a quarter of is not called exclusive to the other.
     assert not any(of[j] == "fine-tuned-only" for j in latents["weak"])
 
-    priced, held_out = trained(planted, tmp_path, "l1", seed, n_latents=192)
+    priced, held_out = trained(planted, tmp_path, "l1", seed, n_latents=120)
     scaling = latent_scaling(priced, held_out.split(1000))
     weak = found(planted, "weak", priced)
     of = classes(priced)
-    assert len(weak) >= 0.9 * 8
+    assert len(weak) >= 0.9 * 6
     assert sum(of[j] == "fine-tuned-only" for j in weak) >= 0.9 * len(weak)
     said = [verdict(scaling, j, of[j]) for j in weak if of[j] == "fine-tuned-only"]
     assert sum("complete shrinkage" in words for words in said) >= 0.9 * len(said)
@@ -101,9 +104,9 @@ def test_batchtopk_finds_what_was_planted_and_tells_whose_it_is_and_l1_claims_to
 
 @pytest.mark.slow
 def test_the_difference_sae_finds_what_differs_up_to_its_sign(tmp_path: Path):
-    planted = plant(KINDS, N_TOKENS, D_MODEL, 0)
-    # About 1.2 of 24 features are active on a token; with a larger k they are split between latents.
-    model, held_out = trained(planted, tmp_path, "difference-sae", 0, n_latents=96, k=1)
+    planted = plant(RARER, N_TOKENS, D_MODEL, 0)
+    # With a larger k they are split between latents.
+    model, held_out = trained(planted, tmp_path, "difference-sae", 0, n_latents=64, k=1)
     explained = analysis.explained_variance(model, [held_out])
     assert explained.difference > 0.8
     assert (explained.instruct, explained.fine_tuned, explained.joint) == (None, None, None)
@@ -115,7 +118,7 @@ def test_the_difference_sae_finds_what_differs_up_to_its_sign(tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_delta_latents_of_a_partition_hold_what_differs(tmp_path: Path):
-    planted = plant(KINDS, N_TOKENS, D_MODEL, 0)
+    planted = plant(RARER, N_TOKENS, D_MODEL, 0)
     model, held_out = trained(planted, tmp_path, "partition", 0)
     assert torch.equal(model.W_dec[: model.config.n_shared, 0], model.W_dec[: model.config.n_shared, 1])
     explained = analysis.explained_variance(model, [held_out])
@@ -125,3 +128,33 @@ def test_the_delta_latents_of_a_partition_hold_what_differs(tmp_path: Path):
     for kind in EXCLUSIVE:
         cosines, _ = best_matches(directions[planted.of(kind)], delta_latents)
         assert (cosines > FOUND_AT).float().mean() >= 0.7
+
+
+def test_latent_scaling_tells_a_feature_split_between_two_latents_from_one_that_is_new():
+    """Latent decoupling: what both models have is written by one latent into the first and by another into the second.
+
+    Delta calls both exclusive. Beside them stand a feature that the fine-tuned model alone has, and one that both have
+    and the dictionary writes into the fine-tuned model alone (complete shrinkage).
+    """
+    kinds = [Kind("shared", 12, (1, 1), 0.08), Kind("fine-tuned-only", 4, (0, 1), 0.08)]
+    planted = plant(kinds, 6_000, D_MODEL, seed=0)
+    decoupled, shrunk = 0, 1
+    n_features = len(planted.kinds)
+    # The last latent writes the decoupled feature into the instruct model, the feature's own into the fine-tuned one.
+    directions = torch.cat([planted.directions, planted.directions[[decoupled]]])
+    writes = torch.cat([(planted.strength > 0).float(), torch.tensor([[1.0, 0.0]])])
+    writes[decoupled] = writes[shrunk] = torch.tensor([0.0, 1.0])
+    model = new_dictionary(CrosscoderConfig(D_MODEL, n_features + 1, k=3))
+    readers = torch.linalg.pinv(planted.directions)
+    readers = torch.cat([readers, readers[:, [decoupled]]], dim=1)
+    model.W_dec.data = directions[:, None] * writes[:, :, None]
+    model.W_enc.data = readers * (writes / writes.sum(dim=1, keepdim=True)).T[:, None]
+    model.threshold = 0.4
+
+    scaling = latent_scaling(model, planted.activations.split(1000))
+    of = classes(model)
+    said = {j: verdict(scaling, j, of[j]) for j in range(n_features + 1)}
+    assert [of[decoupled], of[shrunk], of[n_features]] == ["fine-tuned-only", "fine-tuned-only", "instruct-only"]
+    assert said[decoupled] == said[n_features] == "latent decoupling"
+    assert said[shrunk] == "complete shrinkage"
+    assert {said[j] for j in planted.of("fine-tuned-only").tolist()} == {"confirmed"}
