@@ -117,7 +117,7 @@ def write(
             tables.write_csv(work.output / f"{name}.csv", its)
         figures.draw_ceilings(tables.read_csv(work.output / "ceilings.csv"), work.output / "ceilings.png")
         figures.draw_glance(
-            tables.read_csv(work.output / "glance.csv"), work.output / "glance.png", "last prompt token"
+            tables.read_csv(work.output / "glance.csv"), work.output / "glance.png", measures.SHOWN_STRATUM
         )
         write_manifest(work.output / "run.json", {"plan": work.plan}, site=list(target), why=why)
         filled = page.fill(PAGE.read_text(), work.output)
