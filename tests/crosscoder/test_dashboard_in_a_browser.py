@@ -291,7 +291,9 @@ def test_a_deep_link_opens_its_latent_and_one_to_nowhere_the_table(open_page):
     page = open_page("#nonsense&nu_err=a..b&sort=no&content=yes")
     assert count(page) == "225 of 250 latents"
     for fragment in ("latent=250", "latent=x", "latent=-1", "latent="):
-        page.evaluate("fragment => { location.hash = 'latent=17'; location.hash = fragment; }", fragment)
+        page.evaluate("location.hash = 'latent=17'")
+        expect_latent(page, 17)
+        page.evaluate("fragment => { location.hash = fragment; }", fragment)
         page.wait_for_selector("#list:not([hidden])")
         assert count(page) == "225 of 250 latents"
 
@@ -459,6 +461,7 @@ def test_a_difference_sae_shows_what_it_has(open_page):
     set_range(page, "frequency", "", "0.000012")
     assert rows(page) == [11, 10, 8, 7, 6, 5, 4, 3, 2, 1, 0]
     page.click("#rows a >> nth=0")
+    expect_latent(page, 11)
     assert page.locator(".promoted").count() == 1
     assert page.locator(".nearest thead th").all_inner_texts() == ["latent", "cosine", "fires on"]
     assert "by the difference" in page.inner_text("#latent")
@@ -478,6 +481,7 @@ def test_a_partition_tells_its_two_parts_apart(open_page):
     again = open_page("#" + page.url.split("#")[1], file="partition")
     assert rows(again) == rows(page)
     page.click("#rows a >> nth=0")
+    expect_latent(page, 28)
     assert "delta latent of the partition" in page.inner_text("#latent-heading")
     assert "delta" in page.inner_text("#latent .statistics")
 
