@@ -69,7 +69,8 @@ def plan_training(
     left["memory"] = USABLE * memory - (0 if on_gpu else need.total)
     chosen: Place = place
     if place == "auto":
-        chosen = next((where for where, room in left.items() if store.size_bytes <= room), "disk")
+        fits: list[Place] = [where for where, room in left.items() if store.size_bytes <= room]
+        chosen = fits[0] if fits else "disk"
     elif place != "disk" and store.size_bytes > left.get(place, float("inf")):
         raise UserError(
             f"the activations in {store.folder} take {amount(store.size_bytes)}, and beside the run "
