@@ -40,8 +40,10 @@ data: $(READY)
 		python -m preprocessing.filter_valid_answers --split $$split --data-dir "$(DATA_DIR)" || exit 1; \
 	done
 
+# Two tests at a time, a thread each: most of the suite waits for one process or another.
+WORKERS ?= 2
 test: lint
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: lint
 	python -m pytest -m "not slow"
