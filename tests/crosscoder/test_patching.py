@@ -25,7 +25,7 @@ SITES = ("mlp", "attention", "residual")
 
 @pytest.fixture(scope="module")
 def models():
-    """A random two-layer model, and it again with another second layer."""
+    """A random three-layer model, and it again with another second layer."""
     import torch
     from transformers import MistralConfig, MistralForCausalLM
 
