@@ -36,11 +36,29 @@ def triton():
     return pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("score_norm", ["sum", "l2", "none"])
-@pytest.mark.parametrize("reconstruction", ["mse", "l2"])
-def test_weights_follow_those_of_autograd_with_and_without_dead_latents(reconstruction, score_norm):
+DENSE = {"DENSE_UP_TO": 10**9}
+SPARSE = {"DENSE_UP_TO": 0}
+NO_ROOM = {"DENSE_UP_TO": 0, "CAPACITY": 1}
+"""The bound of the step before never does: every step searches its own."""
+NO_SEARCH = {**NO_ROOM, "SEARCH_STEPS": 1}
+"""Every step selects over all pairs."""
+
+
+@pytest.mark.parametrize(
+    ("reconstruction", "score_norm", "constants"),
+    [
+        ("mse", "sum", DENSE), ("mse", "l2", SPARSE), ("mse", "none", NO_ROOM),
+        ("l2", "sum", SPARSE), ("l2", "l2", DENSE), ("l2", "none", NO_SEARCH),
+    ],
+)  # fmt: skip
+def test_weights_follow_those_of_autograd_with_and_without_dead_latents(
+    reconstruction, score_norm, constants, monkeypatch
+):
+    from crosscoder.training import gpu_step
     from crosscoder.training.gpu_step import GpuStep
 
+    for name, value in constants.items():
+        monkeypatch.setattr(gpu_step, name, value)
     settings = TrainingConfig(reconstruction=reconstruction, aux_weight=0.3, aux_k=2, precision="fp32")
 
     def fresh():
@@ -68,6 +86,21 @@ def test_weights_follow_those_of_autograd_with_and_without_dead_latents(reconstr
             torch.testing.assert_close(ours, theirs, msg=lambda m, where=(number, name): f"{where}: {m}", **CLOSE)
     for name in ("exp_avg", "exp_avg_sq"):
         torch.testing.assert_close(adam.state[model.W_enc][name], expected_adam.state[expected.W_enc][name], **CLOSE)
+
+
+def test_scores_that_are_all_equal_or_all_nothing_are_selected_from():
+    from crosscoder.training.gpu_step import GpuStep
+
+    for bias, active in ((1.0, 40 * 4), (-1.0, 0)):
+        model = BatchTopKCrosscoder(CrosscoderConfig(d_model=12, n_latents=48, k=4, score_norm="none")).to(DEVICE)
+        model.b_enc.data[:] = bias
+        step = GpuStep(model, torch.optim.Adam(model.parameters()), SETTINGS, product_dtype=torch.float32)
+        dead = torch.zeros(48, dtype=torch.bool, device=DEVICE)
+        done = step(torch.zeros(40, 2, 12, device=DEVICE), 1e-3, Weights(k=4, l1=0.0, difference=0.0), dead)
+        assert int(done.n_active) == active
+        assert float(done.smallest_score) == (1.0 if active else float("inf"))
+        assert bool(done.positive.all()) == bool(active)
+        assert torch.isfinite(done.gradient_norm)
 
 
 def trainer(store: ActivationStore, folder: Path, step: StepKind, log: list[StepRecord]) -> Trainer:

@@ -43,7 +43,7 @@ def candidates(
 @triton.jit
 def decode_and_differentiate(
     starts, latents, values, decoder, bias, x, error, gradient, value_gradients, losses,
-    width, d_model, gradient_scale, l2: tl.constexpr, block: tl.constexpr,
+    width, d_model, gradient_scale, l2: tl.constexpr, at_once: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """One token: its reconstruction, error and loss, the loss's gradient at the reconstruction, and at its values.
 
@@ -56,9 +56,12 @@ def decode_and_differentiate(
     row = token.to(tl.int64) * width + column
     e = tl.load(bias + column, mask=inside, other=0.0) - tl.load(x + row, mask=inside, other=0.0).to(tl.float32)
     first, last = tl.load(starts + token), tl.load(starts + token + 1)
-    for pair in range(first, last):
-        weight = decoder + tl.load(latents + pair).to(tl.int64) * width
-        e += tl.load(values + pair) * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    for pair in range(first, last, at_once):
+        for more in tl.static_range(at_once):  # so many rows are on their way at the same time
+            there = pair + more < last
+            weight = decoder + tl.load(latents + pair + more, mask=there, other=0).to(tl.int64) * width
+            value = tl.load(values + pair + more, mask=there, other=0.0)
+            e += value * tl.load(weight + column, mask=inside & there, other=0.0).to(tl.float32)
     e = tl.where(inside, e, 0.0)
     tl.store(error + row, e.to(error.dtype.element_ty), mask=inside)
     square = e * e
@@ -73,16 +76,18 @@ def decode_and_differentiate(
     rounded = g.to(gradient.dtype.element_ty)
     tl.store(gradient + row, rounded, mask=inside)
     g = rounded.to(tl.float32)
-    for pair in range(first, last):
-        weight = decoder + tl.load(latents + pair).to(tl.int64) * width
-        dot = tl.sum(g * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32), 0)
-        tl.store(value_gradients + pair, dot)
+    for pair in range(first, last, at_once):
+        which = pair + tl.arange(0, at_once)
+        there = which < last
+        weight = decoder + tl.load(latents + which, mask=there, other=0).to(tl.int64)[:, None] * width
+        weights = tl.load(weight + column[None, :], mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        tl.store(value_gradients + which, tl.sum(weights * g[None, :], 1), mask=there)
 
 
 @triton.jit
 def weight_gradients(
     starts, tokens, values, value_gradients, gradient, x, decoder_gradient, encoder_gradient, bias_gradient, squares,
-    width, blocks, block: tl.constexpr,
+    width, blocks, at_once: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """Of one latent, `block` columns of its decoder's and its encoder's gradient.
 
@@ -95,12 +100,16 @@ def weight_gradients(
     decoder = tl.zeros([block], tl.float32)
     encoder = tl.zeros([block], tl.float32)
     bias = 0.0
-    for pair in range(tl.load(starts + latent), tl.load(starts + latent + 1)):
-        row = tl.load(tokens + pair).to(tl.int64) * width + column
-        slope = tl.load(value_gradients + pair)
-        decoder += tl.load(values + pair) * tl.load(gradient + row, mask=inside, other=0.0).to(tl.float32)
-        encoder += slope * tl.load(x + row, mask=inside, other=0.0).to(tl.float32)
-        bias += slope
+    first, last = tl.load(starts + latent), tl.load(starts + latent + 1)
+    for pair in range(first, last, at_once):
+        for more in tl.static_range(at_once):  # so many rows are on their way at the same time
+            there = pair + more < last
+            row = tl.load(tokens + pair + more, mask=there, other=0).to(tl.int64) * width + column
+            slope = tl.load(value_gradients + pair + more, mask=there, other=0.0)
+            value = tl.load(values + pair + more, mask=there, other=0.0)
+            decoder += value * tl.load(gradient + row, mask=inside & there, other=0.0).to(tl.float32)
+            encoder += slope * tl.load(x + row, mask=inside & there, other=0.0).to(tl.float32)
+            bias += slope
     row = latent.to(tl.int64) * width + column
     tl.store(decoder_gradient + row, decoder.to(decoder_gradient.dtype.element_ty), mask=inside)
     tl.store(encoder_gradient + row, encoder.to(encoder_gradient.dtype.element_ty), mask=inside)

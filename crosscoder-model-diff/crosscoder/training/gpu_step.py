@@ -1,8 +1,9 @@
 """A training step of the BatchTopK crosscoder on a GPU, its gradients written by hand.
 
-The same step as training/step.py takes through autograd. What makes it fast: one dense product (the encoder), all
-else on the active pairs of token and latent; weights as fp32 masters with bf16 copies for the products, both written
-by one pass of Adam; nothing waits for the GPU.
+The same step as training/step.py takes through autograd. What makes it fast: all but the encoder on the active pairs of
+token and latent (with few latents the weights' gradients are quicker as dense products); weights as fp32 masters with
+bf16 copies for the products, both written by one pass of Adam; what is waited for is done by then, so that the GPU
+always has work.
 
 The encoder is held transposed, [latent, 2 * d_model], like the decoder: the model's W_enc becomes a view of that.
 """
@@ -24,9 +25,17 @@ from crosscoder.training.step import Step
 CAPACITY = 4
 """Candidates of the selection that there is room for, over the pairs that are kept."""
 BOUND = 0.7
-"""Of the last step's smallest kept score: pairs below are no candidates. Too few, and the step starts from 0."""
+"""Of the last step's smallest kept score: pairs below are no candidates."""
+SEARCH_STEPS = 40
+"""Bounds that are tried where that one was no good, before the selection is made over all pairs."""
+SAMPLED_TOKENS = 64
+"""Whose scores the search of a bound starts from."""
 COLUMNS = 1024
 """Of a row of gradients, in one program: a latent that fires for every token is shared by several."""
+AT_ONCE = 4
+"""Rows that a program of the sparse kernels has on their way at the same time."""
+DENSE_UP_TO = 24_576
+"""Latents up to which the weights' gradients are dense products."""
 CLIP_EPSILON = 1e-6
 """As in torch.nn.utils.clip_grad_norm_."""
 
@@ -40,6 +49,29 @@ class _Pairs(NamedTuple):
     """[pairs] int32: the latent of each pair in order of tokens, or the token in order of latents."""
     values: Tensor
     """[pairs] fp32."""
+
+
+class _Selection(NamedTuple):
+    """The k * batch pairs of token and latent of the largest scores. Pairs without a positive score have value 0."""
+
+    index: Tensor
+    """[pairs], ascending: token * latents + latent, 0 where the value is 0."""
+    values: Tensor
+    """[pairs] fp32."""
+    smallest: Tensor
+    """[]: the smallest positive score of them, or infinity."""
+    positive: Tensor
+    """[latent] int8: whether it is positive for a token."""
+    counter: Tensor
+    """[] int32, on its way to the CPU: the pairs above the bound. `least` to `most` of them and nothing was missed."""
+    counted: torch.cuda.Event | None
+    least: int
+    most: int
+
+    def is_whole(self) -> bool:
+        if self.counted is not None:
+            self.counted.synchronize()
+        return self.least <= int(self.counter) <= self.most
 
 
 class GpuStep:
@@ -87,41 +119,42 @@ class GpuStep:
         self.norms.copy_(self.decoder.view(self.n_latents, N_MODELS, -1).norm(dim=-1))
         self.bound.zero_()
 
+    @torch.no_grad()
     def __call__(self, raw: Tensor, learning_rate: float, weights: Weights, dead: Tensor) -> Step:
         """Take one step; see TakeStep."""
+        batch = len(raw)
+        # Waited for before anything of this step is asked of the GPU: the product behind it is long enough to catch up.
+        candidates = dead.nonzero().squeeze(-1) if self.config.aux_weight else dead[:0]
         x = self.model.scale(raw).flatten(1).to(self.decoder_copy.dtype)
-        batch = len(x)
         product = x @ self.encoder_copy.t()
         score_norms = self._score_norms()
-        index, values, smallest, positive = self._select(product, score_norms, weights.k)
-        index, values = _sorted(index, values)
-        by_token = _Pairs(_starts(index, self.n_latents, batch), (index % self.n_latents).int(), values)
-        error, gradient, value_gradients, losses = self._decode(x, by_token)
-        index, order = torch.sort((index % self.n_latents) * batch + index // self.n_latents)
-        by_latent = _Pairs(_starts(index, batch, self.n_latents), (index % batch).int(), values[order])
-        bias_gradient, squares = self._weight_gradients(x, gradient, by_latent, value_gradients[order])
+        selection = self._select(product, score_norms, weights.k, self.bound)
+        gradients = self._gradients(x, selection)
+        if not selection.is_whole():  # Its count was on its way while the gradients were computed.
+            selection = self._search(product, score_norms, weights.k)
+            gradients = self._gradients(x, selection)
+        self.bound = torch.where(torch.isfinite(selection.smallest), BOUND * selection.smallest, 0.0)
+        error, gradient, bias_gradient, squares, losses = gradients
         reconstruction = losses.sum() / (batch if self.config.reconstruction == "mse" else N_MODELS * batch)
         zero = auxiliary = torch.zeros((), device=x.device)
-        # Its number of latents is waited for; the selection has just been waited for as well.
-        if self.config.aux_weight and len(candidates := dead.nonzero().squeeze(-1)):
+        if len(candidates):
             auxiliary = self._auxiliary(x, product, score_norms, error, candidates, bias_gradient)
-            squares = torch.stack(
-                [g.norm(dtype=torch.float32) ** 2 for g in (self.decoder_gradient, self.encoder_gradient)]
-            )
+            squares = self._squares()
         decoder_bias_gradient = gradient.sum(0, dtype=torch.float32)
         norm = (squares.sum() + bias_gradient.square().sum() + decoder_bias_gradient.square().sum()).sqrt()
         clip = (self.config.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
         self._adam(learning_rate, clip, bias_gradient, decoder_bias_gradient)
 
         loss = reconstruction + self.config.aux_weight * auxiliary
-        selected = torch.zeros(self.n_latents, device=x.device).index_add_(0, by_token.other, values) > 0
+        latents = selection.index % self.n_latents
+        selected = torch.zeros(self.n_latents, device=x.device).index_add_(0, latents, selection.values) > 0
         return Step(
             parts=torch.stack([loss, reconstruction, zero, zero, auxiliary]),
             gradient_norm=norm,
-            smallest_score=smallest,
-            positive=positive.bool(),
+            smallest_score=selection.smallest,
+            positive=selection.positive.bool(),
             selected=selected,
-            n_active=(values > 0).sum(),
+            n_active=(selection.values > 0).sum(),
             x=x.view(batch, N_MODELS, -1),
             error=error.view(batch, N_MODELS, -1),
         )
@@ -132,10 +165,8 @@ class GpuStep:
             return torch.ones_like(self.model.b_enc)
         return self.norms.norm(dim=-1) if self.model.config.score_norm == "l2" else self.norms.sum(dim=-1)
 
-    def _select(self, product: Tensor, norms: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Index (token * latents + latent) and value of the k * batch pairs of the largest scores, in any order; the
-        smallest positive of these scores; which latents are positive for a token. Pairs without a positive score
-        have value 0."""
+    def _select(self, product: Tensor, norms: Tensor, k: int, bound: Tensor) -> _Selection:
+        """The selection where the pairs above `bound` suffice for it and there is room for them; see is_whole."""
         batch = len(product)
         n_keep = min(k * batch, product.numel())
         capacity = min(CAPACITY * n_keep, product.numel())
@@ -149,18 +180,50 @@ class GpuStep:
         grid = (triton.cdiv(batch, tile[0]), triton.cdiv(self.n_latents, tile[1]))
         kernel: Any = kernels.candidates
         kernel[grid](
-            product, self.model.b_enc, norms, self.bound, counter, scores, values, indices, positive,
+            product, self.model.b_enc, norms, bound, counter, scores, values, indices, positive,
             batch, self.n_latents, capacity, *tile,
         )  # fmt: skip
-        if not n_keep <= int(counter) <= capacity:  # As at the first step: the bound was no good.
-            dense = torch.relu(product.float() + self.model.b_enc)
-            scores, values = (dense * norms).flatten(), dense.flatten()
-            indices = torch.arange(product.numel(), dtype=indices.dtype, device=device)
-        top = torch.topk(scores, n_keep, sorted=False)
-        kept = top.values > 0
-        smallest = torch.where(kept, top.values, torch.inf).min()
-        self.bound = torch.where(torch.isfinite(smallest), BOUND * smallest, 0.0)
-        return indices[top.indices] * kept, values[top.indices] * kept, smallest, positive
+        counted = None
+        if device.type == "cuda":
+            on_cpu = torch.empty((), dtype=torch.int32, pin_memory=True)
+            counter = on_cpu.copy_(counter, non_blocking=True)
+            counted = torch.cuda.Event()
+            counted.record()
+        return _Selection(*_largest(scores, values, indices, n_keep), positive, counter, counted, n_keep, capacity)
+
+    def _search(self, product: Tensor, norms: Tensor, k: int) -> _Selection:
+        """The selection where nothing is known of the scores, as at the first step: tries bounds, and waits."""
+        n_keep = min(k * len(product), product.numel())
+        sample = product[:: max(1, len(product) // SAMPLED_TOKENS)]
+        scores = (torch.relu(sample.float() + self.model.b_enc) * norms).flatten()
+        likely = torch.topk(scores, min(2 * k * len(sample), len(scores)), sorted=False).values.min()
+        low, high, bound = 0.0, float("inf"), float(likely)
+        for _ in range(SEARCH_STEPS):
+            found = self._select(product, norms, k, torch.tensor(bound, device=product.device))
+            if found.is_whole() or (bound == 0 and int(found.counter) <= found.most):
+                return found
+            if int(found.counter) < n_keep:
+                high, bound = bound, (low + bound) / 2 if bound > high / 1e6 else 0.0
+            else:
+                low, bound = bound, 2 * bound + 1e-30 if high == float("inf") else (bound + high) / 2
+        values = torch.relu(product.float() + self.model.b_enc)
+        indices = torch.arange(product.numel(), dtype=_index_type(product.numel()), device=product.device)
+        chosen = _largest((values * norms).flatten(), values.flatten(), indices, n_keep)
+        return _Selection(*chosen, found.positive, found.counter, None, 0, product.numel())
+
+    def _gradients(self, x: Tensor, selection: _Selection) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Error and the loss's gradient at the reconstruction (both [batch, width]); b_enc's gradient [latent]; sums of
+        squares of the weights' gradients, which are filled; losses [batch]."""
+        batch, index, values = len(x), selection.index, selection.values
+        by_token = _Pairs(_starts(index, self.n_latents, batch), (index % self.n_latents).int(), values)
+        error, gradient, value_gradients, losses = self._decode(x, by_token)
+        if self.n_latents <= DENSE_UP_TO:
+            bias_gradient, squares = self._dense_weight_gradients(x, gradient, selection, value_gradients)
+        else:
+            index, order = torch.sort((index % self.n_latents) * batch + index // self.n_latents)
+            by_latent = _Pairs(_starts(index, batch, self.n_latents), (index % batch).int(), values[order])
+            bias_gradient, squares = self._weight_gradients(x, gradient, by_latent, value_gradients[order])
+        return error, gradient, bias_gradient, squares, losses
 
     def _decode(self, x: Tensor, pairs: _Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Error, the loss's gradient at the reconstruction (both [batch, width]) and at the values, losses [batch]."""
@@ -173,7 +236,8 @@ class GpuStep:
         kernel[(batch,)](
             pairs.starts, pairs.other, pairs.values, self.decoder_copy, self.model.b_dec, x, error, gradient,
             value_gradients, losses, self.width, self.width // N_MODELS,
-            1 / (N_MODELS * batch) if l2 else 2 / batch, l2, triton.next_power_of_2(self.width), num_warps=8,
+            1 / (N_MODELS * batch) if l2 else 2 / batch, l2, AT_ONCE, triton.next_power_of_2(self.width),
+            num_warps=16,
         )  # fmt: skip
         return error, gradient, value_gradients * (pairs.values > 0), losses
 
@@ -188,9 +252,27 @@ class GpuStep:
         kernel: Any = kernels.weight_gradients
         kernel[(self.n_latents, blocks)](
             pairs.starts, pairs.other, pairs.values, value_gradients, gradient, x, self.decoder_gradient,
-            self.encoder_gradient, bias_gradient, squares, self.width, blocks, block,
+            self.encoder_gradient, bias_gradient, squares, self.width, blocks, AT_ONCE, block,
         )  # fmt: skip
         return bias_gradient, squares
+
+    def _dense_weight_gradients(
+        self, x: Tensor, gradient: Tensor, selection: _Selection, value_gradients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As _weight_gradients, by products over all pairs."""
+        where, shape = selection.index.long(), (len(x), self.n_latents)
+        # Added, not set: pairs without a value all point at the first, which may have one.
+        latents, slopes = (
+            torch.zeros(shape, dtype=x.dtype, device=x.device).view(-1).index_add_(0, where, of.to(x.dtype)).view(shape)
+            for of in (selection.values, value_gradients)
+        )
+        torch.mm(latents.t(), gradient, out=self.decoder_gradient)
+        torch.mm(slopes.t(), x, out=self.encoder_gradient)
+        return slopes.sum(0, dtype=torch.float32), self._squares()
+
+    def _squares(self) -> Tensor:
+        """[2]: sums of the squares of the gradients of decoder and encoder."""
+        return torch.stack([g.norm(dtype=torch.float32) ** 2 for g in (self.decoder_gradient, self.encoder_gradient)])
 
     def _auxiliary(
         self, x: Tensor, product: Tensor, norms: Tensor, error: Tensor, dead: Tensor, bias_gradient: Tensor
@@ -259,9 +341,13 @@ def _laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
     return torch.empty_like(other).copy_(tensor)
 
 
-def _sorted(index: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    index, order = torch.sort(index)
-    return index, values[order]
+def _largest(scores: Tensor, values: Tensor, indices: Tensor, n_keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the n_keep largest scores: indices, ascending, and values, both 0 where the score is not positive; and the
+    smallest positive score."""
+    top = torch.topk(scores, n_keep, sorted=False)
+    kept = top.values > 0
+    index, order = torch.sort(indices[top.indices] * kept)
+    return index, (values[top.indices] * kept)[order], torch.where(kept, top.values, torch.inf).min()
 
 
 def _starts(index: Tensor, columns: int, rows: int) -> Tensor:
