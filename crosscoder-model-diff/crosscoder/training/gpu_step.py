@@ -1,9 +1,8 @@
 """A training step of the BatchTopK crosscoder on a GPU, its gradients written by hand.
 
-The same step as training/step.py takes through autograd. What makes it fast: all but the encoder on the active pairs of
-token and latent (with few latents the weights' gradients are quicker as dense products); weights as fp32 masters with
-bf16 copies for the products, both written by one pass of Adam; what is waited for is done by then, so that the GPU
-always has work.
+The same step as training/step.py takes through autograd. What makes it fast: one dense product (the encoder), all
+else on the active pairs of token and latent; weights as fp32 masters with bf16 copies for the products, both written
+by one pass of Adam; what is waited for is done by then, so that the GPU always has work.
 
 The encoder is held transposed, [latent, 2 * d_model], like the decoder: the model's W_enc becomes a view of that.
 """
@@ -24,18 +23,18 @@ from crosscoder.training.step import Step
 
 CAPACITY = 4
 """Candidates of the selection that there is room for, over the pairs that are kept."""
-BOUND = 0.7
-"""Of the last step's smallest kept score: pairs below are no candidates."""
+BOUND = 0.9
+"""Of the last step's smallest kept score, at first: pairs below are no candidates. It moves so that there are between
+ENOUGH and MANY times the pairs that are kept: some room on both sides for what a step changes."""
+ENOUGH, MANY = 1.3, 2.0
 SEARCH_STEPS = 40
 """Bounds that are tried where that one was no good, before the selection is made over all pairs."""
 SAMPLED_TOKENS = 64
 """Whose scores the search of a bound starts from."""
 COLUMNS = 1024
 """Of a row of gradients, in one program: a latent that fires for every token is shared by several."""
-AT_ONCE = 4
+AT_ONCE = 2
 """Rows that a program of the sparse kernels has on their way at the same time."""
-DENSE_UP_TO = 24_576
-"""Latents up to which the weights' gradients are dense products."""
 CLIP_EPSILON = 1e-6
 """As in torch.nn.utils.clip_grad_norm_."""
 
@@ -108,7 +107,7 @@ class GpuStep:
         self.encoder_gradient = torch.empty_like(self.encoder_copy)
         self.norms = torch.empty((self.n_latents, N_MODELS), device=device)
         self.unused_norms = torch.empty_like(self.norms)
-        self.bound = torch.zeros((), device=device)
+        self.bound, self.bound_share = torch.zeros((), device=device), BOUND
         self.steps = int(self.moments["decoder"][2])
         self.refresh()
 
@@ -133,13 +132,15 @@ class GpuStep:
         if not selection.is_whole():  # Its count was on its way while the gradients were computed.
             selection = self._search(product, score_norms, weights.k)
             gradients = self._gradients(x, selection)
-        self.bound = torch.where(torch.isfinite(selection.smallest), BOUND * selection.smallest, 0.0)
+        self._move_bound(selection)
         error, gradient, bias_gradient, squares, losses = gradients
         reconstruction = losses.sum() / (batch if self.config.reconstruction == "mse" else N_MODELS * batch)
         zero = auxiliary = torch.zeros((), device=x.device)
         if len(candidates):
             auxiliary = self._auxiliary(x, product, score_norms, error, candidates, bias_gradient)
-            squares = self._squares()
+            squares = torch.stack(
+                [g.norm(dtype=torch.float32) ** 2 for g in (self.decoder_gradient, self.encoder_gradient)]
+            )
         decoder_bias_gradient = gradient.sum(0, dtype=torch.float32)
         norm = (squares.sum() + bias_gradient.square().sum() + decoder_bias_gradient.square().sum()).sqrt()
         clip = (self.config.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
@@ -211,18 +212,24 @@ class GpuStep:
         chosen = _largest((values * norms).flatten(), values.flatten(), indices, n_keep)
         return _Selection(*chosen, found.positive, found.counter, None, 0, product.numel())
 
+    def _move_bound(self, selection: _Selection) -> None:
+        """Set the next step's bound from the count, which is there by now, and the smallest score, which may not be."""
+        if int(selection.counter) > MANY * selection.least:
+            self.bound_share = (1 + self.bound_share) / 2
+        elif int(selection.counter) < ENOUGH * selection.least:
+            self.bound_share *= BOUND
+        smallest = selection.smallest
+        self.bound = torch.where(torch.isfinite(smallest), self.bound_share * smallest, 0.0)
+
     def _gradients(self, x: Tensor, selection: _Selection) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Error and the loss's gradient at the reconstruction (both [batch, width]); b_enc's gradient [latent]; sums of
         squares of the weights' gradients, which are filled; losses [batch]."""
         batch, index, values = len(x), selection.index, selection.values
         by_token = _Pairs(_starts(index, self.n_latents, batch), (index % self.n_latents).int(), values)
         error, gradient, value_gradients, losses = self._decode(x, by_token)
-        if self.n_latents <= DENSE_UP_TO:
-            bias_gradient, squares = self._dense_weight_gradients(x, gradient, selection, value_gradients)
-        else:
-            index, order = torch.sort((index % self.n_latents) * batch + index // self.n_latents)
-            by_latent = _Pairs(_starts(index, batch, self.n_latents), (index % batch).int(), values[order])
-            bias_gradient, squares = self._weight_gradients(x, gradient, by_latent, value_gradients[order])
+        index, order = torch.sort((index % self.n_latents) * batch + index // self.n_latents)
+        by_latent = _Pairs(_starts(index, batch, self.n_latents), (index % batch).int(), values[order])
+        bias_gradient, squares = self._weight_gradients(x, gradient, by_latent, value_gradients[order])
         return error, gradient, bias_gradient, squares, losses
 
     def _decode(self, x: Tensor, pairs: _Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -255,24 +262,6 @@ class GpuStep:
             self.encoder_gradient, bias_gradient, squares, self.width, blocks, AT_ONCE, block,
         )  # fmt: skip
         return bias_gradient, squares
-
-    def _dense_weight_gradients(
-        self, x: Tensor, gradient: Tensor, selection: _Selection, value_gradients: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """As _weight_gradients, by products over all pairs."""
-        where, shape = selection.index.long(), (len(x), self.n_latents)
-        # Added, not set: pairs without a value all point at the first, which may have one.
-        latents, slopes = (
-            torch.zeros(shape, dtype=x.dtype, device=x.device).view(-1).index_add_(0, where, of.to(x.dtype)).view(shape)
-            for of in (selection.values, value_gradients)
-        )
-        torch.mm(latents.t(), gradient, out=self.decoder_gradient)
-        torch.mm(slopes.t(), x, out=self.encoder_gradient)
-        return slopes.sum(0, dtype=torch.float32), self._squares()
-
-    def _squares(self) -> Tensor:
-        """[2]: sums of the squares of the gradients of decoder and encoder."""
-        return torch.stack([g.norm(dtype=torch.float32) ** 2 for g in (self.decoder_gradient, self.encoder_gradient)])
 
     def _auxiliary(
         self, x: Tensor, product: Tensor, norms: Tensor, error: Tensor, dead: Tensor, bias_gradient: Tensor
@@ -311,7 +300,7 @@ class GpuStep:
             kernel[(self.n_latents,)](
                 weight, gradient, first, second, copy, norms, clip, learning_rate, beta_1, beta_2,
                 1 - beta_1**self.steps, 1 - beta_2**self.steps, self.width, self.width // N_MODELS,
-                triton.next_power_of_2(self.width), num_warps=16,
+                triton.next_power_of_2(self.width), num_warps=4,
             )  # fmt: skip
         self.model.W_enc.grad = self.model.W_dec.grad = None  # so that the optimiser leaves them alone
         self.model.b_enc.grad = bias_gradient * clip
