@@ -22,6 +22,7 @@ RECORDS = REPOSITORY / "benchmarks" / "results"
         ("`--fp8-base`", "lora_7b_1_row", "1 row, + fp8 base"),
         ("transformers as it comes", "lora_7b_1_row", "1 row, plain"),
         ("`--gradient-checkpointing yes`", "lora_7b_24gb", "1 row, checkpointing"),
+        ("base in 4 bits (`-F`)", "lora_7b_24gb", "1 row, 4-bit"),
     ],
 )
 def test_each_row_of_the_training_table_is_that_of_its_record(row: str, record: str, variant: str):
@@ -33,6 +34,12 @@ def test_each_row_of_the_training_table_is_that_of_its_record(row: str, record: 
     table = (RECORDS / f"{record}.md").read_text()
     [recorded] = [line for line in table.splitlines() if line.startswith(f"| {variant} ")]
     assert minutes == float(recorded.split("|")[5]) == pytest.approx(ms * TRAIN_ROWS / 6e4, rel=0.2)
+
+
+def test_the_diff_takes_what_its_record_says():
+    record = json.loads((RECORDS / "diff.json").read_text())
+    seconds = [round(record["seconds"][stage]) for stage in ("collect", "train", "analyse")]
+    assert f"| {' + '.join(map(str, seconds))} s at the H200's speed" in PAGE
 
 
 def test_the_files_and_flags_it_names_exist():
