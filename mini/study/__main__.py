@@ -9,8 +9,8 @@ scored; the ceilings of all layers and sites decide where activations are read; 
 same documents; every method is trained, asked for the families that were added, and put into the models.
 
 Works in D/study/ and R/study/ (study-quick/ in a rehearsal), a log a command in R/study/logs/. Writes to the output
-folder models.csv, ceilings.csv, dictionaries.csv, known_answer.csv, glance.csv, matrix.csv, tokens.csv, probes.csv,
-causal.csv, causal_controls.csv, ceilings.png, glance.png, run.json; and fills the tables of docs/study.md where the
+folder models.csv, ceilings.csv, dictionaries.csv, known_answer.csv, glance.csv, kinds.csv, matrix.csv, tokens.csv,
+probes.csv, causal.csv, causal_controls.csv, ceilings.png, glance.png, causal.png, run.json; and fills the tables of docs/study.md where the
 output folder is the default one, else of study.md, a copy of it, in the output folder.
 
 A killed study goes on when it is started again: a model, an activation set, a dictionary, a measure that is there is
@@ -96,6 +96,7 @@ def write(
     """CSVs, figures, page and manifest."""
     from finqa.manifest import write_manifest
     from mini.study import causes, ceilings, dictionaries, figures, measures, models, page, tables
+    from mini.study.plan import SHOWN_STRATUM
     from mini.study.work import step
 
     with step("tables and figures") as say:
@@ -107,7 +108,8 @@ def write(
             "dictionaries": dictionaries.quality_rows(work, trained),
             "known_answer": tables.answer_rows(answers),
             "glance": tables.glance_rows(answers),
-            "matrix": tables.matrix_rows(answers, work.plan.pairs),
+            "kinds": tables.kind_rows(answers),
+            "matrix": tables.matrix_rows(answers),
             "tokens": tables.token_rows(answers),
             "probes": tables.probe_rows(answers),
             "causal": patches,
@@ -117,12 +119,13 @@ def write(
             tables.write_csv(work.output / f"{name}.csv", its)
         figures.draw_ceilings(tables.read_csv(work.output / "ceilings.csv"), work.output / "ceilings.png")
         figures.draw_glance(
-            tables.read_csv(work.output / "glance.csv"), work.output / "glance.png", measures.SHOWN_STRATUM
+            tables.read_csv(work.output / "kinds.csv"), work.output / "glance.png", SHOWN_STRATUM
         )
+        figures.draw_recovered(patches, controls, work.output / "causal.png")
         write_manifest(work.output / "run.json", {"plan": work.plan}, site=list(target), why=why)
         filled = page.fill(PAGE.read_text(), work.output)
         write_atomically(PAGE if work.output == OUTPUT.resolve() else work.output / "study.md", filled)
-        say(f"{len(rows)} tables, 2 figures")
+        say(f"{len(rows)} tables, 3 figures")
 
 
 if __name__ == "__main__":

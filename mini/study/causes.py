@@ -137,7 +137,12 @@ def csv_rows(
         described = {name: experiment.dictionary.described[name] for name in ("pair", "site", "method")}
         # The teacher-forced figures are those of the experiment with more questions.
         wanted = ("accuracy", "share_runs") if experiment.replies else ("divergence", "exact")
-        kept = [row for row in report["rows"] if row["group"] in GROUPS and row["measure"] in wanted]
+        # Random sets one by one are in the controls, as their mean and range.
+        kept = [
+            row
+            for row in report["rows"]
+            if row["group"] in GROUPS and row["measure"] in wanted and not row["kind"].startswith("random")
+        ]
         rows += [described | {name: row[name] for name in COLUMNS} | _interval(row) for row in kept]
         among += [described | row for row in report["random"] if row["group"] in GROUPS and row["measure"] in wanted]
     return rows, among

@@ -17,7 +17,7 @@ from mini.study.ceilings import test_rows
 from mini.study.dictionaries import Dictionary, load, targets_of
 from mini.study.models import adapter, student_of
 from mini.study.pairs import activations, site_name
-from mini.study.plan import BASE, SHAM, STUDENT, Model, Pair
+from mini.study.plan import BASE, SHAM, SHOWN_STRATUM, STUDENT, Model, Pair
 from mini.study.work import Work, in_parallel, read_json, step
 
 if TYPE_CHECKING:
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 
 KNOWN_ANSWER_FILE = "known_answer.json"
 BASELINES = ("PCA of the difference", "mean difference", "norm of the difference")
-SHOWN_STRATUM = "program before the operator"
-"""Of the two primary strata the one of the figure, the matrix and the progress lines; the tables have both."""
-HELD_OUT_FRACTION, SPLIT_SEED = 0.1, 0
-"""As the dictionaries are trained (config.TrainingConfig's defaults)."""
 
 
 @dataclass(frozen=True)

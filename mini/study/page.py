@@ -9,10 +9,12 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mini.study.tables import read_csv
+from mini.study.plan import FULL, SHOWN_STRATUM
+from mini.study.tables import KINDS, read_csv
 
 Row = dict[str, str]
 BLOCK = re.compile(r"(<!-- table: ([a-z-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+ADD_NEW = {pair.name for pair in FULL.pairs if "new" in pair.added}
 NOT_RUN = "*Not there yet: `make study` writes it.*\n"
 NOTHING = "-"
 
@@ -59,11 +61,6 @@ def accuracy(folder: Path) -> str:
     return _accuracy(rows, "kind", "kind of family")
 
 
-def accuracy_by_family(folder: Path) -> str:
-    rows = [row for row in read_csv(folder / "models.csv") if row["family"] != "all"]
-    return _accuracy([{**row, "family": f"{row['family']} ({row['kind']})"} for row in rows], "family", "family")
-
-
 def _accuracy(rows: Sequence[Row], by: str, title: str) -> str:
     models = list(dict.fromkeys(row["model"] for row in rows))
     groups = {row[by]: row["n"] for row in rows}
@@ -72,154 +69,107 @@ def _accuracy(rows: Sequence[Row], by: str, title: str) -> str:
     return markdown([title, "n", *models], lines)
 
 
-def ceilings(folder: Path) -> str:
-    rows = read_csv(folder / "ceilings.csv")
-    found = {(row["layer"], row["site"], row["direction"], row["carrier"]): row for row in rows}
-    places = list(dict.fromkeys((row["layer"], row["site"]) for row in rows))
-    kinds = [("sufficiency", "own"), ("sufficiency", "other"), ("necessity", "own")]
-    lines = []
-    for layer, site in places:
-        its = [found[layer, site, *kind] for kind in kinds]
-        lines.append([layer, site, *(f"{share(r['divergence_closed'])} / {share(r['exact'])}" for r in its)])
-    return markdown(
-        ["layer", "site", "into the base, own layers above", "into the base, fine-tuned layers above", "taken out"],
-        lines,
-    )
-
-
 def glance(folder: Path) -> str:
-    return _glance(folder, "last prompt token")
-
-
-def glance_program(folder: Path) -> str:
-    return _glance(folder, "program before the operator")
-
-
-def _glance(folder: Path, stratum: str) -> str:
+    """A row a method, a column a pair: latents specific to new, other and known families."""
+    rows = [row for row in read_csv(folder / "kinds.csv") if row["stratum"] == SHOWN_STRATUM]
+    columns = list(dict.fromkeys((row["pair"], row["site"]) for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    found = {(row["method"], row["pair"], row["site"]): row for row in rows}
     lines = []
-    for row in read_csv(folder / "glance.csv"):
-        if row["stratum"] != stratum:
+    for method in methods:
+        cells = [found.get((method, *column)) for column in columns]
+        lines.append([method, *(" / ".join(count(row[k]) for k in KINDS) if row else NOTHING for row in cells)])
+    return markdown(["method", *(f"{pair}, {site}" for pair, site in columns)], lines)
+
+
+def marks(folder: Path) -> str:
+    """A row a pair that adds the new families, at the chosen site, and a method: whether its marks of a fine-tuned-only
+    latent point at them."""
+    rows = [r for r in read_csv(folder / "glance.csv") if r["stratum"] == SHOWN_STRATUM]
+    best = {(r["pair"], r["site"], r["method"]): r for r in read_csv(folder / "tokens.csv") if r["seed"] in ("", "0")}
+    lines = []
+    for row in rows:
+        if row["pair"] not in ADD_NEW or row["site"] != rows[0]["site"]:
             continue
+        tokens = best.get((row["pair"], row["site"], row["method"]))
         lines.append(
             [
                 row["pair"],
                 row["site"],
                 row["method"],
                 count(row["seeds"]),
-                spread(row, "auroc of Delta"),
-                spread(row, "auroc of 1 - nu_err"),
-                spread(row, "auroc of slopes"),
+                *(spread(row, f"auroc of {name}") for name in ("Delta", "1 - nu_err", "slopes")),
                 f"{spread(row, 'only, by Delta', count)} / {spread(row, 'only, by slopes', count)}",
                 spread(row, "recall, by slopes"),
                 spread(row, "precision, by slopes"),
-                spread(row, "specific to added", count),
-                spread(row, "specific to others", count),
                 spread(row, "beat the null, added", count),
+                number(tokens["auroc"]) if tokens else NOTHING,
             ]
         )
     return markdown(
         [
             "pair", "site", "method", "seeds", "AUROC of Delta", "of 1 - nu", "of slopes", "only (Delta / slopes)",
-            "recall", "precision", "specific: added", "others", "beat the null",
+            "recall", "precision", "beat the null", "fixed tokens",
         ],
         lines,
     )  # fmt: skip
 
 
-def quality(folder: Path) -> str:
-    groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in read_csv(folder / "dictionaries.csv"):
-        groups.setdefault((row["pair"], row["site"], row["method"]), []).append(row)
-    lines = []
-    for key, rows in groups.items():
-        # Of the first seed: the CSV has the others.
-        first = rows[0]
-        figures = [number(first[name], 3) for name in ("explained_joint", "explained_difference")]
-        others = [number(first["l0"], 1), share(first["dead_on_held_out"]), count(first["steps"])]
-        lines.append([*key, *figures, *others])
-    return markdown(["pair", "site", "method", "both models", "difference", "L0", "silent", "steps"], lines)
-
-
-def tokens(folder: Path) -> str:
-    lines = []
-    for row in read_csv(folder / "tokens.csv"):
-        if row["seed"] not in ("", "0") or not row["auroc"]:
-            continue
-        groups = ("fixed", "other predicted", "passage")
-        squares = [number(row[f"mean square of the difference: {group}"], 1) for group in groups]
-        best = [number(row["auroc"]), f"{number(row['low'])} to {number(row['high'])}", row["tokens: fixed"]]
-        lines.append([row["pair"], row["site"], row["method"], *best, *squares])
-    return markdown(
-        ["pair", "site", "method", "AUROC", "95%", "fixed tokens", "square: fixed", "other", "passage"], lines
-    )
-
-
-def matrix(folder: Path) -> str:
-    rows = [row for row in read_csv(folder / "matrix.csv") if row["stratum"] == "program before the operator"]
-    rows = [row for row in rows if row["kind"] != "known"]
-    columns = list(dict.fromkeys((row["pair"], row["site"], row["method"]) for row in rows))
-    families = {row["family"]: row["kind"] for row in rows}
-    found = {(row["pair"], row["site"], row["method"], row["family"]): row for row in rows}
-    lines = []
-    for column in columns:
-        its = [found[*column, family] for family in families]
-        lines.append([*column, *(f"{count(row['specific'])} / {number(row['best auroc'])}" for row in its)])
-    names = [f"{family} ({kind})" for family, kind in families.items()]
-    return markdown(["pair", "site", "method", *names], lines)
-
-
-def probes(folder: Path) -> str:
-    lines = []
-    for row in read_csv(folder / "probes.csv"):
-        if row["added"] == "1" and row["stratum"] in ("last prompt token", "program before the operator"):
-            areas = [number(row[f"probe on {name}"]) for name in ("instruct", "fine-tuned", "difference")]
-            lines.append([row["pair"], row["site"], row["stratum"], row["family"], *areas])
-    return markdown(["pair", "site", "tokens", "family", "instruct", "fine-tuned", "difference"], lines)
-
-
 def causal(folder: Path) -> str:
+    """A row a method, direction and carrier: share of the KL recovered by sets of latents and by controls."""
+    rows = [r for r in read_csv(folder / "causal.csv") if (r["group"], r["measure"]) == ("new", "divergence")]
+    controls = read_csv(folder / "causal_controls.csv")
+    sizes = sorted({int(r["n_latents"]) for r in rows if r["kind"] == "ranked"})
     lines = []
-    for row in read_csv(folder / "causal.csv"):
-        if (
-            row["group"] == "new"
-            and row["measure"] in ("divergence", "exact", "accuracy")
-            and row["kind"] != "none"
-            and not row["kind"].startswith("random")
-        ):
-            interval = (
-                f"{share(row['recovered_low'])} to {share(row['recovered_high'])}" if row["recovered_low"] else "-"
-            )
-            place = [row["direction"], f"{row['carrier']} layers", row["kind"], row["n_latents"], row["measure"]]
-            figures = [number(row["value"]), share(row["recovered"]), interval, number(row["injected_norm"], 1)]
-            lines.append([row["method"], *place, *figures])
+    for key in dict.fromkeys((r["method"], r["direction"], r["carrier"]) for r in rows):
+        its = [r for r in rows if (r["method"], r["direction"], r["carrier"]) == key]
+        by_kind = {(r["kind"], r["n_latents"]): r for r in its}
+        cells = [share(by_kind["ranked", str(n)]["recovered"]) if ("ranked", str(n)) in by_kind else "-" for n in sizes]
+        for control in ("random sets", "random directions"):
+            of = [
+                r for r in controls
+                if (r["method"], r["direction"], r["carrier"], r["control"]) == (*key, control)
+                and (r["group"], r["measure"]) == ("new", "divergence")
+            ]  # fmt: skip
+            cells.append(f"{share(of[-1]['lowest'])} to {share(of[-1]['highest'])}" if of else NOTHING)
+        sham = f"{key[0]} of base -> sham"
+        for kind in ("components", sham, "mean difference"):
+            of = [r for r in its if r["kind"] == kind]
+            cells.append(share(of[-1]["recovered"]) if of else NOTHING)
+        lines.append([key[0], key[1], f"{key[2]} layers", *cells])
     return markdown(
-        ["method", "direction", "above", "set", "latents", "measure", "value", "recovered", "95%", "added norm"], lines
-    )
-
-
-def causal_controls(folder: Path) -> str:
-    lines = []
-    for row in read_csv(folder / "causal_controls.csv"):
-        if row["group"] == "new" and row["measure"] == "divergence":
-            place = [row["direction"], f"{row['carrier']} layers", row["n_latents"], row["control"], row["n_sets"]]
-            figures = [share(row[name]) for name in ("ranked", "mean", "lowest", "highest")]
-            lines.append([row["method"], *place, *figures, number(row["p"], 3)])
-    return markdown(
-        ["method", "direction", "above", "latents", "control", "sets", "ranked", "mean", "lowest", "highest", "p"],
+        [
+            "method", "direction", "above", *(f"{n} latent{'s' * (n > 1)}" for n in sizes), "random sets", "random directions",
+            "PCA", "the sham's latents", "mean difference",
+        ],
         lines,
-    )
+    )  # fmt: skip
+
+
+def replies(folder: Path) -> str:
+    """A row a set: accuracy of replies that the patched base writes, and programs right token by token."""
+    rows = [r for r in read_csv(folder / "causal.csv") if r["group"] == "new" and r["direction"] == "sufficiency"]
+    found = {(r["method"], r["kind"], r["n_latents"], r["carrier"], r["measure"]): r for r in rows}
+    lines = []
+    for method, kind, n in dict.fromkeys((r["method"], r["kind"], r["n_latents"]) for r in rows):
+        cells = []
+        for measure in ("accuracy", "exact"):
+            its = [found.get((method, kind, n, carrier, measure)) for carrier in ("own", "other")]
+            cells += [f"{share(r['value'])}" if r else NOTHING for r in its]
+        lines.append([method, "whole site" if kind == "ceiling" else kind, count(n), *cells])
+    return markdown(
+        [
+            "method", "what is put in", "latents", "answers right, own layers above", "fine-tuned layers above",
+            "programs exact, own layers above", "fine-tuned layers above",
+        ],
+        lines,
+    )  # fmt: skip
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy,
-    "accuracy-by-family": accuracy_by_family,
-    "ceilings": ceilings,
     "glance": glance,
-    "glance-program": glance_program,
-    "quality": quality,
-    "tokens": tokens,
-    "matrix": matrix,
-    "probes": probes,
+    "marks": marks,
     "causal": causal,
-    "causal-controls": causal_controls,
+    "replies": replies,
 }

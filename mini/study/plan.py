@@ -29,6 +29,8 @@ MINUTES = {"study": 55, "study-quick": 4}
 """What a study takes where nothing is there yet; see the table above."""
 DATASET, STUDENT = "FinQA-mini", "pocket-mistral"
 
+SHOWN_STRATUM = "program before the operator"
+"""Of the two primary strata the one of the page, the figure and the progress lines; the CSVs have both."""
 SHIPPED_KINDS = "known,new"
 """The kinds of family in FinQA-mini as it is shipped."""
 

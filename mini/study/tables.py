@@ -6,16 +6,14 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finqa.paths import write_atomically
 from mini.families import BY_NAME
-from mini.study.plan import FINE_TUNED, OTHER
-
-if TYPE_CHECKING:
-    from mini.study.plan import Pair
 
 Row = dict[str, Any]
+KINDS = ("new", "other", "known")
+"""Of family."""
 DIGITS = 6
 """Significant, of a number in a CSV."""
 
@@ -116,16 +114,13 @@ def _figures(answer: Row, stratum: Row) -> dict[str, float | None]:
     }
 
 
-def matrix_rows(answers: Sequence[Row], pairs: Sequence[Pair]) -> list[Row]:
+def matrix_rows(answers: Sequence[Row]) -> list[Row]:
     """A row a family, pair, method and primary stratum: how many latents are specific to it, and the best one's AUROC.
 
-    Of the pairs whose fine-tunes add something to the base; means over seeds.
+    Means over seeds. Pairs that add nothing are there too: what is specific to a family in them is no finding.
     """
-    names = {pair.name for pair in pairs if pair.added and pair.fine_tuned in (FINE_TUNED, OTHER)}
     sums: dict[tuple[str, ...], list[tuple[int, float | None]]] = {}
     for answer in answers:
-        if answer["pair"] not in names:
-            continue
         for stratum in answer["strata"]:
             counts: dict[str, int] | None = answer["specific_by_family"].get(stratum["stratum"])
             if counts is None:
@@ -149,6 +144,25 @@ def matrix_rows(answers: Sequence[Row], pairs: Sequence[Pair]) -> list[Row]:
                 "seeds": len(values),
             }
         )
+    return rows
+
+
+def kind_rows(answers: Sequence[Row]) -> list[Row]:
+    """A row a pair, site, method and primary stratum: latents specific to the families of each kind, whichever of them
+    the pair adds; the mean over seeds, lowest and highest."""
+    groups: dict[tuple[str, ...], list[dict[str, int]]] = {}
+    for answer in answers:
+        for stratum, counts in answer["specific_by_family"].items():
+            by_kind = dict.fromkeys(KINDS, 0)
+            for family, n in counts.items():
+                by_kind[BY_NAME[family].kind] += n
+            groups.setdefault((stratum, answer["pair"], answer["site"], answer["method"]), []).append(by_kind)
+    rows = []
+    for key, members in groups.items():
+        row: Row = dict(zip(("stratum", "pair", "site", "method"), key, strict=True)) | {"seeds": len(members)}
+        for kind in KINDS:
+            row |= _over_seeds(kind, [member[kind] for member in members])
+        rows.append(row)
     return rows
 
 

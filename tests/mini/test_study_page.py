@@ -73,8 +73,6 @@ ANSWERS = [
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Every CSV of a study, with made-up figures."""
-    from mini.study.plan import FULL
-
     kinds = [("new", 0.0, 0.985), ("known", 0.998, 0.948)]
     models = [
         {"model": m, "kind": kind, "family": family, "n": 400, "accuracy": share[i]}
@@ -101,7 +99,8 @@ def folder(tmp_path: Path) -> Path:
         "dictionaries": [which | quality | {"dead_on_held_out": 0.031, "steps": 1000}],
         "known_answer": tables.answer_rows(ANSWERS),
         "glance": tables.glance_rows(ANSWERS),
-        "matrix": tables.matrix_rows(ANSWERS, FULL.pairs),
+        "kinds": tables.kind_rows(ANSWERS),
+        "matrix": tables.matrix_rows(ANSWERS),
         "tokens": tables.token_rows(ANSWERS),
         "probes": tables.probe_rows(ANSWERS),
         "causal": [which | patch],
@@ -139,13 +138,13 @@ def test_every_table_of_the_page_is_filled_and_every_number_in_it_is_in_a_csv(fo
     filled = page.fill(PAGE.read_text(), folder)
     assert page.NOT_RUN not in filled
     numbers, values = shown_numbers(filled), values_of(folder)
-    assert {"98%", "0.44", "47", "1234.5", "44%", "0.967"} <= numbers
+    assert {"98%", "0.44", "47", "44%", "0.81"} <= numbers
     assert not [number for number in numbers if not is_in(number, values)]
 
 
 def test_a_number_that_is_in_no_csv_is_noticed(folder: Path):
-    filled = page.fill(PAGE.read_text(), folder).replace("1234.5", "1235.5")
-    assert [n for n in shown_numbers(filled) if not is_in(n, values_of(folder))] == ["1235.5"]
+    filled = page.fill(PAGE.read_text(), folder).replace("47", "46.9")
+    assert [n for n in shown_numbers(filled) if not is_in(n, values_of(folder))] == ["46.9"]
 
 
 def test_the_committed_page_has_the_committed_figures_and_no_others():
@@ -153,6 +152,13 @@ def test_the_committed_page_has_the_committed_figures_and_no_others():
     assert page.fill(text, COMMITTED) == text
     values = values_of(COMMITTED)
     assert not [number for number in shown_numbers(text) if not is_in(number, values)]
+
+
+def test_what_the_page_says_in_words_is_in_the_committed_figures():
+    section = PAGE.read_text().partition("## What holds")[2].partition("## Threats")[0]
+    numbers, values = set(NUMBER.findall(section)), values_of(COMMITTED)
+    assert len(numbers) > 20
+    assert not [number for number in numbers if not is_in(number, values)]
 
 
 def test_filling_again_changes_nothing_and_other_text_stays(folder: Path):
@@ -185,13 +191,20 @@ def test_the_glance_is_of_the_strata_that_were_counted():
     assert {row["stratum"] for row in tables.glance_rows(ANSWERS)} == set(PRIMARY)
 
 
-def test_the_matrix_holds_the_fine_tunes_that_add_families_and_those_alone():
-    from mini.study.plan import FULL
+def test_the_matrix_has_every_pair_and_family():
+    rows = tables.matrix_rows(ANSWERS)
+    assert {row["pair"] for row in rows} == {"base -> fine-tuned", "base -> sham"}
+    of_pair = [row for row in rows if row["pair"] == "base -> fine-tuned" and row["stratum"] == PRIMARY[0]]
+    assert {row["method"]: row["specific"] for row in of_pair if row["family"] == "ratio"} == {
+        "plain": 4.5, "difference SAE": 47
+    }  # fmt: skip
 
-    rows = tables.matrix_rows(ANSWERS, FULL.pairs)
-    assert {row["pair"] for row in rows} == {"base -> fine-tuned"}
-    ratio = {row["method"]: row["specific"] for row in rows if row["family"] == "ratio"}
-    assert ratio == {"plain": 4.5, "difference SAE": 47}
+
+def test_kinds_are_counted_in_pairs_that_add_nothing_too():
+    sham = {**answer("base -> sham", "plain", 0, 0, None, families=())}
+    sham["specific_by_family"] = {stratum: {"ratio": 2, "change": 5} for stratum in PRIMARY}
+    [row] = [row for row in tables.kind_rows([sham]) if row["stratum"] == PRIMARY[1]]
+    assert [row[kind] for kind in ("new", "other", "known")] == [2, 0, 5]
 
 
 def test_a_csv_comes_back_as_it_was_with_empty_cells_for_what_there_is_not(tmp_path: Path):
@@ -206,5 +219,8 @@ def test_figures_are_drawn_from_the_csvs(folder: Path):
     from mini.study import figures
 
     figures.draw_ceilings(read_csv(folder / "ceilings.csv"), folder / "ceilings.png")
-    figures.draw_glance(read_csv(folder / "glance.csv"), folder / "glance.png", "last prompt token")
-    assert all((folder / name).stat().st_size > 10_000 for name in ("ceilings.png", "glance.png"))
+    figures.draw_glance(read_csv(folder / "kinds.csv"), folder / "glance.png", "last prompt token")
+    figures.draw_recovered(
+        read_csv(folder / "causal.csv"), read_csv(folder / "causal_controls.csv"), folder / "causal.png"
+    )
+    assert all((folder / f"{name}.png").stat().st_size > 10_000 for name in ("ceilings", "glance", "causal"))

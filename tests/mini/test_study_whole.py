@@ -18,7 +18,8 @@ from mini.study.tables import read_csv
 PAGE = REPOSITORY / "docs" / "study.md"
 STUDY = [sys.executable, "-m", "mini.study", "--quick"]
 TABLES = (
-    "models", "ceilings", "dictionaries", "known_answer", "glance", "matrix", "tokens", "probes", "causal",
+    "models", "ceilings", "dictionaries", "known_answer", "glance", "kinds", "matrix", "tokens", "probes",
+    "causal",
     "causal_controls",
 )  # fmt: skip
 
