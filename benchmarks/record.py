@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from finqa.manifest import device, git_revision, package_versions, write_json
+from finqa.manifest import command_words, device, git_revision, package_versions, write_json
 from finqa.paths import REPOSITORY, write_atomically
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -77,9 +77,8 @@ def cpu_model() -> str:
 
 
 def command_line() -> str:
-    """The command that runs now, as it is typed in the project's folder; the interpreter is `python`."""
-    words = [word.replace(f"{REPOSITORY}{os.sep}", "") for word in sys.orig_argv[1:]]
-    return shlex.join(["python", *words])
+    """manifest.command_words in one line, as it is typed."""
+    return shlex.join(command_words())
 
 
 def summary(values: Sequence[float]) -> dict[str, float | int]:

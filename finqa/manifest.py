@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def write_manifest(path: Path, config: Any, **facts: Any) -> None:
     manifest = {
         "config": _as_json(config),
         **facts,
-        "command": sys.argv,
+        "command": command_words(),
         "git": git_revision(),
         "versions": package_versions(),
         "device": device(),
@@ -51,6 +52,11 @@ def write_manifest(path: Path, config: Any, **facts: Any) -> None:
         "platform": platform.platform(),
     }
     write_json(path, manifest)
+
+
+def command_words() -> list[str]:
+    """The command that runs now, as it is typed in the project's folder; the interpreter is `python`."""
+    return ["python", *(word.replace(f"{REPOSITORY}{os.sep}", "") for word in sys.orig_argv[1:])]
 
 
 def write_json(path: Path, value: Any) -> None:

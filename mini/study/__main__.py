@@ -10,8 +10,8 @@ same documents; every method is trained, asked for the families that were added,
 
 Works in D/study/ and R/study/ (study-quick/ in a rehearsal), a log a command in R/study/logs/. Writes to the output
 folder models.csv, ceilings.csv, dictionaries.csv, known_answer.csv, glance.csv, kinds.csv, matrix.csv, tokens.csv,
-probes.csv, causal.csv, causal_controls.csv, ceilings.png, glance.png, causal.png, run.json; and fills the tables of docs/study.md where the
-output folder is the default one, else of study.md, a copy of it, in the output folder.
+probes.csv, causal.csv, causal_controls.csv, ceilings.png, glance.png, causal.png, run.json; and fills the tables of
+docs/study.md where the output folder is the default one, else of study.md, a copy of it, in the output folder.
 
 A killed study goes on when it is started again: a model, an activation set, a dictionary, a measure that is there is
 not made again. A fine-tune that `make demo` left in D is taken as it is where its rows and settings are the same.
@@ -118,9 +118,7 @@ def write(
         for name, its in rows.items():
             tables.write_csv(work.output / f"{name}.csv", its)
         figures.draw_ceilings(tables.read_csv(work.output / "ceilings.csv"), work.output / "ceilings.png")
-        figures.draw_glance(
-            tables.read_csv(work.output / "kinds.csv"), work.output / "glance.png", SHOWN_STRATUM
-        )
+        figures.draw_glance(tables.read_csv(work.output / "kinds.csv"), work.output / "glance.png", SHOWN_STRATUM)
         figures.draw_recovered(patches, controls, work.output / "causal.png")
         write_manifest(work.output / "run.json", {"plan": work.plan}, site=list(target), why=why)
         filled = page.fill(PAGE.read_text(), work.output)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 KNOWN_ANSWER_FILE = "known_answer.json"
 BASELINES = ("PCA of the difference", "mean difference", "norm of the difference")
+HELD_OUT_FRACTION, SPLIT_SEED = 0.1, 0
+"""As the dictionaries are trained (config.TrainingConfig's defaults)."""
 
 
 @dataclass(frozen=True)

@@ -139,8 +139,8 @@ def causal(folder: Path) -> str:
         lines.append([key[0], key[1], f"{key[2]} layers", *cells])
     return markdown(
         [
-            "method", "direction", "above", *(f"{n} latent{'s' * (n > 1)}" for n in sizes), "random sets", "random directions",
-            "PCA", "the sham's latents", "mean difference",
+            "method", "direction", "above", *(f"{n} latent{'s' * (n > 1)}" for n in sizes), "random sets",
+            "random directions", "PCA", "the sham's latents", "mean difference",
         ],
         lines,
     )  # fmt: skip
