@@ -4,6 +4,7 @@
     python analyse.py FinQA-mini pocket-mistral
     python analyse.py FinQA-mini pocket-mistral --method difference-sae
     python analyse.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> --name wide --examples-for 4096
+    python analyse.py FinQA mistralai/Mistral-7B-Instruct-v0.3 --causal 64
 
 Takes the names and flags of train.py, and these. Reads the crosscoder and its activation set, each from its local
 folder, else from the Hub, and the base model's tokenizer and unembedding.
@@ -18,6 +19,9 @@ Writes into crosscoder-model-diff/results/<crosscoder's name>/
     explained_variance.csv           on all held-out tokens, and by kind of token
     stability.csv                    with --second-seed: latents matched one to one, by class, beside what chance gives
     splicing.csv                     with --splice: loss recovered when reconstructions take the activations' place
+    causal.csv and its figure        with --causal: share of the gap between the models that sets of latents recover,
+                                     put into the one or taken out of the other, beside controls; goes on where it
+                                     was killed
     analysis.json                    every number that the figures show, with what it was counted over
     dashboard.html                   every latent, to be looked up; no server and no network needed
     analysis.run.json                the run manifest
@@ -35,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 from crosscoder.dashboard.records import DashboardConfig
 from crosscoder.names import choice_from_args
 from crosscoder.reading.opening import ReadingConfig, add_reading_flags, open_reading_of
-from finqa.errors import report_errors
+from finqa.errors import UserError, report_errors
 from finqa.manifest import write_manifest
 from finqa.paths import Folders
 
@@ -76,6 +80,15 @@ def parse_args() -> argparse.Namespace:
         help="checkpoint of another dictionary of the same activations, to see which latents it finds too",
     )
     add("--splice", action="store_true", help="load both models, and measure what their loss is with reconstructions")
+    add(
+        "--causal",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="N",
+        help="load both models, and patch sets of latents into them on N held-out documents (default: all); latents "
+        "are chosen on as many training documents",
+    )
     return parser.parse_args()
 
 
@@ -109,6 +122,8 @@ def main() -> None:
 
 def configs(args: argparse.Namespace) -> tuple[ReadingConfig, DashboardConfig | None]:
     """What the flags ask for, checked before anything is read."""
+    if args.causal is not None and args.causal < 0:
+        raise UserError(f"--causal {args.causal}: a number of documents, or nothing for all")
     dashboard = None if args.no_dashboard else DashboardConfig(n_with_examples=args.examples_for)
     return ReadingConfig(n_most_changed=args.most_changed, min_frequency=args.min_frequency), dashboard
 
@@ -116,16 +131,22 @@ def configs(args: argparse.Namespace) -> tuple[ReadingConfig, DashboardConfig | 
 def extra_tables(
     args: argparse.Namespace, found: Findings, second: BatchTopKCrosscoder | None
 ) -> dict[str, list[dict[str, Any]] | None]:
-    """Make and write the tables of --second-seed and --splice; None under those that were not asked for."""
-    from crosscoder.reading.extra_readings import load_pair, splice, stability_table
-    from crosscoder.reading.results import write_extra_table
+    """Make and write the tables of --second-seed, --splice and --causal; None under those that were not asked for."""
+    from crosscoder.reading.extra_readings import causal_rows, cause, load_pair, splice, stability_table
+    from crosscoder.reading.results import write_causal_figure, write_extra_table
 
-    tables: dict[str, list[dict[str, Any]] | None] = {"stability": None, "splicing": None}
+    tables: dict[str, list[dict[str, Any]] | None] = {"stability": None, "splicing": None, "causal": None}
     if second is not None:
         tables["stability"] = stability_table(found, second)
-    if args.splice:
+    report = None
+    if args.splice or args.causal is not None:
         pair = load_pair(found.reading, choice_from_args(args), Folders.from_args(args))
-        tables["splicing"] = splice(found.reading, pair)
+        if args.splice:
+            tables["splicing"] = splice(found.reading, pair)
+        if args.causal is not None:
+            report = cause(found, pair, args.causal or None)
+            tables["causal"] = causal_rows(report)
+    write_causal_figure(report, found.reading.results)
     for name, rows in tables.items():
         write_extra_table(name, rows, found.reading.results)
     return tables

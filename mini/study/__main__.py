@@ -1,6 +1,6 @@
 """Does a diff of two models find what fine-tuning added? Everything of docs/study.md, on FinQA-mini; `make study`.
 
-    python -m mini.study                 all pairs, methods, seeds and controls: within an hour on two cores
+    python -m mini.study                 all pairs, methods, seeds and controls: about an hour on two cores
     python -m mini.study --quick         a rehearsal of a few minutes: fine-tunes that have learnt nothing, two methods
     python -m mini.study --data-dir D --results-dir R --output docs/reference/study
 
@@ -14,7 +14,8 @@ probes.csv, causal.csv, causal_controls.csv, ceilings.png, glance.png, causal.pn
 docs/study.md where the output folder is the default one, else of study.md, a copy of it, in the output folder.
 
 A killed study goes on when it is started again: a model, an activation set, a dictionary, a measure that is there is
-not made again. A fine-tune that `make demo` left in D is taken as it is where its rows and settings are the same.
+not made again (after a change of plan.py delete D/study and R/study). A fine-tune that `make demo` left in D is taken
+as it is where its rows and settings are the same.
 """
 
 from __future__ import annotations
@@ -74,9 +75,8 @@ def study(work: Work) -> None:
     target, why = ceilings.choose_site(found)
     print(f"layer and site: {why}", flush=True)
     trained = dictionaries.dictionaries(work.plan, target)
-    for pair in work.plan.pairs:
-        for site in dictionaries.targets_of(work.plan, pair, target):
-            pairs.collect(work, pair, site)
+    sites = [(pair, dictionaries.targets_of(work.plan, pair, target)) for pair in work.plan.pairs]
+    pairs.collect_all(work, [pairs.Recording(pair, site) for pair, its in sites for site in its])
     measures.predict_all(work)
     dictionaries.train_all(work, trained)
     asked = measures.subjects(work, trained, target)

@@ -18,7 +18,7 @@ from mini.study.dictionaries import Dictionary, load, targets_of
 from mini.study.models import adapter, student_of
 from mini.study.pairs import activations, site_name
 from mini.study.plan import BASE, SHAM, SHOWN_STRATUM, STUDENT, Model, Pair
-from mini.study.work import Work, in_parallel, read_json, step
+from mini.study.work import Work, in_parallel, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -65,15 +65,36 @@ def subjects(work: Work, trained: Sequence[Dictionary], target: Target) -> list[
     return found
 
 
+@dataclass(frozen=True)
+class Group:
+    """All that is asked of one pair at one site, by one process: opening the pair takes longer than an answer."""
+
+    name: str
+    asked: tuple[Asked, ...]
+
+
 def answer_all(work: Work, asked: Sequence[Asked]) -> None:
-    missing = [one for one in asked if not (work.measure(one.name) / KNOWN_ANSWER_FILE).exists()]
-    in_parallel(work, "known answer", answer_one, missing, _shown)
+    groups: dict[str, list[Asked]] = {}
+    for one in asked:
+        if not (work.measure(one.name) / KNOWN_ANSWER_FILE).exists():
+            groups.setdefault(f"{one.pair.name}, {site_name(one.target)}", []).append(one)
+    largest_first = sorted(groups.items(), key=lambda group: -len(group[1]))
+    in_parallel(work, "known answer", answer_group, [Group(n, tuple(g)) for n, g in largest_first], _shown)
+
+
+def answer_group(work: Work, group: Group) -> dict[str, Any]:
+    started = time.perf_counter()
+    found = {one: answer_one(work, one) for one in group.asked}
+    best: dict[str, int] = {}
+    for one, answer in found.items():
+        [of] = [of for of in answer["strata"] if of["stratum"] == SHOWN_STRATUM]
+        best.setdefault(one.method, of["specific_to_added"])  # of the first seed
+    return {"best": best, "seconds": time.perf_counter() - started}
 
 
 def _shown(found: dict[str, Any]) -> str:
-    by_stratum = {of["stratum"]: of for of in found["strata"]}
-    of = by_stratum[SHOWN_STRATUM]
-    return f"specific to added families {of['specific_to_added']}, to others {of['specific_to_known']}"
+    counts = ", ".join(f"{method} {n}" for method, n in found["best"].items() if n)
+    return f"specific to added families: {counts or 'none'}"
 
 
 @dataclass(frozen=True)
@@ -126,19 +147,18 @@ def all_documents(work: Work) -> list[Document]:
 
 def predict_all(work: Work) -> None:
     """Every model's best next tokens on all documents, once."""
-    for model in work.plan.models:
-        if not _predictions_file(work, model).exists():
-            with step(f"next tokens: {model.name}") as say:
-                say(f"{_predict(work, model):.1%} of the programs' tokens right")
+    missing = [model for model in work.plan.models if not _predictions_file(work, model).exists()]
+    in_parallel(work, "next tokens", _predict, missing, lambda found: f"{found['right']:.1%} of the programs' right")
 
 
-def _predict(work: Work, model: Model) -> float:
+def _predict(work: Work, model: Model) -> dict[str, float]:
     import torch
     from safetensors.torch import save
 
     from crosscoder.study.token_truth import predictions
     from finqa.paths import write_atomically
 
+    started = time.perf_counter()
     documents = all_documents(work)
     loaded: Any = students.load_base(STUDENT, torch.float32)
     if model.run_name is not None:
@@ -150,7 +170,7 @@ def _predict(work: Work, model: Model) -> float:
         true = torch.tensor(document.ids[document.n_prompt :])
         right += int((ids[document.n_prompt - 1 : -1] == true).sum())
         total += len(true)
-    return right / total
+    return {"right": right / total, "seconds": time.perf_counter() - started}
 
 
 def predicted(work: Work, model: Model) -> list[torch.Tensor]:

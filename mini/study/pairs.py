@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from crosscoder.activations.readers import Target
 from crosscoder.names import ActivationChoice
 from mini.study.models import student_of
 from mini.study.plan import DATASET, STUDENT, Model, Pair
-from mini.study.work import CROSSCODER_FOLDER, Work, last_line, run, step
+from mini.study.work import CROSSCODER_FOLDER, Work, in_parallel, last_line, run
 
 
 def choice_of(work: Work, pair: Pair, target: Target) -> ActivationChoice:
@@ -29,19 +33,34 @@ def activations(work: Work, pair: Pair, target: Target) -> Path:
     return work.folders.activations(choice_of(work, pair, target).name)
 
 
-def collect(work: Work, pair: Pair, target: Target) -> None:
-    """Record a pair's activations, where they are not there."""
+@dataclass(frozen=True)
+class Recording:
+    """A pair at a site."""
+
+    pair: Pair
+    target: Target
+
+    @property
+    def name(self) -> str:
+        return f"{self.pair.name}, {site_name(self.target)}"
+
+
+def collect_all(work: Work, wanted: Sequence[Recording]) -> None:
+    """Record the activations that are not there."""
+    missing = [one for one in wanted if not (activations(work, one.pair, one.target) / "config.json").exists()]
+    in_parallel(work, "activations", collect, missing, lambda found: found["shown"])
+
+
+def collect(work: Work, one: Recording) -> dict[str, Any]:
+    started, pair, target = time.perf_counter(), one.pair, one.target
     choice = choice_of(work, pair, target)
-    if (activations(work, pair, target) / "config.json").exists():
-        return
-    with step(f"activations: {pair.name}, {site_name(target)}") as say:
-        words = [f"collect_activations.py {DATASET} {STUDENT} --num-samples {choice.num_samples} --no-push"]
-        words += [f"--layer {target.layer} --site {target.site}", *_run_name(pair.fine_tuned)]
-        words += [f"--against '{choice.against}'"] if choice.against is not None else []
-        words += ["--allow-identical"] if pair.identical else []
-        words.append(f"--data-dir {shlex.quote(str(work.folders.data))}")
-        log = run(work, f"activations {pair.name}", " ".join(words), CROSSCODER_FOLDER)
-        say(last_line(log).partition(", scales")[0])
+    words = [f"collect_activations.py {DATASET} {STUDENT} --num-samples {choice.num_samples} --no-push"]
+    words += [f"--layer {target.layer} --site {target.site}", *_run_name(pair.fine_tuned)]
+    words += [f"--against '{choice.against}'"] if choice.against is not None else []
+    words += ["--allow-identical"] if pair.identical else []
+    words.append(f"--data-dir {shlex.quote(str(work.folders.data))}")
+    log = run(work, f"activations {one.name}", " ".join(words), CROSSCODER_FOLDER)
+    return {"shown": last_line(log).partition(", scales")[0], "seconds": time.perf_counter() - started}
 
 
 def _run_name(model: Model) -> list[str]:

@@ -1,17 +1,19 @@
 """What the study trains and measures, and the time it takes.
 
-The hour, on two quiet cores. What `make demo` recorded there (run.json of each stage, one run, two threads):
+Measured on two cores of a machine that did a little else, torch 2.13, in one study that was killed once: 71 minutes,
 
-    a fine-tune of 5,000 questions             190 to 200 s
-    800 replies by vLLM                        13 to 15 s, and the engine's start
-    activations of 800 documents               20 s, and the imports
-    a dictionary of 1,024 latents, 2,123 steps 52 s
+    four fine-tunes of 5,000 questions          15 min
+    five evaluations on 1,100 questions          4
+    ceilings of 15 sites                         2
+    eight activation sets, next tokens           9
+    57 dictionaries, two at a time              13
+    known answer: 81 subjects                   12
+    patches: two of 300 questions, two of 64    16
 
-From these, not measured as a whole: four fine-tunes 13 minutes (seven where `make demo` left two), five evaluations 3,
-ceilings 2, seven pairs 4, 57 dictionaries of 1,000 steps, two at a time on a thread each, 20, and what is left for the
-measures. So dictionaries take 1,000 steps in place of the library's default, all methods alike, and only the pairs
-whose seeds are compared have three of them. What that costs, the plain crosscoder on the demo's set (MLP output of
-layer 3, 800 documents, seed 0), explained variance on held-out documents:
+before the activation sets and next tokens were made two at a time and a pair's subjects asked by one process.
+Dictionaries take 1,000 steps in place of the library's default, all methods alike, and only the pairs whose seeds are
+compared have three of them. What that costs, the plain crosscoder on the demo's set (MLP output of layer 3, 800
+documents, seed 0), explained variance on held-out documents:
 
     steps          passes   both models   difference   L0     processor time
     2,123          3        0.966         0.629        24.8   52 s, two threads, recorded by the demo
@@ -25,7 +27,7 @@ from typing import Any, Literal
 
 from finqa.tuning.training_rows import Families
 
-MINUTES = {"study": 55, "study-quick": 4}
+MINUTES = {"study": 70, "study-quick": 4}
 """What a study takes where nothing is there yet; see the table above."""
 DATASET, STUDENT = "FinQA-mini", "pocket-mistral"
 

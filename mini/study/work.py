@@ -119,7 +119,8 @@ def in_parallel(
         try:
             for done in as_completed(running):
                 found = done.result()
-                print(f"{what}: {running[done].name:<60} {found['seconds']:6.0f} s  {figure(found)}", flush=True)
+                line = f"{what}: {running[done].name}"
+                print(f"{line:<44}{found['seconds']:6.0f} s  {figure(found)}", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -136,6 +137,7 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that this process runs
 
 
 def last_line(log: Path) -> str:

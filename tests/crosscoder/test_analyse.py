@@ -330,6 +330,31 @@ def test_splicing_a_difference_sae_is_in_the_fine_tuned_model_alone(with_adapter
     assert [row["set"] for row in table(folder / "stability.csv")] == ["all"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["batchtopk", "difference-sae"])
+def test_sets_of_latents_are_patched_into_the_models(with_adapter, method, tmp_path: Path, capsys):
+    made = with_adapter
+    words = [*made.words(method), "--results-dir", tmp_path, "--no-dashboard"]
+    assert run_here(*words, "--causal", 1) == 0
+    folder = tmp_path / made.name(method)
+    rows = table(folder / "causal.csv")
+    assert {"none", "ceiling", "ranked", "random sets", "random directions"} <= {row["kind"] for row in rows}
+    whole = [row for row in rows if row["kind"] == "ceiling" and row["measure"] == "divergence"]
+    assert {(row["direction"], row["carrier"]) for row in whole} == {
+        (direction, carrier) for direction in ("sufficiency", "necessity") for carrier in ("own", "other")
+    }
+    assert all(float(row["recovered"]) == pytest.approx(1) for row in whole if row["recovered"])
+    assert (folder / "causal.png").stat().st_size > 10_000
+    report = json.loads((folder / "causal" / "causal.json").read_text())
+    assert (report["n_questions"], report["n_choosing"]) == (1, 1)
+    capsys.readouterr()
+    assert run_here(*words) == 0
+    assert not (folder / "causal.csv").exists()
+    assert not (folder / "causal.png").exists()
+    assert run_here(*words, "--causal", -3) == 1
+    assert "--causal -3" in capsys.readouterr().err
+
+
 def test_a_table_that_is_not_asked_for_any_more_is_not_left_there(tmp_path: Path):
     write_extra_table("splicing", [{"model": "instruct", "clean": 1.5}], tmp_path)
     assert table(tmp_path / "splicing.csv") == [{"model": "instruct", "clean": "1.5"}]

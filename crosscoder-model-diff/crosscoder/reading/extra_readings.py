@@ -83,6 +83,45 @@ def splice(reading: Reading, pair: Pair) -> list[dict[str, Any]]:
     return splice_rows(loss_recovered(splice_losses(reading.model, pair, texts, target_of(store), means)))
 
 
+def cause(found: Findings, pair: Pair, n_documents: int | None = None) -> dict[str, Any]:
+    """study.causal_report on the first so many held-out documents (None: all), its files in the results' causal/.
+
+    Latents are ranked by their estimated effect on as many training documents. What is patched is teacher-forced: the
+    set has no labels, so no replies are written.
+    """
+    from crosscoder.study.causal_report import Asked, causal_report
+
+    reading, two = found.reading, found.two_models
+    store, split = reading.store, reading.split
+    bos_id: Any = reading.tokenizer.bos_token_id
+    held_out = store.document[split.held_out].unique().tolist()[:n_documents]
+    choosing = store.document[split.train].unique().tolist()[: len(held_out)]
+    asked, choose_on = (
+        [text.document for text in stored_texts(store, numbers, bos_id)] for numbers in (held_out, choosing)
+    )
+    print(f"patching sets of latents on {len(asked)} held-out documents", flush=True)
+    return causal_report(
+        reading.model,
+        pair,
+        [Asked(document) for document in asked],
+        choose_on,
+        target_of(store),
+        reading.results / "causal",
+        scaling=two.scaling if two else None,
+        say=lambda line: print(line, flush=True),
+    )
+
+
+def causal_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a causal report, the interval of the recovered share as two columns."""
+    rows = []
+    for row in report["rows"]:
+        low, high = row["interval"] or (None, None)
+        kept = {name: value for name, value in row.items() if name not in ("interval", "gap_interval")}
+        rows.append(kept | {"recovered_low": low, "recovered_high": high})
+    return rows
+
+
 def load_pair(reading: Reading, choice: ActivationChoice, folders: Folders) -> Pair:
     """Both models that the activations are of, in the precision that they were recorded in.
 

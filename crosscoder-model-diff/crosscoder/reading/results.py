@@ -91,6 +91,17 @@ def write_extra_table(name: str, rows: Sequence[Mapping[str, Any]] | None, folde
         _write_csv(path, rows)
 
 
+def write_causal_figure(report: Mapping[str, Any] | None, folder: Path) -> None:
+    """causal.png and .svg of a causal report; without one those of an earlier run are deleted."""
+    if report is None:
+        for kind in ("png", "svg"):
+            (folder / f"causal.{kind}").unlink(missing_ok=True)
+        return
+    from crosscoder.study.causal_figures import recovered_figure
+
+    figures.save_figure(recovered_figure(report), folder / "causal")
+
+
 def class_rows(found: Findings) -> list[dict[str, Any]]:
     """A row a class: how many latents it has that are active on some token, and what latent scaling says of them."""
     two, kinds = found.two_models, found.classes
