@@ -12,12 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shlex
-import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -25,18 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from finqa.datasets import dataset
-from finqa.errors import UserError, report_errors
+from finqa.errors import report_errors
 from finqa.paths import REPOSITORY, Folders
 from finqa.records import read_teacher_rows
 from finqa.student_settings import settings_for
 from finqa.students import StudentRun
+from mini import commands
+from mini.commands import CROSSCODER_FOLDER, run_into
 
 DATASET, STUDENT = "FinQA-mini", "pocket-mistral"
 FOLDERS = Folders()
 LOGS = FOLDERS.results / "demo"
-CROSSCODER_FOLDER = REPOSITORY / "crosscoder-model-diff"
 CROSSCODER_RESULTS = CROSSCODER_FOLDER / "results" / f"{STUDENT}_1k_samples_batchtopk"
-LOG_LINES_SHOWN = 15
 
 
 @dataclass(frozen=True)
@@ -73,28 +69,7 @@ def stages() -> list[Stage]:
 
 def run_stage(stage: Stage) -> float:
     """Run a stage's command, its output in its log; returns the seconds it took. Raises UserError where it fails."""
-    log = LOGS / f"{stage.name}.log"
-    environment = os.environ | {
-        "WANDB_MODE": "offline",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
-    started = time.perf_counter()
-    with log.open("w") as output:
-        done = subprocess.run(
-            [sys.executable, *shlex.split(stage.command)],
-            cwd=stage.folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-    if done.returncode:
-        with log.open() as lines:
-            end = "".join(deque(lines, LOG_LINES_SHOWN))
-        raise UserError(f"stage {stage.name} failed (exit code {done.returncode}); the end of {log}:\n{end}")
-    return time.perf_counter() - started
+    return run_into(LOGS / f"{stage.name}.log", f"stage {stage.name}", stage.command, stage.folder)
 
 
 def questions() -> str:
@@ -173,13 +148,7 @@ def where() -> str:
 
 
 def last_line(stage: str) -> Callable[[], str]:
-    """The last line of the stage's log."""
-
-    def read() -> str:
-        lines = [line for line in (LOGS / f"{stage}.log").read_text().splitlines() if line.strip()]
-        return lines[-1] if lines else ""
-
-    return read
+    return lambda: commands.last_line(LOGS / f"{stage}.log")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from typing import Any
 
 from crosscoder.activations.readers import Target
 from crosscoder.names import ActivationChoice
+from mini.commands import CROSSCODER_FOLDER, last_line
 from mini.study.models import student_of
 from mini.study.plan import DATASET, STUDENT, Model, Pair
-from mini.study.work import CROSSCODER_FOLDER, Work, in_parallel, last_line, run
+from mini.study.work import Work, in_parallel, run
 
 
 def choice_of(work: Work, pair: Pair, target: Target) -> ActivationChoice:

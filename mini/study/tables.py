@@ -153,7 +153,7 @@ def kind_rows(answers: Sequence[Row]) -> list[Row]:
     groups: dict[tuple[str, ...], list[dict[str, int]]] = {}
     for answer in answers:
         for stratum, counts in answer["specific_by_family"].items():
-            by_kind = dict.fromkeys(KINDS, 0)
+            by_kind: dict[str, int] = dict.fromkeys(KINDS, 0)
             for family, n in counts.items():
                 by_kind[BY_NAME[family].kind] += n
             groups.setdefault((stratum, answer["pair"], answer["site"], answer["method"]), []).append(by_kind)

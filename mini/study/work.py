@@ -10,10 +10,7 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -22,12 +19,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from finqa.errors import UserError
 from finqa.paths import REPOSITORY, Folders
+from mini.commands import run_into
 from mini.study.plan import SHIPPED_KINDS, Plan
-
-CROSSCODER_FOLDER = REPOSITORY / "crosscoder-model-diff"
-LOG_LINES_SHOWN = 15
 
 
 @dataclass(frozen=True)
@@ -81,22 +75,7 @@ def run(work: Work, name: str, command: str, folder: Path = REPOSITORY) -> Path:
     Raises UserError with the end of the log where it fails.
     """
     log = work.log(name)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    with log.open("w") as output:
-        done = subprocess.run(
-            [sys.executable, *shlex.split(command)],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-    if done.returncode:
-        with log.open() as lines:
-            end = "".join(deque(lines, LOG_LINES_SHOWN))
-        raise UserError(f"{name} failed (exit code {done.returncode}); the end of {log}:\n{end}")
+    run_into(log, name, command, folder)
     return log
 
 
@@ -138,11 +117,6 @@ def _one_thread() -> None:
 
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that this process runs
-
-
-def last_line(log: Path) -> str:
-    lines = [line for line in log.read_text().splitlines() if line.strip()]
-    return lines[-1] if lines else ""
 
 
 def folder_flags(folders: Folders) -> str:

@@ -1,0 +1,48 @@
+"""The project's commands as a user types them, each with a log of its own: what the demo and the study are made of."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+from finqa.errors import UserError
+from finqa.paths import REPOSITORY
+
+CROSSCODER_FOLDER = REPOSITORY / "crosscoder-model-diff"
+LOG_LINES_SHOWN = 15
+
+
+def run_into(log: Path, name: str, command: str, folder: Path = REPOSITORY) -> float:
+    """Run a command with this Python, offline, its output in `log`; returns the seconds it took.
+
+    Raises UserError with the end of the log where it fails.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    started = time.perf_counter()
+    with log.open("w") as output:
+        done = subprocess.run(
+            [sys.executable, *shlex.split(command)],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if done.returncode:
+        with log.open() as lines:
+            end = "".join(deque(lines, LOG_LINES_SHOWN))
+        raise UserError(f"{name} failed (exit code {done.returncode}); the end of {log}:\n{end}")
+    return time.perf_counter() - started
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that is not empty."""
+    lines = [line for line in log.read_text().splitlines() if line.strip()]
+    return lines[-1] if lines else ""
