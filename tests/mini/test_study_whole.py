@@ -19,8 +19,7 @@ PAGE = REPOSITORY / "docs" / "study.md"
 STUDY = [sys.executable, "-m", "mini.study", "--quick"]
 TABLES = (
     "models", "ceilings", "dictionaries", "known_answer", "glance", "kinds", "matrix", "tokens", "probes",
-    "causal",
-    "causal_controls",
+    "causal", "causal_controls",
 )  # fmt: skip
 
 
@@ -44,12 +43,13 @@ def test_a_killed_rehearsal_goes_on_and_writes_every_table(tmp_path: Path):
     os.killpg(first.pid, signal.SIGKILL)
     assert first.stdout is not None
     said = first.stdout.read()
-    assert "activations: base -> fine-tuned" in said, said
+    assert "layer and site" in said, said
+    assert "dictionary:" not in said, said
     made = next(sets.glob("*/config.json"))
     before = made.stat().st_mtime_ns
 
     output, _ = started(tmp_path).communicate()
-    assert "10 tables, 2 figures" in output, output
+    assert "11 tables, 3 figures" in output, output
     assert not [line for line in output.splitlines() if line.startswith(("fine-tune:", "ceilings"))], output
     assert made.stat().st_mtime_ns == before
 
@@ -63,7 +63,7 @@ def test_a_killed_rehearsal_goes_on_and_writes_every_table(tmp_path: Path):
     assert {row["method"] for row in identical} >= {"plain", "norm of the difference"}
     assert {(row["tokens: fixed"], row["auroc"]) for row in identical} == {("0", "")}
     assert len(rows["ceilings"]) == 5 * 3 * 2 * 2
-    assert (out / "glance.png").stat().st_size > 10_000
+    assert all((out / f"{name}.png").stat().st_size > 10_000 for name in ("ceilings", "glance", "causal"))
     assert json.loads((out / "run.json").read_text())["config"]["plan"]["name"] == "study-quick"
     assert "Not there yet" not in (out / "study.md").read_text()
     assert PAGE.read_text() == page

@@ -217,7 +217,12 @@ def test_half_a_surrogate_pair_becomes_storable() -> None:
 def test_ctrl_c_waits_for_what_is_under_way_and_keeps_it(teach: Teach, teacher_server: TeacherServer) -> None:
     teach.clean_rows(20)
     teacher_server.delay_s = 0.5
-    process = teach.start("--max-concurrent", "3")
+    # Tests that run in the background of a shell ignore the signal, and so would what they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = teach.start("--max-concurrent", "3")
+    finally:
+        signal.signal(signal.SIGINT, before)
     while len(teacher_server.times) < 3:
         assert process.poll() is None
         time.sleep(0.02)
