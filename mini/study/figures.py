@@ -73,7 +73,7 @@ def draw_glance(rows: Sequence[Row], path: Path, stratum: str) -> None:
 
 def draw_recovered(rows: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A panel a direction and carrier: share of the KL that sets of latents recover against their size, new families;
-    as bands what random sets and random directions do, as single marks the controls of one size."""
+    as bands what random sets do, as single marks the other controls of one size."""
     from matplotlib.figure import Figure
 
     def of(of_rows: Sequence[Mapping[str, Any]], direction: str, carrier: str) -> list[Mapping[str, Any]]:
