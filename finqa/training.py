@@ -218,10 +218,13 @@ def training_arguments(
 
 
 def multiplies_bf16(device: str) -> bool:
-    """Whether a device has bf16 products; a CPU with AVX-512 BF16, AMX or Arm BF16, where they are twice as fast."""
+    """Whether a device has bf16 products; a CPU with AVX-512 BF16, AMX or Arm BF16, where they are twice as fast.
+
+    On any other CPU torch has them too, in software, several times slower than those in fp32.
+    """
     import torch
 
-    return device != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device != "cpu" or any("bf16" in name and there for name, there in torch.cpu.get_capabilities().items())
 
 
 def _identity(run: StudentRun, config: TrainingConfig, base_hash: str, data_hash: str) -> dict[str, Any]:

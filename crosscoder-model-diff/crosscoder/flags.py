@@ -37,7 +37,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
         metavar="LAMBDA",
         help="of the difference's error, or `equal` (default: 0; partition: equal)",
     )
-    flag(group, "--l1-weight", "l1_weight", type=float, help="price of values (default: 0; l1: 2)")
+    flag(group, "--l1-weight", "l1_weight", type=float, help="price of values (default: 0; l1: 0.7)")
     flag(group, "--aux-weight", "aux_weight", type=float, help="of the auxiliary loss (default: 1/32)")
     group = parser.add_argument_group("training")
     flag(group, "--step-tokens", "batch_size", type=int, help="tokens a step, over all processes")

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from training_parts import SETTINGS, folders_with_rows, launch, script, teacher_row
 
 from finqa.errors import UserError
 from finqa.paths import Folders
 from finqa.students import StudentRun, load_adapter, load_base, load_tokenizer, training_ids
-from finqa.training import TrainingConfig, fine_tune
+from finqa.training import TrainingConfig, fine_tune, multiplies_bf16
 from finqa.tuning.checkpoints import last_checkpoint
 from finqa.tuning.trainable import loss_on_completion
 from finqa.tuning.training_rows import (
@@ -193,3 +194,17 @@ def test_a_folder_begun_with_another_configuration_is_refused_and_a_run_name_hel
     with pytest.raises(UserError, match=r"learning_rate 0\.01 -> 0\.005.*--run-name"):
         fine_tune(other, config, folders)
     assert fine_tune(replace(other, run_name="slow"), config, folders).name.endswith("-slow")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "there"),
+    [
+        ({"avx512_f": True, "avx512_bw": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"avx512_f": True, "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": True}, True),
+    ],
+)
+def test_a_cpu_trains_in_bf16_only_where_its_products_are_not_software(capabilities, there, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert multiplies_bf16("cpu") == there
+    assert multiplies_bf16("cuda")

@@ -42,46 +42,41 @@ def candidates(
 
 @triton.jit
 def decode_and_differentiate(
-    starts, latents, values, decoder, bias, x, error, gradient, value_gradients, losses,
-    width, d_model, gradient_scale, l2: tl.constexpr, at_once: tl.constexpr, block: tl.constexpr,
+    starts, latents, values, decoder, bias, x, error, squares, products,
+    n_pairs, d_model, parts_of_model, at_once: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """One token: its reconstruction, error and loss, the loss's gradient at the reconstruction, and at its values.
+    """Of one token, `block` columns of one model: error of the reconstruction, the sum of its squares, and its product
+    with the decoder row of each active latent.
 
-    mse: loss |e|^2 and gradient gradient_scale * e; l2: sum over models of |e_m| and gradient_scale * e_m / |e_m|.
-    `latents` and `values` are the pairs in order of tokens, those of token t from starts[t] to starts[t + 1].
+    `latents` and `values` are the pairs in order of tokens, those of token t from starts[t] to starts[t + 1]. Part p
+    of the columns belongs to model p // parts_of_model; `squares` is [parts, tokens], `products` [parts, pairs].
+    Programs that run at the same time read the same columns, so the rows come out of the cache, and the second time
+    out of the one that is nearest.
     """
-    token = tl.program_id(0)
-    column = tl.arange(0, block)
-    inside = column < width
+    token, part = tl.program_id(0), tl.program_id(1)
+    of_model = (part % parts_of_model) * block + tl.arange(0, block)
+    inside = of_model < d_model
+    column = part // parts_of_model * d_model + of_model
+    width = tl.num_programs(1) // parts_of_model * d_model
     row = token.to(tl.int64) * width + column
     e = tl.load(bias + column, mask=inside, other=0.0) - tl.load(x + row, mask=inside, other=0.0).to(tl.float32)
     first, last = tl.load(starts + token), tl.load(starts + token + 1)
-    for pair in range(first, last, at_once):
-        for more in tl.static_range(at_once):  # so many rows are on their way at the same time
-            there = pair + more < last
-            weight = decoder + tl.load(latents + pair + more, mask=there, other=0).to(tl.int64) * width
-            value = tl.load(values + pair + more, mask=there, other=0.0)
-            e += value * tl.load(weight + column, mask=inside & there, other=0.0).to(tl.float32)
-    e = tl.where(inside, e, 0.0)
-    tl.store(error + row, e.to(error.dtype.element_ty), mask=inside)
-    square = e * e
-    if l2:
-        norm_0 = tl.sqrt(tl.maximum(tl.sum(tl.where(column < d_model, square, 0.0), 0), 1e-30))
-        norm_1 = tl.sqrt(tl.maximum(tl.sum(tl.where(column >= d_model, square, 0.0), 0), 1e-30))
-        tl.store(losses + token, norm_0 + norm_1)
-        g = gradient_scale * e / tl.where(column < d_model, norm_0, norm_1)
-    else:
-        tl.store(losses + token, tl.sum(square, 0))
-        g = gradient_scale * e
-    rounded = g.to(gradient.dtype.element_ty)
-    tl.store(gradient + row, rounded, mask=inside)
-    g = rounded.to(tl.float32)
     for pair in range(first, last, at_once):
         which = pair + tl.arange(0, at_once)
         there = which < last
         weight = decoder + tl.load(latents + which, mask=there, other=0).to(tl.int64)[:, None] * width
         weights = tl.load(weight + column[None, :], mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        tl.store(value_gradients + which, tl.sum(weights * g[None, :], 1), mask=there)
+        e += tl.sum(tl.load(values + which, mask=there, other=0.0)[:, None] * weights, 0)
+    rounded = tl.where(inside, e, 0.0).to(error.dtype.element_ty)
+    tl.store(error + row, rounded, mask=inside)
+    e = rounded.to(tl.float32)
+    tl.store(squares + part * tl.num_programs(0) + token, tl.sum(e * e, 0))
+    for pair in range(first, last, at_once):
+        which = pair + tl.arange(0, at_once)
+        there = which < last
+        weight = decoder + tl.load(latents + which, mask=there, other=0).to(tl.int64)[:, None] * width
+        weights = tl.load(weight + column[None, :], mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        tl.store(products + part.to(tl.int64) * n_pairs + which, tl.sum(weights * e[None, :], 1), mask=there)
 
 
 @triton.jit

@@ -34,7 +34,11 @@ SAMPLED_TOKENS = 64
 COLUMNS = 1024
 """Of a row of gradients, in one program: a latent that fires for every token is shared by several."""
 AT_ONCE = 2
-"""Rows that a program of the sparse kernels has on their way at the same time."""
+"""Rows of gradients that a program has on their way at the same time."""
+DECODER_COLUMNS, DECODER_ROWS, DECODER_WARPS = 512, 8, 1
+"""The same of the decoder: as many columns as lie in the cache for all latents of a dictionary of 16,384."""
+SMALLEST_SQUARE = 1e-30
+"""Of an error's length, before it is divided by."""
 CLIP_EPSILON = 1e-6
 """As in torch.nn.utils.clip_grad_norm_."""
 
@@ -137,10 +141,9 @@ class GpuStep:
         reconstruction = losses.sum() / (batch if self.config.reconstruction == "mse" else N_MODELS * batch)
         zero = auxiliary = torch.zeros((), device=x.device)
         if len(candidates):
-            auxiliary = self._auxiliary(x, product, score_norms, error, candidates, bias_gradient)
-            squares = torch.stack(
-                [g.norm(dtype=torch.float32) ** 2 for g in (self.decoder_gradient, self.encoder_gradient)]
-            )
+            auxiliary, changed = self._auxiliary(x, product, score_norms, error, candidates, bias_gradient)
+            squares[candidates] = 0.0
+            squares[candidates, 0] = changed
         decoder_bias_gradient = gradient.sum(0, dtype=torch.float32)
         norm = (squares.sum() + bias_gradient.square().sum() + decoder_bias_gradient.square().sum()).sqrt()
         clip = (self.config.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
@@ -234,18 +237,27 @@ class GpuStep:
 
     def _decode(self, x: Tensor, pairs: _Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Error, the loss's gradient at the reconstruction (both [batch, width]) and at the values, losses [batch]."""
-        batch = len(x)
-        error, gradient = torch.empty_like(x), torch.empty_like(x)
-        value_gradients = torch.empty_like(pairs.values)
-        losses = torch.empty(batch, device=x.device)
-        l2 = self.config.reconstruction == "l2"
+        batch, d_model = len(x), self.width // N_MODELS
+        block = min(DECODER_COLUMNS, triton.next_power_of_2(d_model))
+        parts_of_model = triton.cdiv(d_model, block)
+        parts = N_MODELS * parts_of_model
+        error = torch.empty_like(x)
+        squares = torch.empty((parts, batch), device=x.device)
+        products = torch.empty((parts, len(pairs.values)), device=x.device)
         kernel: Any = kernels.decode_and_differentiate
-        kernel[(batch,)](
-            pairs.starts, pairs.other, pairs.values, self.decoder_copy, self.model.b_dec, x, error, gradient,
-            value_gradients, losses, self.width, self.width // N_MODELS,
-            1 / (N_MODELS * batch) if l2 else 2 / batch, l2, AT_ONCE, triton.next_power_of_2(self.width),
-            num_warps=16,
+        kernel[(batch, parts)](
+            pairs.starts, pairs.other, pairs.values, self.decoder_copy, self.model.b_dec, x, error, squares, products,
+            len(pairs.values), d_model, parts_of_model, DECODER_ROWS, block, num_warps=DECODER_WARPS,
         )  # fmt: skip
+        if self.config.reconstruction == "mse":
+            scale = 2 / batch
+            losses, gradient, value_gradients = squares.sum(0), error * scale, products.sum(0) * scale
+        else:  # l2: the gradient of |e_m| is e_m / |e_m|
+            norms = squares.view(N_MODELS, parts_of_model, batch).sum(1).clamp(min=SMALLEST_SQUARE).sqrt()
+            losses, scales = norms.sum(0), 1 / (N_MODELS * batch * norms)
+            gradient = (error.view(batch, N_MODELS, -1) * scales.t().unsqueeze(-1)).to(error.dtype).view_as(error)
+            of_pair = torch.repeat_interleave(scales, pairs.starts.diff(), dim=1, output_size=len(pairs.values))
+            value_gradients = (products.view(N_MODELS, parts_of_model, -1).sum(1) * of_pair).sum(0)
         return error, gradient, value_gradients * (pairs.values > 0), losses
 
     def _weight_gradients(
@@ -265,25 +277,28 @@ class GpuStep:
 
     def _auxiliary(
         self, x: Tensor, product: Tensor, norms: Tensor, error: Tensor, dead: Tensor, bias_gradient: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """The auxiliary loss (losses.auxiliary_loss) of the `dead` [n] latents; adds its gradients, times its weight,
-        to the others."""
+        to the others. And the sums of the squares [n] of the rows that it changed, encoder's and decoder's."""
         aux_k, weight = auxiliary_latents(self.config, self.model.config.d_model), self.config.aux_weight
-        values = torch.relu(product[:, dead].float() + self.model.b_enc[dead])
+        values = torch.relu(product[:, dead] + self.model.b_enc[dead])
         if aux_k < len(dead):
             lowest = torch.topk(values * norms[dead], aux_k, dim=-1, sorted=False)
             values = torch.zeros_like(values).scatter(1, lowest.indices, values.gather(1, lowest.indices))
         rounded, decoder = values.to(x.dtype), self.decoder_copy[dead]
-        residual = -error.float()
-        variance = (residual - residual.mean(0)).square().sum()
-        left = (rounded @ decoder).float() - residual
+        left = torch.addmm(error, rounded, decoder)  # what the dead latents leave of the residual, which is -error
+        mean = error.mean(0, dtype=torch.float32)
+        variance = (_square(error) - len(x) * _square(mean)).clamp(min=0.0)
         scale = torch.where(variance > 0, 1 / variance, 0.0)
-        gradient = (2 * weight * scale * left).to(x.dtype)
-        slope = (gradient @ decoder.t()) * (rounded > 0)
-        self.decoder_gradient.index_add_(0, dead, rounded.t() @ gradient)
-        self.encoder_gradient.index_add_(0, dead, slope.t() @ x)
+        factor = (2 * weight * scale).to(x.dtype)
+        slope = (left @ decoder.t()) * (factor * (rounded > 0))
+        decoder_rows = torch.addmm(self.decoder_gradient[dead], (factor * rounded).t(), left)
+        encoder_rows = torch.addmm(self.encoder_gradient[dead], slope.t(), x)
+        self.decoder_gradient.index_copy_(0, dead, decoder_rows)
+        self.encoder_gradient.index_copy_(0, dead, encoder_rows)
         bias_gradient.index_add_(0, dead, slope.sum(0, dtype=torch.float32))
-        return left.square().sum() * scale
+        squares = [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) ** 2 for rows in (decoder_rows, encoder_rows)]
+        return _square(left) * scale, squares[0] + squares[1]
 
     def _adam(self, learning_rate: float, clip: Tensor, bias_gradient: Tensor, decoder_bias_gradient: Tensor) -> None:
         group = self.optimizer.param_groups[0]
@@ -324,6 +339,11 @@ class GpuStep:
 def _transposed(encoder: Tensor) -> Tensor:
     """[2, d_model, latent] -> [latent, 2 * d_model], a view."""
     return encoder.reshape(-1, encoder.shape[-1]).t()
+
+
+def _square(tensor: Tensor) -> Tensor:
+    """[]: the sum of its squares, fp32."""
+    return torch.linalg.vector_norm(tensor, dtype=torch.float32) ** 2
 
 
 def _laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
