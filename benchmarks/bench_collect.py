@@ -71,7 +71,8 @@ def collection(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from crosscoder.activations.collection import Document
-    from crosscoder.activations.readers import Target, adapter_readers, default_reader, fuse_norms
+    from crosscoder.activations.fused import fuse, fuse_adapter
+    from crosscoder.activations.readers import Target, adapter_readers, default_reader
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     documents = [Document(row.id, row.ids, row.n_prompt) for row in random_rows(args.documents)]
@@ -88,8 +89,9 @@ def collection(args: argparse.Namespace) -> dict[str, Any]:
     measure(SIXTEEN, sixteen_prompts_a_call, of_both(setup, masked_model), args.documents // 4)
     hooks = adapter_readers(model, [setup.target], "hooks")
     if device.startswith("cuda"):
-        measure(f"{PROJECT}, norms as they are", project_way, hooks, args.documents)
-        fuse_norms(base)
+        measure(f"{PROJECT}, model as it is", project_way, hooks, args.documents)
+        fuse(base)
+        fuse_adapter(model)
     measure(f"{PROJECT}, hooks", project_way, hooks, args.documents)
     if default_reader() == "nnsight":
         measure(f"{PROJECT}, nnsight", project_way, adapter_readers(model, [setup.target], "nnsight"), args.documents)

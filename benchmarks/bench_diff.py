@@ -85,14 +85,16 @@ def collect(diff: Diff, args: argparse.Namespace, folder: Path) -> None:
     """Activations of both models, on disk; the model is gone afterwards."""
     import torch
 
-    from crosscoder.activations.readers import Target, adapter_readers, fuse_norms
+    from crosscoder.activations.fused import fuse, fuse_adapter
+    from crosscoder.activations.readers import Target, adapter_readers
 
     shapes = SimpleNamespace(d_model="small" if args.small else "mistral-7b", layers=args.layers)
     with diff.stage("make the model"):
         base = random_student(shapes, args.device)  # pyright: ignore[reportArgumentType]
         model = with_adapter(base, 8 if args.small else 512, args.device)
         if args.device.startswith("cuda"):
-            fuse_norms(base)
+            fuse(base)
+            fuse_adapter(model)
     setup = Setup(model, Target(min(LAYER, args.layers), "mlp"), base.config.hidden_size, args.device)
     documents = made_up_documents(args.documents, args.mean_tokens, base.config.vocab_size)
     tokens = sum(len(document.ids) for document in documents)

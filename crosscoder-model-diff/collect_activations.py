@@ -235,7 +235,8 @@ def load_readers(plan: Plan) -> tuple[Read, Read]:
     """Readers of the instruct and the fine-tuned model."""
     import torch
 
-    from crosscoder.activations.readers import adapter_readers, fuse_norms, in_the_models_dtype, reader
+    from crosscoder.activations.fused import fuse, fuse_adapter
+    from crosscoder.activations.readers import adapter_readers, in_the_models_dtype, reader
     from crosscoder.activations.recorded_inputs import is_adapter
 
     student = plan.choices[0].student
@@ -246,13 +247,15 @@ def load_readers(plan: Plan) -> tuple[Read, Read]:
         models.append(students.load_base(str(plan.fine_tuned), dtype, plan.device))
     if plan.device.startswith("cuda"):
         for model in models:
-            fuse_norms(model)
+            fuse(model)
     if is_adapter(plan.fine_tuned):
         adapted = students.load_adapter(base, plan.fine_tuned)
         if plan.instruct:
             check_base(plan.instruct, weights_hash(str(base.name_or_path)))
             adapted.load_adapter(str(plan.instruct), INSTRUCT_ADAPTER)
         in_the_models_dtype(adapted.eval(), dtype)
+        if plan.device.startswith("cuda"):
+            fuse_adapter(adapted)
         return adapter_readers(adapted, plan.targets, plan.reader, INSTRUCT_ADAPTER if plan.instruct else None)
     instruct, fine_tuned = (reader(model, plan.targets, plan.reader) for model in models)
     return instruct, fine_tuned

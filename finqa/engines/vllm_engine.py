@@ -111,6 +111,9 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
             }
     else:
         settings["gpu_memory_utilization"] = config.gpu_memory_utilization
+        # vLLM forks its engine where CUDA is not initialised. Having asked how many GPUs there are does not count as
+        # that, but a process forked after it can use none.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if arguments.load_in_4bit:
         settings["quantization"] = "bitsandbytes"
     if arguments.random_weights:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crosscoder.activations.readers import Read, Target
 from crosscoder.activations.store import StoredDocument
@@ -25,6 +26,10 @@ from finqa.students import training_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""All but cuDNN's, which plans anew for every shape of batch, and hardly two are alike."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ def record(
     the first batch, as they do when an adapter is not active, unless `allow_identical`.
     """
     checked = allow_identical
-    with BackgroundWriter(device) as background:
+    with sdpa_kernel(ATTENTION), BackgroundWriter(device) as background:
         for shard in shards:
             files = None
             for number, batch in enumerate(shard.batches):

@@ -100,34 +100,6 @@ def in_the_models_dtype(model: PeftModel, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def fuse_norms(model: PreTrainedModel) -> int:
-    """Give RMS norms torch's own kernel, one pass over memory instead of six; returns how many.
-
-    A norm is changed only where the kernel gives what it gives: Gemma's, say, is another function under that name.
-    """
-    fused = 0
-    for norm in model.modules():
-        epsilon = getattr(norm, "variance_epsilon", None)
-        weight = getattr(norm, "weight", None)
-        if epsilon is None or not type(norm).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor):
-            continue
-        forward = _fused_norm(weight, epsilon)
-        sample = torch.randn(4, len(weight), device=weight.device, dtype=weight.dtype)
-        tolerance = 4 * torch.finfo(weight.dtype).eps
-        with torch.no_grad():
-            if torch.allclose(forward(sample), norm(sample), rtol=tolerance, atol=tolerance):
-                norm.forward = forward
-                fused += 1
-    return fused
-
-
-def _fused_norm(weight: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
-    def forward(hidden_states: Tensor) -> Tensor:
-        return nn.functional.rms_norm(hidden_states, (len(weight),), weight, epsilon)
-
-    return forward
-
-
 class _EverythingRead(Exception):
     """Ends a forward pass."""
 

@@ -38,7 +38,6 @@ class Answered:
     """It gave an answer."""
 
 
-@torch.no_grad()
 def patched_replies(
     pair: Pair,
     target: Target,
@@ -102,6 +101,7 @@ class _Writer:
         return patched_value(own, given, self.cell.addition(reading), where, self.cell)
 
 
+@torch.no_grad()
 def written_tokens(
     pair: Pair,
     target: Target,

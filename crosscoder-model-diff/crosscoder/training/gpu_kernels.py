@@ -42,7 +42,7 @@ def candidates(
 
 @triton.jit
 def decode_and_differentiate(
-    starts, latents, values, decoder, bias, x, error, squares, products,
+    starts, order, latents, values, decoder, bias, x, error, squares, products,
     n_pairs, d_model, parts_of_model, at_once: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """Of one token, `block` columns of one model: error of the reconstruction, the sum of its squares, and its product
@@ -53,7 +53,7 @@ def decode_and_differentiate(
     Programs that run at the same time read the same columns, so the rows come out of the cache, and the second time
     out of the one that is nearest.
     """
-    token, part = tl.program_id(0), tl.program_id(1)
+    token, part = tl.load(order + tl.program_id(0)), tl.program_id(1)
     of_model = (part % parts_of_model) * block + tl.arange(0, block)
     inside = of_model < d_model
     column = part // parts_of_model * d_model + of_model
@@ -82,11 +82,11 @@ def decode_and_differentiate(
 @triton.jit
 def weight_gradients(
     starts, tokens, values, value_gradients, gradient, x, decoder_gradient, encoder_gradient, bias_gradient, squares,
-    width, blocks, at_once: tl.constexpr, block: tl.constexpr,
+    width, at_once: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """Of one latent, `block` columns of its decoder's and its encoder's gradient.
 
-    The pairs are in order of latents, those of latent j from starts[j] to starts[j + 1]. `squares` [latents, blocks]
+    The pairs are in order of latents, those of latent j from starts[j] to starts[j + 1]. `squares` [latents, parts]
     takes the sum of the squares of what was written.
     """
     latent, part = tl.program_id(0), tl.program_id(1)
@@ -94,23 +94,25 @@ def weight_gradients(
     inside = column < width
     decoder = tl.zeros([block], tl.float32)
     encoder = tl.zeros([block], tl.float32)
-    bias = 0.0
+    bias = tl.zeros([at_once], tl.float32)
     first, last = tl.load(starts + latent), tl.load(starts + latent + 1)
     for pair in range(first, last, at_once):
-        for more in tl.static_range(at_once):  # so many rows are on their way at the same time
-            there = pair + more < last
-            row = tl.load(tokens + pair + more, mask=there, other=0).to(tl.int64) * width + column
-            slope = tl.load(value_gradients + pair + more, mask=there, other=0.0)
-            value = tl.load(values + pair + more, mask=there, other=0.0)
-            decoder += value * tl.load(gradient + row, mask=inside & there, other=0.0).to(tl.float32)
-            encoder += slope * tl.load(x + row, mask=inside & there, other=0.0).to(tl.float32)
-            bias += slope
+        which = pair + tl.arange(0, at_once)
+        there = which < last
+        row = tl.load(tokens + which, mask=there, other=0).to(tl.int64)[:, None] * width + column[None, :]
+        mask = there[:, None] & inside[None, :]
+        slope = tl.load(value_gradients + which, mask=there, other=0.0)
+        value = tl.load(values + which, mask=there, other=0.0)
+        decoder += tl.sum(value[:, None] * tl.load(gradient + row, mask=mask, other=0.0).to(tl.float32), 0)
+        encoder += tl.sum(slope[:, None] * tl.load(x + row, mask=mask, other=0.0).to(tl.float32), 0)
+        bias += slope
     row = latent.to(tl.int64) * width + column
     tl.store(decoder_gradient + row, decoder.to(decoder_gradient.dtype.element_ty), mask=inside)
     tl.store(encoder_gradient + row, encoder.to(encoder_gradient.dtype.element_ty), mask=inside)
-    tl.store(squares + latent * blocks + part, tl.sum(decoder * decoder, 0) + tl.sum(encoder * encoder, 0))
+    square = tl.sum(decoder * decoder, 0) + tl.sum(encoder * encoder, 0)
+    tl.store(squares + latent.to(tl.int64) * tl.num_programs(1) + part, square)
     if part == 0:
-        tl.store(bias_gradient + latent, bias)
+        tl.store(bias_gradient + latent, tl.sum(bias, 0))
 
 
 @triton.jit

@@ -31,14 +31,17 @@ SEARCH_STEPS = 40
 """Bounds that are tried where that one was no good, before the selection is made over all pairs."""
 SAMPLED_TOKENS = 64
 """Whose scores the search of a bound starts from."""
-COLUMNS = 1024
-"""Of a row of gradients, in one program: a latent that fires for every token is shared by several."""
-AT_ONCE = 2
-"""Rows of gradients that a program has on their way at the same time."""
-DECODER_COLUMNS, DECODER_ROWS, DECODER_WARPS = 512, 8, 1
-"""The same of the decoder: as many columns as lie in the cache for all latents of a dictionary of 16,384."""
+DECODER_COLUMNS, DECODER_ROWS = 128, 32
+"""Of a program that decodes, of one warp: columns, so few that those of all rows lie in the cache, and rows that it has
+on their way at the same time."""
+GRADIENT_COLUMNS, GRADIENT_ROWS = 128, 8
+SPARSE_COLUMNS, SPARSE_ROWS = 256, 2
+"""The same of one that sums gradients, and where a latent has fewer pairs than MANY_PAIRS."""
+MANY_PAIRS = 16
 SMALLEST_SQUARE = 1e-30
 """Of an error's length, before it is divided by."""
+ALIGNED = 64
+"""Rows that dead latents are filled up to: products of odd sizes take four times as long."""
 CLIP_EPSILON = 1e-6
 """As in torch.nn.utils.clip_grad_norm_."""
 
@@ -241,13 +244,14 @@ class GpuStep:
         block = min(DECODER_COLUMNS, triton.next_power_of_2(d_model))
         parts_of_model = triton.cdiv(d_model, block)
         parts = N_MODELS * parts_of_model
+        order = pairs.starts.diff().argsort(descending=True)  # a token of many pairs is not to be the last one
         error = torch.empty_like(x)
         squares = torch.empty((parts, batch), device=x.device)
         products = torch.empty((parts, len(pairs.values)), device=x.device)
         kernel: Any = kernels.decode_and_differentiate
         kernel[(batch, parts)](
-            pairs.starts, pairs.other, pairs.values, self.decoder_copy, self.model.b_dec, x, error, squares, products,
-            len(pairs.values), d_model, parts_of_model, DECODER_ROWS, block, num_warps=DECODER_WARPS,
+            pairs.starts, order, pairs.other, pairs.values, self.decoder_copy, self.model.b_dec, x, error,
+            squares, products, len(pairs.values), d_model, parts_of_model, DECODER_ROWS, block, num_warps=1,
         )  # fmt: skip
         if self.config.reconstruction == "mse":
             scale = 2 / batch
@@ -264,14 +268,16 @@ class GpuStep:
         self, x: Tensor, gradient: Tensor, pairs: _Pairs, value_gradients: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Fills the gradients of encoder and decoder; returns b_enc's, and the sums of the squares of the others."""
-        block = min(COLUMNS, triton.next_power_of_2(self.width))
-        blocks = triton.cdiv(self.width, block)
+        many = len(pairs.values) >= MANY_PAIRS * self.n_latents
+        columns, rows = (GRADIENT_COLUMNS, GRADIENT_ROWS) if many else (SPARSE_COLUMNS, SPARSE_ROWS)
+        block = min(columns, triton.next_power_of_2(self.width))
+        parts = triton.cdiv(self.width, block)
         bias_gradient = torch.empty(self.n_latents, device=x.device)
-        squares = torch.empty((self.n_latents, blocks), device=x.device)
+        squares = torch.empty((self.n_latents, parts), device=x.device)
         kernel: Any = kernels.weight_gradients
-        kernel[(self.n_latents, blocks)](
+        kernel[(self.n_latents, parts)](
             pairs.starts, pairs.other, pairs.values, value_gradients, gradient, x, self.decoder_gradient,
-            self.encoder_gradient, bias_gradient, squares, self.width, blocks, AT_ONCE, block,
+            self.encoder_gradient, bias_gradient, squares, self.width, rows, block, num_warps=1,
         )  # fmt: skip
         return bias_gradient, squares
 
@@ -281,24 +287,30 @@ class GpuStep:
         """The auxiliary loss (losses.auxiliary_loss) of the `dead` [n] latents; adds its gradients, times its weight,
         to the others. And the sums of the squares [n] of the rows that it changed, encoder's and decoder's."""
         aux_k, weight = auxiliary_latents(self.config, self.model.config.d_model), self.config.aux_weight
-        values = torch.relu(product[:, dead] + self.model.b_enc[dead])
-        if aux_k < len(dead):
-            lowest = torch.topk(values * norms[dead], aux_k, dim=-1, sorted=False)
-            values = torch.zeros_like(values).scatter(1, lowest.indices, values.gather(1, lowest.indices))
-        rounded, decoder = values.to(x.dtype), self.decoder_copy[dead]
+        n = len(dead)
+        rows = torch.nn.functional.pad(dead, (0, -n % ALIGNED))  # what is filled up has values of 0
+        values = torch.relu(product[:, rows] + self.model.b_enc[rows])
+        values[:, n:] = 0.0
+        if aux_k < n:
+            best = torch.topk(values * norms[rows], aux_k, dim=-1, sorted=False).indices
+            values = torch.zeros_like(values).scatter(1, best, values.gather(1, best))
+        rounded, decoder = values.to(x.dtype), self.decoder_copy[rows]
         left = torch.addmm(error, rounded, decoder)  # what the dead latents leave of the residual, which is -error
         mean = error.mean(0, dtype=torch.float32)
         variance = (_square(error) - len(x) * _square(mean)).clamp(min=0.0)
         scale = torch.where(variance > 0, 1 / variance, 0.0)
         factor = (2 * weight * scale).to(x.dtype)
         slope = (left @ decoder.t()) * (factor * (rounded > 0))
-        decoder_rows = torch.addmm(self.decoder_gradient[dead], (factor * rounded).t(), left)
-        encoder_rows = torch.addmm(self.encoder_gradient[dead], slope.t(), x)
-        self.decoder_gradient.index_copy_(0, dead, decoder_rows)
-        self.encoder_gradient.index_copy_(0, dead, encoder_rows)
-        bias_gradient.index_add_(0, dead, slope.sum(0, dtype=torch.float32))
-        squares = [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) ** 2 for rows in (decoder_rows, encoder_rows)]
-        return _square(left) * scale, squares[0] + squares[1]
+        squares = torch.zeros(n, device=x.device)
+        for gradient, added in (
+            (self.decoder_gradient, (factor * rounded).t() @ left),
+            (self.encoder_gradient, slope.t() @ x),
+        ):
+            changed = gradient[dead] + added[:n]
+            gradient.index_copy_(0, dead, changed)
+            squares += torch.linalg.vector_norm(changed, dim=1, dtype=torch.float32) ** 2
+        bias_gradient.index_add_(0, dead, slope[:, :n].sum(0, dtype=torch.float32))
+        return _square(left) * scale, squares
 
     def _adam(self, learning_rate: float, clip: Tensor, bias_gradient: Tensor, decoder_bias_gradient: Tensor) -> None:
         group = self.optimizer.param_groups[0]
