@@ -19,8 +19,11 @@ RECORDS = REPOSITORY / "benchmarks" / "results"
     ("row", "record", "variant"),
     [
         ("packed, compiled layers, CUDA graphs", "lora_7b_1_row", "1 row, + CUDA graphs"),
-        ("`--fp8-base`", "lora_7b_1_row", "1 row, + fp8 base"),
+        ("`--fp8-base` (other rounding", "lora_7b_1_row", "1 row, + fp8 base"),
         ("transformers as it comes", "lora_7b_1_row", "1 row, plain"),
+        ("the default on an H100", "lora_7b_1_row_h100", "1 row, + CUDA graphs"),
+        ("`--fp8-base` there (H100)", "lora_7b_1_row_h100", "1 row, + fp8 base"),
+        ("plain transformers there (H100)", "lora_7b_1_row_h100", "1 row, plain"),
         ("`--gradient-checkpointing yes`", "lora_7b_24gb", "1 row, checkpointing"),
         ("base in 4 bits (`-F`)", "lora_7b_24gb", "1 row, 4-bit"),
     ],
