@@ -19,7 +19,7 @@ where it fits. All in one run, by turns:
 Latent scaling needs three products as large as the encoder's beside it (to decode, and two to sum along the latents),
 so that it cannot take less than four encoder products.
 
-Writes benchmarks/results/reading.json and .md.
+Writes benchmarks/results/reading.json and .md after every round.
 """
 
 from __future__ import annotations
@@ -72,13 +72,16 @@ def main() -> None:
     model, store = made_up(args)
     passes = passes_of(model, store, args)
     seconds: dict[str, list[float]] = {name: [] for name in passes}
+    l0, table = mean_active(model, store, args), ""
     for number in range(args.repeats + 1):
         for name, run in passes.items():
             took = timed(run, args.device)
             if number:  # the first round warms up
                 seconds[name].append(took)
                 print(f"{name}: {took:.3f} s", flush=True)
-    print(report(seconds, mean_active(model, store, args), args))
+        if number:
+            table = report(seconds, l0, args)
+    print(table)
 
 
 def made_up(args: argparse.Namespace) -> tuple[BatchTopKCrosscoder, ActivationStore]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from crosscoder.training.threshold import RunningThreshold, calibrated_threshold
 from crosscoder.training.trainer import StepRecord, Trainer
 from finqa.errors import UserError
 from finqa.needs import Need
+from finqa.paths import REPOSITORY
 
 SHAPE = CrosscoderConfig(d_model=12, n_latents=24, k=4)
 SETTINGS = TrainingConfig(batch_size=100, epochs=4, learning_rate=5e-3, seed=3, threshold_from_step=5)
@@ -267,6 +269,21 @@ def test_a_run_that_does_not_fit_names_the_flags_that_help(store, monkeypatch):
     monkeypatch.setattr(plan, "free_memory", lambda device: 1e9)
     with pytest.raises(UserError, match=r"training needs .* GB .*--latents or --step-tokens, or --device cpu"):
         plan.plan_training(store, need, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("way", "by_hand", "product_bytes"),
+    [("by hand", True, 2), ("+ auxiliary", True, 2), ("autograd, bf16", False, 2), ("autograd, fp32", False, 4)],
+)
+def test_the_plan_is_a_little_above_what_was_measured_on_a_gpu(way, by_hand, product_bytes):
+    record = json.loads((REPOSITORY / "benchmarks" / "results" / "crosscoder_step.json").read_text())
+    settings = record["settings"]
+    activations = 2 * 2 * settings["d_model"] * settings["tokens"]  # they were on the GPU too
+    for n_latents, ways in record["steps"].items():
+        shape = CrosscoderConfig(settings["d_model"], int(n_latents), settings["k"])
+        config = TrainingConfig(batch_size=settings["batch"])
+        planned = plan.training_need(shape, config, by_hand, product_bytes).total + activations
+        assert 1.0 <= planned / (1e9 * ways[way]["peak_gb"]) <= 1.3, n_latents
 
 
 def test_a_step_by_hand_is_for_what_it_was_written_for():
