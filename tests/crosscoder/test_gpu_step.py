@@ -101,6 +101,19 @@ def test_scores_that_are_all_equal_or_all_nothing_are_selected_from():
         assert torch.isfinite(done.gradient_norm)
 
 
+def test_a_residual_that_is_the_same_for_every_token_has_no_auxiliary_loss():
+    from crosscoder.training.gpu_step import GpuStep
+
+    generator = torch.Generator().manual_seed(0)
+    model = BatchTopKCrosscoder(CrosscoderConfig(d_model=12, n_latents=48, k=4), generator=generator).to(DEVICE)
+    step = GpuStep(model, torch.optim.Adam(model.parameters()), SETTINGS, product_dtype=torch.float32)
+    raw = torch.randn(1, 2, 12, generator=generator).expand(40, 2, 12).to(DEVICE)
+    done = step(raw, 1e-3, Weights(k=4, l1=0.0, difference=0.0), torch.ones(48, dtype=torch.bool, device=DEVICE))
+    assert float(done.parts[1]) > 0
+    assert float(done.parts[4]) == 0.0
+    assert torch.isfinite(done.gradient_norm)
+
+
 def trainer(store: ActivationStore, folder: Path, step: StepKind, log: list[StepRecord]) -> Trainer:
     """Of a dictionary of which six latents are out of reach at the start."""
     shape = CrosscoderConfig(d_model=12, n_latents=20, k=4)

@@ -42,6 +42,8 @@ SMALLEST_SQUARE = 1e-30
 """Of an error's length, before it is divided by."""
 ALIGNED = 64
 """Rows that dead latents are filled up to: products of odd sizes take four times as long."""
+ROUNDING = 1e-5
+"""Of a difference of sums in fp32, relative to them."""
 CLIP_EPSILON = 1e-6
 """As in torch.nn.utils.clip_grad_norm_."""
 
@@ -296,9 +298,9 @@ class GpuStep:
             values = torch.zeros_like(values).scatter(1, best, values.gather(1, best))
         rounded, decoder = values.to(x.dtype), self.decoder_copy[rows]
         left = torch.addmm(error, rounded, decoder)  # what the dead latents leave of the residual, which is -error
-        mean = error.mean(0, dtype=torch.float32)
-        variance = (_square(error) - len(x) * _square(mean)).clamp(min=0.0)
-        scale = torch.where(variance > 0, 1 / variance, 0.0)
+        square, of_mean = _square(error), len(x) * _square(error.mean(0, dtype=torch.float32))
+        # Where all rows are alike the variance is 0, and the difference of the two sums a rounding of them.
+        scale = torch.where(square - of_mean > ROUNDING * square, 1 / (square - of_mean), 0.0)
         factor = (2 * weight * scale).to(x.dtype)
         slope = (left @ decoder.t()) * (factor * (rounded > 0))
         squares = torch.zeros(n, device=x.device)
