@@ -116,8 +116,8 @@ def fuse_adapter(model: PeftModel) -> int:
         if not isinstance(layer, LoraLayer) or not _is_linear(layer.base_layer):
             continue
         forward = _fused_adapter(layer, layer.forward)
-        weight = layer.base_layer.weight
-        sample = torch.randn(4, layer.in_features, device=weight.device, dtype=weight.dtype)
+        weight: Any = layer.base_layer.weight
+        sample = torch.randn(4, layer.base_layer.in_features, device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
             if _agree(forward(sample), layer(sample)):
                 layer.forward = forward

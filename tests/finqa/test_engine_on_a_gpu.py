@@ -1,0 +1,40 @@
+"""What the engine is told on a GPU; vLLM itself is left out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from finqa.engines import vllm_engine
+from finqa.engines.vllm_engine import EngineArguments
+from finqa.generation import GenerationConfig
+
+METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+
+
+class Started(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("asked", "told"), [(None, "spawn"), ("fork", "fork")])
+def test_its_process_is_spawned_as_torch_has_asked_for_gpus_by_then(asked, told, tiny_student, monkeypatch):
+    seen: list[tuple[str | None, float]] = []
+
+    def start(**settings: Any) -> None:
+        seen.append((os.environ.get(METHOD), settings["gpu_memory_utilization"]))
+        raise Started
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))
+    monkeypatch.setattr(vllm_engine, "default_device", lambda: "cuda")
+    monkeypatch.setenv(METHOD, asked or "")
+    if asked is None:
+        monkeypatch.delenv(METHOD)
+    config = GenerationConfig(vllm=True, max_new_tokens=8, batch_size=1, gpu_memory_utilization=0.7)
+    arguments = EngineArguments(str(tiny_student), str(tiny_student), False, config, None)
+    with pytest.raises(Started), vllm_engine.vllm_engine(arguments):
+        pass
+    assert seen == [(told, 0.7)]
