@@ -117,7 +117,7 @@ def fuse_adapter(model: PeftModel) -> int:
             continue
         forward = _fused_adapter(layer, layer.forward)
         weight: Any = layer.base_layer.weight
-        sample = torch.randn(4, layer.base_layer.in_features, device=weight.device, dtype=weight.dtype)
+        sample = torch.randn(4, weight.shape[1], device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
             if _agree(forward(sample), layer(sample)):
                 layer.forward = forward
