@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from finqa.errors import UserError
 from finqa.paths import REPOSITORY
-from mini.study import page, tables
+from mini.study import compare, page, tables
 from mini.study.tables import read_csv, write_csv
 
 PAGE = REPOSITORY / "docs" / "study.md"
@@ -130,7 +133,14 @@ def is_in(number: str, values: list[float]) -> bool:
 
 
 def values_of(folder: Path) -> list[float]:
-    texts = {text for path in folder.glob("*.csv") for row in read_csv(path) for text in row.values()}
+    """Of one run; again.csv has another run's too."""
+    texts = {
+        text
+        for path in folder.glob("*.csv")
+        if path.name != "again.csv"
+        for row in read_csv(path)
+        for text in row.values()
+    }
     return [float(number) for text in texts for number in re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", text)]
 
 
@@ -155,10 +165,49 @@ def test_the_committed_page_has_the_committed_figures_and_no_others():
 
 
 def test_what_the_page_says_in_words_is_in_the_committed_figures():
-    section = PAGE.read_text().partition("## What holds")[2].partition("## Threats")[0]
+    section = PAGE.read_text().partition("## What holds")[2].partition("## Made twice")[0]
     numbers, values = set(NUMBER.findall(section)), values_of(COMMITTED)
     assert len(numbers) > 20
     assert not [number for number in numbers if not is_in(number, values)]
+
+
+def test_what_the_page_says_of_the_other_run_is_in_again_csv():
+    section = PAGE.read_text().partition("## Made twice")[2].partition("## Threats")[0]
+    rows = [row for row in read_csv(COMMITTED / "again.csv") if row["method"] != "L1" or row["group"] == "recovered"]
+    for group, words in (
+        ("specific latents", "counts of specific latents"),
+        ("exclusivity", "other figures"),
+        ("recovered", "bootstrap intervals"),
+    ):
+        overlaps = [row["overlap"] == "1" for row in rows if row["group"] == group]
+        assert re.search(rf"\b{sum(overlaps)} of {len(overlaps)}\s+{words}", section), group
+    values = [float(row[name]) for row in rows for name in ("first middle", "second middle")]
+    for number in ("15", "0.3", "5.3", "15.3", "32%", "25%"):
+        assert number in section and is_in(number, values), number
+    second = compare.ranges(COMMITTED)
+    for row in rows:
+        key = tuple(row[name] for name in ("group", "pair", "site", "method", "figure"))
+        assert second[key].middle == pytest.approx(float(row["second middle"]), rel=1e-5, abs=1e-9)
+
+
+def test_two_runs_agree_where_their_spreads_overlap(tmp_path: Path, capsys, monkeypatch):
+    other = shutil.copytree(COMMITTED, tmp_path / "other")
+    rows = compare.compared(COMMITTED, other)
+    assert len(rows) > 100
+    assert all(row["overlap"] for row in rows)
+
+    moved = [{**row, "new": 900, "new lowest": 890, "new highest": 910} for row in read_csv(other / "kinds.csv")]
+    write_csv(other / "kinds.csv", moved)
+    apart = [row for row in compare.compared(COMMITTED, other) if not row["overlap"]]
+    assert apart and {row["figure"] for row in apart} == {"specific to new"}
+    monkeypatch.setattr(sys, "argv", ["compare", str(COMMITTED), str(other), "--write", str(tmp_path / "again.csv")])
+    compare.main()
+    said = capsys.readouterr().out
+    assert f"| specific latents | {3 * len(apart)} | {2 * len(apart)} |" in said
+    assert len(read_csv(tmp_path / "again.csv")) == len(rows)
+    with pytest.raises(UserError, match="no figure in common"):
+        monkeypatch.setattr(sys, "argv", ["compare", str(COMMITTED), str(tmp_path)])
+        compare.main()
 
 
 def test_filling_again_changes_nothing_and_other_text_stays(folder: Path):
