@@ -21,7 +21,7 @@ from mini.study.plan import SHOWN_STRATUM
 from mini.study.tables import read_csv, write_csv
 
 RANGE = ("lowest", "highest")
-FIGURES = ("auroc of Delta", "auroc of 1 - nu_err", "auroc of slopes", "specific to added", "beat the null, added")
+FIGURES = ("auroc of Delta", "auroc of 1 - nu_err", "auroc of slopes", "beat the null, added")
 """Of glance.csv."""
 
 
@@ -47,11 +47,13 @@ def main() -> None:
 
 
 def compared(folder: Path, other: Path) -> list[dict[str, object]]:
-    """A row for every figure that both have: the two ranges, and whether they overlap."""
+    """A row for every figure that both have, but for what is 0 in both: the two ranges, and whether they overlap."""
     ours, theirs = ranges(folder), ranges(other)
     rows: list[dict[str, object]] = []
     for key in (key for key in ours if key in theirs):
         here, there = ours[key], theirs[key]
+        if not any((*here, *there)):
+            continue
         names = dict(zip(("group", "pair", "site", "method", "figure"), key, strict=True))
         numbers = {
             f"{run} {part}": value
