@@ -7,7 +7,8 @@ Random weights in Mistral-7B's shapes, random documents as long as FinQA's, an a
 random weights. Every way gives the MLP output of the layer for the same documents (the slow ones for fewer of them),
 as safetensors on disk:
 
-    the project's               batches by length, stops after the layer, writes while the next batch computes
+    the project's               batches by length, stops after the layer, writes while the next batch computes; on a
+                                GPU also with the model as it is, without crosscoder/activations/fused.py
     16 prompts a call           in the order of the rows, padded with a mask, stops after the layer, waits for each copy
     one prompt a call           the whole model, waits for each copy
 

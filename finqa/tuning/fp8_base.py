@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton  # pyright: ignore[reportMissingImports]  not installed without a GPU
 import triton.language as tl  # pyright: ignore[reportMissingImports]
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -43,7 +43,7 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
-@torch.library.custom_op("finqa::fp8_product", mutates_args=())
+@library.custom_op("finqa::fp8_product", mutates_args=())
 def fp8_product(x: Tensor, weight: Tensor, scale: Tensor, weight_t: Tensor, scale_t: Tensor) -> Tensor:
     """x [n, m] bf16 times the transpose of a quantised weight [p, m]; bf16 [n, p]. Only x has a gradient."""
     values, row_scale = quantised(x)

@@ -12,6 +12,7 @@ Measured on two cores of a machine that did a little else, torch 2.13, in one ca
 
 everything but evaluations and ceilings two at a time. The fine-tunes were made one after the other then; two at a time
 they take 12 minutes.
+
 Dictionaries take 1,000 steps in place of the library's default, all methods alike, and only the pairs whose seeds are
 compared have three of them. What that costs, the plain crosscoder on the demo's set (MLP output of layer 3, 800
 documents, seed 0), explained variance on held-out documents:

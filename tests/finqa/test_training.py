@@ -48,8 +48,6 @@ def test_the_loss_is_on_the_completion_and_its_end_token_also_where_padding_is_t
 
 
 def test_the_loss_and_its_gradient_equal_those_of_full_logits_with_a_padding_mask(tiny_student: Path):
-    import torch
-
     tokenizer = load_tokenizer(str(tiny_student))
     rows = [teacher_row(3), teacher_row(45_678, padding=5)]
     examples, _ = tokenised(rows, tokenizer, 512)
@@ -72,7 +70,6 @@ def test_the_loss_and_its_gradient_equal_those_of_full_logits_with_a_padding_mas
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
 def test_attention_in_blocks_equals_torch_attention_forwards_and_backwards(length: int):
-    import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     from finqa.tuning.cpu_attention import BlockCausalAttention
@@ -128,8 +125,6 @@ def test_the_sham_learns_as_many_rows_as_the_real_run_but_of_known_families_alon
 def test_fine_tuning_lowers_the_loss_and_leaves_adapter_tokenizer_log_and_manifest(
     run: StudentRun, folders: Folders, tiny_student: Path
 ):
-    import torch
-
     run = replace(run, settings=replace(SETTINGS, num_epochs=6))
     folder = fine_tune(run, TrainingConfig(), folders)
     assert folder == folders.model("FinQA-mini", run.model_id)
