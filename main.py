@@ -23,7 +23,6 @@ that have no reply yet. What changes training and is no part of <model-id> (rank
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -59,10 +58,8 @@ def main() -> int:
         write_student_card(run, folder)
         hub.push_folder(folder, None if args.push is False else run.hub_id, args.push, args.private)
         if evaluation:
-            # In a process of its own: the engine finds the memory and the threads that training held.
-            return subprocess.call(
-                [sys.executable, __file__, *sys.argv[1:], "--no-train", "--check-adapter"], env=parallel.alone()
-            )
+            # From the start again: the engine finds the memory and the threads that training held.
+            parallel.go_on_alone([sys.executable, __file__, *sys.argv[1:], "--no-train", "--check-adapter"])
     elif evaluation and parallel.is_first():
         if not args.vllm:
             plan_evaluation(run, evaluation.generation)

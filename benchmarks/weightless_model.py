@@ -11,7 +11,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
-SPECIAL = ("<unk>", "<s>")
+SPECIAL = ("<unk>", "<s>", "</s>")
 
 
 def write_weightless_mistral(folder: Path, shapes: Mapping[str, Any]) -> Path:

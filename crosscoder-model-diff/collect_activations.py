@@ -217,9 +217,15 @@ def collect(args: argparse.Namespace, plan: Plan) -> None:
     for choice, inputs, writer in zip(plan.choices, plan.inputs, plan.writers, strict=True):
 
         def manifest(folder: Path, inputs: dict[str, Any] = inputs) -> None:
-            took = round(time.monotonic() - started, 1)
-            about = {"reader": plan.reader, "processes": parallel.world_size(), "seconds": took}
-            write_manifest(folder / "run.json", vars(args), inputs=inputs, **about)
+            write_manifest(
+                folder / "run.json",
+                vars(args),
+                inputs=inputs,
+                reader=plan.reader,
+                processes=parallel.world_size(),
+                seconds=round(time.monotonic() - started, 1),
+                tokens_per_second=round(done / seconds),
+            )
 
         config = writer.finish(table, stored_documents(plan.documents), inputs, shard_tokens, manifest)
         if config.n_dropped:

@@ -18,6 +18,7 @@ import gc
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,11 +164,13 @@ def classes_of(p: Tensor, like: Sequence[dict[int, float]]) -> list[dict[int, fl
 
 def _served(
     run: StudentRun, student: Path, sequences: Sequences, config: EvaluationConfig
-) -> tuple[list[list[dict[int, float]]] | None, str | None]:
-    """What vLLM serves says of the replies, and how it has the adapter; None with several engines."""
-    with closing(served_models(run, student, ["fine-tuned"], config.generation)) as models:
+) -> tuple[list[list[dict[int, float]]], str]:
+    """What vLLM says of the replies, and how it has the adapter; one engine, which alone gives log-probabilities."""
+    one_engine = replace(config.generation, data_parallel=1)
+    with closing(served_models(run, student, ["fine-tuned"], one_engine)) as models:
         model = next(models)
-        return (model.logprobs(sequences), model.facts["adapter"]) if model.logprobs else (None, None)
+        assert model.logprobs
+        return model.logprobs(sequences), model.facts["adapter"]
 
 
 def _unmerged(run: StudentRun, student: Path, sequences: Sequences) -> tuple[list[Tensor], list[Tensor]]:

@@ -8,11 +8,16 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher tells each process; a process that works alone must not find it."""
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for one of them, which may be downloading a model. (Of itself NCCL gives up after ten
+minutes.) One that dies is not waited for: the launcher stops the others."""
 
 
 def world_size() -> int:
@@ -55,7 +60,7 @@ def wait_for_all() -> None:
     from accelerate import PartialState
 
     loaded_before_joining()
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     try:
         state.wait_for_everyone()
     except RuntimeError:  # the connection is closed: the launcher stops the others, and the one that failed said why
@@ -106,6 +111,17 @@ def part() -> None:
         torch.distributed.destroy_process_group()
 
 
-def alone() -> dict[str, str]:
-    """The environment for a process that is started to work by itself."""
-    return {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+def go_on_alone(command: Sequence[str]) -> NoReturn:
+    """Become another program that works by itself, under the same process id.
+
+    All that this process holds is freed, its memory on a GPU too, which a child would find taken.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    open_files = Path("/proc/self/fd")
+    for number in [int(path.name) for path in open_files.iterdir()] if open_files.exists() else []:
+        if number > 2:
+            with contextlib.suppress(OSError):  # the listing's own is closed by now
+                os.set_inheritable(number, False)
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    os.execve(command[0], list(command), environment)

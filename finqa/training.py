@@ -114,6 +114,8 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
 
     pad_id: Any = tokenizer.pad_token_id
     trainer = make_trainer(run, replace(config, speed=speed), examples, pad_id, folder)
+    if device != "cpu" and speed.compiled:
+        print("layers are compiled in the first update, which takes about a minute", flush=True)
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         print(f"going on from {checkpoint.name}", flush=True)
@@ -126,6 +128,7 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
     model: Any = trainer.model
     draw_training(folder / LOG_FILE, f"{run.model_id} on {run.dataset}")
     _save(run, model, tokenizer, folder)
+    seconds = round(time.monotonic() - started, 1)
     write_manifest(
         folder / "run.json",
         identity,
@@ -144,8 +147,9 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
         precision="bf16" if trainer.args.bf16 else "fp32",
         attention=model.config._attn_implementation,
         memory_gb=round(memory_used() / 1e9, 3),
-        seconds=round(time.monotonic() - started, 1),
+        seconds=seconds,
     )
+    print(f"trained in {seconds:.0f} s: {folder}", flush=True)
 
 
 def make_trainer(

@@ -64,6 +64,7 @@ class RunningEngine:
 @contextmanager
 def running_engine(arguments: EngineArguments) -> Iterator[RunningEngine]:
     """As many engines as the configuration asks for; they are gone at the end of the block."""
+    print(f"starting vLLM{'' if default_device() == 'cpu' else ', which takes a minute or two'}", flush=True)
     if arguments.config.data_parallel > 1:
         from finqa.engines.data_parallel import parallel_engines
 
@@ -85,7 +86,7 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
     config, adapter = arguments.config, arguments.adapter
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    device = default_device()
+    device, show = default_device(), sys.stderr.isatty()
     settings: dict[str, Any] = {
         "max_model_len": _limit_of(Path(arguments.model), config),
         "tensor_parallel_size": config.tensor_parallel,
@@ -114,6 +115,9 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
         # vLLM forks its engine where CUDA is not initialised. Having asked how many GPUs there are does not count as
         # that, but a process forked after it can use none.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        os.environ.setdefault("FLASHINFER_LOGGING_LEVEL", "warning")
+        if not show:
+            os.environ.setdefault("TQDM_DISABLE", "1")  # some of its bars are drawn whatever vLLM is told
     if arguments.load_in_4bit:
         settings["quantization"] = "bitsandbytes"
     if arguments.random_weights:
@@ -122,7 +126,6 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
         settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank_limit(adapter)}
 
     started = time.monotonic()
-    show = sys.stderr.isatty()
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

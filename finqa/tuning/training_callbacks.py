@@ -47,6 +47,13 @@ class TrainingLog(TrainerCallback):
 
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """The last updates are logged too where their number is no multiple of those between two records."""
+        control.should_log |= state.global_step == state.max_steps
+        return control
+
     def on_log(
         self,
         args: TrainingArguments,

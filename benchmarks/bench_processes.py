@@ -1,0 +1,178 @@
+"""Fine-tuning and recording activations with 1, 2, 4 processes, a GPU each: the project's own commands by torchrun.
+
+    python -m benchmarks.bench_processes [--processes 1 2 4]              # as many GPUs
+    python -m benchmarks.bench_processes --small --processes 1 2          # pocket-mistral's shapes, on a CPU too
+
+A model of Mistral-7B's shapes with random weights is written to disk, with a tokenizer made on the spot; its data are
+FinQA-mini's pages. Each number of processes runs main.py (the published recipe: one row an update and process) and
+collect_activations.py (layer 17, base and fine-tuned model, written to disk) as a user would, and the rates are those
+that the commands write down:
+
+    fine-tuning     tokens/s over the second half of the updates (training_log.jsonl): compiling is left out
+    recording       tokens/s of both models, from the first batch to the last shard (run.json); loading is left out
+
+More processes see more rows in an update, which is another recipe: what is compared is how fast rows pass. One process
+records its updates as CUDA graphs, several do not, so the step from one to two costs more than the gradients' way.
+
+Needs 60 GB of disk below --scratch. Writes benchmarks/results/processes*.json and .md after every number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench_evaluation import shapes_of
+from benchmarks.mistral_7b import SHAPES, random_mistral_7b
+from benchmarks.record import RESULTS, markdown_table, write_record
+from benchmarks.weightless_model import byte_level_tokenizer
+from finqa.errors import UserError, report_errors
+from finqa.paths import REPOSITORY, SHIPPED_DATA, Folders
+
+DATASET = "FinQA-mini"
+PREPARATION = ("preprocess_finqa", "process_finqa_code_generation --teacher program", "filter_valid_answers")
+COLLECT = REPOSITORY / "crosscoder-model-diff" / "collect_activations.py"
+POCKET = SHIPPED_DATA / "models" / "pocket-mistral"
+
+
+def main() -> None:
+    args = parse_arguments()
+    runs: dict[int, dict[str, Any]] = {}
+    table = ""
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        folders = Folders(data=Path(scratch) / "data", results=Path(scratch) / "results")
+        model = write_random_model(Path(scratch) / "model", args)
+        for words in PREPARATION:
+            command([sys.executable, "-m", *f"preprocessing.{words}".split(), "--dataset", DATASET], folders, 1)
+        for processes in args.processes:
+            runs[processes] = {
+                "fine-tuning": fine_tuning(model, folders, processes, args),
+                "recording": recording(model, folders, processes, args),
+            }
+            print(processes, runs[processes], flush=True)
+            table = report(runs, args)
+    print(table)
+
+
+def write_random_model(folder: Path, args: argparse.Namespace) -> Path:
+    """A model that main.py takes: random weights, a tokenizer of bytes and pairs of letters with a chat template."""
+    from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+    if args.small:
+        model: Any = MistralForCausalLM(MistralConfig(**shapes_of(args)))
+    else:
+        model = random_mistral_7b(args.layers)
+    model.save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_tokenizer(model.config.vocab_size), bos_token="<s>", eos_token="</s>",
+        pad_token="<unk>", chat_template=(POCKET / "chat_template.jinja").read_text(),
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def student(model: Path, processes: int) -> list[str]:
+    return [DATASET, str(model), "-P", "--run-name", f"by-{processes}", "--no-push"]
+
+
+def fine_tuning(model: Path, folders: Folders, processes: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Train; returns ms an update and tokens/s of the second half, and what run.json says of it."""
+    rows = args.updates * processes
+    recipe = ["--preset", "published", "--max-rows", str(rows), "--save-steps", str(args.updates)]
+    command(launched("main.py", processes, [*student(model, processes), *recipe]), folders, processes)
+    [folder] = (folders.data / "models" / DATASET).glob(f"*-by-{processes}")
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    first, last = next(record for record in log if record["step"] >= args.updates // 2), log[-1]
+    seconds, updates = last["seconds"] - first["seconds"], last["step"] - first["step"]
+    if updates < 1:
+        raise UserError("--updates is too small: no two records of the second half")
+    manifest = json.loads((folder / "run.json").read_text())
+    return {
+        "updates": updates,
+        "ms_an_update": round(1000 * seconds / updates, 1),
+        "tokens_per_second": round((last["tokens_seen"] - first["tokens_seen"]) / seconds),
+        "first_update_s": log[0]["seconds"],
+        "memory_gb_of_the_first": manifest["memory_gb"],
+        "speed": manifest["speed"],
+        "whole_command_s": manifest["seconds"],
+    }
+
+
+def recording(model: Path, folders: Folders, processes: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Record with the first student, so that all numbers of processes do the same; the set is deleted."""
+    which = ["--split", "train", "--num-samples", str(args.documents), "--layer", str(args.layer), "--reader", "hooks"]
+    command(launched(str(COLLECT), processes, [*student(model, args.processes[0]), *which]), folders, processes)
+    [folder] = (folders.data / "activations").iterdir()
+    config, manifest = (json.loads((folder / name).read_text()) for name in ("config.json", "run.json"))
+    shutil.rmtree(folder)
+    return {
+        "tokens": config["n_tokens"],
+        "tokens_per_second_of_both_models": manifest["tokens_per_second"],
+        "tokens_per_second_through_a_model": 2 * manifest["tokens_per_second"],
+        "whole_command_s": manifest["seconds"],
+    }
+
+
+def launched(script: str, processes: int, words: list[str]) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *(launcher if processes > 1 else []), script, *words]
+
+
+def command(words: list[str], folders: Folders, processes: int) -> None:
+    """Run one of the project's commands on the scratch folders. Raises UserError with its output where it fails."""
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    environment = os.environ | {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
+    words = [*words, "--data-dir", str(folders.data)]
+    done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    print(done.stdout, flush=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(words)} failed:\n{done.stderr[-3000:]}")
+
+
+def report(runs: dict[int, dict[str, Any]], args: argparse.Namespace) -> str:
+    """Write the record of what was measured so far; returns its table."""
+    first = next(iter(runs.values()))
+    rows = []
+    for processes, run in runs.items():
+        train, record = run["fine-tuning"], run["recording"]
+        trained, recorded = train["tokens_per_second"], record["tokens_per_second_through_a_model"]
+        rows.append(
+            (
+                processes, f"{train['ms_an_update']:.0f}", f"{trained:,}",
+                f"{trained / first['fine-tuning']['tokens_per_second']:.2f}", f"{recorded:,}",
+                f"{recorded / first['recording']['tokens_per_second_through_a_model']:.2f}",
+            )
+        )  # fmt: skip
+    head = ("processes", "fine-tuning: ms an update", "tokens/s", "times the first", "recording: tokens/s, a model",
+            "times the first")  # fmt: skip
+    table = markdown_table(head, rows)
+    settings = {name: getattr(args, name) for name in ("updates", "documents", "layer")}
+    shapes = "pocket-mistral" if args.small else f"Mistral-7B, {args.layers} layers"
+    record = {"shapes": shapes, **settings, "processes": {str(n): run for n, run in runs.items()}}
+    write_record("processes" + ("_small" if args.small else ""), record, table, args.output_dir)
+    return table
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--processes", type=int, nargs="+", default=[1, 2, 4], help="one after the other (default: 1 2 4)")
+    add("--small", action="store_true", help="pocket-mistral's shapes")
+    add("--updates", type=int, default=80, help="of fine-tuning (default: %(default)s)")
+    add("--documents", type=int, default=2048, help="that are recorded (default: %(default)s)")
+    add("--layer", type=int, default=17, help="whose MLP output is recorded (default: %(default)s)")
+    add("--layers", type=int, default=SHAPES["num_hidden_layers"], help="of the 7B shapes (default: %(default)s)")
+    add("--scratch", type=Path, help="folder for the model and what is made of it (default: the system's)")
+    add("--output-dir", type=Path, default=RESULTS, help="where the record goes (default: %(default)s)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main))
