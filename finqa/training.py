@@ -195,7 +195,7 @@ def training_arguments(
     settings = run.settings
     rows_an_update = settings.batch_size * run.grad_accum * parallel.world_size()
     updates = -(-n_rows // rows_an_update) * settings.num_epochs
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=run.grad_accum,
@@ -219,6 +219,9 @@ def training_arguments(
         remove_unused_columns=False,
         accelerator_config={"non_blocking": True},  # else every batch's copy waits for the update before it
     )
+    # A process trains on one GPU. Where it sees several, the Trainer would take as many times the rows for an update.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def multiplies_bf16(device: str) -> bool:

@@ -13,7 +13,7 @@ from training_parts import SETTINGS, folders_with_rows, launch, script, teacher_
 from finqa.errors import UserError
 from finqa.paths import Folders
 from finqa.students import StudentRun, load_adapter, load_base, load_tokenizer, training_ids
-from finqa.training import TrainingConfig, fine_tune, multiplies_bf16
+from finqa.training import TrainingConfig, fine_tune, multiplies_bf16, training_arguments
 from finqa.tuning.checkpoints import last_checkpoint
 from finqa.tuning.trainable import loss_on_completion
 from finqa.tuning.training_rows import (
@@ -126,13 +126,14 @@ def test_fine_tuning_lowers_the_loss_and_leaves_adapter_tokenizer_log_and_manife
     run: StudentRun, folders: Folders, tiny_student: Path
 ):
     run = replace(run, settings=replace(SETTINGS, num_epochs=6))
-    folder = fine_tune(run, TrainingConfig(), folders)
+    folder = fine_tune(run, TrainingConfig(max_rows=36), folders)
     assert folder == folders.model("FinQA-mini", run.model_id)
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [1, 10, 20, 30, 40, 50, 54]
     assert log[-1]["loss"] < log[0]["loss"] - 1
     assert {"learning_rate", "grad_norm", "tokens_per_second"} <= log[0].keys()
     manifest = json.loads((folder / "run.json").read_text())
-    assert manifest["rows"] == 40 and manifest["updates"] == 60
+    assert manifest["rows"] == 36 and manifest["updates"] == 54
     assert len(list(folder.glob("checkpoint-*"))) == 2
     assert load_tokenizer(str(folder)).chat_template == load_tokenizer(str(tiny_student)).chat_template
 
@@ -203,3 +204,11 @@ def test_a_cpu_trains_in_bf16_only_where_its_products_are_not_software(capabilit
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert multiplies_bf16("cpu") == there
     assert multiplies_bf16("cuda")
+
+
+def test_a_process_that_sees_several_gpus_takes_the_rows_of_one_for_an_update(
+    run: StudentRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    arguments = training_arguments(run, TrainingConfig(), 100, False, "cuda", tmp_path)
+    assert arguments.train_batch_size == SETTINGS.batch_size
