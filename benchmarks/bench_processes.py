@@ -140,7 +140,7 @@ def report(runs: dict[int, dict[str, Any]], args: argparse.Namespace) -> str:
     """Write the record of what was measured so far; returns its table."""
     first = next(iter(runs.values()))
     rows = []
-    for processes, run in runs.items():
+    for processes, run in sorted(runs.items()):
         train, record = run["fine-tuning"], run["recording"]
         trained, recorded = train["tokens_per_second"], record["tokens_per_second_through_a_model"]
         rows.append(
