@@ -24,7 +24,10 @@ LINE_EVERY_S = 10.0
 
 
 class TrainingLog(TrainerCallback):
-    """Keeps the log of a run; of several processes the first one does, for all of them."""
+    """Keeps the log of a run; of several processes the first one does, for all of them.
+
+    `tokens_per_second` is the rate since the record before: the first one has the compiling of the layers in it.
+    """
 
     def __init__(self, path: Path, trainer: CompletionTrainer, wandb_run: Any = None):
         self.path = path
@@ -35,7 +38,8 @@ class TrainingLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._started = self._said = time.monotonic()
+        self._started = self._said = self._recorded = time.monotonic()
+        self._tokens = 0
         if not state.is_world_process_zero:
             return
         # A resumed run logs the steps after its checkpoint again; a line that a kill cut short goes as well.
@@ -67,7 +71,9 @@ class TrainingLog(TrainerCallback):
         tokens = int(parallel.total(self.trainer.tokens_seen))
         if not state.is_world_process_zero:
             return
-        seconds = time.monotonic() - self._started
+        now = time.monotonic()
+        rate = (tokens - self._tokens) / (now - self._recorded)
+        self._tokens, self._recorded = tokens, now
         record = {
             "step": state.global_step,
             "epoch": round(logs["epoch"], 4),
@@ -75,8 +81,8 @@ class TrainingLog(TrainerCallback):
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs["grad_norm"],
             "tokens_seen": tokens,
-            "tokens_per_second": round(tokens / seconds, 1),
-            "seconds": round(seconds, 2),
+            "tokens_per_second": round(rate, 1),
+            "seconds": round(now - self._started, 2),
             "memory_gb": round(memory_used() / 1e9, 3),
         }
         with self.path.open("a") as file:
