@@ -27,7 +27,6 @@ import sys
 from dataclasses import replace
 
 from finqa import datasets, hub, parallel
-from finqa.adapter_check import check_adapter
 from finqa.engines.serving import check_backend
 from finqa.errors import UserError, report_errors
 from finqa.evaluation import EvaluationConfig, evaluate
@@ -63,9 +62,7 @@ def main() -> int:
     elif evaluation and parallel.is_first():
         if not args.vllm:
             plan_evaluation(run, evaluation.generation)
-        evaluate(run, evaluation, folders)
-        if args.check_adapter:
-            check_adapter(run, evaluation, folders)
+        evaluate(run, evaluation, folders, args.check_adapter)
     return 0
 
 

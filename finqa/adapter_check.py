@@ -18,12 +18,12 @@ import gc
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finqa import datasets, prompts
-from finqa.engines.serving import served_models
+from finqa.engines.serving import Served, served_models
 from finqa.errors import UserError
 from finqa.manifest import write_json
 from finqa.paths import Folders
@@ -55,10 +55,23 @@ Sequences = Sequence[tuple[list[int], int]]
 """Token ids, and how many of them are prompt."""
 
 
-def check_adapter(run: StudentRun, config: EvaluationConfig, folders: Folders) -> None:
+@dataclass(frozen=True)
+class EngineReading:
+    """What a vLLM engine says of some sequences."""
+
+    logprobs: list[list[dict[int, float]]]
+    adapter: str
+    """How it has the adapter: merged or by request."""
+
+
+def check_adapter(
+    run: StudentRun, config: EvaluationConfig, folders: Folders, reading: EngineReading | None = None
+) -> None:
     """Check the fine-tuned student that was just evaluated, and add the result to the run.json of each split.
 
-    Says so in one line. Raises UserError where the adapter changes nothing, or where there is no evaluation of it.
+    `reading` is what the engine said that evaluated (`engine_reading`); with vLLM and without it one is started again.
+    Says the result in one line. Raises UserError where the adapter changes nothing, or where there is no evaluation
+    of it.
     """
     student = find_adapter(run, folders)
     if not (student / "adapter_config.json").exists():
@@ -71,7 +84,7 @@ def check_adapter(run: StudentRun, config: EvaluationConfig, folders: Folders) -
         print("no check of the adapter: the fine-tuned model was not evaluated (--eval-type)", flush=True)
         return
     sequences = own_replies(run, config, folders, config.splits[0])
-    found = compare(run, student, sequences, config)
+    found = compare(run, student, sequences, config, reading)
     for path in manifests:
         write_json(path, json.loads(path.read_text()) | {"adapter_check": found})
     print(verdict(found), flush=True)
@@ -81,6 +94,17 @@ def check_adapter(run: StudentRun, config: EvaluationConfig, folders: Folders) -
 
 def _folder(run: StudentRun, config: EvaluationConfig, folders: Folders, split: str) -> Path:
     return folders.evaluation(run.dataset, run.model_id, split, "fine-tuned" + config.generation.folder_suffix)
+
+
+def engine_reading(run: StudentRun, config: EvaluationConfig, folders: Folders, served: Served) -> EngineReading | None:
+    """What the engine says of the fine-tuned model's own replies, asked while it still runs: a start takes minutes.
+
+    None where it gives no log-probabilities or has no adapter.
+    """
+    how = served.facts["adapter"]
+    if served.logprobs is None or how == "none":
+        return None
+    return EngineReading(served.logprobs(own_replies(run, config, folders, config.splits[0])), how)
 
 
 def own_replies(run: StudentRun, config: EvaluationConfig, folders: Folders, split: str) -> Sequences:
@@ -98,7 +122,13 @@ def own_replies(run: StudentRun, config: EvaluationConfig, folders: Folders, spl
     return sequences
 
 
-def compare(run: StudentRun, student: Path, sequences: Sequences, config: EvaluationConfig) -> dict[str, Any]:
+def compare(
+    run: StudentRun,
+    student: Path,
+    sequences: Sequences,
+    config: EvaluationConfig,
+    reading: EngineReading | None = None,
+) -> dict[str, Any]:
     """Mean KL (nats a token) from the base with its adapter to the base, the merged model, and vLLM where it serves.
 
     Keys: `questions`, `tokens`, `kl_base`, `kl_merged`, `share_merged` (of kl_base), `same_first` (share of tokens
@@ -106,7 +136,8 @@ def compare(run: StudentRun, student: Path, sequences: Sequences, config: Evalua
     `vllm_adapter`; `active`, `agrees`.
     """
     quiet_libraries()
-    served, how = _served(run, student, sequences, config) if config.generation.vllm else (None, None)
+    if config.generation.vllm and reading is None:
+        reading = _by_an_engine(run, student, sequences, config)
     base, adapted = _unmerged(run, student, sequences)
     kl_base = _mean(map(kl, adapted, base))
     found: dict[str, Any] = {"questions": len(sequences), "tokens": sum(map(len, adapted)), "kl_base": kl_base}
@@ -118,12 +149,13 @@ def compare(run: StudentRun, student: Path, sequences: Sequences, config: Evalua
         found["kl_merged"] = _mean(map(kl, adapted, _merged(run, student, sequences)))
         found["share_merged"] = _share(found["kl_merged"], kl_base)
         shares.append(found["share_merged"])
-    if served is not None:
+    if reading is not None:
+        served = reading.logprobs
         found["kl_vllm"] = _mean(map(kl_on_classes, adapted, served))
         on_classes = [classes_of(one, classes) for one, classes in zip(base, served, strict=True)]
         found["kl_base_on_vllm_tokens"] = _mean(map(kl_on_classes, adapted, on_classes))
         found["share_vllm"] = _share(found["kl_vllm"], found["kl_base_on_vllm_tokens"])
-        found["vllm_adapter"] = how
+        found["vllm_adapter"] = reading.adapter
         shares.append(found["share_vllm"])
     return found | {"active": kl_base > 0, "agrees": all(s is not None and s <= AGREEMENT for s in shares)}
 
@@ -162,15 +194,13 @@ def classes_of(p: Tensor, like: Sequence[dict[int, float]]) -> list[dict[int, fl
     return [{token: float(row[token]) for token in classes} for row, classes in zip(p, like, strict=True)]
 
 
-def _served(
-    run: StudentRun, student: Path, sequences: Sequences, config: EvaluationConfig
-) -> tuple[list[list[dict[int, float]]], str]:
-    """What vLLM says of the replies, and how it has the adapter; one engine, which alone gives log-probabilities."""
+def _by_an_engine(run: StudentRun, student: Path, sequences: Sequences, config: EvaluationConfig) -> EngineReading:
+    """What one engine says that is started for it (several give no log-probabilities)."""
     one_engine = replace(config.generation, data_parallel=1)
     with closing(served_models(run, student, ["fine-tuned"], one_engine)) as models:
         model = next(models)
         assert model.logprobs
-        return model.logprobs(sequences), model.facts["adapter"]
+        return EngineReading(model.logprobs(sequences), model.facts["adapter"])
 
 
 def _unmerged(run: StudentRun, student: Path, sequences: Sequences) -> tuple[list[Tensor], list[Tensor]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finqa import datasets, prompts
+from finqa.adapter_check import check_adapter, engine_reading
 from finqa.engines.serving import Model, Served, served_models
 from finqa.generation import Generate, GenerationConfig, all_replies
 from finqa.manifest import file_hash, write_json, write_manifest
@@ -73,17 +74,18 @@ class Task:
         return all(slot in self.journal.replies for slot in self.slots)
 
 
-def evaluate(run: StudentRun, config: EvaluationConfig, folders: Folders) -> None:
+def evaluate(run: StudentRun, config: EvaluationConfig, folders: Folders, check: bool = False) -> None:
     """Evaluate the student on every split in every eval type, starting as few engines as possible.
 
     Replies that are there under the same settings and weights are not generated again; a model whose replies are all
     there is not loaded. Writes metrics.json, predictions.jsonl and run.json for each, and the comparison of all that
-    is there.
+    is there; with `check` the adapter is then checked (finqa.adapter_check).
     """
     wanted: list[Model] = [MODEL_OF_TYPE[eval_type] for eval_type in config.eval_types]
     student = find_adapter(run, folders) if "fine-tuned" in wanted else None
     tasks = _tasks(run, config, folders, student)
     missing = [task for task in tasks if not task.complete]
+    reading = None
     with Sandbox(config.sandbox) as sandbox:
         for task in tasks:
             if task.complete:
@@ -94,7 +96,11 @@ def evaluate(run: StudentRun, config: EvaluationConfig, folders: Folders) -> Non
                     if task.model == served.model:
                         collect_replies(task, served)
                         _finish(task, run, config, sandbox)
+                if check and served.model == "fine-tuned":
+                    reading = engine_reading(run, config, folders, served)
     write_report(folders.results / run.dataset / run.model_id)
+    if check:
+        check_adapter(run, config, folders, reading)
 
 
 def _tasks(run: StudentRun, config: EvaluationConfig, folders: Folders, student: Path | None) -> list[Task]:

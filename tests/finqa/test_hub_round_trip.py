@@ -117,6 +117,7 @@ def test_the_adapter_is_evaluated_by_its_name_with_vllm_over_a_download_that_bre
     pytest.importorskip("vllm")
     empty = commands.rows_alone("evaluated")
     words = [*STUDENT, "writer", *TRAIN, "-NT", "-T", "--VLLM", "--limit", "2", "--max-new-tokens", "8"]
+    words += ["--check-adapter"]
     commands.hub.faults = [Fault("GET", "/storage/*", after_bytes=1000)]
     done = commands("main.py", *words, elsewhere=empty)
     assert done.returncode == 0, done.stderr
@@ -127,6 +128,9 @@ def test_the_adapter_is_evaluated_by_its_name_with_vllm_over_a_download_that_bre
     assert manifest["student_hash"] == weights_hash(commands.folders.model("FinQA-mini", MODEL_ID))
     assert manifest["served"]["engine"] == "vllm"
     assert json.loads((results / "metrics.json").read_text())["n"] == 2
+    checked = manifest["adapter_check"]
+    assert checked["active"] and checked["vllm_adapter"] == "merged" and checked["kl_vllm"] < checked["kl_base"]
+    assert done.stdout.count("starting vLLM") == 1, "the engine that evaluates is asked for the check too"
 
 
 def test_the_merged_model_comes_back_by_its_name_with_the_weights_that_were_merged(commands: Commands):
