@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.bench_evaluation import ALONE, BASE, CALLS, PROJECT
 from benchmarks.mistral_7b import TRAIN_ROWS
 from finqa.paths import REPOSITORY
 
@@ -43,6 +44,23 @@ def test_the_diff_takes_what_its_record_says():
     record = json.loads((RECORDS / "diff.json").read_text())
     seconds = [round(record["seconds"][stage]) for stage in ("collect", "train", "analyse")]
     assert f"| {' + '.join(map(str, seconds))} s at the H200's speed" in PAGE
+
+
+def test_evaluation_takes_what_its_records_say():
+    base, adapted = (json.loads((RECORDS / f"{name}.json").read_text()) for name in ("evaluation", "evaluation_lora"))
+    project, alone, calls = (base["ways"][name] for name in (PROJECT, ALONE, CALLS))
+    seconds = [round(record["ways"][PROJECT]["seconds"]["median"]) for record in (base, adapted)]
+    starts = [round(record["engine"]["start_seconds"]) for record in (base, adapted)]
+    line = f"| {seconds[0]} s for 1,104 prompts by the base, {seconds[1]} s with the adapter, on an H100; "
+    assert f"{line}{starts[0]} and {starts[1]} s before that to start the engine" in PAGE
+    assert project["prompts"] == alone["prompts"] == adapted["ways"][PROJECT]["prompts"] == 1104
+    prose = " ".join(PAGE.split())
+    assert f"({project['tokens_in'] / 1104:,.0f} tokens on average) with replies of 131 tokens each" in prose
+    assert project["tokens_out"] == 131 * 1104
+    assert f"({project['rate_against_vllm_alone']:.2f} times its rate)" in prose
+    assert f"calls of eight prompts reached {calls['rate_against_vllm_alone']:.2f} of it" in prose
+    slower = adapted["ways"][BASE]["prompts_per_second"] / adapted["ways"][PROJECT]["prompts_per_second"]
+    assert f"at rank {adapted['lora_r']} that takes {slower:.1f} times the base's time" in prose
 
 
 def test_the_files_and_flags_it_names_exist():

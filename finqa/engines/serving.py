@@ -106,7 +106,11 @@ def _by_hugging_face(
 def _by_vllm_with_requests(
     run: StudentRun, student: Path | None, wanted: Sequence[Model], config: GenerationConfig
 ) -> Iterator[Served]:
-    """One engine for base and adapter: a GPU serves both at full speed."""
+    """One engine for base and adapter.
+
+    An adapter of rank 512 takes 2.2 times the base's time on a 7B model (benchmarks/results/evaluation_lora.md), which
+    is less than merging it and starting a second engine for the thousand rows of a split.
+    """
     from finqa.engines.vllm_engine import EngineArguments, running_engine
 
     tokenizer: Any = load_tokenizer(run.model, run.revision)
