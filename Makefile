@@ -8,6 +8,8 @@ MACHINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 TORCH := 2.13.0
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# uv installs into the environment that this names, and another one may be active.
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 # Byte code is written even where the environment forbids it: importing vllm without it takes 11 s instead of 4.
 export PYTHONDONTWRITEBYTECODE :=
 

@@ -85,7 +85,7 @@ def evaluate(run: StudentRun, config: EvaluationConfig, folders: Folders, check:
     student = find_adapter(run, folders) if "fine-tuned" in wanted else None
     tasks = _tasks(run, config, folders, student)
     missing = [task for task in tasks if not task.complete]
-    reading = None
+    report, reading = folders.results / run.dataset / run.model_id, None
     with Sandbox(config.sandbox) as sandbox:
         for task in tasks:
             if task.complete:
@@ -97,8 +97,9 @@ def evaluate(run: StudentRun, config: EvaluationConfig, folders: Folders, check:
                         collect_replies(task, served)
                         _finish(task, run, config, sandbox)
                 if check and served.model == "fine-tuned":
+                    write_report(report)  # whatever becomes of the check
                     reading = engine_reading(run, config, folders, served)
-    write_report(folders.results / run.dataset / run.model_id)
+    write_report(report)
     if check:
         check_adapter(run, config, folders, reading)
 
