@@ -131,13 +131,18 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
         warnings.simplefilter("ignore", FutureWarning)
         from vllm import LLM
 
-        engine = LLM(
-            model=arguments.model,
-            tokenizer=arguments.tokenizer,
-            disable_log_stats=True,
-            use_tqdm_on_load=show,
-            **settings,
-        )
+        try:
+            engine = LLM(
+                model=arguments.model,
+                tokenizer=arguments.tokenizer,
+                disable_log_stats=True,
+                use_tqdm_on_load=show,
+                **settings,
+            )
+        except (RuntimeError, ValueError):
+            if device != "cpu":
+                _check_gpus_are_free(config)
+            raise
     facts = {"engine": "vllm", "device": device, "dtype": str(engine.model_config.dtype).removeprefix("torch.")}
     try:
         yield engine, facts | {"settings": settings, "start_seconds": round(time.monotonic() - started, 1)}
@@ -148,6 +153,21 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
         del engine
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def _check_gpus_are_free(config: GenerationConfig) -> None:
+    """UserError where something else holds what an engine is to take. Asked when a start has failed: to ask takes
+    memory of the GPU itself."""
+    import torch
+
+    for gpu in range(min(config.tensor_parallel, torch.cuda.device_count())):
+        free, there = torch.cuda.mem_get_info(gpu)
+        if free < config.gpu_memory_utilization * there:
+            raise UserError(
+                f"vLLM is to take {config.gpu_memory_utilization:.0%} of GPU {gpu}, and {free / 1e9:.1f} of its "
+                f"{there / 1e9:.1f} GB are free; end what else uses it, or give a smaller share "
+                f"(--gpu-memory-utilization {max(0, int(100 * free / there) - 2) / 100})"
+            )
 
 
 def vllm_generate(engine: Any, ends: Collection[int], config: GenerationConfig, adapter: Path | None) -> Generate:

@@ -11,6 +11,7 @@ import pytest
 
 from finqa.engines import vllm_engine
 from finqa.engines.vllm_engine import EngineArguments
+from finqa.errors import UserError
 from finqa.generation import GenerationConfig
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
@@ -38,3 +39,23 @@ def test_its_process_is_spawned_as_torch_has_asked_for_gpus_by_then(asked, told,
     with pytest.raises(Started), vllm_engine.vllm_engine(arguments):
         pass
     assert seen == [(told, 0.7)]
+
+
+@pytest.mark.parametrize(("free", "raised"), [(60e9, UserError), (79e9, RuntimeError)])
+def test_a_start_that_fails_where_the_gpu_is_taken_says_which_share_would_do(free, raised, tiny_student, monkeypatch):
+    import torch
+
+    def fail(**settings: Any) -> None:
+        raise RuntimeError("Engine core initialization failed. See root cause above.")
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=fail))
+    monkeypatch.setattr(vllm_engine, "default_device", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free, 80e9))
+    config = GenerationConfig(vllm=True, max_new_tokens=8, batch_size=1, gpu_memory_utilization=0.9)
+    arguments = EngineArguments(str(tiny_student), str(tiny_student), False, config, None)
+    with pytest.raises(raised) as caught, vllm_engine.vllm_engine(arguments):
+        pass
+    if raised is UserError:
+        assert "60.0 of its 80.0 GB are free" in str(caught.value)
+        assert "--gpu-memory-utilization 0.73" in str(caught.value)
