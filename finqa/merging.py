@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from finqa.students import load_adapter, load_base, load_tokenizer, resolve_model
 
@@ -21,16 +22,22 @@ def merged(model: str, student: Path, revision: str | None = None) -> Iterator[P
 def merge(model: str, student: Path, folder: Path, revision: str | None = None, max_shard_size: str = "5GB") -> None:
     """Write base + adapter as one model, in files of at most `max_shard_size`, tokenizer included.
 
-    The sum is taken in fp32 and rounded once, to the dtype of the base (bf16 for every student here), so a
+    Each sum is taken in fp32 and rounded once, to the dtype of the base (bf16 for every student here), so a
     merged weight is the bf16 number nearest to base + scale * B A. It still is a rounded one: logits differ
-    a little from those of the unmerged pair.
+    a little from those of the unmerged pair. A matrix at a time is in fp32: of the whole base that would be twice the
+    memory.
     """
     import torch
+    from peft.tuners.lora import LoraLayer
     from transformers import AutoConfig
 
     path = resolve_model(model, revision)
-    stored = AutoConfig.from_pretrained(path).dtype or torch.bfloat16
-    base = load_base(model, dtype=torch.float32, device="cpu", revision=revision)
-    whole = load_adapter(base, student).merge_and_unload().to(stored)
+    stored: Any = AutoConfig.from_pretrained(path).dtype or torch.bfloat16
+    pair: Any = load_adapter(load_base(model, dtype=stored, device="cpu", revision=revision), student)
+    layers: list[Any] = [layer for layer in pair.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        weight = layer.get_base_layer().weight
+        weight.data = (weight.float() + layer.get_delta_weight("default").float()).to(stored)
+    whole = pair.unload()
     whole.save_pretrained(folder, max_shard_size=max_shard_size)
     load_tokenizer(model, revision).save_pretrained(folder)

@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING
 
 from finqa import parallel
 from finqa.errors import UserError
-from finqa.needs import GB, Load, Need, Sizes, disk_need, evaluation_need, read_config, sizes, training_need
+from finqa.needs import (
+    GB,
+    WORKSPACE,
+    Load,
+    Need,
+    Sizes,
+    disk_need,
+    evaluation_need,
+    read_config,
+    sizes,
+    training_need,
+)
 from finqa.tuning import packing
 from finqa.tuning.trainable import Speed, no_such_layers
 from finqa.tuning.training_rows import Example
@@ -130,6 +141,31 @@ def plan_evaluation(run: StudentRun, config: GenerationConfig, free: float | Non
         remedy = ", ".join([*flags, "a smaller --max-model-len"])
         raise UserError(
             f"evaluation needs {amount(need.total)} of memory and {amount(there)} are free; what helps: {remedy}"
+        )
+
+
+def plan_merging(base: Path, adapter: Path, folder: Path, free: float | None = None) -> None:
+    """Print what merging an adapter into its base takes; UserError where memory or the disk of `folder` is too small.
+
+    Args:
+        base, adapter: Folders with safetensors files; what they hold is held in memory too.
+        free: Bytes of memory, where they are not to be asked of the machine.
+    """
+    weights, added = (
+        float(sum(file.stat().st_size for file in path.glob("*.safetensors"))) for path in (base, adapter)
+    )
+    need = Need((("base model", weights, ""), ("adapter", added, ""), ("workspace", WORKSPACE, "a matrix in fp32")))
+    there = free_memory("cpu") if free is None else free
+    tell("merging", need, there, "cpu")
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    disk = shutil.disk_usage(existing).free
+    print(f"  {'disk':<23}{amount(weights):>9}  the merged model; {amount(disk)} are free", flush=True)
+    if need.total > there:
+        raise UserError(f"merging needs {amount(need.total)} of the machine's memory and {amount(there)} are free")
+    if weights > disk:
+        raise UserError(
+            f"{folder} needs {amount(weights)} of disk and {amount(disk)} are free; make room there or choose "
+            "another --data-dir"
         )
 
 

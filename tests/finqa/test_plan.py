@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,13 +14,12 @@ from benchmarks.mistral_7b import SHAPES
 from finqa import plan
 from finqa.errors import UserError
 from finqa.generation import GenerationConfig
-from finqa.needs import Load, Sizes, disk_need, evaluation_need, read_config, sizes, training_need
+from finqa.needs import GB, Load, Sizes, disk_need, evaluation_need, read_config, sizes, training_need
 from finqa.student_settings import DEFAULTS
 from finqa.students import StudentRun, load_base
 from finqa.tuning.trainable import Speed, made_trainable
 from finqa.tuning.training_rows import Example
 
-GB = 1e9
 ALL_THAT_IS_FAST = Speed()
 PLAIN = Speed(captured=False)
 ONE_ROW, EIGHT_ROWS = Load(2276, 2276, 159), Load(16_407, 2276, 1026)
@@ -169,6 +169,24 @@ def test_evaluation_needs_weights_adapter_and_keys_and_values(mistral_7b: Sizes)
     plan.plan_evaluation(run, config, free=79 * GB)
     with pytest.raises(UserError, match="a smaller -EBS"):
         plan.plan_evaluation(run, config, free=0.1 * GB)
+
+
+def test_merging_needs_the_weights_of_base_and_adapter_and_as_much_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    for name, size in (("base", 3_000_000), ("adapter", 2_000_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(size))
+    folders = (tmp_path / "base", tmp_path / "adapter", tmp_path / "data" / "merged")
+    plan.plan_merging(*folders, free=GB)
+    printed = capsys.readouterr().out
+    assert "plan: merging needs 505 MB; 1.0 GB are free in the machine's memory" in printed
+    assert f"  {'disk':<23}{'3 MB':>9}  the merged model; " in printed
+    with pytest.raises(UserError, match="merging needs 505 MB of the machine's memory and 504 MB are free"):
+        plan.plan_merging(*folders, free=504e6)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=2_500_000))
+    with pytest.raises(UserError, match=r"needs 3 MB of disk and 2 MB are free; .* another --data-dir"):
+        plan.plan_merging(*folders, free=GB)
 
 
 def test_the_memory_that_is_free_is_less_than_the_machine_has():

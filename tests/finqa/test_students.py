@@ -182,6 +182,21 @@ def test_the_merged_model_replies_as_base_and_adapter_together(tiny_student: Pat
     assert (whole - together).norm() < 0.05 * (plain - together).norm()
 
 
+def test_a_merged_weight_is_the_sum_in_fp32_rounded_once(tiny_student: Path, adapter: Path):
+    import torch
+
+    from finqa.merging import merged
+
+    whole_in_fp32 = load_adapter(load_base(str(tiny_student), torch.float32), adapter).merge_and_unload()
+    expected = whole_in_fp32.to(torch.bfloat16).state_dict()
+    with merged(str(tiny_student), adapter) as folder:
+        weights = load_base(str(folder), torch.bfloat16).state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    base = load_base(str(tiny_student), torch.bfloat16).state_dict()
+    assert any(not torch.equal(weights[name], base[name]) for name in base)
+
+
 def test_a_large_merged_model_is_written_in_shards_with_the_same_weights(
     tiny_student: Path, adapter: Path, tmp_path: Path
 ):
