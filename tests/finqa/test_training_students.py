@@ -48,7 +48,7 @@ def test_4_bit_bases_adapters_and_all_weights_learn_by_8_bit_adamw_and_are_evalu
     run = StudentRun("FinQA-mini", "pocket-mistral", settings, peft=peft, load_in_4bit=in_4bit)
     folder = fine_tune(run, TrainingConfig(max_rows=24), folders_with_rows(tmp_path))
     log = read_log(folder)
-    assert log[-1]["step"] == 10 and log[-1]["loss"] < log[0]["loss"] - 0.5
+    assert log[-1]["step"] == 12 and log[-1]["loss"] < log[0]["loss"] - 0.5
     assert all(record["memory_gb"] > 0.05 for record in log)
     assert (folder / ("adapter_model.safetensors" if peft else "model.safetensors")).exists()
     manifest = json.loads((folder / "run.json").read_text())
