@@ -48,7 +48,7 @@ def main() -> None:
     table = ""
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         folders = Folders(data=Path(scratch) / "data", results=Path(scratch) / "results")
-        model = write_random_model(Path(scratch) / "model", args)
+        model = write_model(random_model(args), Path(scratch) / "model")
         for words in PREPARATION:
             command([sys.executable, "-m", *f"preprocessing.{words}".split(), "--dataset", DATASET], folders, 1)
         for processes in args.processes:
@@ -61,14 +61,16 @@ def main() -> None:
     print(table)
 
 
-def write_random_model(folder: Path, args: argparse.Namespace) -> Path:
-    """A model that main.py takes: random weights, a tokenizer of bytes and pairs of letters with a chat template."""
-    from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+def random_model(args: argparse.Namespace) -> Any:
+    from transformers import MistralConfig, MistralForCausalLM
 
-    if args.small:
-        model: Any = MistralForCausalLM(MistralConfig(**shapes_of(args)))
-    else:
-        model = random_mistral_7b(args.layers)
+    return MistralForCausalLM(MistralConfig(**shapes_of(args))) if args.small else random_mistral_7b(args.layers)
+
+
+def write_model(model: Any, folder: Path) -> Path:
+    """A model that main.py takes, with a tokenizer of bytes and pairs of letters and a chat template."""
+    from transformers import PreTrainedTokenizerFast
+
     model.save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=byte_level_tokenizer(model.config.vocab_size), bos_token="<s>", eos_token="</s>",

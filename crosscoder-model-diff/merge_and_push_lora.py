@@ -29,7 +29,6 @@ from finqa.errors import UserError, report_errors
 from finqa.manifest import write_manifest
 from finqa.model_card import metadata
 from finqa.paths import SPLITS, Folders, add_folder_flags, write_atomically
-from finqa.plan import plan_merging
 from finqa.records import read_teacher_rows
 from finqa.weights import weights_hash
 
@@ -111,7 +110,6 @@ def merge(
     started = time.monotonic()
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    plan_merging(Path(students.resolve_model(student.model, student.revision)), adapter, partial)
     merging.merge(student.model, adapter, partial, student.revision)
     divergence = compare(student, adapter, partial, checked_ids(student, folders), args.device)
     print(

@@ -15,6 +15,7 @@ from finqa import parallel
 from finqa.errors import UserError
 from finqa.needs import (
     GB,
+    MERGED_FILE_GB,
     WORKSPACE,
     Load,
     Need,
@@ -154,7 +155,15 @@ def plan_merging(base: Path, adapter: Path, folder: Path, free: float | None = N
     weights, added = (
         float(sum(file.stat().st_size for file in path.glob("*.safetensors"))) for path in (base, adapter)
     )
-    need = Need((("base model", weights, ""), ("adapter", added, ""), ("workspace", WORKSPACE, "a matrix in fp32")))
+    written = min(weights, MERGED_FILE_GB * GB)
+    need = Need(
+        (
+            ("base model", weights, ""),
+            ("adapter", added, ""),
+            ("a file as it is written", written, ""),
+            ("workspace", WORKSPACE, "a matrix in fp32"),
+        )
+    )
     there = free_memory("cpu") if free is None else free
     tell("merging", need, there, "cpu")
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
@@ -164,8 +173,7 @@ def plan_merging(base: Path, adapter: Path, folder: Path, free: float | None = N
         raise UserError(f"merging needs {amount(need.total)} of the machine's memory and {amount(there)} are free")
     if weights > disk:
         raise UserError(
-            f"{folder} needs {amount(weights)} of disk and {amount(disk)} are free; make room there or choose "
-            "another --data-dir"
+            f"{folder} needs {amount(weights)} of disk for a merged model and {amount(disk)} are free; make room there"
         )
 
 

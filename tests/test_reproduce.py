@@ -63,6 +63,14 @@ def test_evaluation_takes_what_its_records_say():
     assert f"at rank {adapted['lora_r']} that takes {slower:.1f} times the base's time" in prose
 
 
+def test_merging_takes_what_its_record_says():
+    ours = json.loads((RECORDS / "merge.json").read_text())["layers"]["32"]["a matrix at a time"]
+    told = (
+        f"took {ours['seconds']:.0f} s on two CPU cores and {ours['peak_bytes'] / 1e9:.1f} GB of the machine's memory"
+    )
+    assert told in " ".join(PAGE.split())
+
+
 def test_the_files_and_flags_it_names_exist():
     for name in re.findall(r"`((?:benchmarks|finqa|docs)/[\w/.]+)`", PAGE):
         assert Path(REPOSITORY / name).exists(), name
