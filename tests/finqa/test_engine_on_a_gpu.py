@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -21,24 +23,33 @@ class Started(Exception):
     pass
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What an engine sets in it is gone afterwards."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
 @pytest.mark.parametrize(("asked", "told"), [(None, "spawn"), ("fork", "fork")])
-def test_its_process_is_spawned_as_torch_has_asked_for_gpus_by_then(asked, told, tiny_student, monkeypatch):
-    seen: list[tuple[str | None, float]] = []
+def test_its_process_is_spawned_as_torch_has_asked_for_gpus_by_then_and_fills_no_log_with_bars(
+    asked, told, tiny_student, monkeypatch
+):
+    seen: list[tuple[str | None, float, str | None]] = []
 
     def start(**settings: Any) -> None:
-        seen.append((os.environ.get(METHOD), settings["gpu_memory_utilization"]))
+        seen.append((os.environ.get(METHOD), settings["gpu_memory_utilization"], os.environ.get("TQDM_DISABLE")))
         raise Started
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))
     monkeypatch.setattr(vllm_engine, "default_device", lambda: "cuda")
-    monkeypatch.setenv(METHOD, asked or "")
-    if asked is None:
-        monkeypatch.delenv(METHOD)
+    os.environ.pop(METHOD, None)
+    if asked is not None:
+        os.environ[METHOD] = asked
     config = GenerationConfig(vllm=True, max_new_tokens=8, batch_size=1, gpu_memory_utilization=0.7)
     arguments = EngineArguments(str(tiny_student), str(tiny_student), False, config, None)
     with pytest.raises(Started), vllm_engine.vllm_engine(arguments):
         pass
-    assert seen == [(told, 0.7)]
+    assert seen == [(told, 0.7, "1")]
 
 
 @pytest.mark.parametrize(("free", "raised"), [(60e9, UserError), (79e9, RuntimeError)])

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,9 @@ def test_fine_tuning_lowers_the_loss_and_leaves_adapter_tokenizer_log_and_manife
     assert [record["step"] for record in log] == [1, 10, 20, 30, 40, 50, 54]
     assert log[-1]["loss"] < log[0]["loss"] - 1
     assert {"learning_rate", "grad_norm", "tokens_per_second"} <= log[0].keys()
+    for before, after in pairwise(log):
+        seconds = (after["tokens_seen"] - before["tokens_seen"]) / after["tokens_per_second"]
+        assert seconds == pytest.approx(after["seconds"] - before["seconds"], abs=0.02), "the rate of these updates"
     manifest = json.loads((folder / "run.json").read_text())
     assert manifest["rows"] == 36 and manifest["updates"] == 54
     assert len(list(folder.glob("checkpoint-*"))) == 2
