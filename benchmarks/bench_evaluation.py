@@ -31,9 +31,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from benchmarks.made_up_model import write_random_adapter, write_weightless_mistral
 from benchmarks.mistral_7b import SHAPES, finqa_like_lengths
 from benchmarks.record import RESULTS, markdown_table, summary, write_record
-from benchmarks.weightless_model import write_random_adapter, write_weightless_mistral
 from finqa.engines.vllm_engine import EngineArguments, vllm_engine, vllm_generate
 from finqa.errors import UserError, report_errors
 from finqa.generation import Generate, GenerationConfig

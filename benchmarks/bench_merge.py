@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_collect import SMALL
-from benchmarks.bench_processes import write_model
+from benchmarks.made_up_model import write_model, write_random_adapter
 from benchmarks.mistral_7b import SHAPES, random_mistral_7b
 from benchmarks.record import RESULTS, markdown_table, write_record
-from benchmarks.weightless_model import write_random_adapter
 from finqa.errors import report_errors
 from finqa.manifest import file_hash
 from finqa.paths import REPOSITORY

@@ -30,20 +30,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_evaluation import shapes_of
+from benchmarks.made_up_model import write_model
 from benchmarks.mistral_7b import SHAPES, random_mistral_7b
 from benchmarks.record import RESULTS, markdown_table, write_record
-from benchmarks.weightless_model import byte_level_tokenizer
 from finqa.errors import UserError, report_errors
-from finqa.paths import REPOSITORY, SHIPPED_DATA, Folders
+from finqa.paths import REPOSITORY, Folders
+from finqa.students import default_device
 
 DATASET = "FinQA-mini"
 PREPARATION = ("preprocess_finqa", "process_finqa_code_generation --teacher program", "filter_valid_answers")
 COLLECT = REPOSITORY / "crosscoder-model-diff" / "collect_activations.py"
-POCKET = SHIPPED_DATA / "models" / "pocket-mistral"
 
 
 def main() -> None:
     args = parse_arguments()
+    check_gpus(args.processes)
     runs: dict[int, dict[str, Any]] = {}
     table = ""
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
@@ -61,23 +62,21 @@ def main() -> None:
     print(table)
 
 
+def check_gpus(processes: list[int]) -> None:
+    """UserError where a process would have no GPU of its own. (On a CPU they share the cores.)"""
+    if default_device() == "cuda":
+        import torch
+
+        if max(processes) > torch.cuda.device_count():
+            raise UserError(
+                f"--processes {max(processes)} needs as many GPUs, and {torch.cuda.device_count()} are here"
+            )
+
+
 def random_model(args: argparse.Namespace) -> Any:
     from transformers import MistralConfig, MistralForCausalLM
 
     return MistralForCausalLM(MistralConfig(**shapes_of(args))) if args.small else random_mistral_7b(args.layers)
-
-
-def write_model(model: Any, folder: Path) -> Path:
-    """A model that main.py takes, with a tokenizer of bytes and pairs of letters and a chat template."""
-    from transformers import PreTrainedTokenizerFast
-
-    model.save_pretrained(folder)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=byte_level_tokenizer(model.config.vocab_size), bos_token="<s>", eos_token="</s>",
-        pad_token="<unk>", chat_template=(POCKET / "chat_template.jinja").read_text(),
-    )  # fmt: skip
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def student(model: Path, processes: int) -> list[str]:
@@ -173,7 +172,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--layers", type=int, default=SHAPES["num_hidden_layers"], help="of the 7B shapes (default: %(default)s)")
     add("--scratch", type=Path, help="folder for the model and what is made of it (default: the system's)")
     add("--output-dir", type=Path, default=RESULTS, help="where the record goes (default: %(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if min(args.processes) < 1:
+        parser.error("--processes must be at least 1 each")
+    return args
 
 
 if __name__ == "__main__":

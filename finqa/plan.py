@@ -166,8 +166,7 @@ def plan_merging(base: Path, adapter: Path, folder: Path, free: float | None = N
     )
     there = free_memory("cpu") if free is None else free
     tell("merging", need, there, "cpu")
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    disk = shutil.disk_usage(existing).free
+    disk = free_disk(folder)
     print(f"  {'disk':<23}{amount(weights):>9}  the merged model; {amount(disk)} are free", flush=True)
     if need.total > there:
         raise UserError(f"merging needs {amount(need.total)} of the machine's memory and {amount(there)} are free")
@@ -194,14 +193,19 @@ def _check_disk(model: Sizes, optim: str, folder: Path) -> None:
     """What checkpoints of a run that goes on already take is not asked for again."""
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     need = max(0.0, disk_need(model, optim) - there)
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_disk(folder)
     print(f"  {'disk':<23}{amount(need):>9}  checkpoints and student; {amount(free)} are free", flush=True)
     if need > free:
         raise UserError(
             f"{folder} needs {amount(need)} of disk and {amount(free)} are free; make room there or choose "
             "another --data-dir"
         )
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def free_memory(device: str) -> float:

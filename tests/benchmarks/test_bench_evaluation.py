@@ -12,7 +12,7 @@ import pytest
 
 import benchmarks.bench_evaluation as bench
 from benchmarks.bench_evaluation import ALONE, CALLS, PROJECT, Setup
-from benchmarks.weightless_model import byte_level_tokenizer
+from benchmarks.made_up_model import byte_level_tokenizer
 from finqa.errors import UserError
 from finqa.generation import GenerationConfig
 

@@ -42,6 +42,20 @@ def test_one_process_is_started_without_a_launcher():
     )
 
 
+def test_more_processes_than_gpus_and_none_at_all_are_refused_at_once(monkeypatch: pytest.MonkeyPatch, capsys):
+    import torch
+
+    monkeypatch.setattr(bench, "default_device", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    bench.check_gpus([1, 2])
+    with pytest.raises(UserError, match="--processes 4 needs as many GPUs, and 2 are here"):
+        bench.check_gpus([1, 2, 4])
+    monkeypatch.setattr(sys, "argv", ["bench", "--processes", "0"])
+    with pytest.raises(SystemExit):
+        bench.parse_arguments()
+    assert "must be at least 1" in capsys.readouterr().err
+
+
 def test_a_command_that_fails_ends_the_benchmark_with_what_it_said(tmp_path: Path):
     folders = Folders(data=tmp_path, results=tmp_path)
     with pytest.raises(UserError, match="no such words"):

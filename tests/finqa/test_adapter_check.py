@@ -76,6 +76,15 @@ def test_a_merge_that_loses_the_adapter_is_seen(
     assert "do not trust it" in verdict(found)
 
 
+def test_where_there_is_no_room_to_merge_the_rest_is_checked(
+    run: StudentRun, tiny_student: Path, sequences: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setattr("finqa.plan.free_memory", lambda device: 1e6)
+    found = compare(run, adapter(tiny_student, tmp_path, random=True), sequences, CONFIG)
+    assert found["active"] and "share_merged" not in found
+    assert "the merged model is not checked: merging needs" in capsys.readouterr().out
+
+
 def logs(*probabilities: float) -> Any:
     import torch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ def test_its_process_is_spawned_as_torch_has_asked_for_gpus_by_then_and_fills_no
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))
     monkeypatch.setattr(vllm_engine, "default_device", lambda: "cuda")
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # no terminal
     os.environ.pop(METHOD, None)
     if asked is not None:
         os.environ[METHOD] = asked

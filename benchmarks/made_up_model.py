@@ -1,6 +1,7 @@
-"""Folders that vLLM takes for a model or an adapter when it makes up the weights: speed can be measured on them.
+"""Folders that pass for a model or an adapter, so that speed can be measured without a network.
 
-No network is needed and no 14 GB are written: a configuration, and a tokenizer that is made on the spot.
+A weightless one is a configuration and a tokenizer that is made on the spot: vLLM makes up its weights, and no 14 GB
+are written.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
+from finqa.paths import SHIPPED_DATA
+
+POCKET = SHIPPED_DATA / "models" / "pocket-mistral"
 SPECIAL = ("<unk>", "<s>", "</s>")
 
 
@@ -28,6 +32,22 @@ def write_weightless_mistral(folder: Path, shapes: Mapping[str, Any]) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=byte_level_tokenizer(shapes["vocab_size"]), unk_token="<unk>", bos_token="<s>"
     )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_model(model: Any, folder: Path) -> Path:
+    """Write a model whose weights are there, as one that main.py takes: with chat template and end token.
+
+    Returns the folder.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    model.save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_tokenizer(model.config.vocab_size), bos_token="<s>", eos_token="</s>",
+        pad_token="<unk>", chat_template=(POCKET / "chat_template.jinja").read_text(),
+    )  # fmt: skip
     tokenizer.save_pretrained(folder)
     return folder
 
