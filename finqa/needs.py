@@ -5,10 +5,12 @@ Parameters are counted on the meta device, without weights. Sizes are in bytes, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from finqa.tuning.packing import LONGEST_GRAPH, packed_shape
 from finqa.tuning.trainable import Speed
 from finqa.tuning.training_rows import NO_ROW, Example, LengthGrouped
 
@@ -26,10 +28,6 @@ NF4 = 0.53
 """Bytes of a 4-bit weight, its twice quantised scales included."""
 OPTIMISER_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0, "adafactor": 0}
 """Bytes of state for each trained parameter; any other optimiser is taken for AdamW in fp32 (8)."""
-EAGER, COMPILED = 1.25, 1.0
-"""Share of `kept_values` that is kept without and with torch.compile."""
-LONGEST_GRAPH = 4096
-"""Tokens of a batch up to which steps are recorded as CUDA graphs."""
 CHECKPOINTS_AT_ONCE = 3
 """The two that are kept, and the one that is being written."""
 
@@ -46,8 +44,10 @@ class Sizes:
     adapted: bool
     layers: int
     hidden: int
-    kept_values: int
-    """Numbers that a layer keeps of a token for the backward pass: 3 * intermediate + 10 * hidden."""
+    intermediate: int
+    """Width of the MLP."""
+    adapter_values: float
+    """Numbers that a layer's adapters keep of a token for the backward pass; see `kept_values`."""
     kv_values: int
     """Numbers of a token in the key-value cache of a layer."""
     heads: int
@@ -66,21 +66,35 @@ class Load:
     """Tokens of its longest row."""
     targets: int
     """Positions that carry loss."""
+    captured_tokens: int = 0
+    """Tokens of the largest batch that is recorded as a CUDA graph, where that is done; 0 where none is."""
+    captured_targets: int = 0
 
     @classmethod
     def of(cls, examples: Sequence[Example], batch_size: int, epochs: int, seed: int, packed: bool) -> Load:
-        """The largest batch of the run's own batches; a packed one holds its rows' tokens, another one is padded."""
+        """The largest batch of the run's own batches; a packed one holds its rows' tokens, another one is padded.
+
+        A batch is recorded where it is packed and short, and its shape comes more than once.
+        """
         lengths = [len(example.ids) for example in examples]
         sampler = LengthGrouped(lengths, batch_size, seed)
-        tokens = targets = 0
+        shapes: Counter[tuple[int, ...]] = Counter()
         for epoch in range(epochs):
             sampler.set_epoch(epoch)
             order = [row for row in sampler if row != NO_ROW]
             for rows in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-                longest = max(lengths[row] for row in rows)
-                tokens = max(tokens, sum(lengths[row] for row in rows) if packed else longest * len(rows))
-                targets = max(targets, sum(lengths[row] - examples[row].n_prompt for row in rows))
-        return cls(tokens, max(lengths), targets)
+                longest, n_tokens = max(lengths[row] for row in rows), sum(lengths[row] for row in rows)
+                n_targets = n_tokens - sum(examples[row].n_prompt for row in rows)
+                padded = (len(rows), longest * len(rows), n_targets, longest)
+                shapes[packed_shape(len(rows), n_tokens, n_targets, longest) if packed else padded] += 1
+        captured = [shape for shape, times in shapes.items() if packed and times > 1 and shape[1] <= LONGEST_GRAPH]
+        return cls(
+            tokens=max(shape[1] for shape in shapes),
+            longest=max(lengths),
+            targets=max(shape[2] for shape in shapes),
+            captured_tokens=max((shape[1] for shape in captured), default=0),
+            captured_targets=max((shape[2] for shape in captured), default=0),
+        )
 
 
 @dataclass(frozen=True)
@@ -114,21 +128,21 @@ def sizes(config: PretrainedConfig, lora_modules: Sequence[str] = (), lora_r: in
     linear = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     head = model.get_output_embeddings()
     parameters = sum(p.numel() for p in model.parameters())
-    adapter = sum(
-        lora_r * (m.in_features + m.out_features) for name, m in linear if name.rpartition(".")[2] in lora_modules
-    )
+    adapted = [m for name, m in linear if name.rpartition(".")[2] in lora_modules]
+    adapter = sum(lora_r * (m.in_features + m.out_features) for m in adapted)
     given: Any = config.get_text_config()
-    heads = given.num_attention_heads
+    hidden, heads = given.hidden_size, given.num_attention_heads
     kv_heads = getattr(given, "num_key_value_heads", None) or heads
-    head_dim = getattr(given, "head_dim", None) or given.hidden_size // heads
+    head_dim = getattr(given, "head_dim", None) or hidden // heads
     return Sizes(
         parameters=parameters,
         in_layers=sum(m.weight.numel() for _, m in linear if m is not head),
         trained=adapter if lora_modules else parameters,
         adapted=bool(lora_modules),
         layers=given.num_hidden_layers,
-        hidden=given.hidden_size,
-        kept_values=3 * getattr(given, "intermediate_size", 4 * given.hidden_size) + 10 * given.hidden_size,
+        hidden=hidden,
+        intermediate=getattr(given, "intermediate_size", 4 * hidden),
+        adapter_values=sum(1.5 * m.in_features + lora_r for m in adapted) / given.num_hidden_layers,
         kv_values=2 * kv_heads * head_dim,
         heads=heads,
         vocabulary=given.vocab_size,
@@ -144,17 +158,12 @@ def training_need(
     - Weights: 2 bytes a parameter in bf16, 0.53 in 4-bit layers, 4 where all of them are trained or, at `bits` 32, on
       a CPU without bf16 products.
     - Trained parameters: 4 bytes each in fp32, 2 for autocast's copy, and the optimiser's state. Their gradients, 4
-      more, come as activations go, so the larger of the two counts. CUDA graphs keep both, and activations of their
-      largest batch a second time. Several `processes` send gradients from a copy of theirs, and keep both as well.
-    - Activations: tokens * layers * (3 * intermediate + 10 * hidden) * 2 bytes, the shape of what a layer of gated
-      MLP and attention with adapters keeps (inputs of the adapters and their dropouts, q, k, v, attention's output,
-      two norms, the gate's product). Measured on one H200 at Mistral-7B's shapes, r 512 on q, k, v, o, rows packed:
-      from one row (2,276 tokens) to eight (16,407) memory grew from 30.4 to 104.1 GB with compiled layers, 5.2 MB a
-      token, and from 34.2 to 127.5 GB without, 6.6 MB. The formula says 5.4 MB, the factors COMPILED and EAGER do the
-      rest: 30.8 and 107 GB, 33.9 and 129 GB. With checkpointing each layer keeps its input alone, and one layer's
-      activations are there at a time: 20.3 GB where 19.4 were measured (one row, 2,127 tokens).
-    - Logits: 10 bytes a labelled position and word (bf16, fp32 and their gradient).
-    - On a CPU attention keeps its probabilities too: about half of heads * longest a token and layer. Not measured.
+      more, come as activations go, so the larger of the two counts. Several `processes` send gradients from a copy of
+      theirs, and keep both.
+    - Activations: see `_activations`. CUDA graphs keep gradients beside them, and the activations of their largest
+      batch in memory of their own, which no other batch can use.
+
+    benchmarks/results/lora_7b_*.json have the peaks that this was measured at.
     """
     width = 4 if bits == 32 else 2
     if not model.adapted:
@@ -168,15 +177,14 @@ def training_need(
     copies = 2 if width == 2 else 0
     held = (4 * model.adapted + copies + state) * model.trained
     gradients = 4.0 * model.trained
-    values = model.kept_values * (COMPILED if speed.compiled and on_gpu else EAGER)
-    if not on_gpu:
+    values = kept_values(model, compiled=speed.compiled and on_gpu)
+    if not on_gpu:  # attention there keeps its probabilities too, about half of them; not measured
         values += model.heads * load.longest / 2
-    kept = values * width * load.tokens
-    layers = kept + model.layers * model.hidden * width * load.tokens if speed.checkpointing else kept * model.layers
-    activations = layers + 10 * load.targets * model.vocabulary
-    graphs = speed.captured and on_gpu
+    activations = _activations(model, values * width, width, load.tokens, load.targets, bool(speed.checkpointing))
+    graphs = speed.captured and on_gpu and load.captured_tokens > 0
     if graphs:
-        passing = gradients + activations * (1 + min(1.0, LONGEST_GRAPH / load.tokens))
+        recorded = _activations(model, values * width, width, load.captured_tokens, load.captured_targets, False)
+        passing = gradients + activations + recorded
     else:
         passing = max(activations, gradients) if processes == 1 else activations + 2 * gradients
     how = f"{load.tokens:,} tokens in the largest update" + (", with checkpointing" if speed.checkpointing else "")
@@ -188,6 +196,32 @@ def training_need(
             *([("workspace", WORKSPACE, "")] if on_gpu else []),
         )
     )
+
+
+def kept_values(model: Sizes, compiled: bool) -> float:
+    """Numbers that a decoder layer keeps of a token for the backward pass, counted from what autograd saves there.
+
+    Compiled, it keeps the MLP's gate and up products, both inputs of the residual stream, the query, attention's
+    output, and key and value, which are counted as wide as the query: torch before 2.12 repeats them. Uncompiled, it
+    keeps the gate's activation too and the inputs of both norms in fp32. An adapter adds, for each of its modules, the
+    input after dropout, the dropout's mask (a byte a number) and the r numbers between its matrices. Where all weights
+    are trained, the inputs of the products are kept and the residual stream is fp32.
+    """
+    values = 2 * model.intermediate + 6 * model.hidden + model.adapter_values
+    if not model.adapted:
+        values += model.intermediate + 3 * model.hidden
+    return values if compiled else values + model.intermediate + 2 * model.hidden
+
+
+def _activations(model: Sizes, kept: float, width: int, tokens: int, targets: int, checkpointing: bool) -> float:
+    """Bytes of activations of a batch at its peak, which is where the backward pass begins.
+
+    There are the `kept` bytes a token of every layer (with checkpointing the input of every layer, and one layer's
+    activations), and beside them the larger of two: the logits, 10 bytes a labelled position and word (bf16, fp32 and
+    their gradient), or gradients and what is computed again within the last layer, about twice what it keeps.
+    """
+    layers = kept + model.layers * model.hidden * width if checkpointing else kept * model.layers
+    return layers * tokens + max(10.0 * targets * model.vocabulary, 2 * kept * tokens)
 
 
 def evaluation_need(model: Sizes, config: GenerationConfig, longest: int, in_4bit: bool = False) -> Need:

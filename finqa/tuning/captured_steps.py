@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LONGEST = 4096
-"""Tokens of a batch: a longer one keeps the GPU busy without a graph, which would only hold memory."""
+from finqa.tuning.packing import LONGEST_GRAPH
 
 
 @dataclass
@@ -54,7 +53,7 @@ class CapturedSteps:
         return loss
 
     def _run(self, shape: tuple[Any, ...], batch: dict[str, Any], n_items: Tensor) -> Tensor:
-        if batch["input_ids"].numel() > LONGEST or shape not in self.graphs:
+        if batch["input_ids"].numel() > LONGEST_GRAPH or shape not in self.graphs:
             self.graphs.setdefault(shape, None)
             return self._step(batch, n_items)
         captured = self.graphs[shape]

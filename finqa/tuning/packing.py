@@ -21,9 +21,22 @@ LENGTH_STEP = 128
 there are few different lengths."""
 TARGETS_STEP = 256
 """The same for the positions that carry loss."""
+LONGEST_GRAPH = 4096
+"""Tokens of a batch up to which its step is recorded as a CUDA graph (finqa.tuning.captured_steps): a longer one keeps
+the GPU busy without a graph, which would only hold memory."""
 
 FAMILIES = frozenset({"mistral", "llama", "phi3", "qwen2", "qwen3"})
 """Model types of transformers whose attention passes on where rows begin and does nothing else of its own."""
+
+
+def packed_shape(n_rows: int, n_tokens: int, n_targets: int, longest: int) -> tuple[int, int, int, int]:
+    """What the shapes of a packed batch follow from: rows, T, N and max_length as `packed_collator` makes them."""
+    return (
+        n_rows,
+        n_tokens + -n_tokens % LENGTH_STEP,
+        1 + n_targets + -(n_targets + 1) % TARGETS_STEP,
+        longest + -longest % LENGTH_STEP,
+    )
 
 
 def packed_collator(pad_id: int) -> Callable[[Sequence[Example]], dict[str, Any]]:
@@ -43,8 +56,6 @@ def packed_collator(pad_id: int) -> Callable[[Sequence[Example]], dict[str, Any]
     def collate(examples: Sequence[Example]) -> dict[str, Any]:
         import torch
 
-        n_tokens = sum(len(example.ids) for example in examples)
-        padding = -n_tokens % LENGTH_STEP
         input_ids, position_ids, predicting, labels, starts = [], [], [], [], [0]
         for example in examples:
             begin, length = starts[-1], len(example.ids)
@@ -53,10 +64,11 @@ def packed_collator(pad_id: int) -> Callable[[Sequence[Example]], dict[str, Any]
             predicting += range(begin + example.n_prompt - 1, begin + length - 1)
             labels += example.ids[example.n_prompt :]
             starts.append(begin + length)
-        fill = 1 + -(len(labels) + 1) % TARGETS_STEP
+        n_tokens = starts[-1]
         longest = max(len(example.ids) for example in examples)
-        cu_seq_lens = torch.tensor([*starts, n_tokens + padding], dtype=torch.int32)
-        max_length = longest + -longest % LENGTH_STEP
+        _, length, n_targets, max_length = packed_shape(len(examples), n_tokens, len(labels), longest)
+        padding, fill = length - n_tokens, n_targets - len(labels)
+        cu_seq_lens = torch.tensor([*starts, length], dtype=torch.int32)
         return {
             "input_ids": torch.tensor([input_ids + [pad_id] * padding]),
             "position_ids": torch.tensor([[*position_ids, *range(padding)]]),
