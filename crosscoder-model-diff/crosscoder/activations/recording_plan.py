@@ -53,12 +53,13 @@ def recording_need(
     weights = float(model.parameters * value_bytes)
     if in_4bit:
         weights = (model.parameters - model.in_layers) * value_bytes + model.in_layers * BYTES_IN_4BIT
+    at_work = batch_tokens * (3 * model.intermediate + 10 * model.hidden) * value_bytes
     under_way = (BATCHES_BEHIND + 1) * n_sets * batch_tokens * N_MODELS * model.hidden * 2
     return Need(
         (
             ("base model", weights, f"{model.parameters:,} parameters"),
             ("fine-tuned model", extra_bytes, "its adapter, or with --merged all of it"),
-            ("one layer at work", batch_tokens * model.kept_values * value_bytes, f"{batch_tokens:,} tokens a batch"),
+            ("one layer at work", at_work, f"{batch_tokens:,} tokens a batch"),
             ("read, not yet written", under_way, f"{BATCHES_BEHIND + 1} batches of {n_sets} sets"),
         )
     )
