@@ -88,7 +88,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 def random_documents(count: int) -> list[Any]:
     from crosscoder.activations.collection import Document
 
-    return [Document(row.id, row.ids, row.n_prompt) for row in random_rows(count)]
+    return [Document(row["id"], tuple(row["ids"]), row["n_prompt"]) for row in random_rows(count)]
 
 
 def shortened(documents: Sequence[Any], args: argparse.Namespace) -> list[Any]:

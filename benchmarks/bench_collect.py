@@ -76,7 +76,7 @@ def collection(args: argparse.Namespace) -> dict[str, Any]:
     from crosscoder.activations.readers import Target, adapter_readers, default_reader
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    documents = [Document(row.id, row.ids, row.n_prompt) for row in random_rows(args.documents)]
+    documents = [Document(row["id"], tuple(row["ids"]), row["n_prompt"]) for row in random_rows(args.documents)]
     base = random_student(args, device)
     model = with_adapter(base, args.rank, device)
     setup = Setup(model, Target(min(args.layer, args.layers), "mlp"), base.config.hidden_size, device)

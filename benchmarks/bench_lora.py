@@ -118,6 +118,8 @@ def measure(variant: Variant, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_trainer(variant: Variant, args: argparse.Namespace, folder: Path, steps: int) -> Any:
+    from datasets import Dataset
+
     from finqa import training
 
     settings = replace(DEFAULTS, batch_size=variant.rows, lora_dropout=0.0 if args.compare_steps else args.dropout)
@@ -126,7 +128,8 @@ def make_trainer(variant: Variant, args: argparse.Namespace, folder: Path, steps
     if variant.load_in_4bit:
         base = in_4_bit(base)
     config = TrainingConfig(speed=variant.speed or Speed())
-    rows = random_rows(args.rows)
+    rows: Any = random_rows(args.rows)
+    rows = Dataset.from_list(rows)
     if variant.speed:
         trainer = training.make_trainer(run, config, rows, 0, folder, base)
     else:
@@ -177,7 +180,7 @@ def plain_trainer(
 
     def with_mask(examples: Any) -> dict[str, Any]:
         batch = padded(examples)
-        lengths = torch.tensor([len(example.ids) for example in examples])
+        lengths = torch.tensor([example["n_tokens"] for example in examples])
         positions = torch.arange(batch["input_ids"].shape[1])
         return {**batch, "attention_mask": (positions < lengths[:, None]).long()}
 

@@ -110,7 +110,7 @@ def train_plainly(run: StudentRun, config: TrainingConfig, folders: Folders) -> 
     folder.mkdir(parents=True, exist_ok=True)
     rows = read_training_rows(folders.filtered(run.dataset, "train"), config.families, config.max_rows)
     tokenizer: Any = load_tokenizer(run.model)
-    examples, _ = tokenised(rows, tokenizer, run.settings.max_seq_length)
+    examples, _ = tokenised(rows, tokenizer, run.settings.max_seq_length, folders.tokenised)
     dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
     base = load_base(run.model, dtype, device)
     trainer = without_printing(plain_trainer(run, config, examples, folder, base, device, tokenizer.pad_token_id))

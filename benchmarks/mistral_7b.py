@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from finqa.tuning.training_rows import Example
+from finqa.tuning.training_rows import Example, example
 
 SHAPES = {
     "vocab_size": 32768,
@@ -67,5 +67,5 @@ def random_rows(count: int, seed: int = 0) -> list[Example]:
     rows = []
     for number, length in enumerate(finqa_like_lengths(count, TRAIN_TOKENS / TRAIN_ROWS, seed)):
         ids = (1, *(rng.randrange(3, SHAPES["vocab_size"]) for _ in range(length - 2)), 2)
-        rows.append(Example(f"row-{number}", ids, length - rng.randrange(40, 160)))
+        rows.append(example(f"row-{number}", ids, length - rng.randrange(40, 160)))
     return rows

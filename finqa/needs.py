@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from finqa.tuning.packing import LONGEST_GRAPH, packed_shape
 from finqa.tuning.trainable import Speed
-from finqa.tuning.training_rows import NO_ROW, Example, LengthGrouped
+from finqa.tuning.training_rows import NO_ROW, LengthGrouped
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PretrainedConfig
 
     from finqa.generation import GenerationConfig
@@ -71,22 +72,23 @@ class Load:
     captured_targets: int = 0
 
     @classmethod
-    def of(cls, examples: Sequence[Example], batch_size: int, epochs: int, seed: int, packed: bool) -> Load:
+    def of(cls, rows: Dataset, batch_size: int, epochs: int, seed: int, packed: bool) -> Load:
         """The largest batch of the run's own batches; a packed one holds its rows' tokens, another one is padded.
 
-        A batch is recorded where it is packed and short, and its shape comes more than once.
+        `rows` is a Dataset of finqa.tuning.training_rows.Example. A batch is recorded where it is packed and short, and
+        its shape comes more than once.
         """
-        lengths = [len(example.ids) for example in examples]
+        lengths, prompts = list(rows["n_tokens"]), list(rows["n_prompt"])
         sampler = LengthGrouped(lengths, batch_size, seed)
         shapes: Counter[tuple[int, ...]] = Counter()
         for epoch in range(epochs):
             sampler.set_epoch(epoch)
             order = [row for row in sampler if row != NO_ROW]
-            for rows in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-                longest, n_tokens = max(lengths[row] for row in rows), sum(lengths[row] for row in rows)
-                n_targets = n_tokens - sum(examples[row].n_prompt for row in rows)
-                padded = (len(rows), longest * len(rows), n_targets, longest)
-                shapes[packed_shape(len(rows), n_tokens, n_targets, longest) if packed else padded] += 1
+            for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+                longest, n_tokens = max(lengths[row] for row in batch), sum(lengths[row] for row in batch)
+                n_targets = n_tokens - sum(prompts[row] for row in batch)
+                padded = (len(batch), longest * len(batch), n_targets, longest)
+                shapes[packed_shape(len(batch), n_tokens, n_targets, longest) if packed else padded] += 1
         captured = [shape for shape, times in shapes.items() if packed and times > 1 and shape[1] <= LONGEST_GRAPH]
         return cls(
             tokens=max(shape[1] for shape in shapes),

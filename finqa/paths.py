@@ -51,6 +51,11 @@ class Folders:
     def evaluation(self, dataset: str, model_id: str, split: str, eval_type: str) -> Path:
         return self.results / dataset / model_id / split / eval_type
 
+    @property
+    def tokenised(self) -> Path:
+        """Cache of training rows as token ids; what is deleted there is made again."""
+        return self.data / "tokenised"
+
     def activations(self, name: str) -> Path:
         return self.data / "activations" / name
 

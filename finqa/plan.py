@@ -6,7 +6,7 @@ A stage that cannot fit stops here, with one line that names the flag that helps
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,9 +28,10 @@ from finqa.needs import (
 )
 from finqa.tuning import packing
 from finqa.tuning.trainable import Speed, no_such_layers
-from finqa.tuning.training_rows import Example
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from finqa.generation import GenerationConfig
     from finqa.students import StudentRun
 
@@ -56,11 +57,12 @@ def fitting_speed(
 
 
 def plan_training(
-    run: StudentRun, speed: Speed, examples: Sequence[Example], seed: int, folder: Path, device: str, bits: int
+    run: StudentRun, speed: Speed, rows: Dataset, seed: int, folder: Path, device: str, bits: int
 ) -> Speed:
-    """Print what training on `examples` needs and what there is; returns `speed` with what was left open decided.
+    """Print what training on `rows` needs and what there is; returns `speed` with what was left open decided.
 
     Args:
+        rows: The training rows (finqa.tuning.training_rows.Example).
         folder: Where checkpoints and student are written.
         device: `cpu`, `cuda` or `cuda:<n>`: whose free memory is meant. Processes on one CPU share it.
         bits: 32 on a device without bf16 products, else 16.
@@ -74,7 +76,7 @@ def plan_training(
         raise no_such_layers(run, model.missing)
     on_gpu, processes = device != "cpu", parallel.world_size()
     packed = on_gpu and speed.packed and config.model_type in packing.FAMILIES
-    load = Load.of(examples, settings.batch_size, settings.num_epochs, seed, packed)
+    load = Load.of(rows, settings.batch_size, settings.num_epochs, seed, packed)
     there = free_memory(device) / (1 if on_gpu else processes)
 
     def need(way: Speed, load: Load = load, bits: int = 4 if run.load_in_4bit else bits) -> Need:

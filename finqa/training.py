@@ -32,10 +32,11 @@ from finqa.tuning.checkpoints import UNFINISHED, drop_damaged, last_checkpoint, 
 from finqa.tuning.packing import packed_collator
 from finqa.tuning.trainable import Speed, check_trainable, is_packed, made_trainable, trainable
 from finqa.tuning.training_figure import draw_training
-from finqa.tuning.training_rows import Example, Families, SharedRows, collator, read_training_rows, rows_hash, tokenised
+from finqa.tuning.training_rows import Families, SharedRows, collator, read_training_rows, rows_hash, tokenised
 from finqa.weights import weights_hash
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, TrainingArguments
 
     from finqa.tuning.completion_trainer import CompletionTrainer
@@ -102,8 +103,8 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
             print(f"already trained: {folder}", flush=True)
             return
         tokenizer = load_tokenizer(run.model, run.revision)
-        examples, too_long = tokenised(rows, tokenizer, run.settings.max_seq_length)
-        n_tokens = sum(len(example.ids) for example in examples)
+        examples, too_long = tokenised(rows, tokenizer, run.settings.max_seq_length, folders.tokenised)
+        n_tokens = sum(examples["n_tokens"])
         print(f"training on {len(examples)} rows, {n_tokens} tokens an epoch: {folder}", flush=True)
         bits = 16 if multiplies_bf16(device) else 32
         speed = plan_training(run, config.speed, examples, config.seed, folder, device, bits)
@@ -155,7 +156,7 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
 def make_trainer(
     run: StudentRun,
     config: TrainingConfig,
-    examples: list[Example],
+    examples: Dataset,
     pad_id: int,
     folder: Path,
     base: PreTrainedModel | None = None,

@@ -24,9 +24,8 @@ class CompletionTrainer(Trainer):
     _capture = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        examples: Any = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [len(example.ids) for example in examples]
-        return LengthGrouped(lengths, self.args.train_batch_size, self.args.seed)
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return LengthGrouped(list(rows["n_tokens"]), self.args.train_batch_size, self.args.seed)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer: Any = super().create_optimizer(*args, **kwargs)

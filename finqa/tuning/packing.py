@@ -58,14 +58,14 @@ def packed_collator(pad_id: int) -> Callable[[Sequence[Example]], dict[str, Any]
 
         input_ids, position_ids, predicting, labels, starts = [], [], [], [], [0]
         for example in examples:
-            begin, length = starts[-1], len(example.ids)
-            input_ids += example.ids
+            begin, length, n_prompt = starts[-1], example["n_tokens"], example["n_prompt"]
+            input_ids += example["ids"]
             position_ids += range(length)
-            predicting += range(begin + example.n_prompt - 1, begin + length - 1)
-            labels += example.ids[example.n_prompt :]
+            predicting += range(begin + n_prompt - 1, begin + length - 1)
+            labels += example["ids"][n_prompt:]
             starts.append(begin + length)
         n_tokens = starts[-1]
-        longest = max(len(example.ids) for example in examples)
+        longest = max(example["n_tokens"] for example in examples)
         _, length, n_targets, max_length = packed_shape(len(examples), n_tokens, len(labels), longest)
         padding, fill = length - n_tokens, n_targets - len(labels)
         cu_seq_lens = torch.tensor([*starts, length], dtype=torch.int32)

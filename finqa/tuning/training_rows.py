@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
-from finqa import parallel
+from finqa import parallel, prompts, students
 from finqa.errors import UserError
 from finqa.records import TeacherRow, read_teacher_rows
 from finqa.students import training_ids
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 Families = Literal["all", "known", "new"]
@@ -24,15 +27,20 @@ NO_LOSS = -100
 """Label of a token that carries no loss, by torch's convention."""
 
 
-@dataclass(frozen=True)
-class Example:
-    """One training row as token ids."""
+class Example(TypedDict):
+    """One training row as token ids: a row of the Dataset that `tokenised` makes."""
 
     id: str
-    ids: tuple[int, ...]
+    ids: Sequence[int]
     """Prompt, completion, end token."""
     n_prompt: int
     """How many of `ids` are prompt; the loss is taken on the others."""
+    n_tokens: int
+    """How many `ids` there are, as a column that is read without them."""
+
+
+def example(name: str, ids: Sequence[int], n_prompt: int) -> Example:
+    return {"id": name, "ids": ids, "n_prompt": n_prompt, "n_tokens": len(ids)}
 
 
 def read_training_rows(path: Path, families: Families = "all", max_rows: int | None = None) -> list[TeacherRow]:
@@ -65,27 +73,77 @@ def rows_hash(rows: Sequence[TeacherRow]) -> str:
 
 
 def tokenised(
-    rows: Sequence[TeacherRow], tokenizer: PreTrainedTokenizerBase, max_seq_length: int
-) -> tuple[list[Example], list[str]]:
-    """Examples in the order of the rows, and the ids of rows left out for being over `max_seq_length` tokens."""
-    examples, too_long = [], []
-    for number, row in enumerate(rows):
-        ids, n_prompt = training_ids(tokenizer, row.prompt, row.generated_code)
-        name = row.id or f"row {number}"
-        if len(ids) > max_seq_length:
-            too_long.append(name)
-        else:
-            examples.append(Example(name, tuple(ids), n_prompt))
-    if too_long:
-        shown = ", ".join(too_long[:5]) + (", ..." if len(too_long) > 5 else "")
-        print(
-            f"WARNING: {len(too_long)} of {len(rows)} rows are over {max_seq_length} tokens and left out ({shown}); "
-            "--max-seq-length changes that",
-            flush=True,
-        )
-    if not examples:
+    rows: Sequence[TeacherRow], tokenizer: PreTrainedTokenizerBase, max_seq_length: int, cache: Path
+) -> tuple[Dataset, list[str]]:
+    """Rows as token ids in their order, and the ids of those left out for being over `max_seq_length` tokens.
+
+    Returns a Dataset of `Example`s, kept as a file in the folder `cache`: rows that were tokenised before in the same
+    way, whatever the maximum, are read from there.
+    Raises UserError where every row is too long.
+    """
+    every = _all_tokenised(rows, tokenizer, cache)
+    fits = [n_tokens <= max_seq_length for n_tokens in every["n_tokens"]]
+    if all(fits):
+        return every, []
+    too_long = [name for name, short in zip(every["id"], fits, strict=True) if not short]
+    shown = ", ".join(too_long[:5]) + (", ..." if len(too_long) > 5 else "")
+    print(
+        f"WARNING: {len(too_long)} of {len(rows)} rows are over {max_seq_length} tokens and left out ({shown}); "
+        "--max-seq-length changes that",
+        flush=True,
+    )
+    if not any(fits):
         raise UserError(f"every row is over {max_seq_length} tokens; raise --max-seq-length")
-    return examples, too_long
+    return every.select([row for row, short in enumerate(fits) if short]), too_long
+
+
+def _all_tokenised(rows: Sequence[TeacherRow], tokenizer: PreTrainedTokenizerBase, cache: Path) -> Dataset:
+    from datasets import Dataset, Features, List, Value, disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+
+    def with_ids(*columns: list[str]) -> dict[str, list[Any]]:
+        texts = zip(*columns, strict=True)
+        made = [example(name, *training_ids(tokenizer, prompt, code)) for name, prompt, code in texts]
+        return {column: [row[column] for row in made] for column in Example.__annotations__}
+
+    names = [row.id or f"row {number}" for number, row in enumerate(rows)]
+    texts = {"id": names, "prompt": [row.prompt for row in rows], "code": [row.generated_code for row in rows]}
+    number = Value("int32")
+    fingerprint = _fingerprint(names, rows, tokenizer)
+    cache.mkdir(parents=True, exist_ok=True)
+    return Dataset.from_dict(texts).map(
+        with_ids,
+        batched=True,
+        input_columns=list(texts),
+        remove_columns=list(texts),
+        features=Features({"id": Value("string"), "ids": List(number), "n_prompt": number, "n_tokens": number}),
+        cache_file_name=str(cache / f"{fingerprint}.arrow"),
+        new_fingerprint=fingerprint,
+        desc="tokenising",
+    )
+
+
+def _fingerprint(names: Sequence[str], rows: Sequence[TeacherRow], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Names what comes of tokenising rows: it changes with the rows, the tokenizer (chat template and special tokens
+    included), the code here and the versions of the libraries.
+
+    What shows in none of these, such as a chat template that writes the day's date, shows in the first row's ids.
+    (A fingerprint that `datasets` makes by itself knows of a function in another module its name alone.)
+    """
+    import tokenizers
+    import transformers
+
+    digest = hashlib.sha256(f"{rows_hash(rows)} {tokenizers.__version__} {transformers.__version__}".encode())
+    digest.update(repr((names, training_ids(tokenizer, rows[0].prompt, rows[0].generated_code))).encode())
+    for module in (prompts, students, sys.modules[__name__]):
+        digest.update(inspect.getsource(module).encode())
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(Path(folder).iterdir()):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def collator(pad_id: int) -> Callable[[Sequence[Example]], dict[str, Any]]:
@@ -99,14 +157,14 @@ def collator(pad_id: int) -> Callable[[Sequence[Example]], dict[str, Any]]:
     def collate(examples: Sequence[Example]) -> dict[str, Any]:
         import torch
 
-        longest = max(len(example.ids) for example in examples)
+        longest = max(example["n_tokens"] for example in examples)
         input_ids = torch.full((len(examples), longest), pad_id)
         labels = torch.full((len(examples), longest), NO_LOSS)
         for row, example in enumerate(examples):
-            ids = torch.tensor(example.ids)
+            ids, n_prompt = torch.tensor(example["ids"]), example["n_prompt"]
             input_ids[row, : len(ids)] = ids
-            labels[row, example.n_prompt : len(ids)] = ids[example.n_prompt :]
-        return {"input_ids": input_ids, "labels": labels, "n_tokens": sum(len(e.ids) for e in examples)}
+            labels[row, n_prompt : len(ids)] = ids[n_prompt:]
+        return {"input_ids": input_ids, "labels": labels, "n_tokens": sum(e["n_tokens"] for e in examples)}
 
     return collate
 
@@ -115,21 +173,21 @@ NO_ROW = -1
 """What `LengthGrouped` gives in place of a row where there is none left."""
 
 
-class SharedRows(Sequence[Example]):
+class SharedRows:
     """The rows for several processes: under NO_ROW there is one token without loss.
 
     The last batch of an epoch seldom has a row for every process, and a process without one must take the step too.
     """
 
-    def __init__(self, examples: Sequence[Example], pad_id: int):
-        self.examples = examples
-        self.nothing = Example("", (pad_id,), 1)
+    def __init__(self, rows: Dataset, pad_id: int):
+        self.rows = rows
+        self.nothing = example("", (pad_id,), 1)
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.rows)
 
-    def __getitem__(self, row: Any) -> Any:
-        return self.nothing if row == NO_ROW else self.examples[row]
+    def __getitem__(self, row_or_column: int | str) -> Any:
+        return self.nothing if row_or_column == NO_ROW else self.rows[row_or_column]
 
 
 class LengthGrouped:

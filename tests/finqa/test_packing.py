@@ -9,12 +9,12 @@ from typing import Any
 from finqa.students import load_base
 from finqa.tuning.packing import LENGTH_STEP, TARGETS_STEP, packed_collator
 from finqa.tuning.trainable import loss_on_completion
-from finqa.tuning.training_rows import NO_LOSS, Example, collator
+from finqa.tuning.training_rows import NO_LOSS, collator, example
 
 ROWS = [
-    Example("a", tuple(range(5, 60)), 40),
-    Example("b", tuple(range(9, 150)), 139),
-    Example("c", (7, 8, 9, 2), 1),
+    example("a", tuple(range(5, 60)), 40),
+    example("b", tuple(range(9, 150)), 139),
+    example("c", (7, 8, 9, 2), 1),
 ]
 
 
@@ -36,19 +36,19 @@ def attention_by_row(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, sca
 
 def test_a_packed_batch_holds_each_row_and_where_it_begins():
     batch = packed_collator(0)(ROWS)
-    n = sum(len(row.ids) for row in ROWS)
+    n = sum(row["n_tokens"] for row in ROWS)
     assert batch["n_tokens"] == n
     assert batch["input_ids"].shape == batch["position_ids"].shape == (1, -(-n // LENGTH_STEP) * LENGTH_STEP)
     starts = batch["cu_seq_lens_q"].tolist()
     assert starts == [0, 55, 196, n, batch["input_ids"].shape[1]]
     for row, begin, end in zip(ROWS, starts, starts[1:], strict=False):
-        assert tuple(batch["input_ids"][0, begin:end].tolist()) == row.ids
-        assert batch["position_ids"][0, begin:end].tolist() == list(range(len(row.ids)))
+        assert tuple(batch["input_ids"][0, begin:end].tolist()) == row["ids"]
+        assert batch["position_ids"][0, begin:end].tolist() == list(range(row["n_tokens"]))
     real = batch["labels"] != NO_LOSS
     assert len(batch["labels"]) == len(batch["predicting"]) == TARGETS_STEP
     assert real[1:].sum() == real.sum(), "the Trainer leaves the first out of its count"
     learnt = batch["input_ids"][0, batch["predicting"][real] + 1]
-    assert learnt.tolist() == batch["labels"][real].tolist() == [i for row in ROWS for i in row.ids[row.n_prompt :]]
+    assert learnt.tolist() == batch["labels"][real].tolist() == [i for r in ROWS for i in r["ids"][r["n_prompt"] :]]
 
 
 def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(tiny_student: Path, monkeypatch):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+from datasets import Dataset
 from training_parts import SETTINGS
 
 from benchmarks.bench_lora import VARIANTS
@@ -23,7 +24,7 @@ from finqa.student_settings import DEFAULTS
 from finqa.students import StudentRun, load_base
 from finqa.tuning.packing import LENGTH_STEP, LONGEST_GRAPH, TARGETS_STEP
 from finqa.tuning.trainable import Speed, lora_config, made_trainable
-from finqa.tuning.training_rows import Example
+from finqa.tuning.training_rows import example
 
 ALL_THAT_IS_FAST = Speed()
 PLAIN = Speed(captured=False)
@@ -41,8 +42,8 @@ class Disk(NamedTuple):
     free: int
 
 
-def examples(*lengths: int) -> list[Example]:
-    return [Example(f"row-{n}", (5,) * n, n - 10) for n in lengths]
+def examples(*lengths: int) -> Dataset:
+    return Dataset.from_list([example(f"row-{n}", (5,) * n, n - 10) for n in lengths])
 
 
 def test_mistral_7b_has_the_published_numbers_of_parameters(mistral_7b: Sizes):
@@ -82,7 +83,7 @@ def recorded_peaks() -> Iterator[Any]:
 def test_the_need_of_a_7b_run_is_its_recorded_peak_and_at_most_a_quarter_more(
     n_rows: int, variant: Any, peak_gb: float, mistral_7b: Sizes
 ):
-    load = Load.of(random_rows(n_rows), variant.rows, 1, 3, packed=True)
+    load = Load.of(Dataset.from_list(random_rows(n_rows)), variant.rows, 1, 3, packed=True)
     bits = 4 if variant.load_in_4bit else 16
     planned = training_need(mistral_7b, load, "adamw_8bit", variant.speed, bits).total / GB
     assert peak_gb <= planned <= 1.25 * peak_gb
@@ -283,7 +284,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     monkeypatch.setattr(plan, "read_config", lambda *a: MistralConfig(**SHAPES))
 
-    def planned(free_gb: float, rows: list[Example], speed: Speed = ALL_THAT_IS_FAST, **changed: Any) -> Speed:
+    def planned(free_gb: float, rows: Dataset, speed: Speed = ALL_THAT_IS_FAST, **changed: Any) -> Speed:
         monkeypatch.setattr(plan, "free_memory", lambda device: free_gb * GB)
         disk = Disk(int(changed.get("disk_gb", 100) * GB))
         monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: disk)

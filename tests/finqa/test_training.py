@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_parts import SETTINGS, folders_with_rows, launch, script, teacher_row
+from training_parts import SETTINGS, examples, folders_with_rows, launch, script, teacher_row
 
 from finqa.errors import UserError
 from finqa.paths import Folders
@@ -19,11 +19,10 @@ from finqa.tuning.checkpoints import last_checkpoint
 from finqa.tuning.trainable import loss_on_completion
 from finqa.tuning.training_rows import (
     NO_LOSS,
-    Example,
     LengthGrouped,
     collator,
+    example,
     read_training_rows,
-    tokenised,
 )
 
 
@@ -39,7 +38,7 @@ def run(tiny_student: Path) -> StudentRun:
 
 def test_the_loss_is_on_the_completion_and_its_end_token_also_where_padding_is_the_end_token():
     end = 2
-    batch = collator(pad_id=end)([Example("a", (5, 6, 7, 8, end), 3), Example("b", (5, 6, 9, end), 2)])
+    batch = collator(pad_id=end)([example("a", (5, 6, 7, 8, end), 3), example("b", (5, 6, 9, end), 2)])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, end], [5, 6, 9, end, end]]
     assert batch["labels"].tolist() == [
         [NO_LOSS, NO_LOSS, NO_LOSS, 8, end],
@@ -51,9 +50,9 @@ def test_the_loss_is_on_the_completion_and_its_end_token_also_where_padding_is_t
 def test_the_loss_and_its_gradient_equal_those_of_full_logits_with_a_padding_mask(tiny_student: Path):
     tokenizer = load_tokenizer(str(tiny_student))
     rows = [teacher_row(3), teacher_row(45_678, padding=5)]
-    examples, _ = tokenised(rows, tokenizer, 512)
-    batch = collator(pad_id=3)(examples)
-    mask = torch.tensor([[i < len(e.ids) for i in range(batch["input_ids"].shape[1])] for e in examples]).long()
+    batch = collator(pad_id=3)(examples(rows, tokenizer))
+    lengths = [e["n_tokens"] for e in examples(rows, tokenizer)]
+    mask = torch.tensor([[i < length for i in range(batch["input_ids"].shape[1])] for length in lengths]).long()
 
     reference = load_base(str(tiny_student), dtype=torch.float32)
     expected = reference(input_ids=batch["input_ids"], attention_mask=mask, labels=batch["labels"]).loss
@@ -101,17 +100,6 @@ def test_an_epoch_visits_every_row_once_in_batches_of_like_length_the_same_for_o
     padded = sum(8 * max(lengths[row] for row in batch) for batch in batches)
     assert padded < 1.03 * sum(lengths[row] for row in order[:800])
     assert batches != sorted(batches, key=lambda batch: lengths[batch[0]])
-
-
-def test_a_row_over_the_maximum_is_left_out_and_named_never_cut(tiny_student: Path, capsys: pytest.CaptureFixture):
-    tokenizer = load_tokenizer(str(tiny_student))
-    long = replace(teacher_row(7, padding=200), id="the-long-one")
-    examples, too_long = tokenised([teacher_row(1), long, teacher_row(2)], tokenizer, 512)
-    assert [example.id for example in examples] == ["row-1", "row-2"]
-    assert too_long == ["the-long-one"]
-    assert "1 of 3 rows are over 512 tokens and left out (the-long-one)" in capsys.readouterr().out
-    with pytest.raises(UserError, match="every row is over"):
-        tokenised([long], tokenizer, 512)
 
 
 def test_the_sham_learns_as_many_rows_as_the_real_run_but_of_known_families_alone(folders: Folders):

@@ -60,18 +60,18 @@ def test_a_recorded_step_gives_the_loss_and_gradients_of_a_plain_one_for_every_s
     from finqa.tuning.captured_steps import CapturedSteps
     from finqa.tuning.packing import packed_collator, use_packed
     from finqa.tuning.trainable import loss_on_completion
-    from finqa.tuning.training_rows import Example
+    from finqa.tuning.training_rows import example
 
     model = tiny_model()
     assert use_packed(model)
     loss_on_completion(model)
     parameters = list(model.parameters())
     steps = CapturedSteps(parameters, lambda batch, n: model(**batch, num_items_in_batch=n).loss)
-    rows = [Example(str(i), tuple(3 + (i * 7 + j) % 100 for j in range(60 + 40 * i)), 40) for i in range(6)]
+    rows = [example(str(i), tuple(3 + (i * 7 + j) % 100 for j in range(60 + 40 * i)), 40) for i in range(6)]
     collate = packed_collator(0)
     for number, row in enumerate([*rows, *rows, *rows]):
         batch = {k: v.cuda() if torch.is_tensor(v) else v for k, v in collate([row]).items() if k != "n_tokens"}
-        n_items = torch.tensor(len(row.ids) - row.n_prompt, device="cuda")
+        n_items = torch.tensor(row["n_tokens"] - row["n_prompt"], device="cuda")
         model.zero_grad()
         plain = model(**batch, num_items_in_batch=n_items).loss
         expected = [gradient.clone() for gradient in torch.autograd.grad(plain, parameters)]

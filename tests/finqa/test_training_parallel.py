@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from training_parts import LAUNCHERS, SETTINGS, folders_with_rows, launch, read_log, script
 
 from finqa.errors import UserError
 from finqa.paths import REPOSITORY
 from finqa.students import StudentRun
 from finqa.training import TrainingConfig, _claim, _identity
-from finqa.tuning.training_rows import NO_ROW, Example, LengthGrouped, SharedRows, collator
+from finqa.tuning.training_rows import NO_ROW, LengthGrouped, SharedRows, collator, example
 
 N_ROWS = 43
 FP32 = (
@@ -29,6 +30,15 @@ FP32 = (
     "finqa.training.training_arguments = every_step\n"
 )
 """No bf16 products, and a record for every update."""
+COUNTING = (
+    "import atexit\n"
+    "from finqa import parallel\n"
+    "from finqa.tuning import training_rows\n"
+    "ids, calls = training_rows.training_ids, []\n"
+    "training_rows.training_ids = lambda *a: calls.append(a) or ids(*a)\n"
+    "atexit.register(lambda: Path(f'{sys.argv[1]}.{parallel.rank()}').write_text(str(len(calls))))\n"
+)
+"""Leaves how many rows each process has tokenised, in a file beside the data folder."""
 
 
 @pytest.mark.parametrize("n_rows", [80, 83, 85, 1])
@@ -53,8 +63,8 @@ def test_processes_see_together_the_batches_of_one_process_with_as_many_rows(n_r
 
 
 def test_a_process_without_a_row_gets_one_token_without_loss():
-    rows = SharedRows([Example("a", (5, 6, 7, 2), 2)], pad_id=3)
-    assert len(rows) == 1 and [example.id for example in rows] == ["a"]
+    rows = SharedRows(Dataset.from_list([example("a", (5, 6, 7, 2), 2)]), pad_id=3)
+    assert len(rows) == 1 and rows[0]["id"] == "a" and list(rows["n_tokens"]) == [4]
     batch = collator(pad_id=3)([rows[NO_ROW], rows[NO_ROW]])
     assert batch["input_ids"].tolist() == [[3], [3]]
     assert (batch["labels"] == -100).all()
@@ -64,10 +74,13 @@ def train_in(folder: Path, run: StudentRun, processes: int, launcher: str) -> Pa
     """The folder of a student that so many processes have trained for two epochs; only one of them spoke."""
     folders = folders_with_rows(folder, N_ROWS)
     config = TrainingConfig(save_steps=5)
-    done = launch(script(folder, "train", run, config, FP32), folders.data, processes=processes, launcher=launcher)
+    train = script(folder, "train", run, config, FP32 + COUNTING)
+    done = launch(train, folders.data, processes=processes, launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert len(re.findall("training on 43 rows", done.stdout)) == 1
     assert len(re.findall("step 12 of 12", done.stdout)) == 1
+    tokenised = [int(Path(f"{folders.data}.{rank}").read_text()) for rank in range(processes)]
+    assert tokenised == [1 + N_ROWS] + [1] * (processes - 1), "the first one tokenises, the others read"
     trained = folders.model("FinQA-mini", run.model_id)
     manifest = json.loads((trained / "run.json").read_text())
     assert manifest["updates"] == 12 and manifest["processes"] == processes

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_parts import SETTINGS, folders_with_rows, read_log, teacher_row
+from training_parts import SETTINGS, examples, folders_with_rows, read_log, teacher_row
 
 from finqa.engines.serving import served_models
 from finqa.errors import UserError
@@ -21,7 +21,7 @@ from finqa.student_settings import StudentSettings, settings_for
 from finqa.students import StudentRun, load_base, load_tokenizer, prompt_ids, training_ids
 from finqa.training import TrainingConfig, fine_tune
 from finqa.tuning.trainable import Speed, made_trainable
-from finqa.tuning.training_rows import NO_LOSS, collator, tokenised
+from finqa.tuning.training_rows import NO_LOSS, collator
 
 EIGHT_BIT = replace(SETTINGS, optim="adamw_8bit", lora_dropout=0.0, num_epochs=2, lora_r=32)
 """A matrix of under 4,096 numbers keeps its state in fp32, so the rank is larger."""
@@ -154,7 +154,7 @@ def test_a_step_on_another_architecture_changes_its_adapter_alone_and_lowers_the
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in trained} == set(modules)
     assert sum(p.numel() for p in trained.values()) == sizes(read_config(folder), modules, SETTINGS.lora_r).trained
     tokenizer = load_tokenizer(folder)
-    batch = collator(3)(tokenised([teacher_row(1), teacher_row(2, padding=5)], tokenizer, 512)[0])
+    batch = collator(3)(examples([teacher_row(1), teacher_row(2, padding=5)], tokenizer))
     del batch["n_tokens"]
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     optimiser = torch.optim.AdamW(trained.values(), lr=1e-2)
@@ -189,7 +189,7 @@ def test_checkpointing_gives_the_same_loss_and_gradients(tiny_student: Path):
 
     run = StudentRun("FinQA-mini", str(tiny_student), replace(SETTINGS, lora_dropout=0.0))
     tokenizer = load_tokenizer(str(tiny_student))
-    batch = collator(3)(tokenised([teacher_row(1), teacher_row(2, padding=5)], tokenizer, 512)[0])
+    batch = collator(3)(examples([teacher_row(1), teacher_row(2, padding=5)], tokenizer))
     del batch["n_tokens"]
     gradients = []
     for checkpointing in (False, True):

@@ -11,6 +11,8 @@ from typing import Any
 from finqa.paths import REPOSITORY, Folders
 from finqa.records import TeacherRow, write_teacher_rows
 from finqa.student_settings import StudentSettings
+from finqa.students import training_ids
+from finqa.tuning.training_rows import Example, example
 
 SETTINGS = StudentSettings(
     lora_r=8,
@@ -28,6 +30,10 @@ def teacher_row(number: int, kind: str = "known", padding: int = 0) -> TeacherRo
     prompt = f"###Passage:\nsales of {number} {'and more ' * padding}\n###Question:\nwhat ?\n###Python"
     code = f"sales = {number}\nans = sales - 1"
     return TeacherRow(prompt, code, str(number - 1), str(number - 1), id=f"row-{number}", family_kind=kind, family="f")
+
+
+def examples(rows: list[TeacherRow], tokenizer: Any) -> list[Example]:
+    return [example(row.id, *training_ids(tokenizer, row.prompt, row.generated_code)) for row in rows]
 
 
 def folders_with_rows(path: Path, n_rows: int = 40) -> Folders:
