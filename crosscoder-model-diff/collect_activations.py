@@ -5,10 +5,10 @@
     python collect_activations.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> --layer 9 17 --site mlp residual
     torchrun --nproc-per-node 8 collect_activations.py ...             a share of the documents for each GPU
 
-Reads the filtered rows of a split, or of all (prompt and program, as the very token ids the student was trained on), the base
-model, and the adapter: from D/models/<dataset>/<model-id>/, else from the Hub. One model is in memory, its adapter
-switched off for index 0 (instruct) and on for index 1 (fine-tuned); with --merged a second one, the merged model.
---against RUN_NAME puts another fine-tune of that base in index 0, so that two fine-tunes are compared.
+Reads the filtered rows of a split or of all (prompt and program, as the very token ids the student was trained on),
+the base model, and the adapter: from D/models/<dataset>/<model-id>/, else from the Hub. One model is in memory, its
+adapter switched off for index 0 (instruct) and on for index 1 (fine-tuned); with --merged a second one, the merged
+model. --against RUN_NAME puts another fine-tune of that base in index 0, so that two fine-tunes are compared.
 Several layers and sites are read in one pass of each model, which runs up to the last of them and no further.
 Padding is never recorded, BOS only with --keep-bos.
 
