@@ -113,6 +113,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--VLLM", "--vllm", dest="vllm", action="store_true", help="generate by vLLM, not by Hugging Face")
     add("-EBS", "--EVAL_BATCH_SIZE", "--eval-batch-size", dest="eval_batch_size", type=int)
     add("--max-new-tokens", type=int)
+    add("--instruction", metavar="TEXT", help="what is said before a zero-shot or few-shot prompt (default: the data "
+        "set's own)")  # fmt: skip
     add("--limit", type=int, help="evaluate on the first so many rows")
     add("--max-model-len", type=int, help="longest prompt and reply together, in tokens")
     add("--gpu-memory-utilization", type=float, default=GenerationConfig.gpu_memory_utilization)
@@ -187,7 +189,7 @@ def evaluation_config(args: argparse.Namespace, run: StudentRun) -> EvaluationCo
         temperature=temperature,
         seed=args.seed,
     )
-    return EvaluationConfig(splits, types, generation, args.limit)
+    return EvaluationConfig(splits, types, generation, args.limit, args.instruction)
 
 
 def check(args: argparse.Namespace, run: StudentRun, folders: Folders, evaluation: EvaluationConfig | None) -> None:

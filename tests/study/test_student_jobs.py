@@ -11,7 +11,7 @@ from finqa.errors import UserError
 from study.students.jobs import SHARE, Gpu, Job, is_done, run_jobs
 
 NOTE = (
-    "-c \"import json, os, sys, time; start = time.time(); time.sleep(0.5); "
+    '-c "import json, os, sys, time; start = time.time(); time.sleep(0.5); '
     "print(json.dumps([start, time.time(), os.environ.get('CUDA_VISIBLE_DEVICES'), sys.argv[1:]]))\" "
 )
 FAILS = "-c \"import sys; print('no such thing'); sys.exit(3)\""
