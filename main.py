@@ -118,6 +118,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--limit", type=int, help="evaluate on the first so many rows")
     add("--max-model-len", type=int, help="longest prompt and reply together, in tokens")
     add("--gpu-memory-utilization", type=float, default=GenerationConfig.gpu_memory_utilization)
+    add("--kv-cache-gb", type=float, metavar="GB", help="memory of vLLM's keys and values: for a GPU that other "
+        "processes use, whose memory vLLM would take for its own (default: what its share leaves)")  # fmt: skip
     add("--tensor-parallel", type=int, default=1, help="GPUs that share the model (vLLM)")
     add("--data-parallel", type=int, default=1, help="engines that share the rows, each with GPUs of its own (vLLM)")
     add("--samples", type=int, default=1, help="replies to each question, whose answers are voted on")
@@ -183,6 +185,7 @@ def evaluation_config(args: argparse.Namespace, run: StudentRun) -> EvaluationCo
         batch_size=run.settings.eval_batch_size,
         max_model_len=args.max_model_len,
         gpu_memory_utilization=args.gpu_memory_utilization,
+        kv_cache_gb=args.kv_cache_gb,
         tensor_parallel=args.tensor_parallel,
         data_parallel=args.data_parallel,
         samples=args.samples,

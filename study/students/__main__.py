@@ -16,6 +16,7 @@ Writes docs/reference/finqa/ and the tables of docs/finqa.md.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 
@@ -59,7 +60,10 @@ def make_styled_rows(plan: Plan) -> None:
         if folders.filtered(data.name, "train").exists():
             continue
         for split in ("dev", "train"):
-            questions = read_questions(plan.folders.clean(data.name, split))
+            clean = folders.clean(data.name, split)
+            clean.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(plan.folders.clean(data.name, split), clean)
+            questions = read_questions(clean)
             process_finqa_samples(data, split, folders, questions, ProgramTeacher(style))
             filter_split(data.name, split, folders, data.answer_rule)
 

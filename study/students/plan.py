@@ -32,8 +32,9 @@ METHODS = ("batchtopk", "difference-sae")
 LATENTS = 16_384
 ALL_ROWS = 10_000
 """More documents than there are: all are taken."""
-TRAINING_GB = {MAIN: 44.0, SEARCHED: 22.0}
+TRAINING_GB = {MAIN: 64.0, SEARCHED: 32.0}
 GENERATION_GB = 22.0
+CACHE_GB = 10.0
 SMALL_GB = 12.0
 
 
@@ -141,8 +142,8 @@ class Plan:
         return jobs
 
     def main(self, model: str, flags: str, folders: Folders | None = None) -> str:
-        share = f" --gpu-memory-utilization {SHARE}" if "--VLLM" in flags else ""
-        return f"main.py {DATASET} {model} -P {flags}{share} --no-push {_folder_flags(folders or self.folders)}"
+        engine = f" --gpu-memory-utilization {SHARE} --kv-cache-gb {CACHE_GB:g}" if "--VLLM" in flags else ""
+        return f"main.py {DATASET} {model} -P {flags}{engine} --no-push {_folder_flags(folders or self.folders)}"
 
     def script(self, name: str, flags: str) -> str:
         return f"crosscoder-model-diff/{name} {DATASET} {MAIN} {flags} {_folder_flags(self.folders, results=False)}"
