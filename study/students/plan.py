@@ -32,7 +32,7 @@ METHODS = ("batchtopk", "difference-sae")
 LATENTS = 16_384
 ALL_ROWS = 10_000
 """More documents than there are: all are taken."""
-TRAINING_GB = {MAIN: 64.0, SEARCHED: 32.0}
+TRAINING_GB = {MAIN: 70.0, SEARCHED: 34.0}
 GENERATION_GB = 22.0
 CACHE_GB = 10.0
 SMALL_GB = 12.0
@@ -45,6 +45,7 @@ class Setting:
     name: str
     flags: str = ""
     style: ProgramStyle = "named"
+    gb: float = TRAINING_GB[SEARCHED]
 
 
 MIDDLE = "--lora-r 64 --lora-alpha 128 --lora-dropout 0.05 --learning-rate 2e-4 --NUM_EPOCHS 3 -BS 8 --warmup-steps 20"
@@ -56,9 +57,9 @@ SEARCH = (
     Setting("2 epochs", "--NUM_EPOCHS 2"),
     Setting("5 epochs", "--NUM_EPOCHS 5"),
     Setting("rank 16", "--lora-r 16 --lora-alpha 32"),
-    Setting("rank 256", "--lora-r 256 --lora-alpha 512"),
-    Setting("16 rows an update", "-BS 16"),
-    Setting("all linear layers", f"-LM {' '.join(ATTENTION)} gate_proj up_proj down_proj"),
+    Setting("rank 256", "--lora-r 256 --lora-alpha 512", gb=40.0),
+    Setting("16 rows an update", "-BS 16", gb=60.0),
+    Setting("all linear layers", f"-LM {' '.join(ATTENTION)} gate_proj up_proj down_proj", gb=48.0),
     Setting("formula first", style="formula-first"),
     Setting("plain names", style="plain"),
 )
@@ -76,13 +77,13 @@ class Plan:
         return self.folders if same else Folders(self.folders.data / "styles" / style, self.folders.results)
 
     def jobs(self) -> list[Job]:
-        return [*self.accuracy(), *self.search(), *self.more_of_the_main_student(), *self.diff()]
+        return [*self.search(), *self.accuracy(), *self.more_of_the_main_student(), *self.diff()]
 
     def accuracy(self) -> list[Job]:
-        """Train each student and evaluate it in all three ways; the smallest comes first, to find faults early."""
+        """Train each student and evaluate it in all three ways."""
         return [
             Job(f"student-{short(model)}", self.main(model, "-D -T --VLLM -ET all"), TRAINING_GB.get(model, SMALL_GB))
-            for model in reversed(STUDENTS)
+            for model in STUDENTS
         ]
 
     def search(self) -> list[Job]:
@@ -94,7 +95,7 @@ class Plan:
                     f"-D --VLLM {MIDDLE} {setting.flags} --run-name search-{slug(setting.name)}",
                     self.styled(setting.style),
                 ),
-                TRAINING_GB[SEARCHED],
+                setting.gb,
             )
             for setting in SEARCH
         ]
