@@ -51,7 +51,7 @@ def main() -> int:
     with Sandbox() as sandbox:
         for served in served_models(run, student, [MODEL_OF_TYPE[asked] for asked in ASKED], config):
             asked: EvalType = next(eval_type for eval_type in ASKED if MODEL_OF_TYPE[eval_type] == served.model)
-            chat = prompts.messages(prompts.training_prompt(question), asked, data.worked_examples)
+            chat = prompts.messages(prompts.training_prompt(question), asked, data.worked_examples, data.instruction)
             code = prompts.extract_code(all_replies(served.generate, [prompt_ids(tokenizer, chat)])[0].text)
             show(f"{served.model} model ({asked})", code, sandbox.run(code), evidence(code, question))
     return 0

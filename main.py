@@ -113,9 +113,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--VLLM", "--vllm", dest="vllm", action="store_true", help="generate by vLLM, not by Hugging Face")
     add("-EBS", "--EVAL_BATCH_SIZE", "--eval-batch-size", dest="eval_batch_size", type=int)
     add("--max-new-tokens", type=int)
+    add("--instruction", metavar="TEXT", help="what is said before a zero-shot or few-shot prompt (default: the data "
+        "set's own)")  # fmt: skip
     add("--limit", type=int, help="evaluate on the first so many rows")
     add("--max-model-len", type=int, help="longest prompt and reply together, in tokens")
     add("--gpu-memory-utilization", type=float, default=GenerationConfig.gpu_memory_utilization)
+    add("--kv-cache-gb", type=float, metavar="GB", help="memory of vLLM's keys and values: for a GPU that other "
+        "processes use, whose memory vLLM would take for its own (default: what its share leaves)")  # fmt: skip
     add("--tensor-parallel", type=int, default=1, help="GPUs that share the model (vLLM)")
     add("--data-parallel", type=int, default=1, help="engines that share the rows, each with GPUs of its own (vLLM)")
     add("--samples", type=int, default=1, help="replies to each question, whose answers are voted on")
@@ -181,13 +185,14 @@ def evaluation_config(args: argparse.Namespace, run: StudentRun) -> EvaluationCo
         batch_size=run.settings.eval_batch_size,
         max_model_len=args.max_model_len,
         gpu_memory_utilization=args.gpu_memory_utilization,
+        kv_cache_gb=args.kv_cache_gb,
         tensor_parallel=args.tensor_parallel,
         data_parallel=args.data_parallel,
         samples=args.samples,
         temperature=temperature,
         seed=args.seed,
     )
-    return EvaluationConfig(splits, types, generation, args.limit)
+    return EvaluationConfig(splits, types, generation, args.limit, args.instruction)
 
 
 def check(args: argparse.Namespace, run: StudentRun, folders: Folders, evaluation: EvaluationConfig | None) -> None:

@@ -5,10 +5,10 @@
     python collect_activations.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> --layer 9 17 --site mlp residual
     torchrun --nproc-per-node 8 collect_activations.py ...             a share of the documents for each GPU
 
-Reads the filtered rows of a split (prompt and program, as the very token ids the student was trained on), the base
-model, and the adapter: from D/models/<dataset>/<model-id>/, else from the Hub. One model is in memory, its adapter
-switched off for index 0 (instruct) and on for index 1 (fine-tuned); with --merged a second one, the merged model.
---against RUN_NAME puts another fine-tune of that base in index 0, so that two fine-tunes are compared.
+Reads the filtered rows of a split or of all (prompt and program, as the very token ids the student was trained on),
+the base model, and the adapter: from D/models/<dataset>/<model-id>/, else from the Hub. One model is in memory, its
+adapter switched off for index 0 (instruct) and on for index 1 (fine-tuned); with --merged a second one, the merged
+model. --against RUN_NAME puts another fine-tune of that base in index 0, so that two fine-tunes are compared.
 Several layers and sites are read in one pass of each model, which runs up to the last of them and no further.
 Padding is never recorded, BOS only with --keep-bos.
 
@@ -39,7 +39,7 @@ from crosscoder.names import (
 from finqa import hub, parallel, students
 from finqa.errors import report_errors
 from finqa.manifest import write_manifest
-from finqa.paths import Folders
+from finqa.paths import Folders, chosen_splits
 from finqa.records import read_teacher_rows
 from finqa.weights import check_base, weights_hash
 
@@ -119,8 +119,8 @@ def make_plan(args: argparse.Namespace, choices: list[ActivationChoice], folders
     first = choices[0]
     for choice in choices:
         require_push(args, choice.student, choice.name)
-    rows_file = folders.filtered(first.student.dataset, first.split)
-    rows = read_teacher_rows(rows_file)
+    rows_files = [folders.filtered(first.student.dataset, split) for split in chosen_splits(first.split)]
+    rows = [row for file in rows_files for row in read_teacher_rows(file)]
     base = students.resolve_model(first.student.model, first.student.revision)
     fine_tuned = recorded_inputs.find_fine_tuned(first, folders)
     instruct = recorded_inputs.find_instruct(first, folders)
@@ -130,7 +130,7 @@ def make_plan(args: argparse.Namespace, choices: list[ActivationChoice], folders
 
     device = args.device or students.default_device()
     dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
-    facts = recorded_inputs.describe_inputs(first, base, fine_tuned, rows_file, instruct) | {"dtype": dtype}
+    facts = recorded_inputs.describe_inputs(first, base, fine_tuned, rows_files, instruct) | {"dtype": dtype}
     batch_tokens = args.batch_tokens or BATCH_TOKENS.get(device.partition(":")[0], BATCH_TOKENS["cpu"])
     skip_id = None if first.keep_bos else bos_id
     missing, inputs, writers = [], [], []

@@ -47,6 +47,8 @@ class EvaluationConfig:
     generation: GenerationConfig
     max_rows: int | None = None
     """The first so many rows of a split only."""
+    instruction: str | None = None
+    """What a model that was not fine-tuned is told before the prompt; None is the data set's own instruction."""
     sandbox: SandboxLimits = field(default_factory=SandboxLimits)
 
 
@@ -106,6 +108,7 @@ def evaluate(run: StudentRun, config: EvaluationConfig, folders: Folders, check:
 
 def _tasks(run: StudentRun, config: EvaluationConfig, folders: Folders, student: Path | None) -> list[Task]:
     data = datasets.dataset(run.dataset)
+    instruction = data.instruction if config.instruction is None else config.instruction
     quiet_libraries()
     tokenizer = load_tokenizer(run.model, run.revision)
     base_hash = weights_hash(resolve_model(run.model, run.revision))
@@ -115,7 +118,7 @@ def _tasks(run: StudentRun, config: EvaluationConfig, folders: Folders, student:
         path, rows = read_rows(folders, data, split, config.max_rows)
         for eval_type in config.eval_types:
             model = MODEL_OF_TYPE[eval_type]
-            chats = [prompts.messages(r.prompt, eval_type, data.worked_examples) for r in rows]
+            chats = [prompts.messages(r.prompt, eval_type, data.worked_examples, instruction) for r in rows]
             folder = folders.evaluation(run.dataset, run.model_id, split, eval_type + config.generation.folder_suffix)
             hashes = {"base_hash": base_hash, "student_hash": student_hash if model == "fine-tuned" else None}
             tasks.append(

@@ -58,6 +58,8 @@ class GenerationConfig:
     max_model_len: int | None = None
     """Longest prompt and reply together, in tokens; None takes the model's own limit, vLLM at most 8,192."""
     gpu_memory_utilization: float = 0.9
+    kv_cache_gb: float | None = None
+    """Keys and values that vLLM keeps on a GPU, in 1e9 bytes; None takes what `gpu_memory_utilization` leaves."""
     tensor_parallel: int = 1
     """GPUs that share one model (vLLM)."""
     data_parallel: int = 1

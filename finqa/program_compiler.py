@@ -1,8 +1,11 @@
 """The program teacher: FinQA programs as readable Python.
 
 Each operand becomes a variable named after where the page has it: row and column of the table, or the words before
-it in the text. Programs of several steps get a comment with the whole formula. What cannot be located falls back to
-a plain name, so that every program compiles.
+it in the text. What cannot be located falls back to a plain name, so that every program compiles. Three styles:
+
+    named           the variables, a comment with the whole formula where there are several steps, the steps
+    formula-first   the formula as the first line of every program, then the variables and the steps
+    plain           variables called `value`, `value_2`, ... and no comment
 """
 
 from __future__ import annotations
@@ -11,9 +14,13 @@ import keyword
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from finqa.programs import TABLE_OPERATIONS, Step, cell_number, number, row_values
 from finqa.records import Table
+
+ProgramStyle = Literal["named", "formula-first", "plain"]
+PROGRAM_STYLES: tuple[ProgramStyle, ...] = get_args(ProgramStyle)
 
 _RESULT_NAME = {
     "add": "total",
@@ -64,9 +71,11 @@ class _Names:
         return name
 
 
-def compile_to_python(steps: Sequence[Step], table: Table, question: str, passage: str) -> str:
+def compile_to_python(
+    steps: Sequence[Step], table: Table, question: str, passage: str, style: ProgramStyle = "named"
+) -> str:
     """See finqa.programs.to_python."""
-    names = _Names()
+    names, located = _Names(), style != "plain"
     variables: dict[str, str] = {}  # operand as written -> variable
     rows: dict[str, str] = {}  # row name of a table operation -> variable; a row may be called 2009
     assignments: list[str] = []
@@ -74,14 +83,15 @@ def compile_to_python(steps: Sequence[Step], table: Table, question: str, passag
         if step.op in TABLE_OPERATIONS:
             row = step.args[0]
             if row not in rows:
-                rows[row] = names.claim(row, "row")
+                rows[row] = names.claim(row if located else "", "row")
                 values = ", ".join(literal(cell) for cell in _row_cells(table, row))
                 assignments.append(f"{rows[row]} = [{values}]")
             continue
         for arg in step.args:
             if arg.startswith(("#", "const_")) or arg in variables:
                 continue
-            variables[arg] = names.claim(locate(arg, table, question, passage) or "", "value")
+            place = locate(arg, table, question, passage) if located else None
+            variables[arg] = names.claim(place or "", "value")
             assignments.append(f"{variables[arg]} = {literal(arg)}")
 
     results: list[str] = []  # variable of each step
@@ -93,8 +103,10 @@ def compile_to_python(steps: Sequence[Step], table: Table, question: str, passag
         computation.append(f"{results[-1]} = {_expression(step, variables, rows, results)}")
         formula = _expression(step, variables, rows, formulas)
         formulas.append(formula if step.op in ("table_max", "table_min", "table_sum") or last else f"({formula})")
-    comment = [f"# {formulas[-1]}"] if len(steps) > 1 else []
-    return "\n".join(assignments + comment + computation)
+    comment = [f"# {formulas[-1]}"]
+    if style == "formula-first":
+        return "\n".join(comment + assignments + computation)
+    return "\n".join(assignments + (comment if located and len(steps) > 1 else []) + computation)
 
 
 def _expression(step: Step, variables: dict[str, str], rows: dict[str, str], results: Sequence[str]) -> str:

@@ -12,8 +12,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from finqa.records import Table
+
+if TYPE_CHECKING:
+    from finqa.program_compiler import ProgramStyle
 
 ARITHMETIC = ("add", "subtract", "multiply", "divide", "exp", "greater")
 TABLE_OPERATIONS = ("table_max", "table_min", "table_sum", "table_average")
@@ -160,7 +164,9 @@ def row_values(table: Table, name: str) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def to_python(program: str | Sequence[Step], table: Table, question: str, passage: str = "") -> str:
+def to_python(
+    program: str | Sequence[Step], table: Table, question: str, passage: str = "", style: ProgramStyle = "named"
+) -> str:
     """Compile a program to the Python that a careful teacher would write; see finqa.program_compiler.
 
     Args:
@@ -168,9 +174,11 @@ def to_python(program: str | Sequence[Step], table: Table, question: str, passag
         table: The page's table; operands found there are named after their row and column.
         question: Decides between several places that hold the same number.
         passage: The text around the table; operands found there are named after the words before them.
+        style: How the program is written.
 
     Returns source code that leaves its result in `ans`. Raises ProgramError for what `parse` refuses.
     """
     from finqa.program_compiler import compile_to_python
 
-    return compile_to_python(parse(program) if isinstance(program, str) else program, table, question, passage)
+    steps = parse(program) if isinstance(program, str) else program
+    return compile_to_python(steps, table, question, passage, style)

@@ -25,7 +25,7 @@ INSTRUCTION = (
     "Identify the entities in the passage that the question needs, store each one in a Python variable, compute with "
     "them, and store the result in the variable ans. Reply with one ```python block and nothing else."
 )
-"""What a model that was not fine-tuned is told before the prompt."""
+"""What a model that was not fine-tuned is told before the prompt; a data set adds the form of its answers."""
 
 STOP = (END_PYTHON, f"\n{FENCE}\n")
 """Strings that end a reply. A closing fence counts only on a line of its own: an opening one must not match."""
@@ -55,26 +55,29 @@ def fenced(code: str) -> str:
     return f"{FENCE}python\n{code.strip()}\n{FENCE}"
 
 
-def messages(prompt: str, eval_type: EvalType, examples: tuple[WorkedExample, ...] = ()) -> list[dict[str, str]]:
+def messages(
+    prompt: str, eval_type: EvalType, examples: tuple[WorkedExample, ...] = (), instruction: str = INSTRUCTION
+) -> list[dict[str, str]]:
     """The chat of one question: the prompt alone, with the instruction, or after the worked examples as earlier turns.
 
     Args:
         prompt: A fine-tuning prompt (`training_prompt`).
         eval_type: "fine-tuned", "zero-shot" or "few-shot".
         examples: The data set's worked examples; used for "few-shot" alone.
+        instruction: What is said first in "zero-shot" and "few-shot".
 
     Raises UserError for an unknown eval type.
     """
     if eval_type == "fine-tuned":
         return [_user(prompt)]
     if eval_type == "zero-shot":
-        return [_user(f"{INSTRUCTION}\n{prompt}")]
+        return [_user(f"{instruction}\n{prompt}")]
     if eval_type == "few-shot":
         chat: list[dict[str, str]] = []
         for example in examples:
             chat += [_user(training_prompt(example.question)), _assistant(fenced(example.code))]
         chat.append(_user(prompt))
-        chat[0] = _user(f"{INSTRUCTION}\n{chat[0]['content']}")
+        chat[0] = _user(f"{instruction}\n{chat[0]['content']}")
         return chat
     raise UserError(f"unknown eval type {eval_type!r}; one of {', '.join(EVAL_TYPES)}")
 

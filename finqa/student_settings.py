@@ -65,6 +65,18 @@ DEFAULTS = StudentSettings()
 
 _PHI3 = replace(DEFAULTS, learning_rate=1e-4, lora_modules=("qkv_proj", "o_proj"))
 _ORCA2 = replace(DEFAULTS, learning_rate=5e-5, chat_template=CHATML)
+_SMALL = StudentSettings(
+    lora_r=64,
+    lora_alpha=128,
+    lora_dropout=0.05,
+    learning_rate=2e-4,
+    warmup_steps=20,
+    optim="adamw_torch",
+    batch_size=8,
+    num_epochs=3,
+    max_new_tokens=512,
+    eval_batch_size=16,
+)
 
 SETTINGS: dict[str, StudentSettings] = {
     "mistralai/Mistral-7B-Instruct-v0.3": DEFAULTS,
@@ -72,6 +84,8 @@ SETTINGS: dict[str, StudentSettings] = {
     "microsoft/Orca-2-13b": _ORCA2,
     "microsoft/Phi-3-mini-128k-instruct": _PHI3,
     "microsoft/Phi-3-medium-128k-instruct": _PHI3,
+    **{f"Qwen/Qwen2.5-Coder-{size}-Instruct": _SMALL for size in ("0.5B", "1.5B", "3B", "7B")},
+    **{f"HuggingFaceTB/SmolLM2-{size}-Instruct": _SMALL for size in ("135M", "360M", "1.7B")},
     "pocket-mistral": StudentSettings(
         lora_r=64,
         lora_alpha=128,

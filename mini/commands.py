@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 
 from finqa.errors import UserError
@@ -17,19 +18,21 @@ CROSSCODER_FOLDER = REPOSITORY / "crosscoder-model-diff"
 LOG_LINES_SHOWN = 15
 
 
-def run_into(log: Path, name: str, command: str, folder: Path = REPOSITORY) -> float:
+def run_into(
+    log: Path, name: str, command: str, folder: Path = REPOSITORY, environment: Mapping[str, str] | None = None
+) -> float:
     """Run a command with this Python, offline, its output in `log`; returns the seconds it took.
 
-    Raises UserError with the end of the log where it fails.
+    `environment` adds to this process's variables. Raises UserError with the end of the log where it fails.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    offline = {"WANDB_MODE": os.environ.get("WANDB_MODE", "offline"), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     started = time.perf_counter()
     with log.open("w") as output:
         done = subprocess.run(
             [sys.executable, *shlex.split(command)],
             cwd=folder,
-            env=environment,
+            env=os.environ | offline | dict(environment or {}),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -29,7 +29,8 @@ refused), teacher-rate-limit, teacher-server, teacher-timeout, teacher-connectio
 teacher-batch-failed, teacher-batch-expired, teacher-batch-cancelled, teacher-batch-error, teacher-not-asked; and
 teacher-program of the program teacher.
 
-`--teacher program` compiles the gold programs: no network, no cost.
+`--teacher program` compiles the gold programs: no network, no cost. `--style` says how its programs are written
+(finqa/program_compiler.py).
 
 Where more than --max-failed-share of the rows have no program, the files are written all the same, and the exit code
 says that the result is not to be trusted.
@@ -47,6 +48,7 @@ from finqa.datasets import Dataset, dataset
 from finqa.errors import UserError, report_errors
 from finqa.manifest import file_hash, write_manifest
 from finqa.paths import SPLITS, Folders, add_folder_flags, chosen_splits
+from finqa.program_compiler import PROGRAM_STYLES
 from finqa.prompts import training_prompt
 from finqa.records import Question, TeacherRow, read_questions, read_teacher_rows, write_teacher_rows
 from preprocessing.run_programs import with_answers
@@ -88,7 +90,7 @@ def main() -> None:
 def make_teacher(args: argparse.Namespace, data: Dataset, split: str, folders: Folders) -> Teacher:
     """The teacher that the flags name; an OpenAI teacher keeps its journal beside the split's output."""
     if args.teacher == "program":
-        return ProgramTeacher()
+        return ProgramTeacher(args.style)
     journals = {s: journal_of(folders.generated(data.name, s)) for s in chosen_splits(args.split)}
     teacher = OpenAITeacher(
         config_from(args), data.worked_examples, journals[split], data.answer_rule, paid_in=journals.values()
@@ -187,6 +189,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", default="FinQA", help="FinQA or FinQA-mini (default: %(default)s)")
     parser.add_argument("--split", choices=(*SPLITS, "all"), default="all", help="(default: %(default)s)")
     parser.add_argument("--teacher", choices=("openai", "program"), default="openai", help="(default: %(default)s)")
+    parser.add_argument("--style", choices=PROGRAM_STYLES, default="named", help="of --teacher program (%(default)s)")
     parser.add_argument("--limit", type=at_least_one, help="only the first N questions of each split")
     parser.add_argument(
         "--max-failed-share", type=share, default=0.2, help="of rows without a program (default: %(default)s)"

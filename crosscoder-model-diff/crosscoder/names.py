@@ -37,6 +37,7 @@ class ActivationChoice:
 
     student: StudentRun
     split: str = "test"
+    """One of the splits, or `all` of them."""
     num_samples: int = 1024
     """Documents, from the top of the filtered rows."""
     layer: int | None = None
@@ -121,7 +122,7 @@ def add_activation_flags(parser: argparse.ArgumentParser, several: bool = False)
     add_student_flags(parser)
     group = parser.add_argument_group("activations (these shape the name of the activation set)")
     add = group.add_argument
-    add("--split", choices=SPLITS, default="test")
+    add("--split", choices=(*SPLITS, "all"), default="test", help="(default: %(default)s)")
     add("--num-samples", type=int, default=1024, help="documents, from the top of the filtered rows (default: 1024)")
     many: dict[str, Any] = {"nargs": "+"} if several else {}
     one_or_more = "one or more, " if several else ""

@@ -66,9 +66,22 @@ def made_trainable(base: PreTrainedModel, run: StudentRun, speed: Speed) -> PreT
     if speed.checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if device == "cuda" and speed.compiled:
-        for layer in decoder_layers(base):
-            layer.compile(dynamic=True)
+        compile_layers(base)
     return model
+
+
+def compile_layers(base: PreTrainedModel, **options: Any) -> None:
+    """Compile the decoder layers of a model that is trained, once for all of them; `options` go to torch.compile.
+
+    Two things would make torch compile a layer more than once. The first layer's input would be the only one without
+    a gradient. And numbers such as a dropout rate would first be taken for values that change, as lengths do.
+    """
+    import torch._dynamo
+
+    base.enable_input_require_grads()
+    torch._dynamo.config.specialize_float = True
+    for layer in decoder_layers(base):
+        layer.compile(dynamic=True, **options)
 
 
 def is_packed(model: PreTrainedModel) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from finqa.program_compiler import ProgramStyle
 from finqa.programs import ProgramError, to_python
 from finqa.records import Question
 
@@ -65,8 +66,14 @@ class Teacher(Protocol):
 class ProgramTeacher:
     """Compiles the gold program of each question to Python (finqa.programs.to_python)."""
 
-    settings: dict[str, object] = {"teacher": "program"}  # noqa: RUF012
     stopped = ""
+
+    def __init__(self, style: ProgramStyle = "named"):
+        self.style: ProgramStyle = style
+
+    @property
+    def settings(self) -> dict[str, object]:
+        return {"teacher": "program", "style": self.style}
 
     def __call__(self, questions: Sequence[Question]) -> list[Reply]:
         return [self._reply(question) for question in questions]
@@ -84,6 +91,7 @@ class ProgramTeacher:
         if not question.program:
             return Reply(error_kind="teacher-program", error_message="the question has no gold program")
         try:
-            return Reply(code=to_python(question.program, question.table, question.question, question.passage))
+            code = to_python(question.program, question.table, question.question, question.passage, self.style)
+            return Reply(code=code)
         except ProgramError as error:
             return Reply(error_kind="teacher-program", error_message=str(error))

@@ -199,3 +199,18 @@ def test_two_fine_tunes_are_compared_with_each_other(data, tiny_student):
 
 def fine_tuned(student: Path, run_name: str) -> students.StudentRun:
     return students.StudentRun("FinQA-mini", str(student), students.settings_for(str(student)), run_name=run_name)
+
+
+@pytest.mark.slow
+def test_all_splits_are_recorded_one_after_the_other(data: Path, tiny_student: Path):
+    folders = Folders(data, data)
+    test = folders.filtered("FinQA-mini", "test")
+    for split in ("train", "dev"):
+        shutil.copy(test, folders.filtered("FinQA-mini", split))
+    output = run(*names(tiny_student, data), "--split", "all", "--num-samples", "5000")
+    assert output.returncode == 0, output.stderr
+    store = ActivationStore(next((data / "activations").glob("*-FinQA-mini-all-layer*-mlp-5000")))
+    ids = [document.id for document in store.documents]
+    third = len(ids) // 3
+    assert third and ids[:third] == ids[third : 2 * third] == ids[2 * third :]
+    assert store.config.recorded["split"] == "all"

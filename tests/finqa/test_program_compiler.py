@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from finqa.answers import match
 from finqa.datasets import load_finqa
 from finqa.paths import SPLITS
+from finqa.program_compiler import PROGRAM_STYLES, ProgramStyle
 from finqa.programs import ARITHMETIC, TABLE_OPERATIONS, ProgramError, Step, cell_number, execute, parse, to_python
 from finqa.records import Question, Table, format_table, parse_table
 
@@ -96,6 +97,7 @@ def test_what_is_printed_is_parsed_again(data: st.DataObject):
 def test_any_valid_program_compiles_to_python_with_its_value(data: st.DataObject):
     table = data.draw(tables())
     steps = data.draw(programs(table))
+    style = data.draw(st.sampled_from(PROGRAM_STYLES))
     try:
         expected = [execute(steps[: last + 1], table) for last in range(len(steps))]
     except ProgramError:
@@ -103,7 +105,8 @@ def test_any_valid_program_compiles_to_python_with_its_value(data: st.DataObject
         raise
     # Python computes with whole numbers of any size, the program language with floats.
     assume(all(isinstance(value, str) or abs(value) < 2**53 for value in expected))
-    assert match(value_of(to_python(steps, table, "what was net sales in 2009?", "sales of $ 12.5 .")), expected[-1])
+    code = to_python(steps, table, "what was net sales in 2009?", "sales of $ 12.5 .", style)
+    assert match(value_of(code), expected[-1])
 
 
 @given(st.data())
@@ -169,6 +172,23 @@ def test_a_number_is_named_in_a_page_of_one_long_line():
     page = " ".join(f"item {n} was {n + 100_000} dollars ." for n in range(20_000)) + " store rent was 7.5 dollars ."
     code = to_python("add(7.5, 119999)", [["", ""]], "what?", page)
     assert code.splitlines()[:2] == ["store_rent_dollars = 7.5", "item_dollars = 119999"]
+
+
+@pytest.mark.parametrize(
+    ("style", "lines"),
+    [
+        ("named", ["net_sales_2009 = 90", "net_sales_2008 = 60", "# (net_sales_2009 - net_sales_2008) / net_sales_2008",
+                   "change = net_sales_2009 - net_sales_2008", "ans = change / net_sales_2008"]),
+        ("formula-first", ["# (net_sales_2009 - net_sales_2008) / net_sales_2008", "net_sales_2009 = 90",
+                           "net_sales_2008 = 60", "change = net_sales_2009 - net_sales_2008",
+                           "ans = change / net_sales_2008"]),
+        ("plain", ["value = 90", "value_2 = 60", "change = value - value_2", "ans = change / value_2"]),
+    ],
+)  # fmt: skip
+def test_a_program_is_written_in_three_styles(style: ProgramStyle, lines: list[str]):
+    table = [["", "2009", "2008"], ["net sales", "90", "60"]]
+    program = "subtract(90, 60), divide(#0, 60)"
+    assert to_python(program, table, "how did net sales change?", style=style).splitlines() == lines
 
 
 # --- Real programs ----------------------------------------------------------------------------------------------------

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from finqa.datasets import DATASETS
+from finqa.datasets import DATASETS, dataset
 from finqa.errors import UserError
 from finqa.programs import execute
 from finqa.prompts import (
     END_PYTHON,
+    INSTRUCTION,
     PYTHON,
     completion,
     extract_code,
@@ -92,6 +93,13 @@ def test_zero_shot_adds_the_instruction_and_few_shot_four_turns_before():
     few = messages(prompt, "few-shot", FINQA_EXAMPLES)
     assert [turn["role"] for turn in few] == ["user", "assistant"] * 4 + ["user"]
     assert few[-1]["content"] == prompt
+
+
+def test_the_instruction_says_what_form_the_labels_of_the_data_set_have():
+    asked = {name: messages("x", "zero-shot", (), dataset(name).instruction)[0]["content"] for name in DATASETS}
+    assert asked["FinQA"] == f"{INSTRUCTION} Give ratios and percentages as fractions (0.25, not 25).\nx"
+    assert asked["FinQA-mini"] == f"{INSTRUCTION}\nx"
+    assert messages("x", "few-shot", FINQA_EXAMPLES, "Be brief.")[0]["content"].startswith("Be brief.\n")
 
 
 def test_an_unknown_eval_type_is_refused():

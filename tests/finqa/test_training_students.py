@@ -20,7 +20,7 @@ from finqa.student_settings import SETTINGS as STUDENTS
 from finqa.student_settings import StudentSettings, settings_for
 from finqa.students import StudentRun, load_base, load_tokenizer, prompt_ids, training_ids
 from finqa.training import TrainingConfig, fine_tune
-from finqa.tuning.trainable import Speed, made_trainable
+from finqa.tuning.trainable import Speed, compile_layers, made_trainable
 from finqa.tuning.training_rows import NO_LOSS, collator
 
 EIGHT_BIT = replace(SETTINGS, optim="adamw_8bit", lora_dropout=0.0, num_epochs=2, lora_r=32)
@@ -102,7 +102,9 @@ def test_an_8_bit_base_is_refused_before_anything_is_loaded(wrong: dict, says: s
         check_trainable(run, Speed(fp8_base=True), "cpu")
 
 
-@pytest.mark.parametrize("model", ["Mistral-7B-Instruct-v0.3", "Phi-3-mini-128k-instruct", "Orca-2-13b"])
+@pytest.mark.parametrize(
+    "model", ["Mistral-7B-Instruct-v0.3", "Phi-3-mini-128k-instruct", "Orca-2-13b", "Qwen2.5-Coder-1.5B-Instruct"]
+)
 def test_the_named_students_have_settings_of_their_own_and_all_others_the_defaults(model: str):
     assert any(name.endswith(model) and settings_for(name) is STUDENTS[name] for name in STUDENTS)
     assert settings_for(f"/some/where/{model.lower()}") in STUDENTS.values()
@@ -182,6 +184,30 @@ def test_the_fused_projection_is_trained_from_the_command_to_the_saved_adapter(
     wrong = replace(run, settings=replace(settings, lora_modules=("q_proj",)))
     with pytest.raises(UserError, match="has no layers called q_proj; name its own with --lora-modules"):
         fine_tune(wrong, TrainingConfig(max_rows=8), folders_with_rows(tmp_path / "wrong"))
+
+
+@pytest.mark.slow
+def test_all_decoder_layers_share_one_compiled_layer(tmp_path: Path):
+    import torch
+    from torch._dynamo.backends.common import aot_autograd
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return aot_autograd(fw_compiler=lambda traced, _: traced.forward)(graph, inputs)
+
+    config = Qwen2Config(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model: Any = made_trainable(Qwen2ForCausalLM(config), StudentRun("FinQA-mini", "any", SETTINGS), Speed()).train()
+    compile_layers(model.get_base_model(), backend=backend)
+    for length in (16, 24, 32):
+        ids = torch.arange(length)[None]
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert len(compiled) == 1
 
 
 def test_checkpointing_gives_the_same_loss_and_gradients(tiny_student: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path)
 
 
 def describe_inputs(
-    choice: ActivationChoice, base: str, fine_tuned: Path, rows_file: Path, instruct: Path | None = None
+    choice: ActivationChoice, base: str, fine_tuned: Path, rows_files: Sequence[Path], instruct: Path | None = None
 ) -> dict[str, Any]:
     """What all sets of a run are made from. `instruct`: the adapter in the base model's place."""
     other = {"against": choice.against, "against_hash": weights_hash(instruct)} if instruct else {}
@@ -76,7 +77,7 @@ def describe_inputs(
         "fine_tuned": how,
         "base_hash": weights_hash(base),
         "fine_tuned_hash": weights_hash(fine_tuned),
-        "rows_hash": file_hash(rows_file),
+        "rows_hash": "+".join(map(file_hash, rows_files)),
         **other,
     }
 

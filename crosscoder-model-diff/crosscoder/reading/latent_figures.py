@@ -71,7 +71,10 @@ def cosine_figure(cosines: Tensor, norms: Tensor) -> Figure:
 
 @styled
 def latent_scaling_figure(scaling: LatentScaling, kinds: Sequence[LatentClass], dead: Tensor) -> Figure:
-    """nu_rec against nu_err by class, with the regions that latent scaling cuts (figure_data.scaling_points)."""
+    """nu_rec against nu_err by class, with the regions that latent scaling cuts (figure_data.scaling_points).
+
+    The legend counts the latents of each class, and those of them that are exclusive.
+    """
     figure, axes = new_figure(height=2.9)
     points = figure_data.scaling_points(scaling, kinds, dead)
     low, high = NU_RANGE
@@ -81,7 +84,8 @@ def latent_scaling_figure(scaling: LatentScaling, kinds: Sequence[LatentClass], 
     for kind in DRAWN_FIRST:
         if kind in points:
             of = points[kind]
-            _scatter(axes, of.nu_err, of.nu_rec, kind, many=sum(each.n for each in points.values()) > MANY)
+            many = sum(each.n for each in points.values()) > MANY
+            _scatter(axes, of.nu_err, of.nu_rec, kind, many, f", {of.regions['exclusive']:,} exclusive")
     axes.set(xlim=NU_RANGE, ylim=NU_RANGE, xlabel="$\\nu_\\mathrm{err}$\n", ylabel=r"$\nu_\mathrm{rec}$")
     _name_regions(axes)
     figure.text(0.99, 0.005, _left_out(points), ha="right", va="bottom", fontsize=6, color="0.25")
@@ -135,9 +139,10 @@ def _above(axes: Axes, x: float, kind: LatentClass, n: int) -> None:
     )
 
 
-def _scatter(axes: Axes, x: Any, y: Any, kind: LatentClass, many: bool) -> None:
-    """Points of one class. Where the figure has many they are an image, and those of no exclusive class are small."""
-    label, colour, marker = f"{kind} ({len(x):,})", COLOURS[kind], MARKERS[kind]
+def _scatter(axes: Axes, x: Any, y: Any, kind: LatentClass, many: bool, more: str = "") -> None:
+    """Points of one class, counted in the legend with what `more` says of them. Where the figure has many they are an
+    image, and those of no exclusive class are small."""
+    label, colour, marker = f"{kind} ({len(x):,}{more})", COLOURS[kind], MARKERS[kind]
     size, alpha = (6, 0.6) if kind.endswith("-only") or not many else (1.5, 0.35)
     axes.scatter(x, y, s=size, marker=marker, color=colour, alpha=alpha, lw=0, label=label, rasterized=many)
 

@@ -1,0 +1,81 @@
+"""Real students on real FinQA: everything of docs/finqa.md, by the project's own commands.
+
+    make data && python -m study.students            all of it: about an hour and a half of one H100
+    python -m study.students search                  the search for settings alone; also student, seed, vote, curve,
+                                                     no-fractions, collect, train, analyse, or a job's whole name
+    python -m study.students --list                  the commands, and what must come before each
+    python -m study.students --tables                tables, figures and the page from what is there, nothing run
+
+Needs the three splits of FinQA in D (`make data`), and vLLM on a GPU. Runs as many commands beside each other as every
+GPU of the machine has memory for, a log a command in R/FinQA/logs/. A killed study goes on when it is started again;
+a command that was run to its end is not run again.
+
+Writes docs/reference/finqa/ and the tables of docs/finqa.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+
+from finqa.datasets import dataset
+from finqa.errors import report_errors
+from finqa.paths import Folders, add_folder_flags
+from finqa.records import read_questions
+from preprocessing.filter_valid_answers import filter_split
+from preprocessing.process_finqa_code_generation import process_finqa_samples
+from preprocessing.teacher.teachers import ProgramTeacher
+from study.students.jobs import gpus_of_this_machine, run_jobs
+from study.students.plan import DATASET, SEARCH, Plan, chosen, logs_of
+
+
+def main() -> None:
+    args = parse_arguments()
+    folders = Folders(args.data_dir.resolve(), args.results_dir.resolve())
+    plan = Plan(folders)
+    jobs = chosen(plan.jobs(), args.jobs)
+    if args.list:
+        for job in jobs:
+            after = f" (after {', '.join(job.after)})" if job.after else ""
+            print(f"{job.name}{after}\n    python {job.command}")
+        return
+    if not args.tables:
+        started = time.monotonic()
+        make_styled_rows(plan)
+        run_jobs(jobs, logs_of(folders), gpus_of_this_machine())
+        print(f"{len(jobs)} commands in {time.monotonic() - started:.0f} s (this call); logs in {logs_of(folders)}")
+    if args.tables or not args.jobs:
+        from study.students.tables import write_reference
+
+        print(write_reference(plan))
+
+
+def make_styled_rows(plan: Plan) -> None:
+    """Training rows in the styles of the search that are not the default; dev rows as they are."""
+    data = dataset(DATASET)
+    for style in sorted({setting.style for setting in SEARCH} - {"named"}):
+        folders = plan.styled(style)
+        if folders.filtered(data.name, "train").exists():
+            continue
+        for split in ("dev", "train"):
+            clean = folders.clean(data.name, split)
+            clean.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(plan.folders.clean(data.name, split), clean)
+            questions = read_questions(clean)
+            process_finqa_samples(data, split, folders, questions, ProgramTeacher(style))
+            filter_split(data.name, split, folders, data.answer_rule)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", nargs="*", metavar="JOB", help="beginnings of names of jobs (default: all)")
+    parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
+    parser.add_argument("--tables", action="store_true", help="write tables, figures and page from what is there")
+    add_folder_flags(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main))

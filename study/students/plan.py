@@ -1,0 +1,191 @@
+"""Every command behind docs/finqa.md, and what must come before it.
+
+Settings are searched on dev with the smaller Qwen: one is changed at a time, from a common middle. The three students
+are then trained by the settings that stand in finqa/student_settings.py, with no flag.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finqa.paths import Folders
+from finqa.program_compiler import ProgramStyle
+from finqa.prompts import INSTRUCTION
+from finqa.student_settings import ATTENTION
+from study.students.jobs import SHARE, Job
+
+DATASET = "FinQA"
+MAIN = "Qwen/Qwen2.5-Coder-1.5B-Instruct"
+"""The student with seeds, votes, a learning curve and a diff."""
+SEARCHED = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+STUDENTS = (MAIN, SEARCHED, "HuggingFaceTB/SmolLM2-135M-Instruct")
+SEEDS = (3, 4, 5)
+"""The first is the default of main.py."""
+CURVE = (250, 500, 1000)
+"""Training rows, from the top of the file; all of them are the student itself."""
+SAMPLES = 8
+SITES = ("mlp", "residual")
+METHODS = ("batchtopk", "difference-sae")
+LATENTS = 16_384
+ALL_ROWS = 10_000
+"""More documents than there are: all are taken."""
+TRAINING_GB = {MAIN: 70.0, SEARCHED: 34.0}
+GENERATION_GB = 22.0
+CACHE_GB = 10.0
+SMALL_GB = 12.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the search: what differs from the middle."""
+
+    name: str
+    flags: str = ""
+    style: ProgramStyle = "named"
+    gb: float = TRAINING_GB[SEARCHED]
+
+
+MIDDLE = "--lora-r 64 --lora-alpha 128 --lora-dropout 0.05 --learning-rate 2e-4 --NUM_EPOCHS 3 -BS 8 --warmup-steps 20"
+"""Where every search begins; a later flag of the same name wins."""
+SEARCH = (
+    Setting("middle"),
+    Setting("learning rate 1e-4", "--learning-rate 1e-4"),
+    Setting("learning rate 4e-4", "--learning-rate 4e-4"),
+    Setting("2 epochs", "--NUM_EPOCHS 2"),
+    Setting("5 epochs", "--NUM_EPOCHS 5"),
+    Setting("rank 16", "--lora-r 16 --lora-alpha 32"),
+    Setting("rank 256", "--lora-r 256 --lora-alpha 512", gb=40.0),
+    Setting("16 rows an update", "-BS 16", gb=60.0),
+    Setting("all linear layers", f"-LM {' '.join(ATTENTION)} gate_proj up_proj down_proj", gb=48.0),
+    Setting("formula first", style="formula-first"),
+    Setting("plain names", style="plain"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the study reads and writes, and by what it names things."""
+
+    folders: Folders
+
+    def styled(self, style: ProgramStyle) -> Folders:
+        """A data folder whose training programs are written in a style of their own."""
+        same = style == "named"
+        return self.folders if same else Folders(self.folders.data / "styles" / style, self.folders.results)
+
+    def jobs(self) -> list[Job]:
+        return [*self.search(), *self.accuracy(), *self.more_of_the_main_student(), *self.diff()]
+
+    def accuracy(self) -> list[Job]:
+        """Train each student and evaluate it in all three ways."""
+        return [
+            Job(f"student-{short(model)}", self.main(model, "-D -T --VLLM -ET all"), TRAINING_GB.get(model, SMALL_GB))
+            for model in STUDENTS
+        ]
+
+    def search(self) -> list[Job]:
+        return [
+            Job(
+                f"search-{slug(setting.name)}",
+                self.main(
+                    SEARCHED,
+                    f"-D --VLLM {MIDDLE} {setting.flags} --run-name search-{slug(setting.name)}",
+                    self.styled(setting.style),
+                ),
+                setting.gb,
+            )
+            for setting in SEARCH
+        ]
+
+    def more_of_the_main_student(self) -> list[Job]:
+        """Seeds, votes, a learning curve, and the zero-shot prompt without its sentence on fractions."""
+        trained = TRAINING_GB[MAIN]
+        student = f"student-{short(MAIN)}"
+        jobs = [
+            Job(f"seed-{seed}", self.main(MAIN, f"-D -T --VLLM -S {seed} --run-name seed{seed}"), trained)
+            for seed in SEEDS[1:]
+        ]
+        jobs += [
+            Job(f"curve-{rows}", self.main(MAIN, f"-D -T --VLLM --max-rows {rows} --run-name rows{rows}"), trained)
+            for rows in CURVE
+        ]
+        vote = f"-NT -T --VLLM --samples {SAMPLES}"
+        jobs += [
+            Job(f"vote-{seed}", self.main(MAIN, f"{vote}{_seed_flags(seed)}"), GENERATION_GB, (before,))
+            for seed, before in zip(SEEDS, (student, *(f"seed-{seed}" for seed in SEEDS[1:])), strict=True)
+        ]
+        plain = f"-NT -D -T --VLLM -ET zero-shot --run-name no-fractions --instruction {shlex.quote(INSTRUCTION)}"
+        return [*jobs, Job("no-fractions", self.main(MAIN, plain), GENERATION_GB)]
+
+    def diff(self) -> list[Job]:
+        """Record, train and analyse: both sites, both methods, on the published number of documents and on all."""
+        jobs, student = [], f"student-{short(MAIN)}"
+        for amount, which in (("1k", ""), ("all", f"--split all --num-samples {ALL_ROWS}")):
+            sites = " ".join(SITES)
+            collect = self.script("collect_activations.py", f"--no-push {which} --site {sites}")
+            jobs.append(Job(f"collect-{amount}", collect, GENERATION_GB, (student,)))
+            for site in SITES:
+                for method in METHODS:
+                    name = dictionary_name(amount, site, method)
+                    flags = f"{which} --site {site} --method {method} --name {name}"
+                    train = self.script("train.py", f"--no-push {flags} --latents {LATENTS}")
+                    gb = SMALL_GB if amount == "1k" else TRAINING_GB[MAIN]
+                    jobs.append(Job(f"train-{amount}-{site}-{method}", train, gb, (f"collect-{amount}",)))
+                    analyse = self.script("analyse.py", flags)
+                    jobs.append(
+                        Job(
+                            f"analyse-{amount}-{site}-{method}", analyse, SMALL_GB, (f"train-{amount}-{site}-{method}",)
+                        )
+                    )
+        return jobs
+
+    def main(self, model: str, flags: str, folders: Folders | None = None) -> str:
+        engine = f" --gpu-memory-utilization {SHARE} --kv-cache-gb {CACHE_GB:g}" if "--VLLM" in flags else ""
+        return f"main.py {DATASET} {model} -P {flags}{engine} --no-push {_folder_flags(folders or self.folders)}"
+
+    def script(self, name: str, flags: str) -> str:
+        return f"crosscoder-model-diff/{name} {DATASET} {MAIN} {flags} {_folder_flags(self.folders, results=False)}"
+
+
+def dictionary_name(amount: str, site: str, method: str) -> str:
+    """Name of a dictionary of the diff; `amount` is `1k` or `all`."""
+    return f"{short(MAIN)}_{amount}_{site}_{method}"
+
+
+def short(model: str) -> str:
+    return model.rpartition("/")[2]
+
+
+def slug(name: str) -> str:
+    return name.replace(" ", "-")
+
+
+def _seed_flags(seed: int) -> str:
+    return "" if seed == SEEDS[0] else f" -S {seed} --run-name seed{seed}"
+
+
+def _folder_flags(folders: Folders, results: bool = True) -> str:
+    flags = f"--data-dir {shlex.quote(str(folders.data))}"
+    return f"{flags} --results-dir {shlex.quote(str(folders.results))}" if results else flags
+
+
+def chosen(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
+    """The jobs whose names begin with one of `names`, and those that they need; all where none is given."""
+    if not names:
+        return list(jobs)
+    by_name = {job.name: job for job in jobs}
+    wanted = {job.name for job in jobs if job.name.startswith(tuple(names))}
+    todo = list(wanted)
+    while todo:
+        for name in by_name[todo.pop()].after:
+            if name not in wanted:
+                wanted.add(name)
+                todo.append(name)
+    return [job for job in jobs if job.name in wanted]
+
+
+def logs_of(folders: Folders) -> Path:
+    return folders.results / DATASET / "logs"
