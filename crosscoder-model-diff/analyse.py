@@ -15,7 +15,8 @@ Writes into crosscoder-model-diff/results/<crosscoder's name>/
     firing_frequency                 figures, each as .png and .svg
     latents.csv                      every latent
     most_changed.csv                 the latents that changed most, in that order
-    classes.csv                      latents by class, and how many latent scaling confirms
+    classes.csv                      latents by class, and how many of each latent scaling confirms as exclusive
+    confirmed.csv                    the latents that it confirms, whatever their class
     explained_variance.csv           on all held-out tokens, and by kind of token
     stability.csv                    with --second-seed: latents matched one to one, by class, beside what chance gives
     splicing.csv                     with --splice: loss recovered when reconstructions take the activations' place
@@ -153,7 +154,8 @@ def extra_tables(
 
 
 def summary(found: Findings) -> str:
-    """The main figures, in two lines."""
+    """The main figures, in a few lines."""
+    from crosscoder.reading.latent_scaling import meet_lines
     from crosscoder.reading.results import class_rows
 
     explained = found.explained
@@ -167,7 +169,7 @@ def summary(found: Findings) -> str:
     for row in class_rows(found):
         confirmed = f" ({row['confirmed']:,} confirmed)" if "confirmed" in row else ""
         lines[1] += f", {row['latents']:,} {row['class']}{confirmed}"
-    return "\n".join(lines)
+    return "\n".join([*lines, *meet_lines(found.exclusive)])
 
 
 if __name__ == "__main__":

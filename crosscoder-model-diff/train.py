@@ -252,6 +252,8 @@ def write_results(
 
 def summary(report: CrosscoderReport, crosscoder: CrosscoderConfig, folder: Path, results: Path) -> str:
     """The last lines of the run."""
+    from crosscoder.reading.latent_scaling import meet_lines
+
     held_out = report.held_out
     parts = {"instruct": held_out.instruct, "fine-tuned": held_out.fine_tuned, "difference": held_out.difference}
     explained = ", ".join(f"{part} {value:.4f}" for part, value in parts.items() if value is not None)
@@ -261,9 +263,7 @@ def summary(report: CrosscoderReport, crosscoder: CrosscoderConfig, folder: Path
         f"latents: {report.dead_share:.1%} dead"
         + "".join(f", {count} {kind}" for kind, count in (report.classes or {}).items()),
     ]
-    if report.latent_scaling:
-        of_kinds = (f"{of['confirmed']} of {of['by_delta']} {kind}" for kind, of in report.latent_scaling.items())
-        lines.append(f"confirmed by latent scaling: {', '.join(of_kinds)}")
+    lines += meet_lines(report.latent_scaling or {})
     return "\n".join([*lines, f"checkpoint in {folder}, results in {results}"])
 
 

@@ -86,7 +86,9 @@ def _values(j: int, alive: bool, two_models: bool, n_latents: int) -> dict[str, 
         norms = {"instruct_norm": 1 - share, "fine_tuned_norm": share, "relative_decoder_norm": share, "delta": share}
         nu = None if j == 3 else round(2 * share, 6)
         scaling = {"nu_err": nu, "nu_rec": share, "exclusivity": None if nu is None else 1 - nu, "scaling_firings": j}
-        values |= {**norms, **scaling, "cosine": 1 - 2 * share, "verdict": "confirmed" if j % 4 == 0 else ""}
+        said = {"fine_tuned_verdict": "confirmed" if j % 4 == 0 else "unreliable", "instruct_verdict": "unreliable"}
+        values |= {**norms, **scaling, **said, "cosine": 1 - 2 * share}
+        values["confirmed"] = "fine-tuned-only" if j % 4 == 0 else ""
     return values
 
 

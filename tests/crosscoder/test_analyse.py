@@ -147,7 +147,8 @@ def test_every_method_has_the_figures_and_tables_that_apply_to_it(analysed, meth
     folder = analysed(method)
     figures = OF_ALL if method == "difference-sae" else OF_ALL | OF_TWO_MODELS
     assert {path.stem for path in folder.glob("*.png")} == {path.stem for path in folder.glob("*.svg")} == figures
-    tables = {"latents", "most_changed", "explained_variance"} | (set() if method == "difference-sae" else {"classes"})
+    tables = {"latents", "most_changed", "explained_variance"}
+    tables |= set() if method == "difference-sae" else {"classes", "confirmed"}
     assert {path.stem for path in folder.glob("*.csv")} == tables
     assert {"analysis.json", "analysis.run.json", "dashboard.html"} <= {path.name for path in folder.iterdir()}
     assert len(table(folder / "latents.csv")) == N_LATENTS
@@ -196,6 +197,13 @@ def test_classes_norms_and_scaling_are_counted_over_the_latents_that_are_alive(m
 
 
 @pytest.mark.slow
+        column = f"meets_{kind}".replace("-", "_")
+        meet = found["latent_scaling"][kind]["meet"]
+        assert {its: int(row[column]) for its, row in rows.items()} == {its: len(of) for its, of in meet.items()}
+        own = [row for row in table(folder / "latents.csv") if row["confirmed"] in (kind, "both")]
+        assert sorted(int(row["latent"]) for row in own) == sorted(j for of in meet.values() for j in of)
+    confirmed = [row for row in table(folder / "latents.csv") if row["confirmed"]]
+    assert table(folder / "confirmed.csv") == confirmed
 def test_the_table_of_latents_has_the_values_of_latent_scaling(made, analysed):
     rows = table(analysed("batchtopk") / "latents.csv")
     store = ActivationStore(made.set_folder)

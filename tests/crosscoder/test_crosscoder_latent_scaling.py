@@ -12,7 +12,14 @@ from crosscoder.config import CrosscoderConfig
 from crosscoder.methods import new_dictionary
 from crosscoder.model import BatchTopKCrosscoder
 from crosscoder.reading import analysis
-from crosscoder.reading.latent_scaling import CONDITIONS, LatentScaling, exclusive_counts, latent_scaling, verdict
+from crosscoder.reading.latent_scaling import (
+    CONDITIONS,
+    LatentScaling,
+    exclusive_counts,
+    latent_scaling,
+    meet_lines,
+    verdict,
+)
 from finqa.errors import UserError
 
 D, F, N = 6, 9, 400
@@ -110,7 +117,7 @@ def test_a_dead_latent_has_no_slope_and_is_never_confirmed():
     assert torch.isnan(scaling.beta_err[4]).all()
     assert torch.isnan(scaling.beta_rec[4]).all()
     assert scaling.failures(4, own=1) == list(CONDITIONS)
-    assert verdict(scaling, 4, "fine-tuned-only") == "unreliable"
+    assert verdict(scaling, 4, own=1) == "unreliable"
 
 
 def test_single_precision_agrees_with_double():
@@ -147,23 +154,60 @@ def case(n=100, beta=1.0, nu_err=0.1, nu_rec=0.3) -> LatentScaling:
 def test_a_fine_tuned_only_latent_must_meet_every_condition(of, failed, said):
     scaling = case(**of)
     assert scaling.failures(0, own=1) == failed
-    assert verdict(scaling, 0, "fine-tuned-only") == said
-    assert verdict(scaling, 0, "shared") == ""
+    assert verdict(scaling, 0, own=1) == said
+    assert bool(scaling.exclusive[0, 1]) == (said == "confirmed")
 
 
-def test_counts_say_how_many_fail_each_condition():
-    parts = [case(), case(nu_err=0.9), case(n=3, nu_err=0.9), case()]
-    together = LatentScaling(
-        torch.cat([p.n for p in parts]),
-        torch.cat([p.beta_err for p in parts]),
-        torch.cat([p.beta_rec for p in parts]),
-    )
-    kinds: list[analysis.LatentClass] = ["fine-tuned-only"] * 3 + ["shared"]
-    counts = exclusive_counts(together, kinds)
-    assert counts["instruct-only"].by_delta == 0
+def together(*parts: LatentScaling) -> LatentScaling:
+    return LatentScaling(*(torch.cat([getattr(p, name) for p in parts]) for name in ("n", "beta_err", "beta_rec")))
+
+
+def turned(of: LatentScaling) -> LatentScaling:
+    """The two models in each other's place."""
+    return LatentScaling(of.n, of.beta_err.flip(1, 2), of.beta_rec.flip(1, 2))
+
+
+def test_counts_say_how_many_fail_each_condition_and_who_else_meets_them():
+    scaling = together(case(), case(nu_err=0.9), case(n=3, nu_err=0.9), case(), turned(case()), case())
+    kinds: list[analysis.LatentClass] = ["fine-tuned-only"] * 3 + ["shared", "between", "between"]
+    counts = exclusive_counts(scaling, kinds, torch.tensor([True] * 5 + [False]))
     found = counts["fine-tuned-only"]
     assert (found.by_delta, found.confirmed) == (3, 1)
     assert found.fail == {"n": 1, "beta": 0, "nu_range": 0, "nu_err": 2, "nu_rec": 0}
+    assert found.meet == {"fine-tuned-only": [0], "between": [], "shared": [3], "instruct-only": []}
+    assert (counts["instruct-only"].by_delta, counts["instruct-only"].confirmed) == (0, 0)
+    assert counts["instruct-only"].meet == {"instruct-only": [], "between": [4], "shared": [], "fine-tuned-only": []}
+    assert meet_lines(counts) == [
+        "1 latent meets latent scaling's conditions for instruct-only: "
+        "0 instruct-only, 1 between, 0 shared, 0 fine-tuned-only",
+        "2 latents meet latent scaling's conditions for fine-tuned-only: "
+        "1 fine-tuned-only, 0 between, 1 shared, 0 instruct-only",
+    ]
+
+
+def test_a_latent_is_shown_by_the_vector_of_the_model_that_it_is_confirmed_for():
+    both = together(case(), turned(case()), case(nu_err=0.9), case(nu_err=0.9))
+    kinds: list[analysis.LatentClass] = ["instruct-only", "between", "between", "instruct-only"]
+    assert both.probes(kinds).tolist() == [1, 0, 1, 0]
+
+
+def test_a_between_latent_whose_direction_the_other_model_lacks_is_confirmed():
+    """The instruct model has the latent in another direction, half as long: Delta 0.75, and nothing along D."""
+    model = BatchTopKCrosscoder(CrosscoderConfig(D, 2, 1)).double()
+    directions = torch.eye(D, dtype=torch.float64)
+    model.W_dec.data = torch.stack([0.5 * directions[:2], directions[2:4]], dim=1)
+    model.W_enc.data = torch.stack([torch.zeros(D, 2), directions[2:4].T])
+    model.b_enc.data.zero_()
+    model.b_dec.data.zero_()
+    model.threshold = 0.0
+    values = torch.rand(N, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 0.1
+    scaling = latent_scaling(model, [torch.einsum("nf,fmd->nmd", values, model.W_dec.data)])
+    kinds = analysis.classify(analysis.delta(analysis.decoder_norms(model)))
+    assert kinds == ["between", "between"]
+    counts = exclusive_counts(scaling, kinds, torch.tensor([True, True]))
+    assert counts["fine-tuned-only"].meet["between"] == [0, 1]
+    # Nor does the fine-tuned model have the other direction.
+    assert counts["instruct-only"].meet["between"] == [0, 1]
 
 
 def test_a_difference_sae_has_nothing_to_scale():

@@ -72,7 +72,7 @@ def classes(model: BatchTopKCrosscoder) -> list[analysis.LatentClass]:
 def n_confirmed(kind: str, latents: list[int], model: BatchTopKCrosscoder, scaling: LatentScaling) -> int:
     """How many of `latents` Delta puts in this class and latent scaling confirms."""
     of = classes(model)
-    return sum(of[j] == kind and verdict(scaling, j, of[j]) == "confirmed" for j in latents)
+    return sum(of[j] == kind and bool(scaling.exclusive[j, EXCLUSIVE.index(kind)]) for j in latents)
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_batchtopk_finds_what_was_planted_and_tells_whose_it_is_and_l1_claims_to
     of = classes(priced)
     assert len(weak) >= 0.9 * 6
     assert sum(of[j] == "fine-tuned-only" for j in weak) >= 0.9 * len(weak)
-    said = [verdict(scaling, j, of[j]) for j in weak if of[j] == "fine-tuned-only"]
+    said = [verdict(scaling, j, own=1) for j in weak if of[j] == "fine-tuned-only"]
     assert sum("complete shrinkage" in words for words in said) >= 0.9 * len(said)
 
 
@@ -153,7 +153,7 @@ def test_latent_scaling_tells_a_feature_split_between_two_latents_from_one_that_
 
     scaling = latent_scaling(model, planted.activations.split(1000))
     of = classes(model)
-    said = {j: verdict(scaling, j, of[j]) for j in range(n_features + 1)}
+    said = {j: verdict(scaling, j, int(of[j] != "instruct-only")) for j in range(n_features + 1)}
     assert [of[decoupled], of[shrunk], of[n_features]] == ["fine-tuned-only", "fine-tuned-only", "instruct-only"]
     assert said[decoupled] == said[n_features] == "latent decoupling"
     assert said[shrunk] == "complete shrinkage"

@@ -167,15 +167,18 @@ def test_the_logit_lens_multiplies_by_the_final_gain_and_the_unembedding():
 
 
 def test_tied_weights_are_found_without_loading_the_model(tiny_student):
-    unembedding = read_unembedding(str(tiny_student))
     loaded: Any = students.load_base(str(tiny_student), torch.float32, "cpu")
-    assert torch.equal(unembedding.weight, loaded.get_output_embeddings().weight)
+    weight = loaded.get_output_embeddings().weight
+    unembedding = read_unembedding(str(tiny_student), len(weight))
+    assert torch.equal(unembedding.weight, weight)
+    # What pads the vocabulary is no token.
+    assert torch.equal(read_unembedding(str(tiny_student), 300).weight, weight[:300])
     assert torch.equal(unembedding.norm_weight, loaded.model.norm.weight)
 
 
 def test_a_model_without_these_tensors_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"has no tensor model\.norm\.weight"):
-        read_unembedding(str(tmp_path))
+        read_unembedding(str(tmp_path), 300)
 
 
 # What the figures of latents show
@@ -250,7 +253,7 @@ def test_latents_are_placed_by_latent_scaling_and_what_is_left_out_is_counted():
 
 
 def test_an_instruct_only_latent_is_placed_by_its_own_models_probe():
-    scaling = scaling_of((100, 1.0, 0.1, 0.3))
+    scaling = scaling_of((100, 1.0, 0.1, 0.8))
     scaling.beta_err[0, 1, 0] = 1.5
     points = figure_data.scaling_points(scaling, ["instruct-only"], torch.tensor([False]))["instruct-only"]
     assert points.nu_err == pytest.approx([0.1])
@@ -297,6 +300,10 @@ def test_the_scaling_figure_draws_the_points_and_says_what_it_leaves_out():
     (axes,) = figure.axes
     points = [point for scatter in axes.collections for point in scatter.get_offsets().tolist()]
     assert sorted(points) == [pytest.approx([0.1, 0.3]), pytest.approx([0.9, 1.1])]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "shared (0 of 1)",
+        "fine-tuned-only (1 of 1)",
+    ]
     assert [text.get_text() for text in figure.texts] == ["left out: 1 with under 50 firings, 0 without a usable slope"]
 
 

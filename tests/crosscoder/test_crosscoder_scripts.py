@@ -156,8 +156,8 @@ def test_training_leaves_a_crosscoder_and_its_figures(diff, data_folder):
     ("method", "said"),
     [
         ("difference-sae", "held-out explained variance: difference "),
-        ("partition", "confirmed by latent scaling: "),
-        ("l1", "confirmed by latent scaling: "),
+        ("partition", "meet latent scaling's conditions for fine-tuned-only: "),
+        ("l1", "meet latent scaling's conditions for fine-tuned-only: "),
     ],
 )
 def test_every_method_has_a_checkpoint_and_metrics_of_its_own(diff, data_folder, tiny_student, method, said):

@@ -23,7 +23,7 @@ from made_up_dashboards import HOSTILE, made_up_dashboard
 
 from crosscoder.activations.store import ActivationStore
 from crosscoder.config import CrosscoderConfig
-from crosscoder.dashboard.builder import build_dashboard, token_texts
+from crosscoder.dashboard.builder import build_dashboard, by_interest, token_texts
 from crosscoder.dashboard.encoding import encode
 from crosscoder.dashboard.examples import BANDS, quantise
 from crosscoder.dashboard.firings import gather_firings, groups_within
@@ -278,6 +278,16 @@ def test_a_decoder_vector_without_length_promotes_nothing(reading):
 
 
 def test_latent_scaling_has_columns_only_where_it_was_done(reading):
+def test_confirmed_latents_of_any_class_are_the_first_to_get_examples(reading):
+    statistics = statistics_of(reading)
+    rows = tables.latent_table(reading.model, statistics, reading.store, reading.tokenizer, reading.unembedding)
+    last = by_interest([row for row in rows if row.frequency > 0], statistics)[-1].latent
+    rows[last] = replace(rows[last], kind="between", confirmed="fine-tuned-only")
+    dashboard = build_dashboard(reading, statistics, rows, DashboardConfig(n_with_examples=1))
+    assert [page.latent for page in dashboard.pages if page.examples] == [last]
+    assert "that latent scaling confirms" in dashboard.chosen_by
+
+
     assert "nu_err" not in {column.key for column in built(reading).columns}
     statistics = statistics_of(reading)
     rows = tables.latent_table(reading.model, statistics, reading.store, reading.tokenizer, reading.unembedding)

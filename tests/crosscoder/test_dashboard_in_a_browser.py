@@ -486,6 +486,18 @@ def test_a_partition_tells_its_two_parts_apart(open_page):
     assert "delta" in page.inner_text("#latent .statistics")
 
 
+def test_latents_that_are_confirmed_can_be_picked_whatever_their_class(open_page):
+    page = open_page()
+    page.click("#filters summary")
+    page.uncheck("input[name=confirmed][value='']")
+    confirmed = [latent for latent in ALIVE if latent % 4 == 0]
+    assert count(page).startswith(f"{len(confirmed)} of {N}")
+    assert set(rows(page)) <= set(confirmed)
+    page.click("#rows a >> nth=0")
+    page.wait_for_selector("#latent-heading")
+    assert "confirmed as fine-tuned-only" in page.inner_text("#latent-heading")
+
+
 OUTLIER = """() => {
   data.values.cosine[0] = 1e6;
   view.descending = !view.descending;

@@ -46,8 +46,12 @@ COLUMNS = (
            "direction in the other model (latent decoupling).", "number"),
     Column("exclusivity", "exclusivity", "1 − ν err: near 1 where one model alone has the latent.", "number",
            in_table=False),
-    Column("verdict", "verdict", "What latent scaling says of a latent of an exclusive class: confirmed, or why not.",
-           "word", in_table=False),
+    Column("confirmed", "confirmed as", "The class whose conditions of latent scaling it meets on held-out documents, "
+           "whatever its class by Δ.", "word", in_table=False),
+    Column("fine_tuned_verdict", "as fine-tuned-only", "What latent scaling says of it as a latent that the fine-tuned "
+           "model alone has: confirmed, or why not.", "word", in_table=False),
+    Column("instruct_verdict", "as instruct-only", "What latent scaling says of it as a latent that the instruct model "
+           "alone has: confirmed, or why not.", "word", in_table=False),
     Column("scaling_firings", "scaling tokens", "Tokens of the held-out documents that latent scaling rests on.",
            "count", in_table=False),
     Column("frequency", "frequency", "Share of tokens on which it is active.", "share"),
@@ -113,7 +117,7 @@ def build_dashboard(
         chosen_by=(
             "that write most into the difference of the models"
             if model.config.n_inputs == 1
-            else "whose decoder norms differ most between the models"
+            else "that latent scaling confirms, then those whose decoder norms differ most between the models"
         ),
         pages=pages,
         vocabulary=token_texts(tokenizer, _token_ids(pages)),
@@ -130,13 +134,14 @@ def columns_of(values: Sequence[dict[str, Value]]) -> Iterable[Column]:
 
 
 def by_interest(rows: Iterable[LatentRow], statistics: LatentStatistics) -> list[LatentRow]:
-    """The most interesting first: those that lean furthest to one of the models; those of a difference SAE, which
-    have one decoder vector, by what they write into the difference. What is hardly ever active comes last."""
+    """The most interesting first: those that latent scaling confirms, then those that lean furthest to one of the
+    models; those of a difference SAE, which have one decoder vector, by what they write into the difference. What is
+    hardly ever active comes last."""
 
-    def key(row: LatentRow) -> tuple[bool, float]:
+    def key(row: LatentRow) -> tuple[bool, bool, float]:
         r = row.relative_decoder_norm
         lean = row.difference_share if r is None else abs(r - 0.5)
-        return int(statistics.n_firings[row.latent]) < MIN_FIRINGS, -lean
+        return not row.confirmed, int(statistics.n_firings[row.latent]) < MIN_FIRINGS, -lean
 
     return sorted(rows, key=key)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -127,6 +127,11 @@ def classify(delta_values: Tensor) -> list[LatentClass]:
         return "shared" if SHARED[0] <= value <= SHARED[1] else "between"
 
     return [of(value) for value in delta_values.tolist()]
+
+
+def class_masks(kinds: Sequence[LatentClass], among: Tensor) -> dict[LatentClass, Tensor]:
+    """[latent] bool by class: the latents of a mask whose class (`classify`) it is."""
+    return {kind: torch.tensor([its == kind for its in kinds], dtype=torch.bool) & among for kind in CLASSES}
 
 
 def decoder_cosines(model: BatchTopKCrosscoder) -> Tensor:

@@ -11,7 +11,7 @@ from crosscoder.checkpoint import find_checkpoint, read_config
 from crosscoder.model import BatchTopKCrosscoder
 from crosscoder.reading import analysis
 from crosscoder.reading.findings import Findings
-from crosscoder.reading.latent_scaling import LatentScaling, latent_scaling, verdict
+from crosscoder.reading.latent_scaling import LatentScaling, latent_scaling
 from crosscoder.reading.opening import Reading
 from crosscoder.reading.splicing import (
     loss_recovered,
@@ -69,8 +69,7 @@ def stability_table(found: Findings, second: BatchTopKCrosscoder) -> list[dict[s
 def _confirmed(model: BatchTopKCrosscoder, scaling: LatentScaling) -> Tensor:
     """[latent] mask."""
     kinds = analysis.classify(analysis.delta(analysis.decoder_norms(model)))
-    of = (kind == "fine-tuned-only" and verdict(scaling, j, kind) == "confirmed" for j, kind in enumerate(kinds))
-    return torch.tensor(list(of), dtype=torch.bool)
+    return analysis.class_masks(kinds, scaling.exclusive[:, 1])["fine-tuned-only"]
 
 
 def splice(reading: Reading, pair: Pair) -> list[dict[str, Any]]:

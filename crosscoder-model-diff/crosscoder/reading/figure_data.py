@@ -17,7 +17,6 @@ from crosscoder.reading.latent_scaling import (
     NU_RANGE,
     NU_REC_BELOW,
     LatentScaling,
-    own_model,
 )
 
 NORM_BINS = 100
@@ -133,20 +132,18 @@ def scaling_points(
 ) -> dict[LatentClass, ScalingPoints]:
     """By class, of the latents that are not `dead` ([latent] mask); a class without any is left out.
 
-    An exclusive latent is asked for in the other model by its own model's decoder vector, any other latent in the
-    instruct model by its fine-tuned one.
+    Each is asked for in the other model by the vector of the one that it is shown by (LatentScaling.probes), so those
+    in the region `exclusive` are those that meet the conditions for either model, whatever their class.
     """
+    probes, of_class = scaling.probes(kinds), analysis.class_masks(kinds, ~dead)
     return {
-        kind: _points(scaling, kind, [j for j, its in enumerate(kinds) if its == kind and not dead[j]])
-        for kind in analysis.CLASSES
-        if any(its == kind and not dead[j] for j, its in enumerate(kinds))
+        kind: _points(scaling, mask.nonzero().squeeze(-1), probes[mask])
+        for kind, mask in of_class.items()
+        if mask.any()
     }
 
 
-def _points(scaling: LatentScaling, kind: LatentClass, latents: Sequence[int]) -> ScalingPoints:
-    own = own_model(kind)
-    probe = 1 if own is None else own
-    chosen = torch.tensor(latents, dtype=torch.int64)
+def _points(scaling: LatentScaling, chosen: Tensor, probe: Tensor) -> ScalingPoints:
     err, rec = scaling.nu_err[chosen, probe], scaling.nu_rec[chosen, probe]
     enough = scaling.n[chosen] >= MIN_FIRINGS
     positive = (scaling.beta_err[chosen, probe, probe] > 0) & (scaling.beta_rec[chosen, probe, probe] > 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from crosscoder.config import N_MODELS
 from crosscoder.reading import analysis, figure_data, tables
 from crosscoder.reading.analysis import ExplainedVariance, LatentClass
-from crosscoder.reading.latent_scaling import LatentScaling, exclusive_counts, latent_scaling
+from crosscoder.reading.latent_scaling import ExclusiveCounts, LatentScaling, exclusive_counts, latent_scaling
 from crosscoder.reading.opening import Reading, ReadingConfig
 from crosscoder.reading.statistics import LatentStatistics, latent_statistics
 from crosscoder.reading.token_kinds import KindExplained, explained_variance_by_kind, kind_rows, token_kinds
@@ -65,6 +66,12 @@ class Findings:
         """Of the latents that are alive, in their order; empty for a difference SAE."""
         kinds = self.two_models.kinds if self.two_models else []
         return [kind for kind, lives in zip(kinds, self.alive.tolist(), strict=True) if lives] if kinds else []
+
+    @cached_property
+    def exclusive(self) -> dict[LatentClass, ExclusiveCounts]:
+        """What latent scaling says of the latents that are alive; empty for a difference SAE."""
+        two = self.two_models
+        return exclusive_counts(two.scaling, two.kinds, self.alive) if two else {}
 
 
 def find(reading: Reading, config: ReadingConfig | None = None) -> Findings:
@@ -130,7 +137,6 @@ def _of_two_models(found: Findings) -> dict[str, Any]:
     relative = analysis.relative_decoder_norm(norms)
     have_cosine = cosines[cosines.isfinite()]
     points = figure_data.scaling_points(two.scaling, two.kinds, found.statistics.dead)
-    confirmed = exclusive_counts(two.scaling.of(alive), kinds)
     return {
         "classes": {"n": len(kinds)} | {kind: kinds.count(kind) for kind in analysis.CLASSES},
         "relative_decoder_norm": {
@@ -145,7 +151,7 @@ def _of_two_models(found: Findings) -> dict[str, Any]:
             "median": _median(have_cosine),
             "of_shared": _median(cosines[torch.tensor([kind == "shared" for kind in kinds], dtype=torch.bool)]),
         },
-        "latent_scaling": {kind: asdict(counts) for kind, counts in confirmed.items()}
+        "latent_scaling": {kind: asdict(counts) for kind, counts in found.exclusive.items()}
         | {
             "shown": {
                 kind: {"n": of.n, "too_few": of.too_few, "outside": of.outside, "regions": of.regions}

@@ -10,6 +10,9 @@ latent (latent decoupling). So each model is asked directly how much of f_j D th
 with the latent's own model's vector as D. nu is the other model's beta over the own model's: near 0 where the latent
 is exclusive, near 1 where the other model has it as well. High nu_err is shrinkage, high nu_rec decoupling.
 
+Every latent is asked with both its vectors, whatever its class by Delta: one whose vector in the other model is not
+short enough to be called exclusive can meet the conditions all the same.
+
 One pass for all latents. With E = x - xhat (b_dec inside xhat) and C_j = sum_i f_ij^2 the slopes are
 
     beta_err[m] = sum_i f_ij <E_i[m], D_j> / (|D_j|^2 C_j) + <D_j, W_dec[j,m]> / |D_j|^2
@@ -21,8 +24,9 @@ batches at a time).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -57,44 +61,57 @@ class LatentScaling:
     beta_rec: Tensor
     """The same."""
 
-    @property
+    @cached_property
     def nu_err(self) -> Tensor:
         """[latent, probe]: beta_err of the other model over that of the probe's own."""
         return _ratio(self.beta_err)
 
-    @property
+    @cached_property
     def nu_rec(self) -> Tensor:
         """[latent, probe]: the same of beta_rec."""
         return _ratio(self.beta_rec)
 
-    def of(self, latents: Tensor) -> LatentScaling:
-        """Of the latents of a mask, or of these numbers, alone."""
-        return LatentScaling(self.n[latents], self.beta_err[latents], self.beta_rec[latents])
+    @cached_property
+    def met(self) -> dict[Condition, Tensor]:
+        """[latent, probe] masks: what a latent meets as one of the probe's model alone; not a number meets nothing."""
+        err, rec = (beta.diagonal(dim1=1, dim2=2) for beta in (self.beta_err, self.beta_rec))
+        low, high = NU_RANGE
+        within = [(nu >= low) & (nu <= high) for nu in (self.nu_err, self.nu_rec)]
+        return {
+            "n": (self.n >= MIN_FIRINGS)[:, None].expand(-1, N_MODELS),
+            "beta": (err > 0) & (rec > 0),
+            "nu_range": within[0] & within[1],
+            "nu_err": self.nu_err < NU_ERR_BELOW,
+            "nu_rec": self.nu_rec < NU_REC_BELOW,
+        }
+
+    @cached_property
+    def exclusive(self) -> Tensor:
+        """[latent, probe] mask: it meets every condition."""
+        return torch.stack([self.met[condition] for condition in CONDITIONS]).all(dim=0)
 
     def failures(self, latent: int, own: int) -> list[Condition]:
         """The conditions that a latent does not meet as one that only model `own` has; none, and it is exclusive."""
-        err, rec = self.beta_err[latent, own, own].item(), self.beta_rec[latent, own, own].item()
-        nu_err, nu_rec = self.nu_err[latent, own].item(), self.nu_rec[latent, own].item()
-        low, high = NU_RANGE
-        # Written so that what is not a number fails.
-        met: dict[Condition, bool] = {
-            "n": int(self.n[latent]) >= MIN_FIRINGS,
-            "beta": err > 0 and rec > 0,
-            "nu_range": low <= nu_err <= high and low <= nu_rec <= high,
-            "nu_err": nu_err < NU_ERR_BELOW,
-            "nu_rec": nu_rec < NU_REC_BELOW,
-        }
-        return [condition for condition in CONDITIONS if not met[condition]]
+        return [condition for condition in CONDITIONS if not self.met[condition][latent, own]]
+
+    def probes(self, kinds: Sequence[analysis.LatentClass]) -> Tensor:
+        """[latent] int64: the model whose vector a latent is shown by. The one that it is exclusive to by these
+        conditions; where there is none, or both, by its class (`kinds`, by Delta); else the fine-tuned one."""
+        by_class = torch.tensor([0 if kind == "instruct-only" else 1 for kind in kinds])
+        instruct, fine_tuned = self.exclusive.unbind(dim=1)
+        return torch.where(instruct == fine_tuned, by_class, fine_tuned.long())
 
 
 @dataclass(frozen=True)
 class ExclusiveCounts:
-    """The latents that Delta calls exclusive to one model, and what latent scaling says of them."""
+    """The latents that Delta calls exclusive to one model, and what latent scaling says of them and of the others."""
 
     by_delta: int
     confirmed: int
     fail: dict[str, int]
-    """How many fail each condition; a latent can fail several."""
+    """How many of them fail each condition; a latent can fail several."""
+    meet: dict[analysis.LatentClass, list[int]]
+    """Which latents of each class by Delta meet every condition, those of this class first."""
 
 
 @torch.no_grad()
@@ -138,19 +155,15 @@ def latent_scaling(model: BatchTopKCrosscoder, batches: Iterable[Tensor]) -> Lat
     return LatentScaling(n.cpu(), beta_err.cpu(), (of_reconstruction / scale).cpu())
 
 
-def own_model(kind: analysis.LatentClass) -> int | None:
-    """The model that a latent of this class is exclusive to; None for the other classes."""
-    return {"instruct-only": 0, "fine-tuned-only": 1}.get(kind)
+EXCLUSIVE: Mapping[analysis.LatentClass, int] = {"instruct-only": 0, "fine-tuned-only": 1}
+"""The classes that claim something, and the model that their latents are exclusive to."""
 
 
-def verdict(scaling: LatentScaling, latent: int, kind: analysis.LatentClass) -> str:
-    """What latent scaling says of a latent of a class: confirmed, or why not; empty where the class claims nothing.
+def verdict(scaling: LatentScaling, latent: int, own: int) -> str:
+    """What latent scaling says of a latent as one that only model `own` has: confirmed, or why not.
 
     `unreliable` where the slopes cannot be trusted, else `complete shrinkage` or `latent decoupling` or both.
     """
-    own = own_model(kind)
-    if own is None:
-        return ""
     failed = scaling.failures(latent, own)
     if {"n", "beta", "nu_range"} & set(failed):
         return "unreliable"
@@ -159,20 +172,36 @@ def verdict(scaling: LatentScaling, latent: int, kind: analysis.LatentClass) -> 
 
 
 def exclusive_counts(
-    scaling: LatentScaling, kinds: Sequence[analysis.LatentClass]
+    scaling: LatentScaling, kinds: Sequence[analysis.LatentClass], alive: Tensor
 ) -> dict[analysis.LatentClass, ExclusiveCounts]:
-    """For both exclusive classes of `kinds` (every latent's class by Delta): how many there are, and are confirmed.
+    """For both exclusive classes: how many latents they have and are confirmed, and who else meets the conditions.
 
-    Latents that are never active in the data of the scaling are among them, and fail.
+    Of the latents that are `alive` ([latent] mask); `kinds` is every latent's class by Delta. Latents that are never
+    active in the data of the scaling are among them, and fail.
     """
+    of_class = analysis.class_masks(kinds, alive)
     counts: dict[analysis.LatentClass, ExclusiveCounts] = {}
-    for kind in ("instruct-only", "fine-tuned-only"):
-        own = own_model(kind)
-        assert own is not None
-        failures = [scaling.failures(j, own) for j, its in enumerate(kinds) if its == kind]
-        fail = {condition: sum(condition in failed for failed in failures) for condition in CONDITIONS}
-        counts[kind] = ExclusiveCounts(len(failures), sum(not failed for failed in failures), dict(fail))
+    for kind, own in EXCLUSIVE.items():
+        order: list[analysis.LatentClass] = sorted(
+            analysis.CLASSES, key=lambda its: (its != kind, its in EXCLUSIVE, its == "shared")
+        )
+        meet: dict[analysis.LatentClass, list[int]] = {
+            its: (of_class[its] & scaling.exclusive[:, own]).nonzero().squeeze(-1).tolist() for its in order
+        }
+        fail: dict[str, int] = {c: int((of_class[kind] & ~scaling.met[c][:, own]).sum()) for c in CONDITIONS}
+        counts[kind] = ExclusiveCounts(int(of_class[kind].sum()), len(meet[kind]), fail, meet)
     return counts
+
+
+def meet_lines(counts: Mapping[analysis.LatentClass, ExclusiveCounts]) -> list[str]:
+    """For each exclusive class a line with how many latents of any class meet its conditions."""
+    lines = []
+    for kind, of in counts.items():
+        n = sum(map(len, of.meet.values()))
+        meet = "1 latent meets" if n == 1 else f"{n:,} latents meet"
+        classes = ", ".join(f"{len(latents):,} {its}" for its, latents in of.meet.items())
+        lines.append(f"{meet} latent scaling's conditions for {kind}: {classes}")
+    return lines
 
 
 def _ratio(beta: Tensor) -> Tensor:

@@ -26,14 +26,16 @@ class Unembedding(NamedTuple):
     """[vocabulary, d_model] fp32."""
 
 
-def read_unembedding(model: str, revision: str | None = None) -> Unembedding:
+def read_unembedding(model: str, n_tokens: int, revision: str | None = None) -> Unembedding:
     """Read two tensors of a Llama-like model's safetensors, without loading the model.
+
+    Of the vocabulary the first `n_tokens` rows: some models have more, which pad it and are no token.
 
     From a local folder, else from the Hub, of which only the files that hold the two are downloaded.
     """
     norm = _read_tensor(model, revision, ("model.norm.weight",))
     weight = _read_tensor(model, revision, ("lm_head.weight", "model.embed_tokens.weight"))
-    return Unembedding(norm.float(), weight.float())
+    return Unembedding(norm.float(), weight[:n_tokens].float())
 
 
 def promoted_tokens(directions: Tensor, unembedding: Unembedding, n: int) -> Tensor:

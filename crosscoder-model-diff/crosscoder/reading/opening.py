@@ -102,13 +102,14 @@ def open_reading_of(args: argparse.Namespace) -> Reading:
     if config.activations and config.activations["fingerprint"] != store.config.recorded["fingerprint"]:
         raise UserError(f"{folder} was trained on other activations than those in {store.folder}")
     training = config.training or TrainingConfig()
+    tokenizer = students.load_tokenizer(choice.student.model, choice.student.revision)
     return Reading(
         name=name,
         model=BatchTopKCrosscoder.from_pretrained(folder).to(students.default_device()),
         store=store,
         split=store.split(training.held_out_fraction, training.split_seed),
-        tokenizer=students.load_tokenizer(choice.student.model, choice.student.revision),
-        unembedding=read_unembedding(choice.student.model, choice.student.revision),
+        tokenizer=tokenizer,
+        unembedding=read_unembedding(choice.student.model, len(tokenizer), choice.student.revision),
         results=args.results_dir / name,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from crosscoder.config import N_MODELS
 from crosscoder.model import BatchTopKCrosscoder
 from crosscoder.reading import analysis
 from crosscoder.reading.analysis import ExplainedVariance
-from crosscoder.reading.latent_scaling import exclusive_counts, latent_scaling
+from crosscoder.reading.latent_scaling import ExclusiveCounts, exclusive_counts, latent_scaling
 from crosscoder.reading.statistics import LatentStatistics, latent_statistics
 
 EVALUATION_BATCH = 4096
@@ -43,9 +43,9 @@ class CrosscoderReport:
     """Of the delta latents of a partition."""
     classes: dict[str, int] | None
     """Latents that are active on some training token, by class of Delta."""
-    latent_scaling: dict[str, dict[str, Any]] | None
-    """Of those called exclusive by Delta: how many latent scaling confirms on held-out documents, and how many fail
-    each of its conditions (latent_scaling.ExclusiveCounts)."""
+    latent_scaling: dict[analysis.LatentClass, ExclusiveCounts] | None
+    """On held-out documents, by exclusive class: how many of its latents latent scaling confirms, how many fail each of
+    its conditions, and which latents of any class meet them (latent_scaling.ExclusiveCounts)."""
     median_relative_decoder_norm: float | None
     """Of the latents that are active on some training token."""
     median_decoder_cosine: float | None
@@ -86,10 +86,9 @@ def _of_two_models(
     norms = analysis.decoder_norms(model)
     kinds = analysis.classify(analysis.delta(norms))
     of_alive: list[analysis.LatentClass] = [kind for kind, lives in zip(kinds, alive.tolist(), strict=True) if lives]
-    scaling = latent_scaling(model, _raw(store, split.held_out)).of(alive)
     return {
         "classes": {kind: of_alive.count(kind) for kind in analysis.CLASSES},
-        "latent_scaling": {kind: asdict(counts) for kind, counts in exclusive_counts(scaling, of_alive).items()},
+        "latent_scaling": exclusive_counts(latent_scaling(model, _raw(store, split.held_out)), kinds, alive),
         "median_relative_decoder_norm": _median(analysis.relative_decoder_norm(norms)[alive]),
         "median_decoder_cosine": _median(analysis.decoder_cosines(model)[alive]),
     }

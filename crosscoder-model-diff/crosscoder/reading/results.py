@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from crosscoder.reading import figures, findings, latent_figures, tables
 from crosscoder.reading.analysis import CLASSES
 from crosscoder.reading.findings import Findings
-from crosscoder.reading.latent_scaling import exclusive_counts
 from crosscoder.reading.token_kinds import kind_rows
 from finqa.manifest import write_json
 from finqa.paths import write_atomically
@@ -70,16 +69,20 @@ def write_figures(found: Findings, folder: Path) -> list[Path]:
 
 
 def write_tables(found: Findings, folder: Path) -> list[Path]:
-    """latents.csv, most_changed.csv, explained_variance.csv, and classes.csv where latents have classes."""
-    paths = {name: folder / f"{name}.csv" for name in ("latents", "most_changed", "explained_variance", "classes")}
+    """latents.csv, most_changed.csv, explained_variance.csv, and where latents have classes classes.csv and
+    confirmed.csv."""
+    names = ("latents", "most_changed", "explained_variance", "classes", "confirmed")
+    paths = {name: folder / f"{name}.csv" for name in names}
     tables.write_latent_table(paths["latents"], found.rows)
     tables.write_latent_table(paths["most_changed"], found.most_changed)
     _write_csv(paths["explained_variance"], kind_rows(found.by_kind))
     if found.two_models is None:
-        paths.pop("classes").unlink(missing_ok=True)
+        for name in ("classes", "confirmed"):
+            paths.pop(name).unlink(missing_ok=True)
     else:
         _write_csv(paths["classes"], class_rows(found))
     return list(paths.values())
+        tables.write_latent_table(paths["confirmed"], [row for row in found.rows if row.confirmed])
 
 
 def write_extra_table(name: str, rows: Sequence[Mapping[str, Any]] | None, folder: Path) -> None:
@@ -103,15 +106,18 @@ def write_causal_figure(report: Mapping[str, Any] | None, folder: Path) -> None:
 
 
 def class_rows(found: Findings) -> list[dict[str, Any]]:
-    """A row a class: how many latents it has that are active on some token, and what latent scaling says of them."""
-    two, kinds = found.two_models, found.classes
-    if two is None:
+    """A row a class: how many latents it has that are active on some token, and what latent scaling says of them.
+
+    `meets_fine_tuned_only` and `meets_instruct_only` count those that meet its conditions, whatever the class claims;
+    `confirmed` and `fail_<condition>` are of the exclusive classes alone.
+    """
+    if found.two_models is None:
         return []
-    counts = exclusive_counts(two.scaling.of(found.alive), kinds)
     rows = []
     for kind in CLASSES:
-        row: dict[str, Any] = {"class": kind, "latents": kinds.count(kind)}
-        of = counts.get(kind)
+        row: dict[str, Any] = {"class": kind, "latents": found.classes.count(kind)}
+        row |= {f"meets_{its}".replace("-", "_"): len(of.meet[kind]) for its, of in found.exclusive.items()}
+        of = found.exclusive.get(kind)
         if of is not None:
             row |= {"confirmed": of.confirmed} | {f"fail_{name}": n for name, n in of.fail.items()}
         rows.append(row)

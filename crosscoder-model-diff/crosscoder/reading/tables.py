@@ -17,7 +17,7 @@ from torch import Tensor
 from crosscoder.activations.store import ActivationStore
 from crosscoder.model import BatchTopKCrosscoder
 from crosscoder.reading import analysis
-from crosscoder.reading.latent_scaling import LatentScaling, own_model, verdict
+from crosscoder.reading.latent_scaling import EXCLUSIVE, LatentScaling, verdict
 from crosscoder.reading.lens import Unembedding, promoted_tokens
 from crosscoder.reading.statistics import LatentStatistics
 from crosscoder.reading.token_kinds import token_texts
@@ -69,13 +69,19 @@ class LatentRow:
     scaling_firings: int | None = None
     """Tokens of the held-out documents on which it is active; this and the next are of latent scaling."""
     beta_err: float | None = None
-    """Slope in the probe's own model: the instruct model for instruct-only latents, else the fine-tuned one."""
+    """Slope in the probe's own model: the one that the latent is confirmed for, else the instruct model for
+    instruct-only latents and the fine-tuned one for all others (latent_scaling.LatentScaling.probes)."""
     beta_rec: float | None = None
     nu_err: float | None = None
     """The other model's slope over the own model's."""
     nu_rec: float | None = None
-    verdict: str = ""
-    """What latent scaling says of a latent that Delta calls exclusive (latent_scaling.verdict)."""
+    confirmed: str = ""
+    """The class whose conditions of latent scaling it meets, `instruct-only`, `fine-tuned-only` or `both`, whatever its
+    class by Delta."""
+    instruct_verdict: str = ""
+    """What latent scaling says of it as an instruct-only latent (latent_scaling.verdict); empty where it is dead."""
+    fine_tuned_verdict: str = ""
+    """The same as a fine-tuned-only one."""
 
 
 def latent_table(
@@ -94,6 +100,7 @@ def latent_table(
     written = difference_shares(model, statistics)
     contexts = Contexts(store, tokenizer)
     compared = _compared(model)
+    scaled = _scaled(scaling, [of["kind"] for of in compared], ~statistics.dead) if scaling else [{}] * len(compared)
     return [
         LatentRow(
             latent=j,
@@ -108,7 +115,7 @@ def latent_table(
             example=contexts.around(int(statistics.top_tokens[j, 0])),
             promoted=contexts.tokens(promoted[-1][j]),
             promoted_instruct=contexts.tokens(promoted[0][j]) if len(promoted) == 2 else "",
-            **(_scaled(scaling, j, compared[j]["kind"]) if scaling else {}),
+            **scaled[j],
         )
         for j in range(model.config.n_latents)
     ]
@@ -139,18 +146,25 @@ def _compared(model: BatchTopKCrosscoder) -> list[dict[str, Any]]:
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
-def _scaled(scaling: LatentScaling, latent: int, kind: analysis.LatentClass) -> dict[str, Any]:
-    """A latent's columns of latent scaling; what is not a number is None."""
-    own = own_model(kind)
-    probe = 1 if own is None else own
-    values = {
-        "beta_err": scaling.beta_err[latent, probe, probe],
-        "beta_rec": scaling.beta_rec[latent, probe, probe],
-        "nu_err": scaling.nu_err[latent, probe],
-        "nu_rec": scaling.nu_rec[latent, probe],
+def _scaled(scaling: LatentScaling, kinds: Sequence[analysis.LatentClass], alive: Tensor) -> list[dict[str, Any]]:
+    """Every latent's columns of latent scaling; what is not a number is None."""
+    probes, every = scaling.probes(kinds), torch.arange(len(kinds))
+    columns = {
+        "beta_err": scaling.beta_err[every, probes, probes],
+        "beta_rec": scaling.beta_rec[every, probes, probes],
+        "nu_err": scaling.nu_err[every, probes],
+        "nu_rec": scaling.nu_rec[every, probes],
     }
-    numbers = {name: _number(value.item()) for name, value in values.items()}
-    return numbers | {"scaling_firings": int(scaling.n[latent]), "verdict": verdict(scaling, latent, kind)}
+    rows: list[dict[str, Any]] = []
+    for j, lives in enumerate(alive.tolist()):
+        row: dict[str, Any] = {name: _number(values[j].item()) for name, values in columns.items()}
+        row["scaling_firings"] = int(scaling.n[j])
+        if lives:
+            meets = [kind for kind, own in EXCLUSIVE.items() if scaling.exclusive[j, own]]
+            row["confirmed"] = "both" if len(meets) > 1 else "".join(meets)
+            row["instruct_verdict"], row["fine_tuned_verdict"] = (verdict(scaling, j, own) for own in (0, 1))
+        rows.append(row)
+    return rows
 
 
 def _number(value: float) -> float | None:

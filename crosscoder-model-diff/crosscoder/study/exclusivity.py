@@ -58,8 +58,7 @@ def exclusivity(subject: Subject, store: ActivationStore, indices: Tensor) -> Ex
         measures["1 - nu_err"] = torch.where(reliable, 1 - scaling.nu_err[:, 1], torch.nan)
         n_unreliable = int((~reliable & (scaling.n > 0)).sum())
         classes["delta"] = delta > analysis.FINE_TUNED_ONLY_ABOVE
-        exclusive = [not scaling.failures(latent, own=1) for latent in range(len(delta))]
-        classes["confirmed"] = classes["delta"] & torch.tensor(exclusive, dtype=torch.bool)
+        classes["confirmed"] = classes["delta"] & scaling.exclusive[:, 1]
     if subject.directions is not None:
         slopes, n = activation_slopes(subject, subject.directions, store, indices)
         measures["delta_slope"] = analysis.delta(slopes.abs())

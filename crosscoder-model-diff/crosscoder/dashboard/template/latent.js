@@ -28,12 +28,12 @@ function latentHead(latent) {
     return other === undefined ? make("span", { class: "off" }, text) : latentLink(other, text);
   };
   const part = columnOf.has("part") ? make("span", { class: "tag" }, `${valueOf("part", latent)} latent of the partition`) : null;
-  const verdict = columnOf.has("verdict") && valueOf("verdict", latent);
+  const confirmed = columnOf.has("confirmed") && valueOf("confirmed", latent);
   return make("header", { class: "latent-head" },
     make("nav", { "aria-label": "Latents" }, make("a", { href: viewToHash(), id: "back" }, "← Table"),
       neighbour(-1, "Previous"), neighbour(1, "Next"), make("span", { class: "off" }, place)),
     make("h2", { id: "latent-heading", tabindex: "-1" }, `Latent ${latent} `, part, kindTag(latent),
-      verdict ? make("span", { class: "tag" }, verdict) : null));
+      confirmed ? make("span", { class: "tag" }, `confirmed as ${confirmed}`) : null));
 }
 
 function statistics(latent) {
