@@ -21,11 +21,14 @@ Writes into crosscoder-model-diff/results/<crosscoder's name>/
     stability.csv                    with --second-seed: latents matched one to one, by class, beside what chance gives
     splicing.csv                     with --splice: loss recovered when reconstructions take the activations' place
     causal.csv and its figure        with --causal: share of the gap between the models that sets of latents recover,
-                                     put into the one or taken out of the other, beside controls; goes on where it
-                                     was killed
+                                     put into the one or taken out of the other, beside controls
     analysis.json                    every number that the figures show, with what it was counted over
     dashboard.html                   every latent, to be looked up; no server and no network needed
     analysis.run.json                the run manifest
+
+--second-seed, --splice and --causal take long on a large model. They come after all else is written, say how long they
+will take, and each is written when it is done. A run that was killed goes on where it was (stability.jsonl,
+splicing.jsonl and causal/ hold what is done) and gives what an uninterrupted one gives.
 
 What compares the decoder vectors of two models is left out for a difference SAE, which has one a latent.
 """
@@ -35,7 +38,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from crosscoder.dashboard.records import DashboardConfig
 from crosscoder.names import choice_from_args
@@ -45,6 +48,8 @@ from finqa.manifest import write_manifest
 from finqa.paths import Folders
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from crosscoder.model import BatchTopKCrosscoder
     from crosscoder.reading.findings import Findings
 
@@ -108,17 +113,22 @@ def main() -> None:
     print(f"{reading.name}: {model.config.n_latents:,} latents on {len(store):,} tokens", flush=True)
     found = find(reading, config)
     folder = reading.results
+
+    def manifest() -> None:
+        seconds = round(time.perf_counter() - started, 1)
+        write_manifest(folder / "analysis.run.json", vars(args), activations=store.config.recorded, seconds=seconds)
+
     n_figures = len(write_figures(found, folder)) // 2
     n_tables = len(write_tables(found, folder))
-    extras = extra_tables(args, found, second)
-    write_numbers(found, folder, **extras)
+    write_numbers(found, folder)
     if dashboard is not None:
         print(write_page(found, dashboard), flush=True)
-    seconds = round(time.perf_counter() - started, 1)
-    write_manifest(folder / "analysis.run.json", vars(args), activations=store.config.recorded, seconds=seconds)
+    manifest()
     print(summary(found))
-    n_tables += sum(rows is not None for rows in extras.values())
-    print(f"{n_figures} figures, {n_tables} tables and analysis.json in {folder}")
+    print(f"{n_figures} figures, {n_tables} tables and analysis.json in {folder}", flush=True)
+    for name in extra_tables(args, found, second):
+        print(f"{name}.csv in {folder}", flush=True)
+        manifest()
 
 
 def configs(args: argparse.Namespace) -> tuple[ReadingConfig, DashboardConfig | None]:
@@ -129,28 +139,26 @@ def configs(args: argparse.Namespace) -> tuple[ReadingConfig, DashboardConfig | 
     return ReadingConfig(n_most_changed=args.most_changed, min_frequency=args.min_frequency), dashboard
 
 
-def extra_tables(
-    args: argparse.Namespace, found: Findings, second: BatchTopKCrosscoder | None
-) -> dict[str, list[dict[str, Any]] | None]:
-    """Make and write the tables of --second-seed, --splice and --causal; None under those that were not asked for."""
+def extra_tables(args: argparse.Namespace, found: Findings, second: BatchTopKCrosscoder | None) -> Iterator[str]:
+    """Make the tables of --second-seed, --splice and --causal, and name each once it is written."""
     from crosscoder.reading.extra_readings import causal_rows, cause, load_pair, splice, stability_table
-    from crosscoder.reading.results import write_causal_figure, write_extra_table
+    from crosscoder.reading.results import write_causal_figure, write_extra
 
-    tables: dict[str, list[dict[str, Any]] | None] = {"stability": None, "splicing": None, "causal": None}
+    folder = found.reading.results
     if second is not None:
-        tables["stability"] = stability_table(found, second)
-    report = None
-    if args.splice or args.causal is not None:
-        pair = load_pair(found.reading, choice_from_args(args), Folders.from_args(args))
-        if args.splice:
-            tables["splicing"] = splice(found.reading, pair)
-        if args.causal is not None:
-            report = cause(found, pair, args.causal or None)
-            tables["causal"] = causal_rows(report)
-    write_causal_figure(report, found.reading.results)
-    for name, rows in tables.items():
-        write_extra_table(name, rows, found.reading.results)
-    return tables
+        write_extra("stability", stability_table(found, second), folder)
+        yield "stability"
+    if not args.splice and args.causal is None:
+        return
+    pair = load_pair(found.reading, choice_from_args(args), Folders.from_args(args))
+    if args.splice:
+        write_extra("splicing", splice(found.reading, pair), folder)
+        yield "splicing"
+    if args.causal is not None:
+        report = cause(found, pair, args.causal or None)
+        write_causal_figure(report, folder)
+        write_extra("causal", causal_rows(report), folder)
+        yield "causal"
 
 
 def summary(found: Findings) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from crosscoder.reading import analysis
 from crosscoder.reading.extra_readings import load_pair, open_second
 from crosscoder.reading.latent_scaling import latent_scaling
 from crosscoder.reading.opening import ReadingConfig, open_reading
-from crosscoder.reading.results import write_extra_table
+from crosscoder.study.causal import Journal
 from finqa import students
 from finqa.errors import UserError
 from finqa.paths import REPOSITORY, Folders
@@ -194,9 +197,6 @@ def test_classes_norms_and_scaling_are_counted_over_the_latents_that_are_alive(m
     assert {kind: int(row["latents"]) for kind, row in rows.items()} == classes
     for kind in ("instruct-only", "fine-tuned-only"):
         assert int(rows[kind]["confirmed"]) == found["latent_scaling"][kind]["confirmed"]
-
-
-@pytest.mark.slow
         column = f"meets_{kind}".replace("-", "_")
         meet = found["latent_scaling"][kind]["meet"]
         assert {its: int(row[column]) for its, row in rows.items()} == {its: len(of) for its, of in meet.items()}
@@ -204,6 +204,9 @@ def test_classes_norms_and_scaling_are_counted_over_the_latents_that_are_alive(m
         assert sorted(int(row["latent"]) for row in own) == sorted(j for of in meet.values() for j in of)
     confirmed = [row for row in table(folder / "latents.csv") if row["confirmed"]]
     assert table(folder / "confirmed.csv") == confirmed
+
+
+@pytest.mark.slow
 def test_the_table_of_latents_has_the_values_of_latent_scaling(made, analysed):
     rows = table(analysed("batchtopk") / "latents.csv")
     store = ActivationStore(made.set_folder)
@@ -338,6 +341,64 @@ def test_splicing_a_difference_sae_is_in_the_fine_tuned_model_alone(with_adapter
     assert [row["set"] for row in table(folder / "stability.csv")] == ["all"]
 
 
+EXTRAS = ("--no-dashboard", "--splice", "--causal", "2")
+
+
+def killed_when(words: Sequence[object], happened: Callable[[], bool]) -> None:
+    """Run analyse.py, and kill it once something has happened."""
+    with subprocess.Popen(
+        [sys.executable, "analyse.py", *map(str, words)], cwd=FOLDER, stdout=subprocess.DEVNULL
+    ) as process:
+        while process.poll() is None and not happened():
+            time.sleep(0.002)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_killed_run_has_all_that_is_cheap_and_goes_on_to_the_report_of_an_uninterrupted_one(
+    with_adapter, tmp_path, monkeypatch, capsys
+):
+    made = with_adapter
+    whole, killed = (tmp_path / name / made.name("batchtopk") for name in ("whole", "killed"))
+    monkeypatch.setattr("crosscoder.time_left.FIRST_S", 0)
+    assert run_here(*made.words(), "--results-dir", whole.parent, *EXTRAS) == 0
+    n_cells = len((whole / "causal" / "cells.jsonl").read_text().splitlines())
+    assert re.search(rf"\nabout \d+ seconds? for {n_cells} cells on 1 documents\n", capsys.readouterr().out)
+    words = [*made.words(), "--results-dir", killed.parent, *EXTRAS]
+
+    def lines(name: str) -> int:
+        path = killed / name
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    killed_when(words, (killed / "analysis.run.json").exists)
+    cheap = {f"{name}.png" for name in OF_ALL | OF_TWO_MODELS} | {"latents.csv", "classes.csv", "analysis.run.json"}
+    assert cheap <= {path.name for path in killed.iterdir()}
+    assert "splicing" not in numbers(killed) and numbers(killed)["latents"] == numbers(whole)["latents"]
+    killed_when(words, lambda: lines("causal/cells.jsonl") > 0)
+    assert numbers(killed)["splicing"] == numbers(whole)["splicing"] and "causal" not in numbers(killed)
+    done = lines("causal/cells.jsonl")
+    (survey,) = (killed / "causal").glob("survey-*.safetensors")
+    surveyed = survey.stat().st_mtime_ns
+    killed_when(words, lambda: lines("causal/cells.jsonl") > done)
+    assert run_here(*words) == 0
+    assert f"of {n_cells} cells are there" in capsys.readouterr().out
+    assert survey.stat().st_mtime_ns == surveyed
+    assert len(Journal(killed / "causal" / "cells.jsonl").found) == n_cells
+    for name in ("analysis.json", "causal/causal.json", "causal.csv", "splicing.csv", "causal.svg"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_what_a_second_seed_gave_is_not_measured_again(made, tmp_path: Path, monkeypatch):
+    words = [*made.words(), "--results-dir", tmp_path, "--no-dashboard", "--second-seed", made.checkpoint("batchtopk")]
+    assert run_here(*words) == 0
+    first = (tmp_path / made.name("batchtopk") / "stability.csv").read_bytes()
+    monkeypatch.setattr("crosscoder.reading.stability.match", None)
+    assert run_here(*words) == 0
+    assert (tmp_path / made.name("batchtopk") / "stability.csv").read_bytes() == first
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["batchtopk", "difference-sae"])
 def test_sets_of_latents_are_patched_into_the_models(with_adapter, method, tmp_path: Path, capsys):
@@ -361,13 +422,6 @@ def test_sets_of_latents_are_patched_into_the_models(with_adapter, method, tmp_p
     assert not (folder / "causal.png").exists()
     assert run_here(*words, "--causal", -3) == 1
     assert "--causal -3" in capsys.readouterr().err
-
-
-def test_a_table_that_is_not_asked_for_any_more_is_not_left_there(tmp_path: Path):
-    write_extra_table("splicing", [{"model": "instruct", "clean": 1.5}], tmp_path)
-    assert table(tmp_path / "splicing.csv") == [{"model": "instruct", "clean": "1.5"}]
-    write_extra_table("splicing", None, tmp_path)
-    assert not (tmp_path / "splicing.csv").exists()
 
 
 def test_a_dictionary_of_another_kind_or_of_other_activations_is_no_second_seed(made, tmp_path: Path):

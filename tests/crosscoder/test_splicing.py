@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -19,12 +21,12 @@ from crosscoder.activations.store import ActivationStore
 from crosscoder.config import CrosscoderConfig
 from crosscoder.methods import new_dictionary
 from crosscoder.model import BatchTopKCrosscoder
+from crosscoder.reading import splicing
 from crosscoder.reading.splicing import (
     ABLATIONS,
     CONDITIONS,
     LossRecovered,
     SpliceLosses,
-    StoredText,
     loss_recovered,
     mean_activations,
     splice_losses,
@@ -32,6 +34,7 @@ from crosscoder.reading.splicing import (
     stored_texts,
     target_of,
 )
+from crosscoder.study.causal import Journal
 from crosscoder.study.halves import pair_of
 from finqa.errors import UserError
 
@@ -94,7 +97,9 @@ def nothing(method: str = "batchtopk") -> BatchTopKCrosscoder:
 def recovered(model, models, store, site: Any = "mlp") -> dict[tuple[str, str, str], LossRecovered]:
     texts = stored_texts(store, range(len(store.documents)), BOS)
     means = mean_activations(store, torch.arange(len(store)))
-    losses = splice_losses(model, pair_of(*models), texts, Target(2, site), means, batch_tokens=40)
+    with TemporaryDirectory() as folder:
+        journal = Journal(Path(folder) / "splicing.jsonl")
+        losses = splice_losses(model, pair_of(*models), texts, Target(2, site), means, journal, batch_tokens=40)
     found = loss_recovered(losses, n_resamples=200)
     return {(each.model, each.tokens, each.ablation): each for each in found}
 
@@ -141,11 +146,12 @@ def test_the_other_models_activation_at_the_last_residual_is_the_other_model(mod
 
 
 @pytest.mark.parametrize("rows_at_once", [7, 2048])
-def test_losses_are_the_models_own_cross_entropies(models, documents, store, monkeypatch, rows_at_once):
+def test_losses_are_the_models_own_cross_entropies(models, documents, store, monkeypatch, rows_at_once, tmp_path):
     monkeypatch.setattr("crosscoder.reading.splicing.ROWS_AT_ONCE", rows_at_once)
     texts = stored_texts(store, range(len(documents)), BOS)
     means = mean_activations(store, torch.arange(len(store)))
-    losses = splice_losses(identity(), pair_of(*models), texts, target_of(store), means, batch_tokens=30)
+    journal = Journal(tmp_path / "splicing.jsonl")
+    losses = splice_losses(identity(), pair_of(*models), texts, target_of(store), means, journal, batch_tokens=30)
     # The dictionary is the identity, so that what is spliced is what was there.
     spliced, clean = (losses.sums[:, :, CONDITIONS.index(name)] for name in ("spliced", "clean"))
     torch.testing.assert_close(spliced, clean, rtol=1e-4, atol=1e-4)
@@ -160,7 +166,7 @@ def test_losses_are_the_models_own_cross_entropies(models, documents, store, mon
         assert losses.counts[number].tolist() == [len(document.ids) - document.n_prompt, len(document.ids) - 2]
 
 
-def test_a_model_and_its_adapter_are_the_two_models(models, documents, store):
+def test_a_model_and_its_adapter_are_the_two_models(models, documents, store, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
@@ -169,16 +175,19 @@ def test_a_model_and_its_adapter_are_the_two_models(models, documents, store):
     whole = copy.deepcopy(adapted).merge_and_unload()
     texts = stored_texts(store, range(len(documents)), BOS)
     means = torch.zeros(2, WIDTH)
-    switched = splice_losses(nothing(), pair_of(adapted), texts, Target(2, "mlp"), means)
-    apart = splice_losses(nothing(), pair_of(models[0], whole), texts, Target(2, "mlp"), means)
+    switched, apart = (
+        splice_losses(nothing(), pair, texts, Target(2, "mlp"), means, Journal(tmp_path / name))
+        for name, pair in (("switched", pair_of(adapted)), ("apart", pair_of(models[0], whole)))
+    )
     torch.testing.assert_close(switched.sums, apart.sums, rtol=1e-4, atol=1e-3)
 
 
-def test_what_the_set_does_not_read_keeps_its_activation(models, documents, store):
+def test_what_the_set_does_not_read_keeps_its_activation(models, documents, store, tmp_path):
     """Of the first document the set reads the second token alone, as if the others were outliers."""
     (text,) = stored_texts(store, [0], BOS)
-    only = StoredText(text.document, torch.arange(len(text.known)) == 1)
-    losses = splice_losses(nothing(), pair_of(*models), [only], Target(2, "mlp"), torch.full((2, WIDTH), 100.0))
+    only = replace(text, untouched=tuple(place for place in range(len(text.ids)) if place != 1))
+    means, journal = torch.full((2, WIDTH), 100.0), Journal(tmp_path / "splicing.jsonl")
+    losses = splice_losses(nothing(), pair_of(*models), [only], Target(2, "mlp"), means, journal)
     ids = torch.tensor([documents[0].ids])
     mean = CONDITIONS.index("mean")
     for m, model in enumerate(models):
@@ -197,10 +206,29 @@ def test_what_the_set_does_not_read_keeps_its_activation(models, documents, stor
         assert own.tolist() == pytest.approx([float(each[documents[0].n_prompt - 1 :].sum()), float(each[1:].sum())])
 
 
+def test_splicing_that_was_killed_goes_on_and_gives_the_same(models, documents, store, monkeypatch, tmp_path):
+    arguments = (identity(), pair_of(*models), documents, Target(2, "mlp"), torch.ones(2, WIDTH))
+    whole = splice_losses(*arguments, Journal(tmp_path / "whole"), batch_tokens=30)
+    true_losses, calls = splicing._losses_of_batch, []
+
+    def killed(*of_batch):
+        calls.append(of_batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return true_losses(*of_batch)
+
+    monkeypatch.setattr(splicing, "_losses_of_batch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        splice_losses(*arguments, Journal(tmp_path / "killed"), batch_tokens=30)
+    again = splice_losses(*arguments, Journal(tmp_path / "killed"), batch_tokens=30)
+    assert len(calls) == 1 + len(Journal(tmp_path / "whole").found)
+    assert not torch.equal(whole.sums, whole.sums.float().double())  # nothing is rounded on the way
+    for name in ("sums", "divergences", "counts"):
+        assert torch.equal(getattr(again, name), getattr(whole, name))
+
+
 def test_stored_documents_are_what_the_models_read(documents, store):
-    texts = stored_texts(store, [3, 0], BOS)
-    assert [text.document for text in texts] == [documents[3], documents[0]]
-    assert [text.known.tolist() for text in texts] == [[False, *[True] * (len(documents[i].ids) - 1)] for i in (3, 0)]
+    assert stored_texts(store, [3, 0], BOS) == [documents[3], documents[0]]
     with pytest.raises(UserError, match="no BOS"):
         stored_texts(store, [0], None)
 

@@ -40,6 +40,8 @@ class Document:
     ids: tuple[int, ...]
     n_prompt: int
     """How many of them are the prompt."""
+    untouched: tuple[int, ...] = (0,)
+    """Places that no patch changes: BOS, and whatever else a dictionary does not read."""
 
 
 def documents_from_rows(

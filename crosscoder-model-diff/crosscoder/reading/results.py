@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,25 +82,23 @@ def write_tables(found: Findings, folder: Path) -> list[Path]:
             paths.pop(name).unlink(missing_ok=True)
     else:
         _write_csv(paths["classes"], class_rows(found))
-    return list(paths.values())
         tables.write_latent_table(paths["confirmed"], [row for row in found.rows if row.confirmed])
+    return list(paths.values())
 
 
-def write_extra_table(name: str, rows: Sequence[Mapping[str, Any]] | None, folder: Path) -> None:
-    """<name>.csv; where the table was not asked for (None), that of an earlier run is deleted."""
-    path = folder / f"{name}.csv"
-    if rows is None:
-        path.unlink(missing_ok=True)
-    else:
-        _write_csv(path, rows)
+EXTRA_FILES = ("stability.csv", "splicing.csv", "causal.csv", "causal.png", "causal.svg")
+"""Of readings that are made only when they are asked for, long after the others."""
 
 
-def write_causal_figure(report: Mapping[str, Any] | None, folder: Path) -> None:
-    """causal.png and .svg of a causal report; without one those of an earlier run are deleted."""
-    if report is None:
-        for kind in ("png", "svg"):
-            (folder / f"causal.{kind}").unlink(missing_ok=True)
-        return
+def write_extra(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """<name>.csv, and the same rows as a section of the analysis.json that is there."""
+    _write_csv(folder / f"{name}.csv", rows)
+    path = folder / "analysis.json"
+    write_json(path, json.loads(path.read_text()) | {name: rows})
+
+
+def write_causal_figure(report: Mapping[str, Any], folder: Path) -> None:
+    """causal.png and .svg of a causal report."""
     from crosscoder.study.causal_figures import recovered_figure
 
     figures.save_figure(recovered_figure(report), folder / "causal")
@@ -124,11 +123,11 @@ def class_rows(found: Findings) -> list[dict[str, Any]]:
     return rows
 
 
-def write_numbers(found: Findings, folder: Path, **more: Any) -> Path:
-    """analysis.json; `more` are sections of other readings, such as stability, left out where they are None."""
-    path = folder / "analysis.json"
-    write_json(path, findings.in_numbers(found) | {name: value for name, value in more.items() if value is not None})
-    return path
+def write_numbers(found: Findings, folder: Path) -> None:
+    """analysis.json. Files of extra readings of an earlier run are deleted: they are not of these numbers."""
+    write_json(folder / "analysis.json", findings.in_numbers(found))
+    for name in EXTRA_FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_page(found: Findings, config: DashboardConfig) -> str:

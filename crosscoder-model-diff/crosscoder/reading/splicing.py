@@ -36,8 +36,11 @@ from crosscoder.activations.store import ActivationStore
 from crosscoder.config import N_MODELS
 from crosscoder.model import BatchTopKCrosscoder
 from crosscoder.reading.token_kinds import recorded_tokens
+from crosscoder.study.causal import Journal, cell_key, experiment_key
 from crosscoder.study.halves import Frame, LayerRecord, Pair, Side, after_patch, record_layers
-from crosscoder.study.patching import BATCH_TOKENS, batches
+from crosscoder.study.patching import BATCH_TOKENS, Batch, batches
+from crosscoder.study.sets import dictionary_digest, digest
+from crosscoder.time_left import Say, TimeLeft
 from finqa.errors import UserError
 
 Ablation = Literal["zero", "mean", "other"]
@@ -46,8 +49,8 @@ Tokens = Literal["program", "all"]
 TOKENS: tuple[Tokens, ...] = get_args(Tokens)
 MODELS = ("instruct", "fine-tuned")
 CONDITIONS = ("clean", "spliced", *ABLATIONS)
-ROWS_AT_ONCE = 2048
-"""Tokens whose latents, or whose logits, are held at one time."""
+ROWS_AT_ONCE = 512
+"""Tokens whose latents, or whose logits, are held at one time: a few GB with a vocabulary of 150,000."""
 
 
 class LossRecovered(NamedTuple):
@@ -89,18 +92,10 @@ class SpliceLosses:
     """[document, tokens] int64."""
 
 
-class StoredText(NamedTuple):
-    """A document of an activation set as the models read it."""
+def stored_texts(store: ActivationStore, numbers: Iterable[int], bos_id: int | None) -> list[Document]:
+    """The documents of these numbers as the models read them, untouched where the set does not read their activations.
 
-    document: Document
-    known: Tensor
-    """[ids] bool: ids whose activation the set reads."""
-
-
-def stored_texts(store: ActivationStore, numbers: Iterable[int], bos_id: int | None) -> list[StoredText]:
-    """The documents of these numbers. What was not recorded of them is BOS, whose id is `bos_id`.
-
-    UserError where an id was not recorded and `bos_id` is None.
+    What was not recorded of them is BOS, whose id is `bos_id`. UserError where an id was not recorded and that is None.
     """
     recorded = recorded_tokens(store)
     found, counts = recorded.document.unique_consecutive(return_counts=True)
@@ -115,7 +110,8 @@ def stored_texts(store: ActivationStore, numbers: Iterable[int], bos_id: int | N
         ids = torch.full((stored.n_ids,), bos_id or 0)
         known = torch.zeros(stored.n_ids, dtype=torch.bool)
         ids[positions], known[positions] = recorded.token_id[own], recorded.kept[own]
-        texts.append(StoredText(Document(stored.id, tuple(ids.tolist()), stored.n_prompt), known))
+        untouched = tuple((~known).nonzero().squeeze(-1).tolist())
+        texts.append(Document(stored.id, tuple(ids.tolist()), stored.n_prompt, untouched))
     return texts
 
 
@@ -145,14 +141,15 @@ def reconstructions(model: BatchTopKCrosscoder, raw: Tensor) -> list[Tensor | No
     return [None, raw[:, 0] + decoded]
 
 
-@torch.no_grad()
 def splice_losses(
     model: BatchTopKCrosscoder,
     pair: Pair,
-    texts: Sequence[StoredText],
+    texts: Sequence[Document],
     target: Target,
     means: Tensor,
+    journal: Journal,
     batch_tokens: int = BATCH_TOKENS,
+    say: Say = lambda line: None,
 ) -> SpliceLosses:
     """Losses of both models on `texts`, under every condition.
 
@@ -160,49 +157,64 @@ def splice_losses(
         pair: study.halves.pair_of; on any device, which need not be the dictionary's.
         target: The site that the dictionary reads.
         means: [2, d_model] for the mean ablation, raw (`mean_activations`).
+        journal: Has the batches that are done already; those that are not are added.
         batch_tokens: Padded, of a batch.
+        say: Hears how long it will take.
     """
-    sums = torch.full((2, len(texts), N_MODELS, len(CONDITIONS), len(TOKENS)), torch.nan, dtype=torch.float64)
+    sums = torch.zeros(2, len(texts), N_MODELS, len(CONDITIONS), len(TOKENS), dtype=torch.float64)
     counts = torch.zeros(len(texts), len(TOKENS), dtype=torch.int64)
-    device = pair.instruct.device
-    for chosen, batch in batches([text.document for text in texts], device, batch_tokens):
-        known = torch.zeros(batch.ids.shape, dtype=torch.bool)
-        predicting = torch.zeros_like(known)
-        for row, number in enumerate(chosen.tolist()):
-            own = texts[number].known
-            known[row, : len(own)] = own
-            predicting[row, int(own.long().argmax()) : len(own) - 1] = True
-        known, predicting = known.to(device), predicting.to(device)
-        following = torch.roll(batch.ids, -1, dims=1)[predicting]
-        counts[chosen] = torch.stack([batch.predicting.sum(1), predicting.sum(1)], dim=1).cpu()
-
-        records: list[LayerRecord] = []
-        for side in pair:
-            hidden = side.embedded(batch.ids)
-            frame = side.frame(hidden)
-            records.append(record_layers(side, hidden, frame, [target.layer])[target.layer])
-        activations = [record.site(target) for record in records]
-        raw = torch.stack([activation[known] for activation in activations], dim=1).float()
-        spliced = reconstructions(model, raw)
-        for m, side in enumerate(pair):
-            rows = {
-                "clean": None,
-                "spliced": spliced[m],
-                "zero": torch.zeros_like(raw[:, m]),
-                "mean": means[m].to(raw).expand(len(raw), -1),
-                "other": raw[:, 1 - m],
-            }
-            if rows["spliced"] is None:
-                continue
-            last = [_last_hidden(side, records[m], target, rows[c], known, frame)[predicting] for c in CONDITIONS]
-            for c, hidden in enumerate(last):
-                found = _losses(side, hidden, last[0], following)
-                for measure, values in enumerate(found):
-                    each = torch.zeros(batch.ids.shape, dtype=torch.float64, device=device)
-                    each[predicting] = values
-                    sums[measure, chosen, m, c, 0] = (each * batch.predicting).sum(1).cpu()
-                    sums[measure, chosen, m, c, 1] = each.sum(1).cpu()
+    experiment = experiment_key(pair, target, texts, f"{dictionary_digest(model)} {digest(means.float())}")
+    whole = list(batches(texts, pair.instruct.device, batch_tokens))
+    keys = [cell_key(experiment, "spliced", {"documents": chosen.tolist()}) for chosen, _ in whole]
+    missing = [batch for key, (_, batch) in zip(keys, whole, strict=True) if key not in journal.found]
+    left = TimeLeft(f"splicing into {len(texts)} documents", sum(batch.ids.numel() for batch in missing), say)
+    for key, (chosen, batch) in zip(keys, whole, strict=True):
+        if key not in journal.found:
+            own_sums, own_counts = _losses_of_batch(model, pair, batch, target, means)
+            journal.add(key, {"what": "spliced", "sums": own_sums.tolist(), "counts": own_counts.tolist()})
+            left.add(batch.ids.numel())
+        found = journal.found[key]
+        sums[:, chosen], counts[chosen] = torch.tensor(found["sums"], dtype=sums.dtype), torch.tensor(found["counts"])
     return SpliceLosses(sums[0], sums[1], counts)
+
+
+@torch.no_grad()
+def _losses_of_batch(
+    model: BatchTopKCrosscoder, pair: Pair, batch: Batch, target: Target, means: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[2, documents, model, condition, tokens] losses and divergences, [documents, tokens] counts; as SpliceLosses."""
+    known = batch.patched
+    place = torch.arange(batch.ids.shape[1], device=known.device)
+    predicting = (known.cumsum(1) > 0) & (place < batch.length[:, None] - 1)
+    following = torch.roll(batch.ids, -1, dims=1)[predicting]
+    counts = torch.stack([batch.predicting.sum(1), predicting.sum(1)], dim=1)
+    sums = torch.full((2, len(known), N_MODELS, len(CONDITIONS), len(TOKENS)), torch.nan, dtype=torch.float64)
+
+    records: list[LayerRecord] = []
+    for side in pair:
+        hidden = side.embedded(batch.ids)
+        frame = side.frame(hidden)
+        records.append(record_layers(side, hidden, frame, [target.layer])[target.layer])
+    raw = torch.stack([record.site(target)[known] for record in records], dim=1).float()
+    spliced = reconstructions(model, raw)
+    for m, side in enumerate(pair):
+        rows = {
+            "clean": None,
+            "spliced": spliced[m],
+            "zero": torch.zeros_like(raw[:, m]),
+            "mean": means[m].to(raw).expand(len(raw), -1),
+            "other": raw[:, 1 - m],
+        }
+        if rows["spliced"] is None:
+            continue
+        last = [_last_hidden(side, records[m], target, rows[c], known, frame)[predicting] for c in CONDITIONS]
+        for c, hidden in enumerate(last):
+            for measure, values in enumerate(_losses(side, hidden, last[0], following)):
+                each = torch.zeros(batch.ids.shape, dtype=torch.float64, device=known.device)
+                each[predicting] = values
+                sums[measure, :, m, c, 0] = (each * batch.predicting).sum(1).cpu()
+                sums[measure, :, m, c, 1] = each.sum(1).cpu()
+    return sums, counts
 
 
 def _last_hidden(

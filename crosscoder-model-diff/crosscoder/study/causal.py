@@ -2,7 +2,7 @@
 
 `sufficiency` adds to the instruct model, `necessity` takes from the fine-tuned one. The carrier's layers run above:
 with `other`, an addition to the instruct model is read by the fine-tuned upper half (Minder et al. 2025), with `own`
-by its own. Latents read both models on the same prefix; BOS is never changed.
+by its own. Latents read both models on the same prefix; what a document has untouched (BOS) is never changed.
 
 The lower halves of both models are run once for a batch and a group of cells, and each cell runs the layers above.
 """
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import random
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +38,7 @@ from crosscoder.study.patching import (
 )
 from crosscoder.study.ranking import reading_of
 from crosscoder.study.sets import Addition, Reading, Whole, digest, weights_digest
+from crosscoder.time_left import Say, TimeLeft
 from finqa.errors import UserError
 
 
@@ -142,7 +145,7 @@ def _whole_line(line: bytes) -> dict[str, Any] | None:
 
 def experiment_key(pair: Pair, target: Target, documents: Sequence[Document], completions: str) -> str:
     """Of the two models' weights, the site and the very documents."""
-    made_of = [[document.id, document.n_prompt, digest(torch.tensor(document.ids))] for document in documents]
+    made_of = [[d.id, d.n_prompt, digest(torch.tensor(d.ids)), d.untouched] for d in documents]
     weights = [weights_digest(side.model) for side in pair]
     return _hash([weights, list(target), completions, made_of])
 
@@ -164,13 +167,16 @@ def measure_missing(
     experiment: str,
     cells_at_once: int = 32,
     batch_tokens: int = BATCH_TOKENS,
-    on_cells: Callable[[int, int], None] = lambda done, total: None,
+    say: Say = lambda line: None,
 ) -> list[Measured]:
-    """Every cell, from the journal where it is there. `on_cells` hears how many of how many are done."""
+    """Every cell, from the journal where it is there. `say` hears how long the others will take."""
     keys = [cell_key(experiment, "teacher-forced", cell.label) for cell in cells]
     if len(set(keys)) < len(keys):
         raise UserError("two cells of a causal report are the same; name each set once")
-    missing = [i for i, key in enumerate(keys) if key not in journal.found]
+    missing = [i for i in _mixed(cells) if keys[i] not in journal.found]
+    if 0 < len(missing) < len(cells):
+        say(f"going on: {len(cells) - len(missing)} of {len(cells)} cells are there")
+    left = TimeLeft(f"{len(missing)} cells on {len(documents)} documents", len(missing), say)
     for start in range(0, len(missing), cells_at_once):
         group = missing[start : start + cells_at_once]
         for i, found in zip(
@@ -179,6 +185,17 @@ def measure_missing(
             rounded = [float(f"{value:.9g}") for value in found.divergence]
             record = {"divergence": rounded, "exact": [int(e) for e in found.exact], "injected": found.injected}
             journal.add(keys[i], {"what": "teacher-forced", **cells[i].label, **record})
-        on_cells(len(cells) - len(missing) + start + len(group), len(cells))
+        left.add(len(group))
     records = [journal.found[key] for key in keys]
     return [Measured(r["divergence"], [bool(e) for e in r["exact"]], r["injected"]) for r in records]
+
+
+def _mixed(cells: Sequence[Cell]) -> list[int]:
+    """Places of the cells, additions in a fixed random order: the first group's time is then that of any other. The
+    cells of one addition stay together, since they share what it adds."""
+    places: dict[int, list[int]] = defaultdict(list)
+    for place, cell in enumerate(cells):
+        places[id(cell.addition)].append(place)
+    order = list(places.values())
+    random.Random(0).shuffle(order)
+    return [place for own in order for place in own]

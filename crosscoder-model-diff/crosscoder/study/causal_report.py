@@ -4,15 +4,18 @@
 
 Sets of 1, 2, 4, ... all latents are taken from the top of a ranking that was made on other documents, added or taken
 away at the site, and held against what the whole site recovers and against controls of the same size. It goes on where
-it was killed: `cells.jsonl` in the folder has one line for each finished cell. `causal.json` there is the report.
+it was killed: the folder has what the ranking is made from (`survey-<key>.safetensors`), and in `cells.jsonl` one line
+for each finished cell. `causal.json` there is the report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
@@ -32,11 +35,14 @@ from crosscoder.study.sets import (
     RandomDirections,
     Whole,
     bias_of,
+    dictionary_digest,
     matched_set,
     sizes_to,
 )
+from crosscoder.time_left import Say
 from finqa.errors import UserError
 from finqa.manifest import write_json
+from finqa.paths import write_atomically
 
 Ranking = Literal["effect", "exclusivity", "delta", "injected"]
 
@@ -100,7 +106,7 @@ def causal_report(
     rivals: Mapping[str, BatchTopKCrosscoder] | None = None,
     scaling: LatentScaling | None = None,
     tokenizer: Any = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Measure what is missing and return the report (also `causal.json` in `folder`).
 
@@ -110,17 +116,22 @@ def causal_report(
             many of their latents, ranked by effect, are patched into the same pair.
         scaling: Of the dictionary; for the ranking by exclusivity, and for the worst half by nu where it is given.
         tokenizer: To write replies (config.generate_sizes).
+        say: Hears how long it will take.
     """
     if {a.document.id for a in asked} & {document.id for document in choose_on}:
         raise UserError("latents are chosen on documents that they are scored on; cut the documents in two")
     if config.generate_sizes and tokenizer is None:
         raise UserError("writing replies (generate_sizes) needs the tokenizer")
     documents = [a.document for a in asked]
-    found = ranking.survey(dictionary, pair, choose_on, target, config.batch_tokens)
+
+    def surveyed(of: BatchTopKCrosscoder) -> ranking.Survey:
+        return kept_survey(folder, of, pair, choose_on, target, config.batch_tokens, say)
+
+    found = surveyed(dictionary)
     order = ordered(dictionary, config.ranking, found, scaling)
     additions = additions_of(dictionary, order, found, config, scaling)
     for name, rival in (rivals or {}).items():
-        its = ranking.by_effect(ranking.survey(rival, pair, choose_on, target, config.batch_tokens))
+        its = ranking.by_effect(surveyed(rival))
         sizes = [size for size in control_sizes(config, order) if size <= len(its)]
         additions += [Latents(rival, its[:size], name) for size in sizes]
     cells = [
@@ -133,9 +144,8 @@ def causal_report(
     journal = Journal(folder / "cells.jsonl")
     experiment = experiment_key(pair, target, documents, config.completions)
     measured = measure_missing(
-        pair, target, documents, cells, journal, experiment, config.cells_at_once, config.batch_tokens,
-        lambda done, total: say(f"{done} of {total} cells"),
-    )  # fmt: skip
+        pair, target, documents, cells, journal, experiment, config.cells_at_once, config.batch_tokens, say
+    )
     replies = generated(pair, target, asked, cells, journal, experiment, config, tokenizer, say)
     report = {
         "config": asdict(config),
@@ -149,6 +159,30 @@ def causal_report(
     }
     write_json(folder / "causal.json", report)
     return report
+
+
+def kept_survey(
+    folder: Path,
+    dictionary: BatchTopKCrosscoder,
+    pair: Pair,
+    documents: Sequence[Document],
+    target: Target,
+    batch_tokens: int,
+    say: Say,
+) -> ranking.Survey:
+    """ranking.survey, from `folder` where an earlier run has left it: on a GPU the next one could differ by a rounding,
+    which would make other cells of all that are ranked or matched by it."""
+    from safetensors.torch import load_file, save
+
+    made_of = {"dictionary": dictionary_digest(dictionary), "batch_tokens": batch_tokens}
+    path = folder / f"survey-{cell_key(experiment_key(pair, target, documents, ''), 'survey', made_of)}.safetensors"
+    if path.exists():
+        tensors = load_file(path)
+        return ranking.Survey(int(tensors.pop("n_tokens")), **tensors)
+    found = ranking.survey(dictionary, pair, documents, target, batch_tokens, say)
+    tensors = {each.name: torch.as_tensor(getattr(found, each.name)) for each in fields(found)}
+    write_atomically(path, save(tensors))
+    return found
 
 
 def ordered(
@@ -215,7 +249,7 @@ def generated(
     experiment: str,
     config: CausalConfig,
     tokenizer: Any,
-    say: Callable[[str], None],
+    say: Say,
 ) -> dict[int, dict[str, list[int]]]:
     """`right` and `runs` of each question, by number of the cell; from the journal where they are there."""
     from crosscoder.study.patched_generation import answered, patched_replies

@@ -1,8 +1,8 @@
 """Whole-site patches: how much of what fine-tuning added does one site of one layer carry?
 
-The activation of a site in one model is put in place of the other model's, for every position but BOS, and what
-that recovers is measured on gold programs, teacher-forced. It is the ceiling of what any set of latents read at that
-site can do, so it is measured first.
+The activation of a site in one model is put in place of the other model's, for every position but BOS (or whatever
+a document has untouched), and what that recovers is measured on gold programs, teacher-forced. It is the ceiling of
+what any set of latents read at that site can do, so it is measured first.
 
 Direction: `sufficiency` puts the fine-tuned activation into the instruct model; `necessity` puts the instruct
 activation into the fine-tuned model. Carrier: whose layers run above the patch, the receiving model's own (`own`), or
@@ -39,9 +39,11 @@ class Batch:
     predicting: Tensor
     """[documents, time] bool: positions whose next token is of the program or its end."""
     patched: Tensor
-    """[documents, time] bool: positions that a patch may change; not BOS, not padding."""
+    """[documents, time] bool: positions that a patch may change; neither padding nor untouched."""
     n_prompt: Tensor
     """[documents] int64."""
+    length: Tensor
+    """[documents] int64: ids, padding left out."""
 
     def at(self, positions: Positions) -> Tensor:
         """[documents, time] bool: the positions that a patch of this name changes."""
@@ -89,8 +91,7 @@ class Ceiling:
     """Documents."""
 
 
-def batch_of(documents: Sequence[Document], skip_first: bool = True, device: Any = "cpu") -> Batch:
-    """`skip_first`: the first token is BOS and stays as it is."""
+def batch_of(documents: Sequence[Document], device: Any = "cpu") -> Batch:
     longest = max(len(document.ids) for document in documents)
     ids = torch.zeros(len(documents), longest, dtype=torch.int64)
     predicting = torch.zeros_like(ids, dtype=torch.bool)
@@ -99,9 +100,11 @@ def batch_of(documents: Sequence[Document], skip_first: bool = True, device: Any
         length = len(document.ids)
         ids[row, :length] = torch.tensor(document.ids)
         predicting[row, document.n_prompt - 1 : length - 1] = True
-        patched[row, int(skip_first) : length] = True
+        patched[row, :length] = True
+        patched[row, list(document.untouched)] = False
     n_prompt = torch.tensor([document.n_prompt for document in documents])
-    return Batch(*(tensor.to(device) for tensor in (ids, predicting, patched, n_prompt)))
+    lengths = torch.tensor([len(document.ids) for document in documents])
+    return Batch(*(tensor.to(device) for tensor in (ids, predicting, patched, n_prompt, lengths)))
 
 
 def batches(

@@ -2,7 +2,7 @@
 
     effect        an estimate of the indirect effect: how much adding the latent's f_j D_j to the instruct model should
                   lower KL(fine-tuned || patched), to first order in the site's activation (attribution patching), all
-                  positions but BOS, summed over documents. One backward pass a batch serves every latent
+                  positions that a patch changes, summed over documents. One backward pass a batch serves every latent
     exclusivity   1 - nu_err with the fine-tuned decoder vector as the probe; the latents whose slopes cannot be trusted
                   (reading.latent_scaling) come after the others
     delta         by decoder norms alone
@@ -26,6 +26,7 @@ from crosscoder.reading.latent_scaling import MIN_FIRINGS, NU_RANGE, LatentScali
 from crosscoder.study.halves import Pair, after_patch
 from crosscoder.study.patching import BATCH_TOKENS, Halves, batches, run_halves
 from crosscoder.study.sets import Reading, difference_decoder
+from crosscoder.time_left import Say, TimeLeft
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,12 @@ def survey(
     documents: Sequence[Document],
     target: Target,
     batch_tokens: int = BATCH_TOKENS,
+    say: Say = lambda line: None,
 ) -> Survey:
-    """One pass of both models over the documents, and one backward pass of the layers above the site."""
+    """One pass of both models over the documents, and one backward pass of the layers above the site.
+
+    `say` hears how long it will take.
+    """
     device, n_latents = pair.instruct.device, dictionary.config.n_latents
     firings, squares, effect = (torch.zeros(n_latents, dtype=torch.float64, device=device) for _ in range(3))
     width = dictionary.config.d_model
@@ -68,6 +73,7 @@ def survey(
     moments = torch.zeros(width, width, dtype=torch.float64, device=device)
     vectors = difference_decoder(dictionary)
     n_tokens = 0
+    left = TimeLeft(f"ranking latents on {len(documents)} documents", sum(len(d.ids) for d in documents), say)
     for _, batch in batches(documents, device, batch_tokens):
         halves = run_halves(pair, batch, [target.layer])
         reading = reading_of(halves, target)
@@ -80,6 +86,7 @@ def survey(
         difference = reading.difference.double()
         total += difference.sum(dim=0)
         moments += difference.T @ difference
+        left.add(int(batch.length.sum()))
     return Survey(
         n_tokens=n_tokens,
         frequency=(firings / n_tokens).cpu(),
