@@ -98,7 +98,8 @@ def _examples(j: int, top: tuple[int, ...], n: int, dice: random.Random) -> Exam
     for i in range(n + 16):
         # Some overlap with the one before and some do not.
         first += dice.randrange(1, 80)
-        text = tuple((1000 + 7 * (first + k)) % WORDS for k in range(36))
+        # As hard to compress as text can be.
+        text = tuple(((first + 1000 * j + k) * 2_654_435_761 >> 7) % WORDS for k in range(36))
         if j == HOSTILE_LATENT and i == 0:
             text = (*top, *text[len(top) :])
         if i == 0:

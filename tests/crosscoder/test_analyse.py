@@ -197,6 +197,13 @@ def test_classes_norms_and_scaling_are_counted_over_the_latents_that_are_alive(m
     assert {kind: int(row["latents"]) for kind, row in rows.items()} == classes
     for kind in ("instruct-only", "fine-tuned-only"):
         assert int(rows[kind]["confirmed"]) == found["latent_scaling"][kind]["confirmed"]
+        column = f"meets_{kind}".replace("-", "_")
+        meet = found["latent_scaling"][kind]["meet"]
+        assert {its: int(row[column]) for its, row in rows.items()} == {its: len(of) for its, of in meet.items()}
+        own = [row for row in table(folder / "latents.csv") if row["confirmed"] in (kind, "both")]
+        assert sorted(int(row["latent"]) for row in own) == sorted(j for of in meet.values() for j in of)
+    confirmed = [row for row in table(folder / "latents.csv") if row["confirmed"]]
+    assert table(folder / "confirmed.csv") == confirmed
 
 
 @pytest.mark.slow

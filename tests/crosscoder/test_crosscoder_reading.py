@@ -300,6 +300,10 @@ def test_the_scaling_figure_draws_the_points_and_says_what_it_leaves_out():
     (axes,) = figure.axes
     points = [point for scatter in axes.collections for point in scatter.get_offsets().tolist()]
     assert sorted(points) == [pytest.approx([0.1, 0.3]), pytest.approx([0.9, 1.1])]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "shared (0 of 1)",
+        "fine-tuned-only (1 of 1)",
+    ]
     assert [text.get_text() for text in figure.texts] == ["left out: 1 with under 50 firings, 0 without a usable slope"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import html
 import json
@@ -23,11 +24,11 @@ from made_up_dashboards import HOSTILE, made_up_dashboard
 
 from crosscoder.activations.store import ActivationStore
 from crosscoder.config import CrosscoderConfig
-from crosscoder.dashboard.builder import build_dashboard, token_texts
+from crosscoder.dashboard.builder import build_dashboard, by_interest, token_texts
 from crosscoder.dashboard.encoding import encode
 from crosscoder.dashboard.examples import BANDS, quantise
 from crosscoder.dashboard.firings import gather_firings, groups_within
-from crosscoder.dashboard.page import render, safe_json, write_dashboard
+from crosscoder.dashboard.page import packed, render, write_dashboard
 from crosscoder.dashboard.records import LEVELS, Dashboard, DashboardConfig, Example
 from crosscoder.methods import new_dictionary
 from crosscoder.names import ActivationChoice, crosscoder_folder
@@ -277,6 +278,16 @@ def test_a_decoder_vector_without_length_promotes_nothing(reading):
     assert [len(tokens) for tokens in pages[1].promoted] == [6, 6]
 
 
+def test_confirmed_latents_of_any_class_are_the_first_to_get_examples(reading):
+    statistics = statistics_of(reading)
+    rows = tables.latent_table(reading.model, statistics, reading.store, reading.tokenizer, reading.unembedding)
+    last = by_interest([row for row in rows if row.frequency > 0], statistics)[-1].latent
+    rows[last] = replace(rows[last], kind="between", confirmed="fine-tuned-only")
+    dashboard = build_dashboard(reading, statistics, rows, DashboardConfig(n_with_examples=1))
+    assert [page.latent for page in dashboard.pages if page.examples] == [last]
+    assert "that latent scaling confirms" in dashboard.chosen_by
+
+
 def test_latent_scaling_has_columns_only_where_it_was_done(reading):
     assert "nu_err" not in {column.key for column in built(reading).columns}
     statistics = statistics_of(reading)
@@ -334,12 +345,12 @@ def test_examples_read_back_as_they_were_and_text_that_they_share_stands_once(re
 
 def data_of(page: str) -> Any:
     (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    return json.loads(text)
+    return json.loads(gzip.decompress(base64.b64decode(text)))
 
 
 def test_hostile_text_ends_no_element_and_reads_back_as_it_was(tmp_path):
     page = render(made_up_dashboard(20, 20))
-    assert page.lower().count("<script") == page.lower().count("</script") == 2
+    assert page.lower().count("<script") == page.lower().count("</script") == 3
     assert "<!--" not in page
     data = data_of(page)
     assert set(HOSTILE) <= set(data["vocabulary"])
@@ -349,23 +360,30 @@ def test_hostile_text_ends_no_element_and_reads_back_as_it_was(tmp_path):
 
 
 @given(st.text() | st.text(alphabet="<>/!-script&]"))
-def test_json_in_a_page_holds_no_mark_up(text):
-    written = safe_json({text: [text]})
-    assert written.isascii()
-    assert not set("<>&") & set(written)
-    assert json.loads(written) == {text: [text]}
+def test_data_in_a_page_hold_no_mark_up(text):
+    written = packed({text: [text]})
+    assert re.fullmatch(r"[A-Za-z0-9+/]+=*", written)
+    assert json.loads(gzip.decompress(base64.b64decode(written))) == {text: [text]}
+    assert packed({text: [text]}) == written
 
 
-def test_the_page_may_run_its_own_script_and_load_nothing():
+def test_a_page_of_16384_latents_is_a_few_megabytes():
+    assert len(render(made_up_dashboard(16_384, 1024)).encode()) < 8e6
+
+
+def test_the_page_may_run_its_own_scripts_and_load_nothing():
     page = render(made_up_dashboard(3, 3))
     policy = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)[0]
-    script = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)[0]
+    scripts = re.findall(r'<script(?: type="text/plain" id="script")?>(.*?)</script>', page, re.DOTALL)
     style = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)[0]
 
     def hashed(text: str) -> str:
         return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
-    assert policy == f"default-src 'none'; style-src {hashed(style)}; script-src {hashed(script)}"
+    assert (
+        policy
+        == f"default-src 'none'; style-src {hashed(style)}; script-src {' '.join(hashed(scripts[i]) for i in (1, 0))}"
+    )
 
 
 def test_figures_that_are_no_number_are_left_out(reading):

@@ -441,7 +441,7 @@ def test_hostile_text_is_shown_as_text(open_page):
         assert hostile in text
     assert page.inner_text("h1") == "made-up </title><script>window.broken = 4</script>"
     assert page.locator("img").count() == 0
-    assert page.locator("script").count() == 2
+    assert page.locator("script").count() == 4  # data, script, what opens both, and the script as it runs
 
 
 def test_a_difference_sae_shows_what_it_has(open_page):
@@ -484,6 +484,18 @@ def test_a_partition_tells_its_two_parts_apart(open_page):
     expect_latent(page, 28)
     assert "delta latent of the partition" in page.inner_text("#latent-heading")
     assert "delta" in page.inner_text("#latent .statistics")
+
+
+def test_latents_that_are_confirmed_can_be_picked_whatever_their_class(open_page):
+    page = open_page()
+    page.click("#filters summary")
+    page.uncheck("input[name=confirmed][value='']")
+    confirmed = [latent for latent in ALIVE if latent % 4 == 0]
+    assert count(page).startswith(f"{len(confirmed)} of {N}")
+    assert set(rows(page)) <= set(confirmed)
+    page.click("#rows a >> nth=0")
+    page.wait_for_selector("#latent-heading")
+    assert "confirmed as fine-tuned-only" in page.inner_text("#latent-heading")
 
 
 OUTLIER = """() => {

@@ -1,12 +1,15 @@
 """One HTML file from a dashboard and the files of the template.
 
-Text of the data reaches the page as JSON in a script element that is never run, and from there as text nodes alone.
-The policy in the page's head lets the browser run the template's own script, apply its own style, and load nothing.
+The data stand in a script element that is never run, as JSON, compressed and in base64: a page of 16,384 latents is a
+third of what it would be, and any browser since 2023 can unpack it. open.js puts the JSON in their place and then runs
+the other scripts, and from there text of the data reaches the page as text nodes alone. The policy in the page's head
+lets the browser run the template's own two scripts, apply its own style, and load nothing.
 """
 
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import html
 import json
@@ -35,22 +38,24 @@ def render(dashboard: Dashboard) -> str:
     """The HTML, which is ASCII but for the template's own text."""
     style = f"\n{(TEMPLATE / 'dashboard.css').read_text()}"
     script = '\n"use strict";\n' + "".join((TEMPLATE / name).read_text() for name in SCRIPTS)
+    opening = f"\n{(TEMPLATE / 'open.js').read_text()}"
+    scripts = f"script-src '{_hash(opening)}' '{_hash(script)}'"
     parts = {
         "title": html.escape(dashboard.title),
-        "policy": f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'",
+        "policy": f"default-src 'none'; style-src '{_hash(style)}'; {scripts}",
         "style": style,
-        "data": safe_json(encode(dashboard)),
+        "data": packed(encode(dashboard)),
         "script": script,
+        "opening": opening,
     }
     # In one go, so that a mark inside the data stays data.
     return re.sub(r"{{(\w+)}}", lambda mark: parts[mark[1]], (TEMPLATE / "dashboard.html").read_text())
 
 
-def safe_json(data: Any) -> str:
-    """JSON that cannot end the script element it stands in, nor open a comment: ASCII without < > &."""
-    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    # These stand in JSON inside strings alone, where an escape says the same.
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+def packed(data: Any) -> str:
+    """JSON, compressed, in base64; the same text for the same data."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def _hash(text: str) -> str:

@@ -73,7 +73,7 @@ def cosine_figure(cosines: Tensor, norms: Tensor) -> Figure:
 def latent_scaling_figure(scaling: LatentScaling, kinds: Sequence[LatentClass], dead: Tensor) -> Figure:
     """nu_rec against nu_err by class, with the regions that latent scaling cuts (figure_data.scaling_points).
 
-    The legend counts the latents of each class, and those of them that are exclusive.
+    The legend says how many latents of each class are exclusive, of how many that are drawn.
     """
     figure, axes = new_figure(height=2.9)
     points = figure_data.scaling_points(scaling, kinds, dead)
@@ -85,11 +85,11 @@ def latent_scaling_figure(scaling: LatentScaling, kinds: Sequence[LatentClass], 
         if kind in points:
             of = points[kind]
             many = sum(each.n for each in points.values()) > MANY
-            _scatter(axes, of.nu_err, of.nu_rec, kind, many, f", {of.regions['exclusive']:,} exclusive")
+            _scatter(axes, of.nu_err, of.nu_rec, kind, many, f"{of.regions['exclusive']:,} of ")
     axes.set(xlim=NU_RANGE, ylim=NU_RANGE, xlabel="$\\nu_\\mathrm{err}$\n", ylabel=r"$\nu_\mathrm{rec}$")
     _name_regions(axes)
     figure.text(0.99, 0.005, _left_out(points), ha="right", va="bottom", fontsize=6, color="0.25")
-    _legend(figure, axes)
+    _legend(figure, axes, title="class (exclusive ones, of all that are drawn)")
     return figure
 
 
@@ -139,19 +139,20 @@ def _above(axes: Axes, x: float, kind: LatentClass, n: int) -> None:
     )
 
 
-def _scatter(axes: Axes, x: Any, y: Any, kind: LatentClass, many: bool, more: str = "") -> None:
-    """Points of one class, counted in the legend with what `more` says of them. Where the figure has many they are an
+def _scatter(axes: Axes, x: Any, y: Any, kind: LatentClass, many: bool, some: str = "") -> None:
+    """Points of one class, counted in the legend after what `some` says of them. Where the figure has many they are an
     image, and those of no exclusive class are small."""
-    label, colour, marker = f"{kind} ({len(x):,}{more})", COLOURS[kind], MARKERS[kind]
+    label, colour, marker = f"{kind} ({some}{len(x):,})", COLOURS[kind], MARKERS[kind]
     size, alpha = (6, 0.6) if kind.endswith("-only") or not many else (1.5, 0.35)
     axes.scatter(x, y, s=size, marker=marker, color=colour, alpha=alpha, lw=0, label=label, rasterized=many)
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def _legend(figure: Figure, axes: Axes, title: str = "") -> None:
     from matplotlib.collections import PathCollection
 
     handles, labels = axes.get_legend_handles_labels()
-    legend = figure.legend(handles, labels, loc="outside upper left", ncols=2, handletextpad=0.3, columnspacing=1.0)
+    layout: Any = {"loc": "outside upper left", "ncols": 2, "handletextpad": 0.3, "columnspacing": 1.0}
+    legend = figure.legend(handles, labels, **layout, title=title, title_fontsize=7, alignment="left")
     for handle in legend.legend_handles:
         if handle is not None:
             handle.set_alpha(1)

@@ -174,7 +174,7 @@ def splice_losses(
             journal.add(key, {"what": "spliced", "sums": own_sums.tolist(), "counts": own_counts.tolist()})
             left.add(batch.ids.numel())
         found = journal.found[key]
-        sums[:, chosen], counts[chosen] = torch.tensor(found["sums"]).double(), torch.tensor(found["counts"])
+        sums[:, chosen], counts[chosen] = torch.tensor(found["sums"], dtype=sums.dtype), torch.tensor(found["counts"])
     return SpliceLosses(sums[0], sums[1], counts)
 
 

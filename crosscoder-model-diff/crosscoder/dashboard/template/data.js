@@ -1,4 +1,4 @@
-// The record that the page holds, and how it is read. encoding.py says how it is laid out.
+// The record that the page holds, unpacked by open.js, and how it is read. encoding.py says how it is laid out.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const nLatents = data.largest.length;

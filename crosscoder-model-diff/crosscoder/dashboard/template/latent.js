@@ -33,7 +33,7 @@ function latentHead(latent) {
     make("nav", { "aria-label": "Latents" }, make("a", { href: viewToHash(), id: "back" }, "← Table"),
       neighbour(-1, "Previous"), neighbour(1, "Next"), make("span", { class: "off" }, place)),
     make("h2", { id: "latent-heading", tabindex: "-1" }, `Latent ${latent} `, part, kindTag(latent),
-      confirmed ? make("span", { class: "tag confirmed" }, `confirmed as ${confirmed}`) : null));
+      confirmed ? make("span", { class: "tag" }, `confirmed as ${confirmed}`) : null));
 }
 
 function statistics(latent) {
