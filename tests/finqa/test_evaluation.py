@@ -249,13 +249,16 @@ def test_the_report_has_each_type_its_pairs_its_families_and_a_figure(prediction
         write_json(student / "test" / eval_type / "run.json", {})
     text = write_report(student).read_text()
     assert "# some-student on FinQA-mini" in text and "## test" in text and "## dev" not in text
-    assert "| zero-shot | 5 | **0.0 [0.0, 43.4]** |" in text
-    assert "| fine-tuned | 5 | **40.0 [11.8, 76.9]** | 60.0" in text
-    assert "| zero-shot | fine-tuned | 5 | 2 | 0 | 2 | 0.5 |" in text
-    assert "| zero-shot | fine-tuned-3-samples | 3 | 2 | 0 | 2 | 0.5 |" in text
+    assert "| zero-shot | 5 | **0.0 [0.0, 43.4]** | **0.0 [0.0, 43.4]** |" in text
+    assert "| fine-tuned | 5 | **40.0 [11.8, 76.9]** | **60.0 [23.1, 88.2]** | 60.0" in text
+    assert "| fine-tuned | 1 | 4 | 50.0 [15.0, 85.0] | 75.0 [30.1, 95.4] |" in text
+    assert "| zero-shot | fine-tuned | strict | 5 | 2 | 0 | 2 | 0.5 |" in text
+    assert "| zero-shot | fine-tuned | relaxed | 5 | 3 | 0 | 3 | 0.25 |" in text
+    assert "| zero-shot | fine-tuned-3-samples | strict | 3 | 2 | 0 | 2 | 0.5 |" in text
     assert "| fine-tuned-3-samples | 3 | 33.3 | 66.7 | 66.7 | 55.6 |" in text
-    assert "| share | new | 2 | 0.0 | 50.0 | 50.0 | 50.0 |" in text
-    assert "| 2 | 1 | 0.0 | 0.0 | 100.0 | 100.0 |" in text
+    assert "| share | new | 2 | 0.0 / 0.0 | 50.0 / 100.0 | 50.0 / 50.0 | 50.0 / 50.0 |" in text
+    assert "| 2 | 1 | 0.0 / 0.0 | 0.0 / 100.0 | 100.0 / 100.0 | 100.0 / 100.0 |" in text
+    assert "| per cent | 1 | 0.0 / 0.0 | 0.0 / 100.0 | 100.0 / 100.0 | 100.0 / 100.0 |" in text
     assert text.index("| fine-tuned | 5") < text.index("| fine-tuned-3-samples") < text.index("| fine-tuned-12-samples")
     assert text.index("| zero-shot | 5") < text.index("| fine-tuned | 5")
     assert (student / "accuracy.png").read_bytes().startswith(b"\x89PNG")
