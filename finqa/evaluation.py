@@ -132,14 +132,16 @@ def _tasks(run: StudentRun, config: EvaluationConfig, folders: Folders, student:
                     folder=folder,
                     hashes=hashes,
                     samples=config.generation.samples,
-                    journal=ReplyJournal(folder, reply_settings(run, config.generation, eval_type) | hashes),
+                    journal=ReplyJournal(
+                        folder, reply_settings(run, config.generation, eval_type, instruction) | hashes
+                    ),
                 )
             )
     return tasks
 
 
-def reply_settings(run: StudentRun, config: GenerationConfig, eval_type: EvalType) -> dict[str, Any]:
-    """All that shapes a reply beside its prompt and the weights: replies under other settings are never mixed in."""
+def reply_settings(run: StudentRun, config: GenerationConfig, eval_type: EvalType, instruction: str) -> dict[str, Any]:
+    """All that shapes a reply beside the question and the weights: replies under other settings are never mixed in."""
     settings: dict[str, Any] = {
         "eval_type": eval_type,
         "engine": "vllm" if config.vllm else "transformers",
@@ -154,7 +156,7 @@ def reply_settings(run: StudentRun, config: GenerationConfig, eval_type: EvalTyp
         "batch_size": None if config.vllm else config.batch_size,
         "tensor_parallel": config.tensor_parallel,
     }
-    return settings
+    return settings if eval_type == "fine-tuned" else settings | {"instruction": instruction}
 
 
 def collect_replies(task: Task, served: Served) -> None:

@@ -214,6 +214,16 @@ def test_samples_vote_and_keep_their_own_figures(tmp_path: Path):
     assert found["tokens"] == {"prompt": 30, "new": 45}
 
 
+def test_the_answer_most_samples_gave_is_judged_under_both_rules_and_a_sample_under_the_strict():
+    """Two samples give per cent and one the fraction: per cent wins, which is right under the relaxed rule alone."""
+    voted = sampled([["ans = 3"] * 3, ["ans = 25", "ans = 0.25", "ans = 50 / 2"]])[1]
+    assert voted.answer == 25
+    assert (voted.correct["strict"], voted.correct["relaxed"]) == (False, True)
+    assert [sample.correct for sample in voted.samples or ()] == [False, True, False]
+    found = metrics([voted])
+    assert (found["accuracy"], found["accuracy_relaxed"], found["any_sample_right"]) == (0.0, 1.0, 1.0)
+
+
 def test_every_rule_has_its_figure_and_interval_and_every_error_kind_is_a_known_one(predictions: list[Prediction]):
     found = metrics(predictions)
     for name, right in (("accuracy", 2), ("accuracy_relaxed", 3), ("accuracy_reported_rule", 3)):
