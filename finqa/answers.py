@@ -2,7 +2,8 @@
 
 - `strict` filters the teacher's programs and is the headline figure. It accepts what FinQA's official rule
   (round(result, 5) equals the label) accepts, and the float noise that a rewritten program brings.
-- `relaxed` forgives a percentage given as a number of per cent, and a rounded result.
+- `relaxed` forgives per cent for a fraction and a fraction for per cent, and a rounded result: a relative error of at
+  most 1e-3 for the result, a hundredth or a hundred times of it. A label of zero has no relative error.
 - `reported` is the loose rule behind published figures of this set-up; it is there to compare with them alone.
 """
 
@@ -43,7 +44,7 @@ def match(actual: object, expected: object, rule: Rule = "strict") -> bool:
         return True
     if rule == "strict" or e == 0:
         return False
-    return any(abs(value - e) <= 1e-3 * abs(e) for value in (a, a / 100))
+    return any(abs(value - e) <= 1e-3 * abs(e) for value in (a, a / 100, a * 100))
 
 
 def normalise(answer: object) -> float | Literal["yes", "no"] | None:

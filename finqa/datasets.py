@@ -61,9 +61,10 @@ class Dataset:
 def load_finqa(path: Path) -> LoadedSplit:
     """Read a file in FinQA's raw schema: a list of {id, pre_text, post_text, table, qa}.
 
-    `answer` is `exe_ans`, or `answer` where that is empty or no finite number. Rows without a question or an answer, or
-    of another shape, are dropped with their reason. Ids name a row everywhere after this: a row whose id another one
-    has is kept as `<id>#2`, `<id>#3`. Raises UserError where the file is missing, is no JSON, or is no list.
+    The label is `exe_ans`, or `answer` where that is empty or no finite number; `answer` is kept as the stated answer.
+    Rows without a question or an answer, or of another shape, are dropped with their reason. Ids name a row everywhere
+    after this: a row whose id another one has is kept as `<id>#2`, `<id>#3`. Raises UserError where the file is
+    missing, is no JSON, or is no list.
     """
     if not path.exists():
         raise UserError(f"{path} is missing")
@@ -120,6 +121,7 @@ def _finqa_question(row: dict[str, Any], row_id: str) -> Question:
         question=question,
         answer=answer,
         program=(qa.get("program") or "").strip(),
+        stated_answer=str(stated).strip() if isinstance(stated := qa.get("answer"), str | int | float) else "",
         family=_text(qa.get("family")),
         family_kind=_text(qa.get("family_kind")),
     )

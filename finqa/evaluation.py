@@ -11,6 +11,7 @@ from typing import Any
 
 from finqa import datasets, prompts
 from finqa.adapter_check import check_adapter, engine_reading
+from finqa.answers import Rule
 from finqa.engines.serving import Model, Served, served_models
 from finqa.generation import Generate, GenerationConfig, all_replies
 from finqa.manifest import file_hash, write_json, write_manifest
@@ -19,7 +20,7 @@ from finqa.prompts import EvalType
 from finqa.sandbox import Sandbox, SandboxLimits
 from finqa.scoring.evaluation_rows import EvalRow, read_rows
 from finqa.scoring.judging import judge
-from finqa.scoring.metrics import metrics
+from finqa.scoring.metrics import HEADLINES, METRIC_OF_RULE, metrics
 from finqa.scoring.predictions import Prediction, write_predictions
 from finqa.scoring.reply_journal import ReplyJournal, Slot, prompt_slots
 from finqa.scoring.report import write_report
@@ -131,14 +132,16 @@ def _tasks(run: StudentRun, config: EvaluationConfig, folders: Folders, student:
                     folder=folder,
                     hashes=hashes,
                     samples=config.generation.samples,
-                    journal=ReplyJournal(folder, reply_settings(run, config.generation, eval_type) | hashes),
+                    journal=ReplyJournal(
+                        folder, reply_settings(run, config.generation, eval_type, instruction) | hashes
+                    ),
                 )
             )
     return tasks
 
 
-def reply_settings(run: StudentRun, config: GenerationConfig, eval_type: EvalType) -> dict[str, Any]:
-    """All that shapes a reply beside its prompt and the weights: replies under other settings are never mixed in."""
+def reply_settings(run: StudentRun, config: GenerationConfig, eval_type: EvalType, instruction: str) -> dict[str, Any]:
+    """All that shapes a reply beside the question and the weights: replies under other settings are never mixed in."""
     settings: dict[str, Any] = {
         "eval_type": eval_type,
         "engine": "vllm" if config.vllm else "transformers",
@@ -153,7 +156,7 @@ def reply_settings(run: StudentRun, config: GenerationConfig, eval_type: EvalTyp
         "batch_size": None if config.vllm else config.batch_size,
         "tensor_parallel": config.tensor_parallel,
     }
-    return settings
+    return settings if eval_type == "fine-tuned" else settings | {"instruction": instruction}
 
 
 def collect_replies(task: Task, served: Served) -> None:
@@ -234,10 +237,18 @@ def write_results(folder: Path, predictions: Sequence[Prediction], seconds: dict
 
 
 def summary(what: str, found: dict[str, Any]) -> str:
-    """One line: accuracy under each rule, the share that runs, and how long it took."""
-    low, high = found["accuracy_interval"]
+    """One line: accuracy under each rule and without disputed labels, the share that runs, and how long it took."""
+
+    def accuracy(rule: Rule) -> str:
+        name = METRIC_OF_RULE[rule]
+        low, high = found[f"{name}_interval"]
+        return f"{found[name]:.1%} [{low:.1%}, {high:.1%}] {rule}"
+
+    more = [f"reported rule {found['accuracy_reported_rule']:.1%}"]
+    if disputed := found["n"] - found.get("n_undisputed", found["n"]):
+        shares = " and ".join(f"{found[f'{METRIC_OF_RULE[rule]}_undisputed']:.1%}" for rule in HEADLINES)
+        more.append(f"without {disputed} disputed labels {shares}")
     return (
-        f"{what}: accuracy {found['accuracy']:.1%} [{low:.1%}, {high:.1%}] of {found['n']} (relaxed "
-        f"{found['accuracy_relaxed']:.1%}, reported rule {found['accuracy_reported_rule']:.1%}), "
+        f"{what}: accuracy {', '.join(map(accuracy, HEADLINES))}, of {found['n']} ({'; '.join(more)}), "
         f"{found['share_runs']:.1%} run, {found['seconds']['generate']:.0f} s to generate"
     )

@@ -110,6 +110,12 @@ def extract_code(reply: str) -> str:
     return textwrap.dedent(block[1] if block else text).strip()
 
 
+def question_of(prompt: str) -> str:
+    """The question of a fine-tuning prompt; the whole prompt where it has no markers."""
+    tail = prompt.rpartition(QUESTION)[2]
+    return (tail.rpartition(PYTHON)[0] if PYTHON in tail else tail).strip()
+
+
 def page_from_prompt(prompt: str) -> Question:
     """Parse a fine-tuning prompt back into its page and question; `id`, `answer` and `program` stay empty.
 
@@ -118,11 +124,10 @@ def page_from_prompt(prompt: str) -> Question:
 
     Raises UserError where a marker is missing.
     """
-    head, found_question, tail = prompt.rpartition(QUESTION)
+    head, found_question, _ = prompt.rpartition(QUESTION)
     _, found_passage, page = head.partition(PASSAGE)
     if not found_question or not found_passage:
         raise UserError(f"a prompt without {PASSAGE} and {QUESTION} cannot be read: {prompt[:60]!r}...")
-    question = tail.rpartition(PYTHON)[0] if PYTHON in tail else tail
     lines = [line.strip() for line in page.strip().split("\n")]
     start, end = _table_lines(lines)
     return Question(
@@ -130,7 +135,7 @@ def page_from_prompt(prompt: str) -> Question:
         pre_text="\n".join(lines[:start]),
         post_text="\n".join(lines[end:]),
         table=parse_table("\n".join(lines[start:end])),
-        question=question.strip(),
+        question=question_of(prompt),
         answer="",
     )
 

@@ -33,6 +33,8 @@ class Question:
     """The label: a number or yes/no, as text."""
     program: str = ""
     """The gold program in FinQA's language (see finqa.programs); empty where there is none."""
+    stated_answer: str = ""
+    """What the report's annotator wrote, e.g. `24%` or `$ 4.26 million` (see finqa.stated_answers); may be empty."""
     family: str = ""
     """Question family, where the data set knows it (FinQA-mini)."""
     family_kind: str = ""
@@ -55,6 +57,7 @@ class TeacherRow:
     actual_answer: str
     expected_answer: str
     id: str = ""
+    stated_answer: str = ""
     finish_reason: str = ""
     error_kind: str = ""
     error_message: str = ""
@@ -64,7 +67,8 @@ class TeacherRow:
 
 
 _CLEAN_COLUMNS = ("pre_text", "post_text", "table", "question", "answer", "program", "id")
-_FAMILY_COLUMNS = ("family", "family_kind")
+_COLUMNS_OF_SOME = ("stated_answer", "family", "family_kind")
+"""Columns that a file has only where a row of it has something there."""
 _TEACHER_COLUMNS = tuple(field.name for field in fields(TeacherRow))
 _REQUIRED_CLEAN = ("pre_text", "post_text", "table", "question", "answer")
 _REQUIRED_TEACHER = ("prompt", "generated_code", "actual_answer", "expected_answer")
@@ -81,7 +85,7 @@ def parse_table(text: str) -> Table:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Read a clean CSV. `id`, `program` and the family columns may be absent; other columns are ignored.
+    """Read a clean CSV. `id`, `program` and the columns of some data sets may be absent; other columns are ignored.
 
     Raises UserError for a missing file or column, a file that was cut off, or a row with too many or too few cells.
     """
@@ -95,6 +99,7 @@ def read_questions(path: Path) -> list[Question]:
             question=row["question"],
             answer=row["answer"],
             program=row.get("program", ""),
+            stated_answer=row.get("stated_answer", ""),
             family=row.get("family", ""),
             family_kind=row.get("family_kind", ""),
         )
@@ -103,8 +108,8 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def write_questions(path: Path, questions: Sequence[Question]) -> None:
-    """Write a clean CSV; the family columns appear only where a question has a family."""
-    columns = _CLEAN_COLUMNS + (_FAMILY_COLUMNS if any(q.family for q in questions) else ())
+    """Write a clean CSV; the columns of some data sets appear only where a question has something there."""
+    columns = _present((*_CLEAN_COLUMNS, *_COLUMNS_OF_SOME), questions)
     _write_rows(
         path,
         columns,
@@ -123,13 +128,13 @@ def read_teacher_rows(path: Path) -> list[TeacherRow]:
 
 def write_teacher_rows(path: Path, rows: Sequence[TeacherRow]) -> None:
     """Write a generated or filtered CSV."""
-    columns = _teacher_columns(rows)
+    columns = _present(_TEACHER_COLUMNS, rows)
     _write_rows(path, columns, ({c: getattr(row, c) for c in columns} for row in rows))
 
 
 def write_rejected(path: Path, rejected: Sequence[tuple[TeacherRow, str]]) -> None:
     """Write the rows that the filter set aside, each with its reason."""
-    columns = _teacher_columns([row for row, _ in rejected])
+    columns = _present(_TEACHER_COLUMNS, [row for row, _ in rejected])
     _write_rows(
         path,
         (*columns, "reason"),
@@ -137,9 +142,8 @@ def write_rejected(path: Path, rejected: Sequence[tuple[TeacherRow, str]]) -> No
     )
 
 
-def _teacher_columns(rows: Sequence[TeacherRow]) -> tuple[str, ...]:
-    with_family = any(row.family for row in rows)
-    return tuple(c for c in _TEACHER_COLUMNS if with_family or c not in _FAMILY_COLUMNS)
+def _present(columns: Sequence[str], rows: Sequence[Question] | Sequence[TeacherRow]) -> tuple[str, ...]:
+    return tuple(c for c in columns if c not in _COLUMNS_OF_SOME or any(getattr(row, c) for row in rows))
 
 
 def _read_rows(path: Path, required: Sequence[str], remedy: str) -> list[dict[str, str]]:

@@ -3,8 +3,9 @@
     python -m preprocessing.preprocess_finqa [--dataset FinQA] [--split train|dev|test|all] [--data-dir D]
 
 Reads  D/FinQA/{train,dev,test}.json (python -m preprocessing.download_finqa makes them; FinQA-mini is shipped)
-Writes D/clean/FinQA/{train,dev,test}.csv: pre_text, post_text, table, question, answer, program, id (and family,
-       family_kind where the data set has them), and beside each its run manifest {split}.run.json
+Writes D/clean/FinQA/{train,dev,test}.csv: pre_text, post_text, table, question, answer (the label), program, id, and
+       where the data set has them stated_answer (what the report's annotator wrote), family, family_kind; beside each
+       its run manifest {split}.run.json
 
 Rows without a question or an answer, or of another shape, are dropped; the summary counts them by reason, the
 manifest names them. A second row of one id is kept as `<id>#2`.

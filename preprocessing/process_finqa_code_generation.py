@@ -6,8 +6,9 @@
 
 Reads  D/clean/FinQA/{split}.csv
 Writes D/clean_with_code/FinQA/finqa_{split}_generated.csv: prompt, generated_code, actual_answer, expected_answer, id,
-       finish_reason, error_kind, error_message, program; exactly one row for each clean row, in its order;
-       generated_code is empty where the teacher failed. Beside it the run manifest finqa_{split}_generated.run.json
+       stated_answer (where the clean CSV has it), finish_reason, error_kind, error_message, program; exactly one row
+       for each clean row, in its order; generated_code is empty where the teacher failed. Beside it the run manifest
+       finqa_{split}_generated.run.json
 
 `--teacher openai` (the default) asks a model and needs OPENAI_API_KEY; `--base-url` names any compatible server, for
 instance vLLM's. Every try is first written to finqa_{split}_generated.journal.jsonl: killed and started again, the
@@ -175,6 +176,7 @@ def teacher_row(question: Question, reply: Reply) -> TeacherRow:
         actual_answer="",
         expected_answer=question.answer,
         id=question.id,
+        stated_answer=question.stated_answer,
         finish_reason=reply.finish_reason,
         error_kind=reply.error_kind,
         error_message=reply.error_message,

@@ -16,6 +16,7 @@ import pytest
 from finqa.answers import match
 from finqa.errors import report_errors
 from finqa.paths import REPOSITORY, Folders
+from finqa.prompts import INSTRUCTION
 from finqa.records import TeacherRow, write_teacher_rows
 from finqa.scoring.predictions import read_predictions
 
@@ -160,7 +161,7 @@ def test_all_types_on_both_splits_leave_figures_that_follow_from_the_predictions
             assert manifest["served"]["engine"] == "transformers"
             assert (manifest["student_hash"] is None) == (eval_type != "fine-tuned")
     student_folder = folders.results / "FinQA-mini" / MODEL_ID
-    assert "| zero-shot | fine-tuned | 6 |" in (student_folder / "metrics.md").read_text()
+    assert "| zero-shot | fine-tuned | strict | 6 |" in (student_folder / "metrics.md").read_text()
     assert (student_folder / "accuracy.png").exists()
 
 
@@ -225,6 +226,21 @@ def test_samples_are_voted_on_beside_the_greedy_results(
     assert [len(p.samples or ()) for p in read_predictions(sampled)] == [3] * 8
     assert json.loads((sampled / "run.json").read_text())["generation"]["temperature"] == 0.7
     assert "| zero-shot-3-samples | 3 |" in (sampled.parents[1] / "metrics.md").read_text()
+
+
+@pytest.mark.slow
+def test_an_instruction_replaces_the_data_sets_own_and_its_replies_stay_apart(
+    folders: Folders, tiny_student: Path, run_here: Callable[..., int]
+):
+    words = ["FinQA-mini", tiny_student, "-P", "-NT", "-D", "-ET", "zero-shot", "--max-new-tokens", 8, *where(folders)]
+    seen = {}
+    for flags in ((), ("--instruction", "Be brief.")):
+        assert run_here(*words, *flags) == 0
+        manifest = json.loads((folder_of(folders) / "run.json").read_text())
+        seen[manifest["generation"]["instruction"]] = manifest["generation_key"]
+        assert read_predictions(folder_of(folders))[0].n_prompt_tokens > 0
+    assert list(seen) == [INSTRUCTION, "Be brief."]
+    assert len(set(seen.values())) == 2
 
 
 @pytest.mark.slow

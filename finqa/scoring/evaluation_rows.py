@@ -9,6 +9,7 @@ from finqa import answers, datasets, programs, prompts
 from finqa.errors import UserError
 from finqa.paths import Folders
 from finqa.records import TeacherRow, read_questions, read_teacher_rows
+from finqa.stated_answers import AnswerKind, answer_kind, label_disputed
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,17 @@ class EvalRow:
     teacher_solved: bool | None
     family: str = ""
     family_kind: str = ""
+    stated_answer: str = ""
+
+    @property
+    def answer_kind(self) -> AnswerKind:
+        """What the question asks for: per cent, an amount, or yes or no."""
+        return answer_kind(self.stated_answer, self.expected, prompts.question_of(self.prompt))
+
+    @property
+    def label_disputed(self) -> bool | None:
+        """Whether the stated answer contradicts the label; None where nothing is stated."""
+        return label_disputed(self.stated_answer, self.expected)
 
     @property
     def n_steps(self) -> int | None:
@@ -50,7 +62,9 @@ def read_rows(
     elif clean.exists():
         path = clean
         rows = [
-            EvalRow(q.id, prompts.training_prompt(q), q.answer, q.program, None, q.family, q.family_kind)
+            EvalRow(
+                q.id, prompts.training_prompt(q), q.answer, q.program, None, q.family, q.family_kind, q.stated_answer
+            )
             for q in read_questions(clean)
         ]
     elif filtered.exists():
@@ -72,4 +86,6 @@ def read_rows(
 
 def _from_teacher(row: TeacherRow, data: datasets.Dataset) -> EvalRow:
     solved = answers.match(row.actual_answer, row.expected_answer, data.answer_rule)
-    return EvalRow(row.id, row.prompt, row.expected_answer, row.program, solved, row.family, row.family_kind)
+    return EvalRow(
+        row.id, row.prompt, row.expected_answer, row.program, solved, row.family, row.family_kind, row.stated_answer
+    )

@@ -55,9 +55,38 @@ def _names(folder: Path) -> list[str]:
     return names
 
 
-def families(evaluations: list[Evaluation]) -> list[str]:
-    """Known families before new ones, each in the order of names."""
-    kinds: dict[str, str] = {}
-    for e in evaluations:
-        kinds |= {family: group.get("kind", "") for family, group in e.metrics.get("by_family", {}).items()}
-    return sorted(kinds, key=lambda family: (kinds[family], family))
+@dataclass(frozen=True)
+class Grouping:
+    """One way in which metrics.json divides the questions."""
+
+    key: str
+    """Of metrics.json."""
+    column: str
+    title: str
+    note: str = ""
+
+    def of(self, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
+        """The figures of each group by its name; empty where the evaluation has none."""
+        return evaluation.metrics.get(self.key, {})
+
+    def names(self, evaluations: list[Evaluation]) -> list[str]:
+        """The groups that any evaluation has: known families before new ones, each in the order of names."""
+        names = {name for e in evaluations for name in self.of(e)}
+        return sorted(names, key=lambda name: (self.kind(evaluations, name), len(name) if name.isdigit() else 0, name))
+
+    def kind(self, evaluations: list[Evaluation], name: str) -> str:
+        """`known` or `new` for a question family; else empty."""
+        if self.key != "by_family":
+            return ""
+        return next((group.get("kind", "") for e in evaluations if (group := self.of(e).get(name))), "")
+
+
+FAMILIES = Grouping(
+    "by_family",
+    "family",
+    "By question family",
+    "The base model knows the *known* families from its pretraining; the *new* ones are what fine-tuning adds.",
+)
+ANSWER_KINDS = Grouping("by_answer_kind", "answer", "By the kind of answer that is asked for")
+STEPS = Grouping("by_steps", "steps", "By the number of steps of the gold program")
+GROUPINGS = (FAMILIES, ANSWER_KINDS, STEPS)

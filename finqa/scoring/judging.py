@@ -64,6 +64,8 @@ def _prediction(row: EvalRow, ids: list[int], reply: Reply, code: str, run: Run)
         teacher_solved=row.teacher_solved,
         family=row.family,
         family_kind=row.family_kind,
+        answer_kind=row.answer_kind,
+        label_disputed=row.label_disputed,
     )
 
 

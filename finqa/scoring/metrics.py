@@ -1,4 +1,4 @@
-"""From scored rows to figures: accuracy with its interval, by family and by length, errors, and paired tests."""
+"""From scored rows to figures: accuracy with its interval, of all rows and of groups, errors, and paired tests."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ METRIC_OF_RULE: dict[Rule, str] = {
     "relaxed": "accuracy_relaxed",
     "reported": "accuracy_reported_rule",
 }
+HEADLINES: tuple[Rule, ...] = ("strict", "relaxed")
+"""The rules whose figures stand side by side."""
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -40,10 +42,12 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def compare(first: Iterable[Prediction], second: Iterable[Prediction]) -> tuple[int, int, int, float]:
-    """Rows in both, rows that only the first and only the second has right (strict), and McNemar's p."""
-    of_first = {p.id: p.correct["strict"] for p in first}
-    pairs = [(of_first[p.id], p.correct["strict"]) for p in second if p.id in of_first]
+def compare(
+    first: Iterable[Prediction], second: Iterable[Prediction], rule: Rule = "strict"
+) -> tuple[int, int, int, float]:
+    """Rows in both, rows that only the first and only the second has right under `rule`, and McNemar's p."""
+    of_first = {p.id: p.correct[rule] for p in first}
+    pairs = [(of_first[p.id], p.correct[rule]) for p in second if p.id in of_first]
     only_first = sum(a and not b for a, b in pairs)
     only_second = sum(b and not a for a, b in pairs)
     return len(pairs), only_first, only_second, mcnemar(only_first, only_second)
@@ -52,19 +56,23 @@ def compare(first: Iterable[Prediction], second: Iterable[Prediction]) -> tuple[
 def metrics(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """The content of metrics.json that follows from the predictions alone.
 
-    `accuracy` is under the strict rule, as are all figures but `accuracy_relaxed` and `accuracy_reported_rule`.
-    A share of no rows is None. Where rows were sampled, all of these are of the voted answers, and the samples have
-    figures of their own. Raises ValueError for an error kind that is none of PREDICTION_ERROR_KINDS.
+    Figures are under the strict rule where their name has no other (`accuracy_relaxed`, `accuracy_reported_rule`).
+    `accuracy_undisputed` leaves out the rows whose label is disputed, and is there where any row has a stated answer. A
+    share of no rows is None. Where rows were sampled, all of these are of the voted answers, and the samples have
+    figures of their own, under the strict rule. Raises ValueError for an error kind that is none of
+    PREDICTION_ERROR_KINDS.
     """
     n = len(predictions)
     if unknown := {p.error_kind for p in predictions if p.error_kind} - set(PREDICTION_ERROR_KINDS):
         raise ValueError(f"unknown error kind {', '.join(sorted(unknown))}")
     result: dict[str, Any] = {"n": n}
-    for rule in RULES:
-        result |= _share(METRIC_OF_RULE[rule], [p.correct[rule] for p in predictions])
-    judged = [p.correct["strict"] for p in predictions if p.teacher_solved]
+    result |= _accuracy(predictions, RULES)
     if any(p.teacher_solved is not None for p in predictions):
-        result |= _share("accuracy_teacher_solved", judged) | {"n_teacher_solved": len(judged)}
+        solved = [p for p in predictions if p.teacher_solved]
+        result |= _accuracy(solved, ("strict",), "_teacher_solved") | {"n_teacher_solved": len(solved)}
+    if any(p.label_disputed is not None for p in predictions):
+        undisputed = [p for p in predictions if not p.label_disputed]
+        result |= _accuracy(undisputed, HEADLINES, "_undisputed") | {"n_undisputed": len(undisputed)}
     result["share_runs"] = _mean([p.error_kind is None for p in predictions])
     result["errors_by_kind"] = dict(Counter(p.error_kind for p in predictions if p.error_kind).most_common())
     result["finish_reasons"] = dict(Counter(p.finish_reason for p in predictions).most_common())
@@ -77,6 +85,7 @@ def metrics(predictions: Sequence[Prediction]) -> dict[str, Any]:
     for name, key in (
         ("family", lambda p: p.family),
         ("family_kind", lambda p: p.family_kind),
+        ("answer_kind", lambda p: p.answer_kind),
         ("steps", lambda p: "" if p.program_steps is None else str(p.program_steps)),
     ):
         groups: dict[str, list[Prediction]] = defaultdict(list)
@@ -104,10 +113,19 @@ def _of_samples(predictions: Sequence[Prediction]) -> dict[str, Any]:
 
 
 def _group(rows: Sequence[Prediction]) -> dict[str, Any]:
-    share = _share("accuracy", [p.correct["strict"] for p in rows])
     kinds = {p.family_kind for p in rows}
     kind = {"kind": kinds.pop()} if len(kinds) == 1 and "" not in kinds else {}
-    return {"n": len(rows), **kind, **share, "share_runs": _mean([p.error_kind is None for p in rows])}
+    runs = _mean([p.error_kind is None for p in rows])
+    return {"n": len(rows), **kind, **_accuracy(rows, HEADLINES), "share_runs": runs}
+
+
+def _accuracy(rows: Sequence[Prediction], rules: Sequence[Rule], of: str = "") -> dict[str, Any]:
+    """Accuracy under each of the rules, with its interval; `of` ends the names."""
+    return {
+        name: figure
+        for rule in rules
+        for name, figure in _share(METRIC_OF_RULE[rule] + of, [p.correct[rule] for p in rows]).items()
+    }
 
 
 def _share(name: str, verdicts: Sequence[bool]) -> dict[str, Any]:

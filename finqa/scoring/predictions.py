@@ -64,6 +64,10 @@ class Prediction:
     """Whether the teacher's program gave the label; None where no teacher was asked."""
     family: str = ""
     family_kind: str = ""
+    answer_kind: str = ""
+    """One of finqa.stated_answers.ANSWER_KINDS; empty in files from before it was recorded."""
+    label_disputed: bool | None = None
+    """Whether the annotator's stated answer contradicts the label; None where there is none, or it was not recorded."""
     samples: tuple[Sample, ...] | None = None
     """None for a greedy reply."""
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from finqa.paths import SPLITS, write_atomically
 from finqa.scoring.accuracy_figure import accuracy_figure
-from finqa.scoring.finished_evaluations import Evaluation, families, read_evaluations
-from finqa.scoring.metrics import compare
+from finqa.scoring.finished_evaluations import GROUPINGS, Evaluation, Grouping, read_evaluations
+from finqa.scoring.metrics import HEADLINES, METRIC_OF_RULE, compare
 
 FIGURE = "accuracy.png"
 
@@ -24,17 +24,18 @@ def write_report(folder: Path) -> Path:
 
 
 def _body(splits: dict[str, list[Evaluation]]) -> list[str]:
-    lines = [f"![accuracy by evaluation type and question family]({FIGURE})", ""]
+    lines = [f"![accuracy by evaluation type and group of questions]({FIGURE})", ""]
     for split, evaluations in splits.items():
         lines += [f"## {split}", "", *_accuracy_table(evaluations), ""]
+        if any(_disputed(e) for e in evaluations):
+            lines += [*_undisputed_table(evaluations), ""]
         if len(evaluations) > 1:
             lines += [*_paired_table(evaluations), ""]
         if any(e.sampled for e in evaluations):
             lines += [*_sample_table(evaluations), ""]
-        if any("by_family" in e.metrics for e in evaluations):
-            lines += [*_family_table(evaluations), ""]
-        if any("by_steps" in e.metrics for e in evaluations):
-            lines += [*_steps_table(evaluations), ""]
+        for grouping in GROUPINGS:
+            if names := grouping.names(evaluations):
+                lines += [*_group_table(grouping, names, evaluations), ""]
         lines += [*_error_table(evaluations), ""]
     return lines
 
@@ -42,10 +43,11 @@ def _body(splits: dict[str, list[Evaluation]]) -> list[str]:
 def _accuracy_table(evaluations: list[Evaluation]) -> list[str]:
     lines = [
         "Accuracy in per cent, with its 95% interval (Wilson). An answer is right under the strict rule where it is "
-        "the label to five decimals; the relaxed and the reported rule forgive more. Teacher-solved: the rows whose "
-        "label the teacher's program gave.",
+        "the label to five decimals. The relaxed rule also takes a relative error of 0.001, and per cent for a "
+        "fraction or a fraction for per cent. The reported rule is looser still. Teacher-solved: the rows whose label "
+        "the teacher's program gave.",
         "",
-        "| | n | **strict** | relaxed | reported rule | teacher-solved (strict) | programs that run |",
+        "| | n | **strict** | **relaxed** | reported rule | teacher-solved (strict) | programs that run |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for e in evaluations:
@@ -55,31 +57,44 @@ def _accuracy_table(evaluations: list[Evaluation]) -> list[str]:
             if "n_teacher_solved" in m
             else ""
         )
-        cells = [
-            e.name,
-            str(m["n"]),
-            f"**{_with_interval(m, 'accuracy')}**",
-            _with_interval(m, "accuracy_relaxed"),
-            _with_interval(m, "accuracy_reported_rule"),
-            solved,
-            _percent(m["share_runs"]),
-        ]
-        lines.append(_row(cells))
+        headlines = [f"**{_with_interval(m, METRIC_OF_RULE[rule])}**" for rule in HEADLINES]
+        cells = [e.name, str(m["n"]), *headlines, _with_interval(m, "accuracy_reported_rule"), solved]
+        lines.append(_row([*cells, _percent(m["share_runs"])]))
+    return lines
+
+
+def _disputed(e: Evaluation) -> int:
+    return e.metrics["n"] - e.metrics.get("n_undisputed", e.metrics["n"])
+
+
+def _undisputed_table(evaluations: list[Evaluation]) -> list[str]:
+    lines = [
+        "Without disputed labels: the rows left out are those where what the report's annotator wrote contradicts the "
+        "label by more than rounding, per cent, unit or sign, so that one of the two is wrong.",
+        "",
+        "| | left out | n | strict | relaxed |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for e in evaluations:
+        if "n_undisputed" in e.metrics:
+            shares = [_with_interval(e.metrics, f"{METRIC_OF_RULE[rule]}_undisputed") for rule in HEADLINES]
+            lines.append(_row([e.name, str(_disputed(e)), str(e.metrics["n_undisputed"]), *shares]))
     return lines
 
 
 def _paired_table(evaluations: list[Evaluation]) -> list[str]:
     lines = [
-        "The same rows in pairs (strict): how many only one of two evaluations has right (discordant), and the exact "
-        "two-sided p of McNemar's test.",
+        "The same rows in pairs: how many only one of two evaluations has right (discordant), and the exact two-sided "
+        "p of McNemar's test.",
         "",
-        "| first | second | rows in both | discordant | only first right | only second right | p |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| first | second | rule | rows in both | discordant | only first right | only second right | p |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for first, second in combinations(evaluations, 2):
-        n, only_first, only_second, p = compare(first.predictions, second.predictions)
-        counts = [str(count) for count in (n, only_first + only_second, only_first, only_second)]
-        lines.append(_row([first.name, second.name, *counts, f"{p:.2g}"]))
+        for rule in HEADLINES:
+            n, only_first, only_second, p = compare(first.predictions, second.predictions, rule)
+            counts = [str(count) for count in (n, only_first + only_second, only_first, only_second)]
+            lines.append(_row([first.name, second.name, rule, *counts, f"{p:.2g}"]))
     return lines
 
 
@@ -100,34 +115,18 @@ def _sample_table(evaluations: list[Evaluation]) -> list[str]:
     return lines
 
 
-def _family_table(evaluations: list[Evaluation]) -> list[str]:
-    types = [e.name for e in evaluations]
+def _group_table(grouping: Grouping, names: list[str], evaluations: list[Evaluation]) -> list[str]:
+    kinds = {name: kind for name in names if (kind := grouping.kind(evaluations, name))}
     lines = [
-        "By question family (strict, per cent). The base model knows the *known* families from its pretraining; the "
-        "*new* ones are what fine-tuning adds.",
+        f"{grouping.title} (strict / relaxed, per cent). {grouping.note}".rstrip(),
         "",
-        _row(["family", "kind", "n", *types]),
-        _row(["---"] * (3 + len(types))),
+        _row([grouping.column, *(["kind"] if kinds else []), "n", *(e.name for e in evaluations)]),
+        _row(["---"] * (2 + bool(kinds) + len(evaluations))),
     ]
-    for family in families(evaluations):
-        groups = [e.metrics.get("by_family", {}).get(family, {}) for e in evaluations]
-        one = next(group for group in groups if group)
-        shares = [_percent(group.get("accuracy")) for group in groups]
-        lines.append(_row([family, one.get("kind", ""), str(one["n"]), *shares]))
-    return lines
-
-
-def _steps_table(evaluations: list[Evaluation]) -> list[str]:
-    lines = [
-        "By the number of steps of the gold program (strict, per cent).",
-        "",
-        _row(["steps", "n", *(e.name for e in evaluations)]),
-        _row(["---"] * (2 + len(evaluations))),
-    ]
-    for steps in sorted({steps for e in evaluations for steps in e.metrics.get("by_steps", {})}, key=int):
-        groups = [e.metrics.get("by_steps", {}).get(steps, {}) for e in evaluations]
+    for name in names:
+        groups = [grouping.of(e).get(name, {}) for e in evaluations]
         n = next(group["n"] for group in groups if group)
-        lines.append(_row([steps, str(n), *(_percent(group.get("accuracy")) for group in groups)]))
+        lines.append(_row([name, *([kinds.get(name, "")] if kinds else []), str(n), *map(_headlines, groups)]))
     return lines
 
 
@@ -148,6 +147,11 @@ def _row(cells: list[str]) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
+
+
+def _headlines(group: dict[str, Any]) -> str:
+    """Accuracy under both rules; the strict one alone where the relaxed was not recorded."""
+    return " / ".join(_percent(group[METRIC_OF_RULE[rule]]) for rule in HEADLINES if METRIC_OF_RULE[rule] in group)
 
 
 def _with_interval(found: dict[str, Any], name: str) -> str:

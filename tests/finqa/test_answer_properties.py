@@ -77,6 +77,22 @@ def test_relaxed_contains_strict(actual: object, expected: object, distance: flo
         assert match(result, expected, "relaxed") or not match(result, expected, "strict")
 
 
+@given(LABELS, st.floats(-9.99e-4, 9.99e-4), st.sampled_from([1, 100, 0.01]))
+def test_relaxed_forgives_a_rounded_result_and_per_cent_either_way(label: int | float, error: float, factor: float):
+    assume(label != 0)
+    assert match(label * (1 + error) * factor, label, "relaxed")
+
+
+@given(LABELS, st.floats(1.01e-3, 0.5), st.sampled_from([1, -1]), st.sampled_from([1, 100, 0.01]))
+def test_relaxed_forgives_no_larger_error_and_nothing_where_the_label_is_zero(
+    label: int | float, error: float, side: int, factor: float
+):
+    result = label * (1 + side * error) * factor
+    assume(abs(result - label) > 5.01e-6)  # what strict accepts
+    assert not match(result, label, "relaxed")
+    assert not match(label, 0, "relaxed") or match(label, 0)
+
+
 @given(NUMBERS, st.sampled_from(RULES))
 def test_every_number_matches_itself_as_text(value: int | float, rule: Rule):
     assert match(repr(value), value, rule)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from finqa.sandbox import ERROR_KINDS, Sandbox
 from finqa.scoring.evaluation_rows import EvalRow, read_rows
 from finqa.scoring.judging import judge
 from finqa.scoring.metrics import compare, mcnemar, metrics, wilson
-from finqa.scoring.predictions import Prediction, read_predictions
+from finqa.scoring.predictions import Prediction, read_predictions, write_predictions
 from finqa.scoring.report import write_report
 
 MINI = dataset("FinQA-mini")
@@ -30,11 +31,12 @@ def row(number: int, expected: str, **more) -> EvalRow:
 
 ROWS = [
     row(0, "3.0", teacher_solved=True, family="sum", family_kind="known"),
-    row(1, "0.25", teacher_solved=True, family="share", family_kind="new", program="divide(1, 4), add(#0, 0)"),
+    row(1, "0.25", teacher_solved=True, family="share", family_kind="new", program="divide(1, 4), add(#0, 0)",
+        stated_answer="25%"),
     row(2, "yes", teacher_solved=False, family="share", family_kind="new"),
-    row(3, "7", teacher_solved=False, family="sum", family_kind="known", program=""),
+    row(3, "7", teacher_solved=False, family="sum", family_kind="known", program="", stated_answer="8.5"),
     row(4, "1", teacher_solved=True, family="sum", family_kind="known"),
-]
+]  # fmt: skip
 REPLIES = [
     Reply("\nans = 1 + 2\n###End Python", 10, 5, "stop"),
     Reply("```python\nans = 25.01\n```\n", 10, 9, "stop"),
@@ -62,6 +64,8 @@ def test_each_reply_is_run_and_judged_under_each_rule(predictions: list[Predicti
     assert [p.correct["relaxed"] for p in predictions] == [True, True, True, False, False]
     assert [p.error_kind for p in predictions] == [None, None, None, "runtime", "prompt-too-long"]
     assert [p.program_steps for p in predictions] == [1, 2, 1, None, 1]
+    assert [p.answer_kind for p in predictions] == ["amount", "per cent", "yes/no", "amount", "amount"]
+    assert [p.label_disputed for p in predictions] == [None, False, None, True, None]
     assert len({p.prompt_hash for p in predictions}) == 5
 
 
@@ -80,7 +84,33 @@ def test_the_metrics_follow_from_the_predictions_file_alone(predictions: list[Pr
     assert found["accuracy_by_family_kind"] == {"known": 1 / 3, "new": 0.5}
     assert found["accuracy_by_steps"] == {"1": 2 / 3, "2": 0.0}
     assert found["tokens"] == {"prompt": 5040, "new": 178}
-    assert "40.0% [11.8%, 76.9%] of 5" in summary("zero-shot on dev", found)
+    line = summary("zero-shot on dev", found)
+    assert "accuracy 40.0% [11.8%, 76.9%] strict, 60.0% [23.1%, 88.2%] relaxed, of 5" in line
+    assert "without 1 disputed labels 50.0% and 75.0%" in line
+
+
+def test_both_headlines_are_given_of_groups_and_of_the_rows_whose_label_is_not_disputed(predictions: list[Prediction]):
+    found = metrics(predictions)
+    assert found["accuracy_by_answer_kind"] == {"amount": 1 / 3, "per cent": 0.0, "yes/no": 1.0}
+    group = found["by_answer_kind"]["per cent"]
+    assert (group["n"], group["accuracy"], group["accuracy_relaxed"]) == (1, 0.0, 1.0)
+    assert group["accuracy_interval"] == list(wilson(0, 1)) and group["accuracy_relaxed_interval"] == list(wilson(1, 1))
+    assert found["by_family"]["share"]["accuracy_relaxed"] == 1.0
+    assert found["n_undisputed"] == 4
+    assert (found["accuracy_undisputed"], found["accuracy_relaxed_undisputed"]) == (0.5, 0.75)
+    assert found["accuracy_relaxed_undisputed_interval"] == list(wilson(3, 4))
+
+
+def test_predictions_from_before_the_kind_and_the_dispute_were_recorded_are_read(
+    predictions: list[Prediction], tmp_path: Path
+):
+    write_predictions(tmp_path, predictions)
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    old = [{k: v for k, v in line.items() if k not in ("answer_kind", "label_disputed")} for line in lines]
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    again = read_predictions(tmp_path)
+    assert [(p.id, p.answer_kind, p.label_disputed) for p in again] == [(f"q{n}", "", None) for n in range(5)]
+    assert not {"by_answer_kind", "n_undisputed"} & set(metrics(again))
 
 
 def test_a_reply_with_text_that_no_file_can_hold_is_still_written(predictions: list[Prediction], tmp_path: Path):
@@ -111,6 +141,7 @@ def test_two_evaluations_are_compared_on_the_rows_they_share(predictions: list[P
     wrong = dict.fromkeys(predictions[0].correct, False)
     other = [Prediction(**{**p.__dict__, "correct": wrong}) for p in predictions[:3]]
     assert compare(predictions, other) == (3, 2, 0, 0.5)
+    assert compare(other, predictions, "relaxed") == (3, 0, 3, 0.25)
 
 
 def teacher(number: int, actual: str, expected: str) -> TeacherRow:
@@ -124,6 +155,9 @@ def test_every_labelled_row_is_scored_and_those_the_teacher_solved_are_marked(tm
     path, rows = read_rows(folders, MINI, "dev")
     assert path == folders.generated("FinQA-mini", "dev")
     assert [(r.id, r.teacher_solved) for r in rows] == [("t0", True), ("t1", False)]
+    assert rows[0].label_disputed is None
+    write_teacher_rows(folders.generated("FinQA-mini", "dev"), [replace(solved, stated_answer="3")])
+    assert read_rows(folders, MINI, "dev")[1][0].label_disputed
 
 
 def test_without_a_teachers_file_the_clean_rows_are_scored_and_else_the_filtered_which_is_said(
@@ -136,11 +170,14 @@ def test_without_a_teachers_file_the_clean_rows_are_scored_and_else_the_filtered
     path, rows = read_rows(folders, MINI, "dev")
     assert path == folders.filtered("FinQA-mini", "dev") and rows[0].teacher_solved
     assert "only the rows that the teacher solved" in capsys.readouterr().out
-    write_questions(folders.clean("FinQA-mini", "dev"), [Question("", "page", "", [["a", "1"]], "what ?", "5")])
+    write_questions(
+        folders.clean("FinQA-mini", "dev"), [Question("", "page", "", [["a", "1"]], "what % ?", "5", "", "5%")]
+    )
     path, rows = read_rows(folders, MINI, "dev")
     assert path == folders.clean("FinQA-mini", "dev")
     assert rows[0].id == "row-0" and rows[0].teacher_solved is None
-    assert rows[0].prompt.endswith("what ?\n###Python")
+    assert rows[0].prompt.endswith("what % ?\n###Python")
+    assert (rows[0].answer_kind, rows[0].label_disputed) == ("per cent", False)
 
 
 def test_no_teacher_means_no_figure_for_the_rows_it_solved(predictions: list[Prediction]):
@@ -175,6 +212,16 @@ def test_samples_vote_and_keep_their_own_figures(tmp_path: Path):
     assert found["any_sample_right"] == 2 / 3
     assert found["share_runs_per_sample"] == 5 / 9
     assert found["tokens"] == {"prompt": 30, "new": 45}
+
+
+def test_the_answer_most_samples_gave_is_judged_under_both_rules_and_a_sample_under_the_strict():
+    """Two samples give per cent and one the fraction: per cent wins, which is right under the relaxed rule alone."""
+    voted = sampled([["ans = 3"] * 3, ["ans = 25", "ans = 0.25", "ans = 50 / 2"]])[1]
+    assert voted.answer == 25
+    assert (voted.correct["strict"], voted.correct["relaxed"]) == (False, True)
+    assert [sample.correct for sample in voted.samples or ()] == [False, True, False]
+    found = metrics([voted])
+    assert (found["accuracy"], found["accuracy_relaxed"], found["any_sample_right"]) == (0.0, 1.0, 1.0)
 
 
 def test_every_rule_has_its_figure_and_interval_and_every_error_kind_is_a_known_one(predictions: list[Prediction]):
@@ -212,13 +259,16 @@ def test_the_report_has_each_type_its_pairs_its_families_and_a_figure(prediction
         write_json(student / "test" / eval_type / "run.json", {})
     text = write_report(student).read_text()
     assert "# some-student on FinQA-mini" in text and "## test" in text and "## dev" not in text
-    assert "| zero-shot | 5 | **0.0 [0.0, 43.4]** |" in text
-    assert "| fine-tuned | 5 | **40.0 [11.8, 76.9]** | 60.0" in text
-    assert "| zero-shot | fine-tuned | 5 | 2 | 0 | 2 | 0.5 |" in text
-    assert "| zero-shot | fine-tuned-3-samples | 3 | 2 | 0 | 2 | 0.5 |" in text
+    assert "| zero-shot | 5 | **0.0 [0.0, 43.4]** | **0.0 [0.0, 43.4]** |" in text
+    assert "| fine-tuned | 5 | **40.0 [11.8, 76.9]** | **60.0 [23.1, 88.2]** | 60.0" in text
+    assert "| fine-tuned | 1 | 4 | 50.0 [15.0, 85.0] | 75.0 [30.1, 95.4] |" in text
+    assert "| zero-shot | fine-tuned | strict | 5 | 2 | 0 | 2 | 0.5 |" in text
+    assert "| zero-shot | fine-tuned | relaxed | 5 | 3 | 0 | 3 | 0.25 |" in text
+    assert "| zero-shot | fine-tuned-3-samples | strict | 3 | 2 | 0 | 2 | 0.5 |" in text
     assert "| fine-tuned-3-samples | 3 | 33.3 | 66.7 | 66.7 | 55.6 |" in text
-    assert "| share | new | 2 | 0.0 | 50.0 | 50.0 | 50.0 |" in text
-    assert "| 2 | 1 | 0.0 | 0.0 | 100.0 | 100.0 |" in text
+    assert "| share | new | 2 | 0.0 / 0.0 | 50.0 / 100.0 | 50.0 / 50.0 | 50.0 / 50.0 |" in text
+    assert "| 2 | 1 | 0.0 / 0.0 | 0.0 / 100.0 | 100.0 / 100.0 | 100.0 / 100.0 |" in text
+    assert "| per cent | 1 | 0.0 / 0.0 | 0.0 / 100.0 | 100.0 / 100.0 | 100.0 / 100.0 |" in text
     assert text.index("| fine-tuned | 5") < text.index("| fine-tuned-3-samples") < text.index("| fine-tuned-12-samples")
     assert text.index("| zero-shot | 5") < text.index("| fine-tuned | 5")
     assert (student / "accuracy.png").read_bytes().startswith(b"\x89PNG")

@@ -64,6 +64,21 @@ def test_family_columns_appear_only_where_there_are_families(tmp_path: Path):
     assert read_teacher_rows(tmp_path / "b.csv")[0].family_kind == "known"
 
 
+def test_the_stated_answer_is_a_column_after_the_id_where_any_row_has_one(tmp_path: Path):
+    questions = [Question("1", "", "", [], "q", "0.25", stated_answer="25%"), Question("2", "", "", [], "q", "7")]
+    rows = [TeacherRow("p", "c", "1", "1", id="1", stated_answer="$ 1"), TeacherRow("p", "c", "1", "1", id="2")]
+    clean, generated = tmp_path / "clean.csv", tmp_path / "generated.csv"
+    write_questions(clean, questions)
+    write_teacher_rows(generated, rows)
+    assert clean.read_text().splitlines()[0].endswith(",id,stated_answer")
+    assert ",id,stated_answer," in generated.read_text().splitlines()[0]
+    assert read_questions(clean) == questions and read_teacher_rows(generated) == rows
+    write_questions(clean, questions[1:])
+    write_teacher_rows(generated, rows[1:])
+    assert "stated_answer" not in clean.read_text() + generated.read_text()
+    assert read_questions(clean) == questions[1:] and read_teacher_rows(generated) == rows[1:]
+
+
 def test_a_pipe_or_line_break_in_a_cell_does_not_break_the_table():
     table = [["a|b", "c\nd"], ["e", "f"]]
     assert parse_table(format_table(table)) == [["a/b", "c d"], ["e", "f"]]

@@ -24,7 +24,7 @@ def test_every_split_becomes_a_clean_csv_with_the_documented_columns(command: Co
     for split in ("train", "dev", "test"):
         with clean(tmp_path, split).open(newline="") as file:
             header = next(csv.reader(file))
-        assert header == ["pre_text", "post_text", "table", "question", "answer", "program", "id"]
+        assert header == ["pre_text", "post_text", "table", "question", "answer", "program", "id", "stated_answer"]
     assert "FinQA train: 11 rows in, 11 kept, 0 dropped" in done.stdout
 
 
@@ -46,7 +46,18 @@ def test_the_label_is_exe_ans_and_answer_where_that_is_empty(command: Command, t
 
     command("preprocess_finqa", "--split", "train")
 
-    assert [q.answer for q in read_questions(clean(tmp_path))] == ["0.25", "yes", "25%", "7", "0"]
+    questions = read_questions(clean(tmp_path))
+    assert [q.answer for q in questions] == ["0.25", "yes", "25%", "7", "0"]
+    assert [q.stated_answer for q in questions] == ["25%", "about", "25%", "7", "about nothing"]
+
+
+def test_a_split_in_which_nothing_is_stated_has_no_column_for_it(command: Command, tmp_path: Path) -> None:
+    write_raw(tmp_path, train=[raw_row("none", answer=None), raw_row("list", exe_ans=3.5, answer=["25%"])])
+
+    command("preprocess_finqa", "--split", "train")
+
+    assert "stated_answer" not in clean(tmp_path).read_text().splitlines()[0]
+    assert [(q.id, q.stated_answer) for q in read_questions(clean(tmp_path))] == [("none", ""), ("list", "")]
 
 
 def test_rows_without_question_or_answer_or_of_another_shape_are_dropped_and_counted(
@@ -143,7 +154,7 @@ def test_family_columns_follow_the_id_where_the_data_set_has_them(command: Comma
     command("preprocess_finqa", "--split", "train")
 
     with clean(tmp_path).open(newline="") as file:
-        assert next(csv.reader(file))[-3:] == ["id", "family", "family_kind"]
+        assert next(csv.reader(file))[-4:] == ["id", "stated_answer", "family", "family_kind"]
 
 
 def test_a_missing_raw_file_is_one_line_with_the_remedy_before_anything_is_written(
