@@ -21,7 +21,12 @@ NOTHING = "-"
 
 def fill(page: str, folder: Path) -> str:
     """The page with every table made anew from the CSVs in `folder`. KeyError for a table of an unknown name."""
-    return BLOCK.sub(lambda found: f"{found[1]}{TABLES[found[2]](folder) or NOT_RUN}{found[4]}", page)
+    return fill_tables(page, lambda name: TABLES[name](folder) or NOT_RUN)
+
+
+def fill_tables(page: str, table: Callable[[str], str]) -> str:
+    """The page with what stands in each of its blocks replaced by the Markdown that `table` gives for its name."""
+    return BLOCK.sub(lambda found: f"{found[1]}{table(found[2])}{found[4]}", page)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,0 +1,126 @@
+"""What the jobs left: every evaluation, its verdicts given anew, and the figures of all in one JSON.
+
+Answers are held against the labels again when they are read, by the rules of today's code, so that a rule that changes
+needs no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+from finqa import datasets
+from finqa.answers import RULES, match
+from finqa.paths import SPLITS
+from finqa.scoring.evaluation_rows import EvalRow, read_rows
+from finqa.scoring.finished_evaluations import read_evaluations
+from finqa.scoring.metrics import HEADLINES, compare, metrics
+from finqa.scoring.predictions import Prediction
+from study.students.plan import DATASET, STUDENTS, Plan, short
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One evaluation of one run."""
+
+    student: str
+    """Short name of the model."""
+    run: str
+    """Run name; empty for the student by its own settings."""
+    split: str
+    evaluation: str
+    """Eval type, and after it `-<n>-samples` where answers were voted on."""
+    predictions: list[Prediction]
+
+    @property
+    def key(self) -> dict[str, str]:
+        return {"student": self.student, "run": self.run, "split": self.split, "evaluation": self.evaluation}
+
+
+def read_results(plan: Plan) -> list[Evaluated]:
+    """Every finished evaluation of the study's students, judged again."""
+    data, found = datasets.dataset(DATASET), []
+    rows = {split: {row.id: row for row in read_rows(plan.folders, data, split)[1]} for split in SPLITS[1:]}
+    for student, run, folder in run_folders(plan):
+        for split in SPLITS[1:]:
+            for evaluation in read_evaluations(folder / split):
+                judged = [judged_again(one, rows[split][one.id]) for one in evaluation.predictions]
+                found.append(Evaluated(student, run, split, evaluation.name, judged))
+    return found
+
+
+def run_folders(plan: Plan) -> Iterator[tuple[str, str, Path]]:
+    """Student, run name and results folder of every run of the study, the students in their order."""
+    names = {flag for job in plan.jobs() for flag in _run_names(job.command)}
+    for student in map(short, STUDENTS):
+        for folder in sorted((plan.folders.results / DATASET).glob(f"{student}-peft*")):
+            # <student>-peft<modules>-bs<b>-ne<e>[-<run name>]
+            run = folder.name.split("-ne", 1)[1].partition("-")[2]
+            if not run or run in names:
+                yield student, run, folder
+
+
+def _run_names(command: str) -> list[str]:
+    words = command.split()
+    return [after for word, after in pairwise(words) if word == "--run-name"]
+
+
+def judged_again(prediction: Prediction, row: EvalRow) -> Prediction:
+    """The same reply and answer, with verdicts and what is known of the row by today's code."""
+    correct = {rule: match(prediction.answer, row.expected, rule) for rule in RULES}
+    return replace(
+        prediction,
+        expected=row.expected,
+        correct=correct,
+        program_steps=row.n_steps,
+        label_disputed=row.label_disputed,
+        answer_kind=row.answer_kind,
+    )
+
+
+def figures_of(found: Sequence[Evaluated]) -> dict[str, Any]:
+    """The content of metrics.json: `evaluations`, and `paired` tests of the evaluations of one run on one split."""
+    paired = []
+    for first, second in combinations(found, 2):
+        if (first.student, first.run, first.split) != (second.student, second.run, second.split):
+            continue
+        for rule in HEADLINES:
+            n, only_first, only_second, p = compare(first.predictions, second.predictions, rule)
+            counts = {"n": n, "only_first": only_first, "only_second": only_second, "p": p}
+            names = {"first": first.evaluation, "second": second.evaluation, "rule": rule}
+            paired.append({**first.key, **names, **counts})
+            del paired[-1]["evaluation"]
+    return {"evaluations": [{**one.key, "metrics": metrics(one.predictions)} for one in found], "paired": paired}
+
+
+def manifests(plan: Plan) -> dict[str, Any]:
+    """run.json of every fine-tune and evaluation, by run, without the folders of the machine that they ran on."""
+    found: dict[str, Any] = {}
+    for student, run, folder in run_folders(plan):
+        trained = [
+            path
+            for data in (plan.folders.data, *sorted((plan.folders.data / "styles").glob("*")))
+            for path in [data / "models" / DATASET / folder.name / "run.json"]
+            if path.exists()
+        ]
+        files = [*trained, *sorted(folder.glob("*/*/run.json"))]
+        names = ["fine-tune"] * len(trained) + ["/".join(path.parts[-3:-1]) for path in files[len(trained) :]]
+        found[f"{student} {run}".strip()] = {
+            name: _without_folders(json.loads(path.read_text())) for name, path in zip(names, files, strict=True)
+        }
+    return found
+
+
+def _without_folders(value: Any) -> Any:
+    """Absolute paths cut to their last part, in keys and values of any depth."""
+    if isinstance(value, dict):
+        return {_without_folders(key): _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    if isinstance(value, str) and "/" in value:
+        return " ".join(Path(word).name if word.startswith("/") else word for word in value.split(" "))
+    return value

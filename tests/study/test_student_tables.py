@@ -1,0 +1,170 @@
+"""docs/finqa.md and docs/reference/finqa: no number is typed that the recorded answers do not give."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finqa.paths import Folders
+from finqa.records import Question, write_questions
+from finqa.scoring.evaluation_rows import EvalRow
+from finqa.scoring.metrics import mcnemar, wilson
+from finqa.scoring.predictions import Prediction, write_predictions
+from mini.study.page import BLOCK
+from study.students import tables
+from study.students.plan import MAIN, Plan, short
+from study.students.results import judged_again, manifests, read_results
+
+FIGURES = tables.read_metrics(tables.REFERENCE)
+PUBLISHED = re.compile(r"## Published figures.*?(?=\n## )", re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, list[dict[str, str]]]:
+    """The lines of the recorded answers, by split."""
+    found = {}
+    for path in tables.REFERENCE.glob("predictions_*.csv.gz"):
+        text = gzip.decompress(path.read_bytes()).decode()
+        found[path.name.removeprefix("predictions_").removesuffix(".csv.gz")] = list(csv.DictReader(io.StringIO(text)))
+    return found
+
+
+def verdicts(answers: dict[str, list[dict[str, str]]], evaluation: dict[str, Any]) -> list[str]:
+    words = (evaluation["student"], evaluation["run"], evaluation["evaluation"])
+    return [row[f"{' '.join(filter(None, words))}: verdict"] for row in answers[evaluation["split"]]]
+
+
+def test_every_accuracy_is_that_of_the_recorded_answers(answers: dict[str, list[dict[str, str]]]):
+    assert len(FIGURES["evaluations"]) > 10
+    for evaluation in FIGURES["evaluations"]:
+        found, metrics = verdicts(answers, evaluation), evaluation["metrics"]
+        strict, n = found.count("strict"), len(found)
+        assert metrics["n"] == n
+        assert metrics["accuracy"] == strict / n
+        assert metrics["accuracy_relaxed"] == (strict + found.count("relaxed")) / n
+        assert metrics["accuracy_interval"] == pytest.approx(wilson(strict, n))
+
+
+def test_the_main_student_was_evaluated_in_all_three_ways_on_the_whole_test_split():
+    for evaluation in ("zero-shot", "few-shot", "fine-tuned"):
+        found = tables.metrics_of(FIGURES, short(MAIN), "", "test", evaluation)
+        assert found is not None and found["n"] == 1147
+
+
+def test_paired_tests_are_those_of_the_recorded_answers(answers: dict[str, list[dict[str, str]]]):
+    for test in FIGURES["paired"]:
+        right = ("strict",) if test["rule"] == "strict" else ("strict", "relaxed")
+        first, second = (
+            [verdict in right for verdict in verdicts(answers, {**test, "evaluation": test[name]})]
+            for name in ("first", "second")
+        )
+        only_first = sum(a and not b for a, b in zip(first, second, strict=True))
+        only_second = sum(b and not a for a, b in zip(first, second, strict=True))
+        assert (test["only_first"], test["only_second"]) == (only_first, only_second)
+        assert test["p"] == pytest.approx(mcnemar(only_first, only_second))
+
+
+def test_the_tables_of_the_page_are_those_of_the_figures():
+    text = tables.PAGE.read_text()
+    assert tables.fill(text, tables.REFERENCE) == text
+
+
+def test_every_figure_in_the_prose_is_in_a_table():
+    text = tables.PAGE.read_text()
+    shown = set(re.findall(r"\d+\.\d", "".join(block[3] for block in BLOCK.finditer(text))))
+    readme = (tables.PAGE.parents[1] / "README.md").read_text()
+    about_finqa = readme.split("<!-- figures of docs/finqa.md -->")[1]
+    prose = BLOCK.sub("", PUBLISHED.sub("", text)) + about_finqa
+    said = set(re.findall(r"(?<![\d.v])(\d{2}\.\d)(?!\d)", re.sub(r"```.*?```", "", prose, flags=re.DOTALL)))
+    assert said and said <= shown
+
+
+def test_no_text_of_a_question_and_no_folder_of_a_machine_is_recorded(answers: dict[str, list[dict[str, str]]]):
+    cells = {cell for rows in answers.values() for row in rows for name, cell in row.items() if name.endswith("answer")}
+    assert all(re.fullmatch(r"|yes|no|-?[\d.]+(e[+-]\d+)?", cell) for cell in cells)
+    text = (tables.REFERENCE / "manifests.json").read_text()
+    assert not re.search(r'["\s](/[\w.-]+){2,}', text)
+
+
+def test_what_is_recorded_is_small():
+    files = [path.stat().st_size for path in tables.REFERENCE.glob("predictions_*")]
+    assert sum(files) < 1_000_000
+
+
+# --- From results to tables -------------------------------------------------------------------------------------------
+
+
+def prediction(id: str, answer: float | None, **other: Any) -> Prediction:
+    none: dict[str, Any] = {
+        "prompt_hash": "", "reply": "", "code": "", "expected": "", "error_message": "", "n_prompt_tokens": 1,
+        "n_new_tokens": 1, "finish_reason": "stop", "program_steps": None, "teacher_solved": None,
+        "correct": {"strict": False, "relaxed": False, "reported": False}, "error_kind": None,
+    }  # fmt: skip
+    return Prediction(id=id, answer=answer, **none | other)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """Two questions on each split, and one run of the main student, zero-shot and fine-tuned."""
+    plan = Plan(Folders(tmp_path / "data", tmp_path / "results"))
+    questions = [
+        Question(id, "", "", [["", "2009"], ["sales", "4"]], "what percent?", label, "divide(1, 4)", stated_answer=said)
+        for id, label, said in (("a", "0.25", "25%"), ("b", "0.5", "70%"))
+    ]
+    for split in ("dev", "test"):
+        write_questions(plan.folders.clean("FinQA", split), questions)
+        for evaluation, replies in (("zero-shot", (25.0, None)), ("fine-tuned", (0.25, 0.5))):
+            folder = plan.folders.evaluation("FinQA", f"{short(MAIN)}-peftq_proj-bs8-ne3", split, evaluation)
+            folder.mkdir(parents=True)
+            rows = [prediction(id, answer) for id, answer in zip("ab", replies, strict=True)]
+            write_predictions(folder, [replace(r, error_kind=None if r.answer else "no-answer") for r in rows])
+            (folder / "metrics.json").write_text("{}")
+            (folder / "run.json").write_text(json.dumps({"data": {"/some/where/finqa_test.csv": "0"}, "seed": 3}))
+    trained = plan.folders.model("FinQA", f"{short(MAIN)}-peftq_proj-bs8-ne3")
+    trained.mkdir(parents=True)
+    (trained / "run.json").write_text(json.dumps({"rows": 7, "data": {"/some/where/else.csv": "0"}}))
+    return plan
+
+
+def test_answers_are_judged_again_by_the_rules_of_today(plan: Plan):
+    zero_shot, fine_tuned = [one for one in read_results(plan) if one.split == "test"]
+    assert [p.correct["relaxed"] for p in zero_shot.predictions] == [True, False]
+    assert [p.correct["strict"] for p in zero_shot.predictions] == [False, False]
+    assert [p.correct["strict"] for p in fine_tuned.predictions] == [True, True]
+    assert [p.label_disputed for p in fine_tuned.predictions] == [False, True]
+    assert {p.answer_kind for p in fine_tuned.predictions} == {"per cent"}
+
+
+def test_a_row_that_is_judged_again_takes_its_label_from_the_data():
+    row = EvalRow("a", "prompt\n###Question:\nhow much?\n###Python", "3", "add(1, 2)", None)
+    found = judged_again(prediction("a", 3.0, expected="4"), row)
+    assert (found.expected, found.correct["strict"], found.program_steps) == ("3", True, 1)
+
+
+def test_a_reference_is_written_and_its_page_filled(plan: Plan, tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- table: {name} -->\n<!-- end of table -->\n" for name in tables.TABLES))
+    folder = tables.write_reference(plan, tmp_path / "reference", page)
+    text = page.read_text()
+    assert f"| {short(MAIN)} | fine-tuned | 100.0 [34.2, 100.0] |" in text
+    assert "| 7 | 100.0 [34.2, 100.0] |" in text
+    assert tables.NOT_RUN in text  # the search
+    assert tables.fill(text, folder) == text
+    assert {path.name for path in folder.iterdir()} == {
+        "metrics.json", "manifests.json", "predictions_dev.csv.gz", "predictions_test.csv.gz", "accuracy.png",
+        "learning_curve.png",
+    }  # fmt: skip
+
+
+def test_manifests_name_no_folder(plan: Plan):
+    found = manifests(plan)
+    assert found[short(MAIN)]["fine-tune"]["data"] == {"else.csv": "0"}
+    assert found[short(MAIN)]["test/zero-shot"]["data"] == {"finqa_test.csv": "0"}
