@@ -56,8 +56,13 @@ def answer_kind(stated: str, label: str, question: str) -> AnswerKind:
     if "%" in stated:
         return "per cent"
     number = stated.strip().lstrip("-")
-    alone = expected is not None and _NUMBER.fullmatch(number)
-    if alone and _same(number, expected, _PER_CENT) and not _same(number, expected, Decimal(1)):
+    alone = _NUMBER.fullmatch(number)
+    if (
+        alone
+        and expected is not None
+        and _same(number, expected, _PER_CENT)
+        and not _same(number, expected, Decimal(1))
+    ):
         return "per cent"
     return "per cent" if _ASKS_FOR_PER_CENT.search(question.lower()) else "amount"
 

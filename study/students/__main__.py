@@ -55,16 +55,16 @@ def main() -> None:
 def make_styled_rows(plan: Plan) -> None:
     """Training rows in the styles of the search that are not the default; dev rows as they are."""
     data = dataset(DATASET)
-    for style in sorted({setting.style for setting in SEARCH} - {"named"}):
-        folders = plan.styled(style)
-        if folders.filtered(data.name, "train").exists():
+    for setting in SEARCH:
+        folders = plan.styled(setting.style)
+        if setting.style == "named" or folders.filtered(data.name, "train").exists():
             continue
         for split in ("dev", "train"):
             clean = folders.clean(data.name, split)
             clean.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(plan.folders.clean(data.name, split), clean)
             questions = read_questions(clean)
-            process_finqa_samples(data, split, folders, questions, ProgramTeacher(style))
+            process_finqa_samples(data, split, folders, questions, ProgramTeacher(setting.style))
             filter_split(data.name, split, folders, data.answer_rule)
 
 

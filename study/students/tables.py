@@ -63,7 +63,7 @@ def write_predictions(path: Path, found: Sequence[Evaluated]) -> None:
         for prediction in (predictions.get(row) for predictions in by_id):
             # An answer that is neither a number nor yes or no may be text of the page, which is not ours to publish.
             answer = normalise(prediction.answer) if prediction else None
-            cells.append(f"{answer:.6g}" if isinstance(answer, float) else answer or "")
+            cells.append("" if answer is None else answer if isinstance(answer, str) else f"{answer:.6g}")
             right = prediction and next((r for r in ("strict", "relaxed") if prediction.correct[r]), None)
             cells.append("" if prediction is None else right or prediction.error_kind or "wrong")
         writer.writerow([row, *cells])
@@ -145,13 +145,13 @@ def groups(of: str, title: str) -> Callable[[Figures], str]:
 
 def seeds(figures: Figures) -> str:
     """A row a fine-tuning seed of the main student, and their mean."""
-    lines, columns = [], [(split, rule) for split in ("test", "dev") for rule in ("accuracy", "accuracy_relaxed")]
+    lines: list[list[str]] = []
     shares: list[list[float]] = []
     for seed in SEEDS:
         its = [metrics_of(figures, short(MAIN), _seed_run(seed), split, "fine-tuned") for split in ("test", "dev")]
-        if all(its):
-            by_split = dict(zip(("test", "dev"), its, strict=True))
-            shares.append([by_split[split][rule] for split, rule in columns])  # pyright: ignore[reportOptionalSubscript]
+        both = [m for m in its if m]
+        if len(both) == len(its):
+            shares.append([m[rule] for m in both for rule in ("accuracy", "accuracy_relaxed")])
             lines.append([str(seed), *map(percent, shares[-1])])
     if len(shares) > 1:
         lines.append(["mean", *(percent(mean(column)) for column in zip(*shares, strict=True))])
