@@ -120,6 +120,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--gpu-memory-utilization", type=float, default=GenerationConfig.gpu_memory_utilization)
     add("--kv-cache-gb", type=float, metavar="GB", help="memory of vLLM's keys and values: for a GPU that other "
         "processes use, whose memory vLLM would take for its own (default: what its share leaves)")  # fmt: skip
+    add("--enforce-eager", action="store_true", help="vLLM compiles nothing: a shorter start, slower replies")
     add("--tensor-parallel", type=int, default=1, help="GPUs that share the model (vLLM)")
     add("--data-parallel", type=int, default=1, help="engines that share the rows, each with GPUs of its own (vLLM)")
     add("--samples", type=int, default=1, help="replies to each question, whose answers are voted on")
@@ -186,6 +187,7 @@ def evaluation_config(args: argparse.Namespace, run: StudentRun) -> EvaluationCo
         max_model_len=args.max_model_len,
         gpu_memory_utilization=args.gpu_memory_utilization,
         kv_cache_gb=args.kv_cache_gb,
+        enforce_eager=args.enforce_eager,
         tensor_parallel=args.tensor_parallel,
         data_parallel=args.data_parallel,
         samples=args.samples,

@@ -60,6 +60,8 @@ class GenerationConfig:
     gpu_memory_utilization: float = 0.9
     kv_cache_gb: float | None = None
     """Keys and values that vLLM keeps on a GPU, in 1e9 bytes; None takes what `gpu_memory_utilization` leaves."""
+    enforce_eager: bool = False
+    """vLLM compiles nothing and records no CUDA graphs: a shorter start, slower replies. On a CPU it is always so."""
     tensor_parallel: int = 1
     """GPUs that share one model (vLLM)."""
     data_parallel: int = 1

@@ -116,7 +116,7 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
     pad_id: Any = tokenizer.pad_token_id
     trainer = make_trainer(run, replace(config, speed=speed), examples, pad_id, folder)
     if device != "cpu" and speed.compiled:
-        print("layers are compiled in the first update, which takes a minute or two", flush=True)
+        print("layers are compiled in the first update", flush=True)
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         print(f"going on from {checkpoint.name}", flush=True)

@@ -111,7 +111,7 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
                 "max_num_batched_tokens": max(CPU_BATCH_TOKENS, settings["max_model_len"]),
             }
     else:
-        settings["gpu_memory_utilization"] = config.gpu_memory_utilization
+        settings |= {"gpu_memory_utilization": config.gpu_memory_utilization, "enforce_eager": config.enforce_eager}
         if config.kv_cache_gb is not None:
             settings["kv_cache_memory_bytes"] = int(config.kv_cache_gb * 1e9)
         # vLLM forks its engine where CUDA is not initialised. Having asked how many GPUs there are does not count as

@@ -20,6 +20,7 @@ from finqa import plan
 from finqa.errors import UserError
 from finqa.generation import GenerationConfig
 from finqa.needs import GB, Load, Sizes, disk_need, evaluation_need, kept_values, read_config, sizes, training_need
+from finqa.paths import REPOSITORY
 from finqa.student_settings import DEFAULTS
 from finqa.students import StudentRun, load_base
 from finqa.tuning.packing import LENGTH_STEP, LONGEST_GRAPH, TARGETS_STEP
@@ -89,7 +90,13 @@ def test_the_need_of_a_7b_run_is_its_recorded_peak_and_at_most_a_quarter_more(
     assert peak_gb <= planned <= 1.25 * peak_gb
 
 
-def test_the_need_of_a_1_5b_run_is_its_measured_peak():
+@pytest.mark.parametrize(
+    ("run", "load"),
+    [("", Load(23_680, 3463, 1280, 4096, 1024)), ("seed4", Load(24_192, 3463, 1280, 3584, 768)),
+     ("seed5", Load(23_296, 3463, 1280, 3840, 768))],
+)  # fmt: skip
+def test_the_need_of_a_1_5b_run_is_its_recorded_peak_and_at_most_a_quarter_more(run: str, load: Load):
+    """The largest updates of these runs on FinQA's rows, eight a time; seeds 3, 4 and 5 make other updates of them."""
     from transformers import Qwen2Config
 
     config = Qwen2Config(
@@ -98,9 +105,9 @@ def test_the_need_of_a_1_5b_run_is_its_measured_peak():
     )  # fmt: skip
     model = sizes(config, DEFAULTS.lora_modules, 64)
     assert (model.parameters, model.trained) == (1_777_088_000, 17_432_576)
-    # Eight rows an update: 616 rows of FinQA have no batch that is short enough for a CUDA graph.
-    planned = training_need(model, Load(17_664, 2534, 1279), "adamw_torch", Speed()).total / GB
-    assert 41.6 <= planned <= 1.25 * 41.6
+    record = json.loads((REPOSITORY / "docs" / "reference" / "finqa" / "manifests.json").read_text())
+    peak = record[f"Qwen2.5-Coder-1.5B-Instruct {run}".strip()]["fine-tune"]["memory_gb"]
+    assert peak <= training_need(model, load, "adamw_torch", Speed()).total / GB <= 1.25 * peak
 
 
 @pytest.mark.parametrize("modules", [("q_proj", "k_proj", "v_proj", "o_proj"), ("down_proj",)])
