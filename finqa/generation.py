@@ -59,7 +59,7 @@ class GenerationConfig:
     """Longest prompt and reply together, in tokens; None takes the model's own limit, vLLM at most 8,192."""
     gpu_memory_utilization: float = 0.9
     kv_cache_gb: float | None = None
-    """Keys and values that vLLM keeps on a GPU, in 1e9 bytes; None takes what `gpu_memory_utilization` leaves."""
+    """Keys and values that vLLM keeps, in 1e9 bytes; None: on a GPU what `gpu_memory_utilization` leaves."""
     enforce_eager: bool = False
     """vLLM compiles nothing and records no CUDA graphs: a shorter start, slower replies. On a CPU it is always so."""
     tensor_parallel: int = 1
@@ -82,6 +82,10 @@ class GenerationConfig:
             raise UserError(f"--temperature must be 0 or more, not {self.temperature}")
         if self.samples > 1 and self.temperature == 0:
             raise UserError("--samples above 1 needs a --temperature above 0: greedy replies are all the same")
+        if self.kv_cache_gb is not None and not self.kv_cache_gb > 0:
+            raise UserError(f"--kv-cache-gb must be above 0, not {self.kv_cache_gb}")
+        if not self.vllm and (self.kv_cache_gb is not None or self.enforce_eager):
+            raise UserError("--kv-cache-gb and --enforce-eager need --VLLM")
         if not self.vllm and max(self.tensor_parallel, self.data_parallel) > 1:
             raise UserError("--tensor-parallel and --data-parallel need --VLLM")
 

@@ -18,31 +18,45 @@ CROSSCODER_FOLDER = REPOSITORY / "crosscoder-model-diff"
 LOG_LINES_SHOWN = 15
 
 
-def run_into(
-    log: Path, name: str, command: str, folder: Path = REPOSITORY, environment: Mapping[str, str] | None = None
-) -> float:
+def run_into(log: Path, name: str, command: str, folder: Path = REPOSITORY) -> float:
     """Run a command with this Python, offline, its output in `log`; returns the seconds it took.
 
-    `environment` adds to this process's variables. Raises UserError with the end of the log where it fails.
+    Raises UserError with the end of the log where it fails.
     """
+    started = time.perf_counter()
+    process = start_into(log, command, folder)
+    try:
+        process.wait()
+    except BaseException:
+        process.terminate()
+        raise
+    if process.returncode:
+        raise UserError(failure(name, process.returncode, log))
+    return time.perf_counter() - started
+
+
+def start_into(
+    log: Path, command: str, folder: Path = REPOSITORY, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a command as `run_into` runs it; `environment` adds to this process's variables."""
     log.parent.mkdir(parents=True, exist_ok=True)
     offline = {"WANDB_MODE": os.environ.get("WANDB_MODE", "offline"), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    started = time.perf_counter()
     with log.open("w") as output:
-        done = subprocess.run(
+        return subprocess.Popen(
             [sys.executable, *shlex.split(command)],
             cwd=folder,
             env=os.environ | offline | dict(environment or {}),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            check=False,
         )
-    if done.returncode:
-        with log.open() as lines:
-            end = "".join(deque(lines, LOG_LINES_SHOWN))
-        raise UserError(f"{name} failed (exit code {done.returncode}); the end of {log}:\n{end}")
-    return time.perf_counter() - started
+
+
+def failure(name: str, exit_code: int, log: Path) -> str:
+    """What is said of a command that failed: its exit code and the end of its log."""
+    with log.open() as lines:
+        end = "".join(deque(lines, LOG_LINES_SHOWN))
+    return f"{name} failed (exit code {exit_code}); the end of {log}:\n{end}"
 
 
 def last_line(log: Path) -> str:

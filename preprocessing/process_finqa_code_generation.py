@@ -91,7 +91,7 @@ def main() -> None:
 def make_teacher(args: argparse.Namespace, data: Dataset, split: str, folders: Folders) -> Teacher:
     """The teacher that the flags name; an OpenAI teacher keeps its journal beside the split's output."""
     if args.teacher == "program":
-        return ProgramTeacher(args.style)
+        return ProgramTeacher(args.style or "named")
     journals = {s: journal_of(folders.generated(data.name, s)) for s in chosen_splits(args.split)}
     teacher = OpenAITeacher(
         config_from(args), data.worked_examples, journals[split], data.answer_rule, paid_in=journals.values()
@@ -191,7 +191,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", default="FinQA", help="FinQA or FinQA-mini (default: %(default)s)")
     parser.add_argument("--split", choices=(*SPLITS, "all"), default="all", help="(default: %(default)s)")
     parser.add_argument("--teacher", choices=("openai", "program"), default="openai", help="(default: %(default)s)")
-    parser.add_argument("--style", choices=PROGRAM_STYLES, default="named", help="of --teacher program (%(default)s)")
+    parser.add_argument("--style", choices=PROGRAM_STYLES, help="of --teacher program (default: named)")
     parser.add_argument("--limit", type=at_least_one, help="only the first N questions of each split")
     parser.add_argument(
         "--max-failed-share", type=share, default=0.2, help="of rows without a program (default: %(default)s)"
@@ -210,6 +210,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.batch and args.teacher != "openai":
         parser.error("--batch needs --teacher openai")
+    if args.style and args.teacher != "program":
+        parser.error("--style needs --teacher program")
     return args
 
 

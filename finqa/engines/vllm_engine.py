@@ -112,14 +112,14 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
             }
     else:
         settings |= {"gpu_memory_utilization": config.gpu_memory_utilization, "enforce_eager": config.enforce_eager}
-        if config.kv_cache_gb is not None:
-            settings["kv_cache_memory_bytes"] = int(config.kv_cache_gb * 1e9)
         # vLLM forks its engine where CUDA is not initialised. Having asked how many GPUs there are does not count as
         # that, but a process forked after it can use none.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         os.environ.setdefault("FLASHINFER_LOGGING_LEVEL", "warning")
         if not show:
             os.environ.setdefault("TQDM_DISABLE", "1")  # some of its bars are drawn whatever vLLM is told
+    if config.kv_cache_gb is not None:
+        settings["kv_cache_memory_bytes"] = int(config.kv_cache_gb * 1e9)
     if arguments.load_in_4bit:
         settings["quantization"] = "bitsandbytes"
     if arguments.random_weights:

@@ -21,8 +21,8 @@ import sys
 import time
 
 from finqa.datasets import dataset
-from finqa.errors import report_errors
-from finqa.paths import Folders, add_folder_flags
+from finqa.errors import UserError, report_errors
+from finqa.paths import SPLITS, Folders, add_folder_flags
 from finqa.records import read_questions
 from preprocessing.filter_valid_answers import filter_split
 from preprocessing.process_finqa_code_generation import process_finqa_samples
@@ -43,6 +43,9 @@ def main() -> None:
         return
     if not args.tables:
         started = time.monotonic()
+        for split in SPLITS:
+            if not folders.filtered(DATASET, split).exists():
+                raise UserError(f"{folders.filtered(DATASET, split)} is missing; make it with: make data")
         make_styled_rows(plan)
         run_jobs(jobs, logs_of(folders), gpus_of_this_machine())
         print(f"{len(jobs)} commands in {time.monotonic() - started:.0f} s (this call); logs in {logs_of(folders)}")

@@ -7,19 +7,21 @@ other); if it fails again, what needs it is left out, the others go on, and the 
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from finqa.errors import UserError
-from mini.commands import last_line, run_into
+from mini.commands import failure, last_line, start_into
 
 TRIES = 2
 PAUSE_S = 5.0
 """Before a job is tried again."""
+POLL_S = 0.2
 SHARE = "{share}"
 """Stands in a command for the part of its GPU's memory that the job was given."""
 
@@ -45,9 +47,13 @@ class Gpu:
     gb: float
     jobs: list[Job] = field(default_factory=list)
 
+    def taken(self) -> float:
+        """Memory that its jobs may take, in 1e9 bytes."""
+        return sum(job.gb for job in self.jobs)
+
     def takes(self, job: Job) -> bool:
         """A job that asks for more than the whole GPU runs alone on it."""
-        return not self.jobs or sum(one.gb for one in [*self.jobs, job]) <= self.gb
+        return not self.jobs or self.taken() + job.gb <= self.gb
 
 
 def gpus_of_this_machine() -> list[Gpu]:
@@ -65,56 +71,67 @@ def gpus_of_this_machine() -> list[Gpu]:
 def run_jobs(jobs: Sequence[Job], logs: Path, gpus: Sequence[Gpu]) -> None:
     """Run what is not done yet; a line at the start and the end of each job.
 
-    Raises UserError at the end where a job failed twice.
+    Where this process is interrupted or told to end, what runs is told to end too. Raises UserError at the end where a
+    job failed twice.
     """
     waiting = [job for job in jobs if not is_done(job, logs)]
     done = {job.name for job in jobs} - {job.name for job in waiting}
     if done:
         print(f"{len(done)} of {len(jobs)} jobs are done already", flush=True)
-    failed: dict[str, str] = {}
-    running: dict[Future[float], tuple[Job, Gpu]] = {}
-    with ThreadPoolExecutor(max_workers=len(jobs) or 1) as pool:
+    failed: list[str] = []
+    running: list[Running] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
         while waiting or running:
             for job in [one for one in waiting if done.issuperset(one.after)]:
-                gpu = next(
-                    (one for one in sorted(gpus, key=lambda g: sum(j.gb for j in g.jobs)) if one.takes(job)), None
-                )
-                if gpu is not None:
+                if gpu := next((one for one in sorted(gpus, key=Gpu.taken) if one.takes(job)), None):
                     waiting.remove(job)
                     gpu.jobs.append(job)
-                    running[pool.submit(run_job, job, logs, gpu)] = (job, gpu)
+                    running.append(Running(job, gpu, start(job, logs, gpu)))
                     print(f"{job.name}: started", flush=True)
             if not running:
                 break
-            for ended in wait(running, return_when=FIRST_COMPLETED).done:
-                job, gpu = running.pop(ended)
-                gpu.jobs.remove(job)
-                try:
-                    print(f"{job.name}: {ended.result():.0f} s; {last_line(logs / f'{job.name}.log')}", flush=True)
-                    done.add(job.name)
-                except UserError as error:
-                    failed[job.name] = str(error)
+            time.sleep(POLL_S)
+            for one in [one for one in running if one.process.poll() is not None]:
+                job, log = one.job, logs / f"{one.job.name}.log"
+                if one.process.returncode and one.tries < TRIES:
+                    time.sleep(PAUSE_S)
+                    one.process, one.tries = start(job, logs, one.gpu), one.tries + 1
+                    continue
+                running.remove(one)
+                one.gpu.jobs.remove(job)
+                if one.process.returncode:
+                    failed.append(failure(job.name, one.process.returncode, log))
                     print(f"{job.name}: failed", flush=True)
+                else:
+                    (logs / f"{job.name}.done").write_text(job.command)
+                    done.add(job.name)
+                    print(f"{job.name}: {time.monotonic() - one.started:.0f} s; {last_line(log)}", flush=True)
+    finally:
+        for one in running:
+            one.process.terminate()
+        signal.signal(signal.SIGTERM, before)
     if failed:
-        left_out = [job.name for job in waiting]
-        raise UserError("\n\n".join(failed.values()) + (f"\n\nleft out: {', '.join(left_out)}" if left_out else ""))
+        left_out = f"left out: {', '.join(job.name for job in waiting)}" if waiting else ""
+        raise UserError("\n\n".join(filter(None, [*failed, left_out])))
 
 
-def run_job(job: Job, logs: Path, gpu: Gpu) -> float:
-    """Run a job's command on a GPU; returns its seconds. Raises UserError where it fails each time."""
+@dataclass
+class Running:
+    """A job that is under way."""
+
+    job: Job
+    gpu: Gpu
+    process: subprocess.Popen[bytes]
+    tries: int = 1
+    started: float = field(default_factory=time.monotonic)
+
+
+def start(job: Job, logs: Path, gpu: Gpu) -> subprocess.Popen[bytes]:
+    """Start a job's command on a GPU."""
     command = job.command.replace(SHARE, f"{min(0.9, job.gb / gpu.gb):.3f}" if gpu.gb else "0.9")
     environment = {} if gpu.number is None else {"CUDA_VISIBLE_DEVICES": str(gpu.number)}
-    for tries in range(TRIES):
-        try:
-            seconds = run_into(logs / f"{job.name}.log", job.name, command, environment=environment)
-        except UserError:
-            if tries + 1 == TRIES:
-                raise
-            time.sleep(PAUSE_S)
-        else:
-            (logs / f"{job.name}.done").write_text(job.command)
-            return seconds
-    raise AssertionError("unreachable")
+    return start_into(logs / f"{job.name}.log", command, environment=environment)
 
 
 def is_done(job: Job, logs: Path) -> bool:

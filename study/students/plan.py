@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finqa.errors import UserError
 from finqa.paths import Folders
 from finqa.program_compiler import ProgramStyle
 from finqa.prompts import INSTRUCTION
@@ -173,10 +174,16 @@ def _folder_flags(folders: Folders, results: bool = True) -> str:
 
 
 def chosen(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
-    """The jobs whose names begin with one of `names`, and those that they need; all where none is given."""
+    """The jobs whose names begin with one of `names`, and those that they need; all where none is given.
+
+    Raises UserError for a name that is the beginning of none.
+    """
     if not names:
         return list(jobs)
     by_name = {job.name: job for job in jobs}
+    if unknown := [name for name in names if not any(job.startswith(name) for job in by_name)]:
+        kinds = dict.fromkeys(job.partition("-")[0] for job in by_name)
+        raise UserError(f"no job is called {', '.join(unknown)}; they begin with {', '.join(kinds)} (--list)")
     wanted = {job.name for job in jobs if job.name.startswith(tuple(names))}
     todo = list(wanted)
     while todo:

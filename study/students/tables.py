@@ -12,6 +12,7 @@ from statistics import mean
 from typing import Any
 
 from finqa.answers import normalise
+from finqa.errors import UserError
 from finqa.manifest import write_json
 from finqa.paths import REPOSITORY, write_atomically
 from mini.study.page import NOTHING, fill_tables, markdown
@@ -34,6 +35,8 @@ Figures = dict[str, Any]
 def write_reference(plan: Plan, folder: Path = REFERENCE, page: Path = PAGE) -> Path:
     """Write metrics.json, predictions, manifests and figures into `folder`, and fill the tables of `page`."""
     found = read_results(plan)
+    if not found:
+        raise UserError(f"nothing was evaluated yet in {plan.folders.results}; run: python -m study.students")
     folder.mkdir(parents=True, exist_ok=True)
     made = manifests(plan)
     rows = {run: its["fine-tune"]["rows"] for run, its in made.items() if "fine-tune" in its}
@@ -42,7 +45,8 @@ def write_reference(plan: Plan, folder: Path = REFERENCE, page: Path = PAGE) -> 
     for split in dict.fromkeys(one.split for one in found):
         write_predictions(folder / f"predictions_{split}.csv.gz", [one for one in found if one.split == split])
     draw_accuracy(folder / "accuracy.png", read_metrics(folder))
-    draw_curve(folder / "learning_curve.png", read_metrics(folder), curve_points(read_metrics(folder)))
+    if points := curve_points(read_metrics(folder)):
+        draw_curve(folder / "learning_curve.png", read_metrics(folder), points)
     write_atomically(page, fill(page.read_text(), folder))
     return folder
 

@@ -49,6 +49,19 @@ def test_the_columns_are_the_documented_ones(command: Command, tmp_path: Path) -
     assert {"finish_reason", "error_kind"} <= set(header)
 
 
+def test_the_program_teacher_writes_in_the_style_that_is_asked_for(command: Command, tmp_path: Path) -> None:
+    write_raw(tmp_path, train=[raw_row()])
+    assert command("preprocess_finqa", "--split", "train").returncode == 0
+    asked = ("process_finqa_code_generation", "--split", "train", "--style", "formula-first")
+
+    assert "--style needs --teacher program" in command(*asked).stderr
+    assert command(*asked, "--teacher", "program").returncode == 0
+
+    assert generated(tmp_path)[0].generated_code.startswith("# ")
+    manifest = json.loads((tmp_path / "clean_with_code/FinQA/finqa_train_generated.run.json").read_text())
+    assert manifest["config"]["style"] == "formula-first"
+
+
 def test_the_prompt_is_the_fine_tuning_prompt_and_holds_the_page(command: Command, tmp_path: Path) -> None:
     write_raw(tmp_path, train=[raw_row()])
 

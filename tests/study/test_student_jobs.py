@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from finqa.errors import UserError
+from finqa.paths import REPOSITORY, Folders
 from study.students.jobs import SHARE, Gpu, Job, is_done, run_jobs
+from study.students.plan import MAIN, Plan, chosen
 
 NOTE = (
     '-c "import json, os, sys, time; start = time.time(); time.sleep(0.5); '
@@ -59,3 +67,51 @@ def test_a_failure_leaves_out_what_needs_it_and_nothing_else(tmp_path: Path, mon
     with pytest.raises(UserError, match=r"(?s)bad failed.*no such thing.*left out: needs-it"):
         run_jobs(jobs, tmp_path, [Gpu(0, 80)])
     assert is_done(jobs[2], tmp_path) and not is_done(jobs[0], tmp_path)
+
+
+def test_a_job_that_fails_once_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("study.students.jobs.PAUSE_S", 0)
+    mark = tmp_path / "mark"
+    once = f"import sys, pathlib; m = pathlib.Path('{mark}'); there = m.exists(); m.touch(); sys.exit(not there)"
+    run_jobs([Job("one", f'-c "{once}"', 1)], tmp_path, [Gpu(0, 80)])
+    assert is_done(Job("one", f'-c "{once}"', 1), tmp_path)
+
+
+def test_a_study_that_is_told_to_end_ends_its_jobs(tmp_path: Path):
+    program = (
+        "from pathlib import Path; from study.students.jobs import Gpu, Job, run_jobs; import sys; "
+        "sleep = '-c \"import os, time; print(os.getpid(), flush=True); time.sleep(600)\"'; "
+        "run_jobs([Job('one', sleep, 1), Job('other', sleep, 1)], Path(sys.argv[1]), [Gpu(0, 80)])"
+    )
+    study = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=REPOSITORY)
+    logs = [tmp_path / f"{name}.log" for name in ("one", "other")]
+    wait_for(lambda: all(log.exists() and log.read_text().strip() for log in logs))
+    study.send_signal(signal.SIGTERM)
+    assert study.wait(timeout=20) == 128 + signal.SIGTERM
+    wait_for(lambda: not any(psutil.pid_exists(int(log.read_text())) for log in logs))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_jobs_are_chosen_by_the_beginning_of_their_names_with_what_they_need():
+    jobs = Plan(Folders(Path("d"), Path("r"))).jobs()
+    names = [job.name for job in chosen(jobs, ["vote-4"])]
+    assert names == ["seed-4", "vote-4"]
+    assert chosen(jobs, []) == jobs
+    assert {name for job in jobs for name in job.after} <= {job.name for job in jobs}
+    with pytest.raises(UserError, match="no job is called serach; they begin with search, student, seed"):
+        chosen(jobs, ["serach"])
+
+
+def test_the_study_asks_for_its_data_before_it_starts_anything(tmp_path: Path):
+    command = [sys.executable, "-m", "study.students", "--data-dir", str(tmp_path), "--results-dir", str(tmp_path)]
+    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert "is missing; make it with: make data" in found.stderr and "Traceback" not in found.stderr
+    listed = subprocess.run([*command, "--list"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert f"python main.py FinQA {MAIN} -P -D -T --VLLM -ET all" in listed.stdout

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from finqa.errors import UserError
 from finqa.paths import Folders
 from finqa.records import Question, write_questions
 from finqa.scoring.evaluation_rows import EvalRow
@@ -162,6 +163,13 @@ def test_a_reference_is_written_and_its_page_filled(plan: Plan, tmp_path: Path):
         "metrics.json", "manifests.json", "predictions_dev.csv.gz", "predictions_test.csv.gz", "accuracy.png",
         "learning_curve.png",
     }  # fmt: skip
+
+
+def test_nothing_to_write_is_one_line(tmp_path: Path, plan: Plan):
+    empty = Plan(Folders(plan.folders.data, tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="nothing was evaluated yet"):
+        tables.write_reference(empty, tmp_path / "reference", tmp_path / "page.md")
+    assert not (tmp_path / "reference").exists()
 
 
 def test_manifests_name_no_folder(plan: Plan):
