@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from finqa.errors import UserError
-from finqa.paths import REPOSITORY, Folders
+from finqa.paths import REPOSITORY, SPLITS, Folders
+from finqa.records import TeacherRow, write_teacher_rows
 from study.students.jobs import SHARE, Gpu, Job, gpus_of_this_machine, is_done, run_jobs
 from study.students.plan import MAIN, Plan, chosen
 
@@ -169,3 +170,14 @@ def test_the_study_asks_for_its_data_before_it_starts_anything(tmp_path: Path):
     assert "is missing; make it with: make data" in found.stderr and "Traceback" not in found.stderr
     listed = subprocess.run([*command, "--list"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert f"python main.py FinQA {MAIN} -P -D -T --VLLM -ET all" in listed.stdout
+    assert "{" not in listed.stdout
+
+
+def test_the_study_asks_for_clean_rows_too(tmp_path: Path):
+    folders = Folders(tmp_path, tmp_path)
+    for split in SPLITS:
+        write_teacher_rows(folders.filtered("FinQA", split), [TeacherRow("p", "ans = 1", "1", "1")])
+    command = [sys.executable, "-m", "study.students", "--data-dir", str(tmp_path), "--results-dir", str(tmp_path)]
+    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    missing = folders.clean("FinQA", "train")
+    assert (found.returncode, found.stderr) == (1, f"error: {missing} is missing; make it with: make data\n")
