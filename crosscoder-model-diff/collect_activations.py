@@ -120,7 +120,9 @@ def make_plan(args: argparse.Namespace, choices: list[ActivationChoice], folders
     for choice in choices:
         require_push(args, choice.student, choice.name)
     rows_files = [folders.filtered(first.student.dataset, split) for split in chosen_splits(first.split)]
-    rows = [row for file in rows_files for row in read_teacher_rows(file)]
+    rows_of = [read_teacher_rows(file) for file in rows_files]
+    recorded_inputs.check_every_split_is_reached(first, [len(rows) for rows in rows_of])
+    rows = [row for rows in rows_of for row in rows]
     base = students.resolve_model(first.student.model, first.student.revision)
     fine_tuned = recorded_inputs.find_fine_tuned(first, folders)
     instruct = recorded_inputs.find_instruct(first, folders)

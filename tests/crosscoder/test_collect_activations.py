@@ -18,9 +18,11 @@ from hub_contents import Account
 from hub_server import hub_server
 from safetensors.torch import load_file, save_file
 
+from crosscoder.activations.recorded_inputs import check_every_split_is_reached
 from crosscoder.activations.store import ActivationStore
 from crosscoder.names import ActivationChoice
 from finqa import students
+from finqa.errors import UserError
 from finqa.paths import REPOSITORY, Folders
 
 FOLDER = REPOSITORY / "crosscoder-model-diff"
@@ -201,12 +203,25 @@ def fine_tuned(student: Path, run_name: str) -> students.StudentRun:
     return students.StudentRun("FinQA-mini", str(student), students.settings_for(str(student)), run_name=run_name)
 
 
+def test_samples_that_do_not_reach_every_split_are_refused(tiny_student: Path):
+    choice = ActivationChoice(fine_tuned(tiny_student, ""), split="all", num_samples=40)
+    with pytest.raises(
+        UserError, match=r"--num-samples 40 ends before the last, .* after 40 rows; .* \(45 takes all\)"
+    ):
+        check_every_split_is_reached(choice, [30, 10, 5])
+    check_every_split_is_reached(replace(choice, num_samples=41), [30, 10, 5])
+    check_every_split_is_reached(replace(choice, num_samples=20), [30, 10, 0])
+    check_every_split_is_reached(replace(choice, split="test"), [5000])
+
+
 @pytest.mark.slow
 def test_all_splits_are_recorded_one_after_the_other(data: Path, tiny_student: Path):
     folders = Folders(data, data)
     test = folders.filtered("FinQA-mini", "test")
     for split in ("train", "dev"):
         shutil.copy(test, folders.filtered("FinQA-mini", split))
+    output = run(*names(tiny_student, data), "--split", "all", "--num-samples", "2")
+    assert output.returncode == 1 and "ends before the last" in output.stderr
     output = run(*names(tiny_student, data), "--split", "all", "--num-samples", "5000")
     assert output.returncode == 0, output.stderr
     store = ActivationStore(next((data / "activations").glob("*-FinQA-mini-all-layer*-mlp-5000")))

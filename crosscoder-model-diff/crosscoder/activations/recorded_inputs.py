@@ -35,6 +35,17 @@ def find_instruct(choice: ActivationChoice, folders: Folders) -> Path | None:
     return students.find_adapter(student, folders) if student else None
 
 
+def check_every_split_is_reached(choice: ActivationChoice, n_rows: Sequence[int]) -> None:
+    """UserError where the first --num-samples rows are not of every split; `n_rows` has the rows of each."""
+    *before, last = n_rows
+    if last and choice.num_samples <= sum(before):
+        raise UserError(
+            f"--split {choice.split} takes the splits one after the other, and --num-samples {choice.num_samples} ends "
+            f"before the last, which begins after {sum(before)} rows; give a larger one ({sum(n_rows)} takes all), or "
+            "one split"
+        )
+
+
 def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path) -> tuple[list[Document], int | None]:
     """The first --num-samples rows as token ids, the same for both models' tokenizers; and the id of BOS."""
     student = choice.student
