@@ -19,6 +19,8 @@ import argparse
 import shutil
 import sys
 import time
+from collections.abc import Collection
+from pathlib import Path
 
 from finqa.datasets import dataset
 from finqa.errors import UserError, report_errors
@@ -28,7 +30,7 @@ from preprocessing.filter_valid_answers import filter_split
 from preprocessing.process_finqa_code_generation import process_finqa_samples
 from preprocessing.teacher.teachers import ProgramTeacher
 from study.students.jobs import SHARE, gpus_of_this_machine, run_jobs
-from study.students.plan import DATASET, SEARCH, Plan, chosen, logs_of
+from study.students.plan import DATASET, SEARCH, Plan, chosen, job_name, logs_of
 
 
 def main() -> None:
@@ -46,7 +48,7 @@ def main() -> None:
         for path in (kind(DATASET, split) for split in SPLITS for kind in (folders.clean, folders.filtered)):
             if not path.exists():
                 raise UserError(f"{path} is missing; make it with: make data")
-        make_styled_rows(plan)
+        make_styled_rows(plan, {job.name for job in jobs})
         run_jobs(jobs, logs_of(folders), gpus_of_this_machine())
         print(f"{len(jobs)} commands in {time.monotonic() - started:.0f} s (this call); logs in {logs_of(folders)}")
     if args.tables or not args.jobs:
@@ -55,13 +57,21 @@ def main() -> None:
         print(write_reference(plan))
 
 
-def make_styled_rows(plan: Plan) -> None:
-    """Training rows in the styles of the search that are not the default; dev rows as they are."""
+def make_styled_rows(plan: Plan, jobs: Collection[str]) -> None:
+    """Rows in the styles of these jobs of the search that are not the default; what is there is made anew only where
+    the clean rows have changed."""
     data = dataset(DATASET)
     for setting in SEARCH:
         folders = plan.styled(setting.style)
-        if setting.style == "named" or folders.filtered(data.name, "train").exists():
+        last = folders.filtered(data.name, "train")
+        if setting.style == "named" or job_name(setting) not in jobs:
             continue
+        if last.exists() and all(
+            same_file(plan.folders.clean(data.name, split), folders.clean(data.name, split))
+            for split in ("dev", "train")
+        ):
+            continue
+        last.unlink(missing_ok=True)
         for split in ("dev", "train"):
             clean = folders.clean(data.name, split)
             clean.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +79,10 @@ def make_styled_rows(plan: Plan) -> None:
             questions = read_questions(clean)
             process_finqa_samples(data, split, folders, questions, ProgramTeacher(setting.style))
             filter_split(data.name, split, folders, data.answer_rule)
+
+
+def same_file(one: Path, other: Path) -> bool:
+    return other.exists() and one.read_bytes() == other.read_bytes()
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -9,6 +9,7 @@ ended, leaves no process behind that would hold memory of its GPU.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -84,8 +85,14 @@ def run_jobs(jobs: Sequence[Job], logs: Path, gpus: Sequence[Gpu]) -> None:
     """Run what is not done yet; a line at the start and the end of each job.
 
     Where this process is interrupted or told to end, so is what runs, and all that that started. Raises UserError at
-    the end where a job failed twice, or was never run because one that it needs is not there.
+    the end where a job failed twice, or was never run because one that it needs is not there; and at once where
+    another process runs jobs with the same logs.
     """
+    with locked(logs):
+        _run_jobs(jobs, logs, gpus)
+
+
+def _run_jobs(jobs: Sequence[Job], logs: Path, gpus: Sequence[Gpu]) -> None:
     waiting = [job for job in jobs if not is_done(job, logs)]
     done = {job.name for job in jobs} - {job.name for job in waiting}
     if done:
@@ -140,6 +147,18 @@ def start(job: Job, logs: Path, gpu: Gpu) -> subprocess.Popen[bytes]:
     command = job.command.replace(SHARE, f"{min(0.9, job.gb / gpu.gb):.3f}" if gpu.gb else "0.9")
     environment = {} if gpu.number is None else {"CUDA_VISIBLE_DEVICES": str(gpu.number)}
     return start_into(logs / f"{job.name}.log", command, environment=environment, own_group=True)
+
+
+@contextlib.contextmanager
+def locked(logs: Path) -> Iterator[None]:
+    """Two studies would take the memory of the same GPUs, and write to the same folders."""
+    logs.mkdir(parents=True, exist_ok=True)
+    with (logs / "study.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another study runs its jobs in {logs}; wait for its end, or end it") from None
+        yield
 
 
 @contextlib.contextmanager

@@ -90,10 +90,10 @@ class Plan:
     def search(self) -> list[Job]:
         return [
             Job(
-                f"search-{slug(setting.name)}",
+                job_name(setting),
                 self.main(
                     SEARCHED,
-                    f"-D --VLLM {MIDDLE} {setting.flags} --run-name search-{slug(setting.name)}",
+                    f"-D --VLLM {MIDDLE} {setting.flags} --run-name {job_name(setting)}",
                     self.styled(setting.style),
                 ),
                 setting.gb,
@@ -160,8 +160,9 @@ def short(model: str) -> str:
     return model.rpartition("/")[2]
 
 
-def slug(name: str) -> str:
-    return name.replace(" ", "-")
+def job_name(setting: Setting) -> str:
+    """Name of a setting's job, and of its run."""
+    return f"search-{setting.name.replace(' ', '-')}"
 
 
 def _seed_flags(seed: int) -> str:

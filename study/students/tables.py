@@ -17,7 +17,7 @@ from finqa.manifest import write_json
 from finqa.paths import REPOSITORY, write_atomically
 from mini.study.page import NOTHING, fill_tables, markdown
 from study.students.figures import draw_accuracy, draw_curve
-from study.students.plan import CURVE, MAIN, SAMPLES, SEARCH, SEEDS, STUDENTS, Plan, short, slug
+from study.students.plan import CURVE, MAIN, SAMPLES, SEARCH, SEEDS, STUDENTS, Plan, job_name, short
 from study.students.results import Evaluated, figures_of, manifests, read_results
 
 REFERENCE = REPOSITORY / "docs" / "reference" / "finqa"
@@ -178,7 +178,7 @@ def search(figures: Figures) -> str:
     lines = []
     for setting in SEARCH:
         found = next(
-            (e for e in figures["evaluations"] if e["run"] == f"search-{slug(setting.name)}" and e["split"] == "dev"),
+            (e for e in figures["evaluations"] if e["run"] == job_name(setting) and e["split"] == "dev"),
             None,
         )
         if found:

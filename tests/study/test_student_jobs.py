@@ -15,8 +15,9 @@ import pytest
 
 from finqa.errors import UserError
 from finqa.paths import REPOSITORY, SPLITS, Folders
-from finqa.records import TeacherRow, write_teacher_rows
-from study.students.jobs import SHARE, Gpu, Job, gpus_of_this_machine, is_done, run_jobs
+from finqa.records import Question, TeacherRow, read_teacher_rows, write_questions, write_teacher_rows
+from study.students.__main__ import make_styled_rows
+from study.students.jobs import SHARE, Gpu, Job, gpus_of_this_machine, is_done, locked, run_jobs
 from study.students.plan import MAIN, Plan, chosen
 
 NOTE = (
@@ -112,6 +113,30 @@ def test_a_job_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.Monk
         run_jobs([job], tmp_path, [Gpu(0, 80)])
     left = int((tmp_path / "one.log").read_text())
     wait_for(lambda: not psutil.pid_exists(left), seconds=5)
+
+
+def test_two_studies_do_not_run_their_jobs_in_one_folder(tmp_path: Path):
+    job = Job("one", NOTE, 1)
+    with locked(tmp_path), pytest.raises(UserError, match="another study runs its jobs in"):
+        run_jobs([job], tmp_path, [Gpu(0, 80)])
+    run_jobs([job], tmp_path, [Gpu(0, 80)])
+
+
+def test_styled_rows_are_made_for_the_jobs_that_need_them_and_again_where_the_rows_have_changed(tmp_path: Path):
+    plan = Plan(Folders(tmp_path / "data", tmp_path / "results"))
+    plain, first = plan.styled("plain"), plan.styled("formula-first")
+    table = [["", "2009"], ["sales", "4"]]
+    for label in ("0.25", "0.125"):
+        question = Question("a", "", "", table, "what share?", label, f"divide(1, {1 / float(label):g})")
+        for split in ("dev", "train"):
+            write_questions(plan.folders.clean("FinQA", split), [question])
+        make_styled_rows(plan, {"search-plain-names", "search-middle"})
+        [row] = read_teacher_rows(plain.filtered("FinQA", "train"))
+        assert (row.expected_answer, row.generated_code.split()[0]) == (label, "value")
+    assert not first.filtered("FinQA", "train").exists()
+    made = plain.filtered("FinQA", "train").stat().st_mtime_ns
+    make_styled_rows(plan, {"search-plain-names"})
+    assert plain.filtered("FinQA", "train").stat().st_mtime_ns == made
 
 
 def test_a_log_may_hold_any_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
