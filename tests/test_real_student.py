@@ -1,0 +1,59 @@
+"""The project's own commands on a real model and real rows, on two CPU cores: few rows, so accuracies mean nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finqa.paths import REPOSITORY, SPLITS
+from finqa.scoring.metrics import wilson
+from finqa.scoring.predictions import read_predictions
+
+QUESTIONS, ROWS = 5, 20
+
+
+def run(*words: str | Path) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(
+    not {"REAL_STUDENT", "FINQA_ROWS"} <= os.environ.keys(),
+    reason="REAL_STUDENT names no folder of SmolLM2-135M-Instruct, or FINQA_ROWS no folder with raw/",
+)
+def test_smollm2_learns_from_real_rows_and_is_evaluated_in_all_three_ways(tmp_path: Path):
+    model, data, results = Path(os.environ["REAL_STUDENT"]), tmp_path / "data", tmp_path / "results"
+    (data / "FinQA").mkdir(parents=True)
+    for split in SPLITS:
+        shutil.copy(Path(os.environ["FINQA_ROWS"]) / "raw" / f"{split}.json", data / "FinQA")
+    run("-m", "preprocessing.preprocess_finqa", "--data-dir", data)
+    run("-m", "preprocessing.process_finqa_code_generation", "--teacher", "program", "--data-dir", data)
+    run("-m", "preprocessing.filter_valid_answers", "--data-dir", data)
+
+    folders = ("--data-dir", data, "--results-dir", results)
+    small = ("--max-rows", str(ROWS), "--limit", str(QUESTIONS), "--NUM_EPOCHS", "1", "--max-new-tokens", "64")
+    log = run("main.py", "FinQA", model, "-P", "-T", "--VLLM", "-ET", "all", "--no-push", *small, *folders)
+
+    [student] = (results / "FinQA").iterdir()
+    assert student.name == f"{model.name}-peftq_proj_k_proj_v_proj_o_proj-bs8-ne1"
+    assert "strict" in (student / "metrics.md").read_text()
+    for evaluation in ("zero-shot", "few-shot", "fine-tuned"):
+        metrics = json.loads((student / "test" / evaluation / "metrics.json").read_text())
+        right = [prediction.correct["strict"] for prediction in read_predictions(student / "test" / evaluation)]
+        assert metrics["n"] == len(right) == QUESTIONS
+        assert metrics["accuracy"] == sum(right) / QUESTIONS
+        assert tuple(metrics["accuracy_interval"]) == wilson(sum(right), QUESTIONS)
+    trained = json.loads((data / "models" / "FinQA" / student.name / "run.json").read_text())
+    assert (trained["rows"], trained["updates"]) == (ROWS, 3)
+    assert "adapter active" in log
