@@ -13,6 +13,7 @@ from finqa import datasets, prompts
 from finqa.adapter_check import check_adapter, engine_reading
 from finqa.answers import Rule
 from finqa.engines.serving import Model, Served, served_models
+from finqa.errors import UserError
 from finqa.generation import Generate, GenerationConfig, all_replies
 from finqa.manifest import file_hash, write_json, write_manifest
 from finqa.paths import Folders
@@ -51,6 +52,13 @@ class EvaluationConfig:
     instruction: str | None = None
     """What a model that was not fine-tuned is told before the prompt; None is the data set's own instruction."""
     sandbox: SandboxLimits = field(default_factory=SandboxLimits)
+
+    def __post_init__(self) -> None:
+        if self.instruction is not None and set(self.eval_types) == {"fine-tuned"}:
+            raise UserError(
+                "--instruction changes nothing for a fine-tuned model, which is asked as it was trained; give "
+                "--eval-type zero-shot, few-shot or all"
+            )
 
 
 @dataclass

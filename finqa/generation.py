@@ -82,8 +82,8 @@ class GenerationConfig:
             raise UserError(f"--temperature must be 0 or more, not {self.temperature}")
         if self.samples > 1 and self.temperature == 0:
             raise UserError("--samples above 1 needs a --temperature above 0: greedy replies are all the same")
-        if self.kv_cache_gb is not None and not self.kv_cache_gb > 0:
-            raise UserError(f"--kv-cache-gb must be above 0, not {self.kv_cache_gb}")
+        if self.kv_cache_gb is not None and not 0 < self.kv_cache_gb < math.inf:
+            raise UserError(f"--kv-cache-gb must be a number above 0, not {self.kv_cache_gb}")
         if not self.vllm and (self.kv_cache_gb is not None or self.enforce_eager):
             raise UserError("--kv-cache-gb and --enforce-eager need --VLLM")
         if not self.vllm and max(self.tensor_parallel, self.data_parallel) > 1:

@@ -64,22 +64,26 @@ def messages(
         prompt: A fine-tuning prompt (`training_prompt`).
         eval_type: "fine-tuned", "zero-shot" or "few-shot".
         examples: The data set's worked examples; used for "few-shot" alone.
-        instruction: What is said first in "zero-shot" and "few-shot".
+        instruction: What is said first in "zero-shot" and "few-shot"; empty for nothing.
 
     Raises UserError for an unknown eval type.
     """
     if eval_type == "fine-tuned":
         return [_user(prompt)]
     if eval_type == "zero-shot":
-        return [_user(f"{instruction}\n{prompt}")]
+        return [_user(_after(instruction, prompt))]
     if eval_type == "few-shot":
         chat: list[dict[str, str]] = []
         for example in examples:
             chat += [_user(training_prompt(example.question)), _assistant(fenced(example.code))]
         chat.append(_user(prompt))
-        chat[0] = _user(f"{instruction}\n{chat[0]['content']}")
+        chat[0] = _user(_after(instruction, chat[0]["content"]))
         return chat
     raise UserError(f"unknown eval type {eval_type!r}; one of {', '.join(EVAL_TYPES)}")
+
+
+def _after(instruction: str, text: str) -> str:
+    return f"{instruction}\n{text}" if instruction else text
 
 
 def teacher_messages(

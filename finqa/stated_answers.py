@@ -15,6 +15,7 @@ from finqa.answers import normalise
 AnswerKind = Literal["per cent", "amount", "yes/no"]
 
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
+_YES_NO = re.compile(r"\b(?:yes|no)\b")
 _PER_CENT = Decimal(100)
 _UNITS = tuple(Decimal(10) ** power for power in (3, 6, 9, -3, -6, -9))
 """Thousand, million and billion, given to either of the two."""
@@ -35,8 +36,11 @@ def label_disputed(stated: str, label: str) -> bool | None:
     said = stated.strip().lower()
     if not said or expected is None:
         return None
-    if isinstance(expected, str) or isinstance(normalise(said), str):
-        return normalise(said) != expected
+    words = set(_YES_NO.findall(said))
+    if isinstance(expected, str):
+        return words != {expected} if words or _NUMBER.search(said) else None
+    if isinstance(normalise(said), str):
+        return True
     numbers = _NUMBER.findall(said)
     if not numbers:
         return None

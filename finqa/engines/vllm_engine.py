@@ -119,6 +119,7 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
         if not show:
             os.environ.setdefault("TQDM_DISABLE", "1")  # some of its bars are drawn whatever vLLM is told
     if config.kv_cache_gb is not None:
+        _check_cache_holds_a_reply(Path(arguments.model), settings["max_model_len"], config)
         settings["kv_cache_memory_bytes"] = int(config.kv_cache_gb * 1e9)
     if arguments.load_in_4bit:
         settings["quantization"] = "bitsandbytes"
@@ -268,10 +269,25 @@ def _limit_of(model: Path, config: GenerationConfig) -> int:
 
 def _cpu_cache_bytes(model: Path, max_model_len: int, engines: int) -> int:
     """Cache for all sequences at full length, but for all engines at most a third of the memory that is free."""
+    wanted = _token_bytes(model) * max_model_len * CPU_SEQUENCES
+    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 1 << 20
+    return max(1 << 26, min(wanted, pages * os.sysconf("SC_PAGE_SIZE") // (3 * engines)))
+
+
+def _token_bytes(model: Path) -> int:
+    """Keys and values of one token in 16 bits."""
     shape = json.loads((model / "config.json").read_text())
     heads = shape["num_attention_heads"]
     width = shape.get("head_dim") or shape["hidden_size"] // heads
-    token = 2 * 2 * shape["num_hidden_layers"] * (shape.get("num_key_value_heads") or heads) * width
-    wanted = token * max_model_len * CPU_SEQUENCES
-    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 1 << 20
-    return max(1 << 26, min(wanted, pages * os.sysconf("SC_PAGE_SIZE") // (3 * engines)))
+    return 2 * 2 * shape["num_hidden_layers"] * (shape.get("num_key_value_heads") or heads) * width
+
+
+def _check_cache_holds_a_reply(model: Path, max_model_len: int, config: GenerationConfig) -> None:
+    """UserError where the cache that is asked for is too small for one prompt and reply of full length."""
+    window = json.loads((model / "config.json").read_text()).get("sliding_window") or max_model_len
+    needed = _token_bytes(model) * min(max_model_len, window) / config.tensor_parallel / 1e9
+    if config.kv_cache_gb is not None and config.kv_cache_gb < needed:
+        raise UserError(
+            f"--kv-cache-gb {config.kv_cache_gb:g} does not hold one prompt and reply of {max_model_len:,} tokens, "
+            f"which take {needed:.2g} GB; raise it, or give a smaller --max-model-len"
+        )

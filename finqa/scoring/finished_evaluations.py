@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finqa.errors import UserError
 from finqa.prompts import EVAL_TYPES
-from finqa.scoring.predictions import Prediction, read_predictions
+from finqa.scoring.predictions import AGAIN, Prediction, read_predictions
 
 ORDER = ("zero-shot", "few-shot", "fine-tuned")
 assert set(ORDER) == set(EVAL_TYPES)
@@ -36,13 +37,23 @@ class Evaluation:
 
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
-    """The finished evaluations in the folder of a split, in the order in which they are shown."""
+    """The finished evaluations in the folder of a split, in the order in which they are shown.
+
+    Raises UserError where one is damaged.
+    """
     return [
-        Evaluation(name, json.loads((folder / name / "metrics.json").read_text()), read_predictions(folder / name))
+        _read(folder / name)
         for name in _names(folder)
         # run.json is written last: without it the others may be of two evaluations.
         if (folder / name / "metrics.json").exists() and (folder / name / "run.json").exists()
     ]
+
+
+def _read(folder: Path) -> Evaluation:
+    metrics, predictions = json.loads((folder / "metrics.json").read_text()), read_predictions(folder)
+    if metrics["n"] != len(predictions):
+        raise UserError(f"{folder} has {len(predictions)} predictions of {metrics['n']}; {AGAIN}")
+    return Evaluation(folder.name, metrics, predictions)
 
 
 def _names(folder: Path) -> list[str]:

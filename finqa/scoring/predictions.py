@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from finqa.answers import Rule
+from finqa.errors import UserError
 from finqa.generation import FinishReason
 from finqa.paths import write_atomically
 from finqa.sandbox import ERROR_KINDS
 
 FILE = "predictions.jsonl"
+AGAIN = "delete the run.json beside it and evaluate again"
 PROMPT_TOO_LONG = "prompt-too-long"
 PREDICTION_ERROR_KINDS = (*ERROR_KINDS, PROMPT_TOO_LONG)
 """Every reason for which a row can be without an answer."""
@@ -85,8 +87,16 @@ def write_predictions(folder: Path, predictions: Sequence[Prediction]) -> None:
 
 
 def read_predictions(folder: Path) -> list[Prediction]:
-    """The inverse of `write_predictions`."""
-    return [_prediction(json.loads(line)) for line in (folder / FILE).read_text().split("\n") if line]
+    """The inverse of `write_predictions`. Raises UserError where the file is missing or damaged."""
+    path, found = folder / FILE, []
+    if not path.exists():
+        raise UserError(f"{path} is missing; {AGAIN}")
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            found += [_prediction(json.loads(line))] if line else []
+        except (ValueError, TypeError, AttributeError):
+            raise UserError(f"{path}, line {number}: no whole prediction; {AGAIN}") from None
+    return found
 
 
 def _prediction(row: dict) -> Prediction:

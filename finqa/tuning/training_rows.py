@@ -46,10 +46,15 @@ def example(name: str, ids: Sequence[int], n_prompt: int) -> Example:
 def read_training_rows(path: Path, families: Families = "all", max_rows: int | None = None) -> list[TeacherRow]:
     """Rows of a filtered CSV, the first `max_rows` of them, of one kind of family or of all.
 
+    Rows without a prompt or a program, which a file from elsewhere may have, are left out, and that is said.
     With `known` or `new` there are as many rows as `all` would have, so that two runs that differ in the families
     alone take the same steps; where the file has too few of the kind they are repeated in order, and that is said.
     """
-    rows = read_teacher_rows(path)
+    every = read_teacher_rows(path)
+    rows = [row for row in every if row.prompt.strip() and row.generated_code.strip()]
+    if len(rows) < len(every):
+        print(f"WARNING: {len(every) - len(rows)} of {len(every)} rows of {path} have no prompt or no program and are "
+              "left out", flush=True)  # fmt: skip
     wanted = min(len(rows), max_rows or len(rows))
     if families != "all":
         chosen = [row for row in rows if row.family_kind == families]
@@ -78,7 +83,7 @@ def tokenised(
     """Rows as token ids in their order, and the ids of those left out for being over `max_seq_length` tokens.
 
     Returns a Dataset of `Example`s, kept as a file in the folder `cache`: rows that were tokenised before in the same
-    way, whatever the maximum, are read from there.
+    way, whatever the maximum, are read from there, unless the file is damaged.
     Raises UserError where every row is too long.
     """
     every = _all_tokenised(rows, tokenizer, cache)
@@ -112,17 +117,34 @@ def _all_tokenised(rows: Sequence[TeacherRow], tokenizer: PreTrainedTokenizerBas
     texts = {"id": names, "prompt": [row.prompt for row in rows], "code": [row.generated_code for row in rows]}
     number = Value("int32")
     fingerprint = _fingerprint(names, rows, tokenizer)
+    file = cache / f"{fingerprint}.arrow"
     cache.mkdir(parents=True, exist_ok=True)
+    if file.exists() and not _is_whole(file, len(rows)):
+        file.unlink()
     return Dataset.from_dict(texts).map(
         with_ids,
         batched=True,
         input_columns=list(texts),
         remove_columns=list(texts),
         features=Features({"id": Value("string"), "ids": List(number), "n_prompt": number, "n_tokens": number}),
-        cache_file_name=str(cache / f"{fingerprint}.arrow"),
+        cache_file_name=str(file),
         new_fingerprint=fingerprint,
         desc="tokenising",
     )
+
+
+def _is_whole(file: Path, n_rows: int) -> bool:
+    """Whether a file of the cache has all rows.
+
+    A machine that went down, or a copy that was broken off, can leave the beginning of one; where that ends between
+    two batches it reads as fewer rows, without an error.
+    """
+    from datasets import Dataset
+
+    try:
+        return len(Dataset.from_file(str(file))) == n_rows
+    except (OSError, ValueError):
+        return False
 
 
 def _fingerprint(names: Sequence[str], rows: Sequence[TeacherRow], tokenizer: PreTrainedTokenizerBase) -> str:

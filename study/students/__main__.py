@@ -3,7 +3,7 @@
     make data && python -m study.students            all of it: about an hour and a half of one H100
     python -m study.students search                  the search for settings alone; also student, seed, vote, curve,
                                                      no-fractions, collect, train, analyse, or a job's whole name
-    python -m study.students --list                  the commands, and what must come before each
+    python -m study.students --list                  the commands for a GPU of their own, and what must come before
     python -m study.students --tables                tables, figures and the page from what is there, nothing run
 
 Needs the three splits of FinQA in D (`make data`), and vLLM on a GPU. Runs as many commands beside each other as every
@@ -27,7 +27,7 @@ from finqa.records import read_questions
 from preprocessing.filter_valid_answers import filter_split
 from preprocessing.process_finqa_code_generation import process_finqa_samples
 from preprocessing.teacher.teachers import ProgramTeacher
-from study.students.jobs import gpus_of_this_machine, run_jobs
+from study.students.jobs import SHARE, gpus_of_this_machine, run_jobs
 from study.students.plan import DATASET, SEARCH, Plan, chosen, logs_of
 
 
@@ -39,13 +39,13 @@ def main() -> None:
     if args.list:
         for job in jobs:
             after = f" (after {', '.join(job.after)})" if job.after else ""
-            print(f"{job.name}{after}\n    python {job.command}")
+            print(f"{job.name}{after}\n    python {job.command.replace(SHARE, '0.9')}")
         return
     if not args.tables:
         started = time.monotonic()
-        for split in SPLITS:
-            if not folders.filtered(DATASET, split).exists():
-                raise UserError(f"{folders.filtered(DATASET, split)} is missing; make it with: make data")
+        for path in (kind(DATASET, split) for split in SPLITS for kind in (folders.clean, folders.filtered)):
+            if not path.exists():
+                raise UserError(f"{path} is missing; make it with: make data")
         make_styled_rows(plan)
         run_jobs(jobs, logs_of(folders), gpus_of_this_machine())
         print(f"{len(jobs)} commands in {time.monotonic() - started:.0f} s (this call); logs in {logs_of(folders)}")

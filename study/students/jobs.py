@@ -2,26 +2,30 @@
 
 A job starts when the jobs before it are done and a GPU has the memory that it asks for. What was done by the same
 command is not done again. A job that fails is tried once more (two engines that start on one GPU can disturb each
-other); if it fails again, what needs it is left out, the others go on, and the end says so.
+other); if it fails again, what needs it is left out, the others go on, and the end says so. A job that ends, or is
+ended, leaves no process behind that would hold memory of its GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from finqa.errors import UserError
-from mini.commands import failure, last_line, start_into
+from mini.commands import failure, last_line, start_into, told_to_end
 
 TRIES = 2
 PAUSE_S = 5.0
 """Before a job is tried again."""
 POLL_S = 0.2
+PATIENCE_S = 20.0
+"""For jobs that were told to end, before they are killed."""
 SHARE = "{share}"
 """Stands in a command for the part of its GPU's memory that the job was given."""
 
@@ -57,22 +61,30 @@ class Gpu:
 
 
 def gpus_of_this_machine() -> list[Gpu]:
-    """Every GPU that nvidia-smi names; without one, the machine as a whole, which takes a job at a time."""
-    query = ["nvidia-smi", "--query-gpu=index,memory.total", "--format=csv,noheader,nounits"]
+    """Every GPU that nvidia-smi names, of those in CUDA_VISIBLE_DEVICES where that is set.
+
+    Without one, the machine as a whole, which takes a job at a time.
+    """
+    query = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         lines = []
-    found = [line.split(",") for line in lines]
-    # A twentieth is left for what the driver and every process take beside what they ask for.
-    return [Gpu(int(number), 0.95 * float(mib) * 2**20 / 1e9) for number, mib in found] or [Gpu(None, 0.0)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = None if visible is None else [name.strip() for name in visible.split(",")]
+    gpus = []
+    for number, uuid, mib in (line.split(", ") for line in lines):
+        if chosen is None or number in chosen or any(name and uuid.startswith(name) for name in chosen):
+            # A twentieth is left for what the driver and every process take beside what they ask for.
+            gpus.append(Gpu(int(number), 0.95 * float(mib) * 2**20 / 1e9))
+    return gpus or [Gpu(None, 0.0)]
 
 
 def run_jobs(jobs: Sequence[Job], logs: Path, gpus: Sequence[Gpu]) -> None:
     """Run what is not done yet; a line at the start and the end of each job.
 
-    Where this process is interrupted or told to end, what runs is told to end too. Raises UserError at the end where a
-    job failed twice.
+    Where this process is interrupted or told to end, so is what runs, and all that that started. Raises UserError at
+    the end where a job failed twice, or was never run because one that it needs is not there.
     """
     waiting = [job for job in jobs if not is_done(job, logs)]
     done = {job.name for job in jobs} - {job.name for job in waiting}
@@ -80,8 +92,7 @@ def run_jobs(jobs: Sequence[Job], logs: Path, gpus: Sequence[Gpu]) -> None:
         print(f"{len(done)} of {len(jobs)} jobs are done already", flush=True)
     failed: list[str] = []
     running: list[Running] = []
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
+    with told_to_end(), ended_at_last(running):
         while waiting or running:
             for job in [one for one in waiting if done.issuperset(one.after)]:
                 if gpu := next((one for one in sorted(gpus, key=Gpu.taken) if one.takes(job)), None):
@@ -94,6 +105,7 @@ def run_jobs(jobs: Sequence[Job], logs: Path, gpus: Sequence[Gpu]) -> None:
             time.sleep(POLL_S)
             for one in [one for one in running if one.process.poll() is not None]:
                 job, log = one.job, logs / f"{one.job.name}.log"
+                send(one, signal.SIGKILL)  # to what it left behind
                 if one.process.returncode and one.tries < TRIES:
                     time.sleep(PAUSE_S)
                     one.process, one.tries = start(job, logs, one.gpu), one.tries + 1
@@ -107,11 +119,7 @@ def run_jobs(jobs: Sequence[Job], logs: Path, gpus: Sequence[Gpu]) -> None:
                     (logs / f"{job.name}.done").write_text(job.command)
                     done.add(job.name)
                     print(f"{job.name}: {time.monotonic() - one.started:.0f} s; {last_line(log)}", flush=True)
-    finally:
-        for one in running:
-            one.process.terminate()
-        signal.signal(signal.SIGTERM, before)
-    if failed:
+    if failed or waiting:
         left_out = f"left out: {', '.join(job.name for job in waiting)}" if waiting else ""
         raise UserError("\n\n".join(filter(None, [*failed, left_out])))
 
@@ -131,7 +139,30 @@ def start(job: Job, logs: Path, gpu: Gpu) -> subprocess.Popen[bytes]:
     """Start a job's command on a GPU."""
     command = job.command.replace(SHARE, f"{min(0.9, job.gb / gpu.gb):.3f}" if gpu.gb else "0.9")
     environment = {} if gpu.number is None else {"CUDA_VISIBLE_DEVICES": str(gpu.number)}
-    return start_into(logs / f"{job.name}.log", command, environment=environment)
+    return start_into(logs / f"{job.name}.log", command, environment=environment, own_group=True)
+
+
+@contextlib.contextmanager
+def ended_at_last(running: Sequence[Running]) -> Iterator[None]:
+    """At the end of the block, however it comes, jobs that still run are told to end; then they are killed."""
+    try:
+        yield
+    finally:
+        for one in running:
+            send(one, signal.SIGTERM)
+        until = time.monotonic() + PATIENCE_S
+        try:
+            while any(one.process.poll() is None for one in running) and time.monotonic() < until:
+                time.sleep(POLL_S)
+        finally:  # at once where this process is told to end again
+            for one in running:
+                send(one, signal.SIGKILL)
+
+
+def send(one: Running, number: int) -> None:
+    """Send a signal to a job and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(one.process.pid, number)
 
 
 def is_done(job: Job, logs: Path) -> bool:

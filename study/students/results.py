@@ -15,6 +15,7 @@ from typing import Any
 
 from finqa import datasets
 from finqa.answers import RULES, match
+from finqa.errors import UserError
 from finqa.paths import SPLITS
 from finqa.scoring.evaluation_rows import EvalRow, read_rows
 from finqa.scoring.finished_evaluations import read_evaluations
@@ -42,12 +43,20 @@ class Evaluated:
 
 
 def read_results(plan: Plan) -> list[Evaluated]:
-    """Every finished evaluation of the study's students, judged again."""
+    """Every finished evaluation of the study's students, judged again.
+
+    Raises UserError where one is damaged, or answers a question that is no longer among the rows.
+    """
     data, found = datasets.dataset(DATASET), []
     rows = {split: {row.id: row for row in read_rows(plan.folders, data, split)[1]} for split in SPLITS[1:]}
     for student, run, folder in run_folders(plan):
         for split in SPLITS[1:]:
             for evaluation in read_evaluations(folder / split):
+                if gone := [one.id for one in evaluation.predictions if one.id not in rows[split]]:
+                    raise UserError(
+                        f"{folder / split / evaluation.name} has an answer to {gone[0]}, which is not in {split} of "
+                        f"{plan.folders.data}; give the --data-dir that it was made from, or evaluate again"
+                    )
                 judged = [judged_again(one, rows[split][one.id]) for one in evaluation.predictions]
                 found.append(Evaluated(student, run, split, evaluation.name, judged))
     return found
@@ -59,7 +68,7 @@ def run_folders(plan: Plan) -> Iterator[tuple[str, str, Path]]:
     for student in map(short, STUDENTS):
         for folder in sorted((plan.folders.results / DATASET).glob(f"{student}-peft*")):
             # <student>-peft<modules>-bs<b>-ne<e>[-<run name>]
-            run = folder.name.split("-ne", 1)[1].partition("-")[2]
+            run = folder.name.partition("-ne")[2].partition("-")[2]
             if not run or run in names:
                 yield student, run, folder
 

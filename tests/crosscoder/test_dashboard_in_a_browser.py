@@ -107,6 +107,24 @@ def open_page(chromium, tabs, files) -> Iterator[Open]:
         tabs[key].append(tab)
 
 
+@pytest.mark.parametrize("trouble", ["an old browser", "damaged data"])
+def test_a_page_that_cannot_be_unpacked_says_why(trouble: str, chromium: Any, files: dict[str, Path], tmp_path: Path):
+    page = chromium.new_page()
+    text = files["sae"].read_text()
+    if trouble == "an old browser":
+        page.add_init_script("delete window.DecompressionStream")
+    else:
+        text = re.sub(r'(id="data">.{400}).{40}', r"\1", text)
+    (tmp_path / "page.html").write_text(text)
+    page.goto((tmp_path / "page.html").as_uri())
+    said = {
+        "an old browser": "This browser cannot unpack the data",
+        "damaged data": "The data of this page are damaged",
+    }
+    page.wait_for_function("said => document.body.innerText.includes(said)", arg=said[trouble], timeout=5000)
+    page.close()
+
+
 def rows(page: Any) -> list[int]:
     return page.eval_on_selector_all("#rows tr", "rows => rows.map(row => Number(row.dataset.latent))")
 

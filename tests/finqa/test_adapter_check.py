@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finqa.adapter_check import classes_of, compare, kl, kl_on_classes, verdict
+from finqa.adapter_check import AGREEMENT, classes_of, compare, kl, kl_on_classes, verdict
 from finqa.evaluation import EvaluationConfig
 from finqa.generation import GenerationConfig
 from finqa.student_settings import StudentSettings
@@ -62,6 +62,21 @@ def test_an_adapter_that_changes_nothing_is_not_active(
     found = compare(run, adapter(tiny_student, tmp_path, random=False), sequences, CONFIG)
     assert found["kl_base"] == 0 and not found["active"] and not found["agrees"]
     assert "NOT active" in verdict(found)
+
+
+@pytest.mark.parametrize(
+    ("kl_base", "kl_vllm", "said"),
+    [
+        (0.0114, 0.0017, "rounding is over 5% of so small a change, which tells nothing; train for longer"),
+        (0.0114, 0.0114, "do not trust it"),
+        (1.5, 0.0017, ""),
+    ],
+)
+def test_a_change_that_rounding_hides_is_told_from_an_adapter_that_is_lost(kl_base: float, kl_vllm: float, said: str):
+    share = kl_vllm / kl_base
+    found = {"kl_base": kl_base, "kl_vllm": kl_vllm, "share_vllm": share, "active": True, "agrees": share < AGREEMENT}
+    line = verdict(found)
+    assert line.endswith(said) and ("do not trust" in line) == (said == "do not trust it")
 
 
 def test_a_merge_that_loses_the_adapter_is_seen(

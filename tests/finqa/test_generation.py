@@ -12,6 +12,7 @@ from finqa.adapter_check import AGREEMENT, compare
 from finqa.datasets import dataset
 from finqa.engines.hugging_face_engine import GumbelNoise, hugging_face
 from finqa.engines.serving import MODELS, check_backend, served_models
+from finqa.engines.vllm_engine import EngineArguments, vllm_engine
 from finqa.errors import UserError
 from finqa.evaluation import EvaluationConfig
 from finqa.generation import Generate, GenerationConfig, Reply, all_replies, cut_at_stop
@@ -160,13 +161,30 @@ def test_sampling_draws_from_the_softmax_at_the_temperature():
         ({"data_parallel": 2}, "need --VLLM"),
         ({"kv_cache_gb": 2.0}, "need --VLLM"),
         ({"enforce_eager": True}, "need --VLLM"),
-        ({"kv_cache_gb": 0.0, "vllm": True}, "--kv-cache-gb must be above 0"),
-        ({"kv_cache_gb": float("nan"), "vllm": True}, "--kv-cache-gb must be above 0"),
+        ({"kv_cache_gb": 0.0, "vllm": True}, "--kv-cache-gb must be a number above 0"),
+        ({"kv_cache_gb": float("nan"), "vllm": True}, "--kv-cache-gb must be a number above 0"),
+        ({"kv_cache_gb": float("inf"), "vllm": True}, "--kv-cache-gb must be a number above 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict, says: str):
     with pytest.raises(UserError, match=says):
         GenerationConfig(**{"vllm": False, "max_new_tokens": 8, "batch_size": 4, **settings})
+
+
+def test_an_instruction_that_no_eval_type_uses_is_refused():
+    with pytest.raises(UserError, match="--instruction changes nothing for a fine-tuned model"):
+        EvaluationConfig(("dev",), ("fine-tuned",), CONFIG, instruction="Be brief.")
+    EvaluationConfig(("dev",), ("zero-shot", "fine-tuned"), CONFIG, instruction="Be brief.")
+
+
+def test_a_cache_that_holds_no_reply_is_refused_before_an_engine_starts(tiny_student: Path):
+    config = GenerationConfig(vllm=True, max_new_tokens=8, batch_size=1, kv_cache_gb=1e-6)
+    arguments = EngineArguments(str(tiny_student), str(tiny_student), False, config, None)
+    with (
+        pytest.raises(UserError, match=r"--kv-cache-gb 1e-06 does not hold one prompt and reply of .* tokens"),
+        vllm_engine(arguments),
+    ):
+        pass
 
 
 def test_only_samples_have_a_folder_of_their_own():

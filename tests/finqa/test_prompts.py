@@ -102,6 +102,11 @@ def test_the_instruction_says_what_form_the_labels_of_the_data_set_have():
     assert messages("x", "few-shot", FINQA_EXAMPLES, "Be brief.")[0]["content"].startswith("Be brief.\n")
 
 
+def test_an_empty_instruction_adds_nothing():
+    assert messages("x", "zero-shot", (), "") == messages("x", "fine-tuned")
+    assert messages("x", "few-shot", FINQA_EXAMPLES, "")[0]["content"] == training_prompt(FINQA_EXAMPLES[0].question)
+
+
 def test_an_unknown_eval_type_is_refused():
     with pytest.raises(UserError, match="unknown eval type 'one-shot'"):
         messages("x", "one-shot")  # pyright: ignore[reportArgumentType]

@@ -75,6 +75,11 @@ CASES: dict[str, list[tuple[str, str, bool | None]]] = {
         ("no", "yes", True),
         ("no", "12.0", True),
         ("12%", "no", True),
+        ("yes.", "yes", False),
+        ("yes , rent rose by 12%", "yes", False),
+        ("no : rent fell", "yes", True),
+        ("rent is not known", "no", None),
+        ("yes or no", "yes", True),
     ],
     "where nothing is stated nothing is contradicted": [
         ("", "12.0", None),

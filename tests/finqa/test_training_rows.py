@@ -11,6 +11,7 @@ from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from training_parts import teacher_row
 
@@ -19,7 +20,7 @@ from finqa.paths import REPOSITORY
 from finqa.records import Question, TeacherRow, format_table, write_questions, write_rejected, write_teacher_rows
 from finqa.students import load_tokenizer, training_ids
 from finqa.tuning import training_rows
-from finqa.tuning.training_rows import tokenised
+from finqa.tuning.training_rows import read_training_rows, tokenised
 
 ROWS = [teacher_row(number, padding=number % 7) for number in range(30)]
 
@@ -155,6 +156,57 @@ def test_a_run_that_is_killed_while_it_tokenises_leaves_nothing_that_is_taken_fo
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not list(tmp_path.glob("*.arrow"))
     assert as_read(tokenised(ROWS, tokenizer, 512, tmp_path)[0]) == plainly(ROWS, tokenizer)
+
+
+@pytest.mark.parametrize("left", ["nothing", "half", "a batch"])
+def test_a_damaged_file_in_the_cache_is_made_again(left: str, tokenizer: Any, tmp_path: Path):
+    rows = [replace(ROWS[0], id=str(number)) for number in range(1001)]
+    tokenised(rows, tokenizer, 512, tmp_path)
+    [file] = tmp_path.iterdir()
+    whole = file.read_bytes()
+    with pyarrow.ipc.open_stream(whole) as stream:
+        written = pyarrow.BufferOutputStream()
+        pyarrow.ipc.new_stream(written, stream.schema).write_batch(stream.read_next_batch())
+    a_batch = written.getvalue().to_pybytes()
+    file.write_bytes({"nothing": b"", "half": whole[: len(whole) // 2], "a batch": a_batch}[left])
+    assert len(tokenised(rows, tokenizer, 512, tmp_path)[0]) == len(rows)
+    assert file.read_bytes() == whole
+
+
+def test_two_runs_can_tokenise_the_same_rows_at_once(tiny_student: Path, tmp_path: Path):
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from test_training_rows import ROWS\n"
+        "from finqa.students import load_tokenizer\n"
+        "from finqa.tuning.training_rows import tokenised\n"
+        "tokenizer = load_tokenizer(sys.argv[1])\n"
+        "input()\n"
+        "print(sum(tokenised(ROWS, tokenizer, 512, Path(sys.argv[2]))[0]['n_tokens']))\n"
+    )
+    path = ":".join([*map(str, (REPOSITORY, Path(__file__).parent)), *filter(None, sys.path)])
+    words = [sys.executable, "-c", program, str(tiny_student), str(tmp_path)]
+    pipe = subprocess.PIPE
+    runs = [subprocess.Popen(words, env={"PYTHONPATH": path}, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
+    for run in runs:
+        assert run.stdin
+        run.stdin.write("\n")
+        run.stdin.flush()
+    first, second = (run.communicate(timeout=120)[0] for run in runs)
+    assert first == second != ""
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_rows_without_a_prompt_or_a_program_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rows = [ROWS[0], replace(ROWS[1], generated_code=" \n"), replace(ROWS[2], prompt=""), ROWS[3]]
+    write_teacher_rows(tmp_path / "rows.csv", rows)
+    assert [row.id for row in read_training_rows(tmp_path / "rows.csv")] == [ROWS[0].id, ROWS[3].id]
+    assert "2 of 4 rows" in capsys.readouterr().out
+    write_teacher_rows(tmp_path / "rows.csv", rows[1:2])
+    with pytest.raises(UserError, match="no rows to train on"):
+        read_training_rows(tmp_path / "rows.csv")
 
 
 @pytest.fixture

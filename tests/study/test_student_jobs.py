@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from finqa.errors import UserError
-from finqa.paths import REPOSITORY, Folders
-from study.students.jobs import SHARE, Gpu, Job, is_done, run_jobs
+from finqa.paths import REPOSITORY, SPLITS, Folders
+from finqa.records import TeacherRow, write_teacher_rows
+from study.students.jobs import SHARE, Gpu, Job, gpus_of_this_machine, is_done, run_jobs
 from study.students.plan import MAIN, Plan, chosen
 
 NOTE = (
@@ -77,18 +78,72 @@ def test_a_job_that_fails_once_is_tried_again(tmp_path: Path, monkeypatch: pytes
     assert is_done(Job("one", f'-c "{once}"', 1), tmp_path)
 
 
-def test_a_study_that_is_told_to_end_ends_its_jobs(tmp_path: Path):
-    program = (
-        "from pathlib import Path; from study.students.jobs import Gpu, Job, run_jobs; import sys; "
-        "sleep = '-c \"import os, time; print(os.getpid(), flush=True); time.sleep(600)\"'; "
-        "run_jobs([Job('one', sleep, 1), Job('other', sleep, 1)], Path(sys.argv[1]), [Gpu(0, 80)])"
-    )
-    study = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=REPOSITORY)
-    logs = [tmp_path / f"{name}.log" for name in ("one", "other")]
+SLEEPS = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+STARTS_ONE = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', '{SLEEPS}']).wait()"
+DEAF = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEPS}"
+RUNS_JOBS = (
+    "from pathlib import Path; from study.students import jobs; import sys; jobs.PATIENCE_S = 1; "
+    "todo = [jobs.Job(str(i), '-c \"' + code + '\"', 1) for i, code in enumerate(sys.argv[2:])]; "
+    "jobs.run_jobs(todo, Path(sys.argv[1]), [jobs.Gpu(0, 80)])"
+)
+RUNS_INTO = "from pathlib import Path; from mini.commands import run_into; import sys; " + (
+    "run_into(Path(sys.argv[1], '0.log'), 'one', '-c \"' + sys.argv[2] + '\"')"
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(("program", "jobs"), [(RUNS_JOBS, [SLEEPS, STARTS_ONE, DEAF]), (RUNS_INTO, [SLEEPS])])
+def test_what_is_told_to_end_ends_what_it_started(
+    program: str, jobs: list[str], number: signal.Signals, tmp_path: Path
+):
+    study = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), *jobs], cwd=REPOSITORY)
+    logs = [tmp_path / f"{job}.log" for job in range(len(jobs))]
     wait_for(lambda: all(log.exists() and log.read_text().strip() for log in logs))
-    study.send_signal(signal.SIGTERM)
-    assert study.wait(timeout=20) == 128 + signal.SIGTERM
-    wait_for(lambda: not any(psutil.pid_exists(int(log.read_text())) for log in logs))
+    study.send_signal(number)
+    assert study.wait(timeout=20) == (-number if number == signal.SIGINT else 128 + number)
+    wait_for(lambda: not any(psutil.pid_exists(int(log.read_text())) for log in logs), seconds=5)
+
+
+def test_a_job_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("study.students.jobs.PAUSE_S", 0)
+    crashes = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', '{}']); time.sleep(1); sys.exit(3)"
+    job = Job("one", f'-c "{crashes.format(SLEEPS)}"', 1)
+    with pytest.raises(UserError, match=r"exit code 3"):
+        run_jobs([job], tmp_path, [Gpu(0, 80)])
+    left = int((tmp_path / "one.log").read_text())
+    wait_for(lambda: not psutil.pid_exists(left), seconds=5)
+
+
+def test_a_log_may_hold_any_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("study.students.jobs.PAUSE_S", 0)
+    says = "import sys; sys.stdout.buffer.write(b'half a character: \\xe2\\x82'); sys.exit({})"
+    jobs = [Job("good", f'-c "{says.format(0)}"', 1), Job("bad", f'-c "{says.format(1)}"', 1)]
+    with pytest.raises(UserError, match="half a character"):
+        run_jobs(jobs, tmp_path, [Gpu(0, 80)])
+    assert is_done(jobs[0], tmp_path)
+
+
+def test_a_job_that_needs_one_that_is_not_there_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="left out: needs-it"):
+        run_jobs([Job("needs-it", NOTE, 1, ("nowhere",)), Job("good", NOTE, 1)], tmp_path, [Gpu(0, 80)])
+    assert (tmp_path / "good.done").exists()
+
+
+@pytest.mark.parametrize(
+    ("visible", "numbers"),
+    [(None, [0, 1, 2]), ("1", [1]), ("2,0", [0, 2]), ("GPU-bb", [1]), ("", [None]), ("-1", [None])],
+)
+def test_only_gpus_that_are_visible_are_used(
+    visible: str | None, numbers: list[int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made_up = tmp_path / "nvidia-smi"
+    made_up.write_text("#!/bin/sh\necho '0, GPU-aa1, 81559'\necho '1, GPU-bb2, 81559'\necho '2, GPU-cc3, 24564'\n")
+    made_up.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu.number for gpu in gpus_of_this_machine()] == numbers
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
@@ -115,3 +170,14 @@ def test_the_study_asks_for_its_data_before_it_starts_anything(tmp_path: Path):
     assert "is missing; make it with: make data" in found.stderr and "Traceback" not in found.stderr
     listed = subprocess.run([*command, "--list"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert f"python main.py FinQA {MAIN} -P -D -T --VLLM -ET all" in listed.stdout
+    assert "{" not in listed.stdout
+
+
+def test_the_study_asks_for_clean_rows_too(tmp_path: Path):
+    folders = Folders(tmp_path, tmp_path)
+    for split in SPLITS:
+        write_teacher_rows(folders.filtered("FinQA", split), [TeacherRow("p", "ans = 1", "1", "1")])
+    command = [sys.executable, "-m", "study.students", "--data-dir", str(tmp_path), "--results-dir", str(tmp_path)]
+    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    missing = folders.clean("FinQA", "train")
+    assert (found.returncode, found.stderr) == (1, f"error: {missing} is missing; make it with: make data\n")

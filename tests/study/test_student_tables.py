@@ -15,7 +15,7 @@ import pytest
 
 from finqa.errors import UserError
 from finqa.paths import Folders
-from finqa.records import Question, write_questions
+from finqa.records import Question, read_questions, write_questions
 from finqa.scoring.evaluation_rows import EvalRow
 from finqa.scoring.metrics import mcnemar, wilson
 from finqa.scoring.predictions import Prediction, write_predictions
@@ -127,7 +127,7 @@ def plan(tmp_path: Path) -> Plan:
             folder.mkdir(parents=True)
             rows = [prediction(id, answer) for id, answer in zip("ab", replies, strict=True)]
             write_predictions(folder, [replace(r, error_kind=None if r.answer else "no-answer") for r in rows])
-            (folder / "metrics.json").write_text("{}")
+            (folder / "metrics.json").write_text('{"n": 2}')
             (folder / "run.json").write_text(json.dumps({"data": {"/some/where/finqa_test.csv": "0"}, "seed": 3}))
     trained = plan.folders.model("FinQA", f"{short(MAIN)}-peftq_proj-bs8-ne3")
     trained.mkdir(parents=True)
@@ -170,6 +170,34 @@ def test_nothing_to_write_is_one_line(tmp_path: Path, plan: Plan):
     with pytest.raises(UserError, match="nothing was evaluated yet"):
         tables.write_reference(empty, tmp_path / "reference", tmp_path / "page.md")
     assert not (tmp_path / "reference").exists()
+
+
+@pytest.mark.parametrize("left", [b"", b"half", b"line"])
+def test_predictions_that_are_not_whole_are_named_with_a_remedy(left: bytes, plan: Plan):
+    folder = plan.folders.evaluation("FinQA", f"{short(MAIN)}-peftq_proj-bs8-ne3", "dev", "fine-tuned")
+    path = folder / "predictions.jsonl"
+    whole = path.read_bytes()
+    first_line = whole.index(b"\n") + 1
+    path.write_bytes({b"": b"", b"half": whole[:-20], b"line": whole[:first_line]}[left])
+    with pytest.raises(UserError, match=r"dev/fine-tuned.*delete the run.json beside it and evaluate again"):
+        read_results(plan)
+    path.unlink()
+    with pytest.raises(UserError, match=r"predictions.jsonl is missing"):
+        read_results(plan)
+    (folder / "run.json").unlink()
+    assert len(read_results(plan)) == 3
+
+
+def test_an_answer_to_a_row_that_is_gone_is_named(plan: Plan):
+    path = plan.folders.clean("FinQA", "test")
+    write_questions(path, read_questions(path)[:1])
+    with pytest.raises(UserError, match=r"test/zero-shot has an answer to b, which is not in test of .*data"):
+        read_results(plan)
+
+
+def test_a_folder_of_another_form_is_passed_over(plan: Plan):
+    (plan.folders.results / "FinQA" / f"{short(MAIN)}-peft-of-old").mkdir()
+    assert len(read_results(plan)) == 4
 
 
 def test_manifests_name_no_folder(plan: Plan):
