@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
-from typing import Literal, get_args
+from typing import Literal
 
 from finqa.answers import normalise
 
 AnswerKind = Literal["per cent", "amount", "yes/no"]
-ANSWER_KINDS: tuple[AnswerKind, ...] = get_args(AnswerKind)
 
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
 _YES_NO = re.compile(r"\b(?:yes|no)\b")

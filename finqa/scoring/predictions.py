@@ -67,7 +67,7 @@ class Prediction:
     family: str = ""
     family_kind: str = ""
     answer_kind: str = ""
-    """One of finqa.stated_answers.ANSWER_KINDS; empty in files from before it was recorded."""
+    """A finqa.stated_answers.AnswerKind; empty in files from before it was recorded."""
     label_disputed: bool | None = None
     """Whether the annotator's stated answer contradicts the label; None where there is none, or it was not recorded."""
     samples: tuple[Sample, ...] | None = None
