@@ -74,10 +74,11 @@ def gpus_of_this_machine() -> list[Gpu]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     chosen = None if visible is None else [name.strip() for name in visible.split(",")]
     gpus = []
-    for number, uuid, mib in (line.split(", ") for line in lines):
+    for number, uuid, mib in (line.split(", ") for line in lines if line.count(", ") == 2):
         if chosen is None or number in chosen or any(name and uuid.startswith(name) for name in chosen):
-            # A twentieth is left for what the driver and every process take beside what they ask for.
-            gpus.append(Gpu(int(number), 0.95 * float(mib) * 2**20 / 1e9))
+            # A twentieth is left for what the driver and every process take beside what they ask for. A GPU that
+            # shares the machine's memory names none ("[N/A]"): it takes a job at a time.
+            gpus.append(Gpu(int(number), 0.95 * int(mib) * 2**20 / 1e9 if mib.isdigit() else 0.0))
     return gpus or [Gpu(None, 0.0)]
 
 

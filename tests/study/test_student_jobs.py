@@ -171,6 +171,18 @@ def test_only_gpus_that_are_visible_are_used(
     assert [gpu.number for gpu in gpus_of_this_machine()] == numbers
 
 
+@pytest.mark.parametrize(("line", "gpu"), [("0, GPU-aa1, [N/A]", Gpu(0, 0)), ("No devices were found", Gpu(None, 0))])
+def test_a_gpu_of_unknown_memory_takes_a_job_at_a_time(
+    line: str, gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made_up = tmp_path / "nvidia-smi"
+    made_up.write_text(f"#!/bin/sh\necho '{line}'\n")
+    made_up.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus_of_this_machine() == [gpu]
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
     until = time.monotonic() + seconds
     while not condition():
