@@ -119,18 +119,21 @@ def _all_tokenised(rows: Sequence[TeacherRow], tokenizer: PreTrainedTokenizerBas
     fingerprint = _fingerprint(names, rows, tokenizer)
     file = cache / f"{fingerprint}.arrow"
     cache.mkdir(parents=True, exist_ok=True)
-    if file.exists() and not _is_whole(file, len(rows)):
-        file.unlink()
-    return Dataset.from_dict(texts).map(
-        with_ids,
-        batched=True,
-        input_columns=list(texts),
-        remove_columns=list(texts),
-        features=Features({"id": Value("string"), "ids": List(number), "n_prompt": number, "n_tokens": number}),
-        cache_file_name=str(file),
-        new_fingerprint=fingerprint,
-        desc="tokenising",
-    )
+    if not _is_whole(file, len(rows)):
+        with tempfile.TemporaryDirectory(prefix=".", dir=cache) as partial:
+            made = Path(partial) / file.name
+            Dataset.from_dict(texts).map(
+                with_ids,
+                batched=True,
+                input_columns=list(texts),
+                remove_columns=list(texts),
+                features=Features({"id": Value("string"), "ids": List(number), "n_prompt": number, "n_tokens": number}),
+                cache_file_name=str(made),
+                new_fingerprint=fingerprint,
+                desc="tokenising",
+            )
+            made.replace(file)
+    return Dataset.from_file(str(file))
 
 
 def _is_whole(file: Path, n_rows: int) -> bool:

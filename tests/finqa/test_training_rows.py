@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import socket
 import subprocess
@@ -171,6 +172,18 @@ def test_a_damaged_file_in_the_cache_is_made_again(left: str, tokenizer: Any, tm
     file.write_bytes({"nothing": b"", "half": whole[: len(whole) // 2], "a batch": a_batch}[left])
     assert len(tokenised(rows, tokenizer, 512, tmp_path)[0]) == len(rows)
     assert file.read_bytes() == whole
+
+
+def test_a_full_disk_keeps_nothing_half_written(tokenizer: Any, tmp_path: Path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    rows = [replace(ROWS[0], id=str(number)) for number in range(3000)]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            tokenised(rows, tokenizer, 512, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_runs_can_tokenise_the_same_rows_at_once(tiny_student: Path, tmp_path: Path):
