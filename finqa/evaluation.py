@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -54,6 +55,8 @@ class EvaluationConfig:
     sandbox: SandboxLimits = field(default_factory=SandboxLimits)
 
     def __post_init__(self) -> None:
+        if self.instruction and re.search("[\ud800-\udfff]", self.instruction):  # bytes that are no character
+            raise UserError("--instruction is no text in UTF-8")
         if self.instruction is not None and set(self.eval_types) == {"fine-tuned"}:
             raise UserError(
                 "--instruction changes nothing for a fine-tuned model, which is asked as it was trained; give "

@@ -50,7 +50,11 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
 
 
 def _read(folder: Path) -> Evaluation:
-    metrics, predictions = json.loads((folder / "metrics.json").read_text()), read_predictions(folder)
+    predictions = read_predictions(folder)
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text())
+    except ValueError:
+        raise UserError(f"{folder / 'metrics.json'} is damaged; {AGAIN}") from None
     if metrics["n"] != len(predictions):
         raise UserError(f"{folder} has {len(predictions)} predictions of {metrics['n']}; {AGAIN}")
     return Evaluation(folder.name, metrics, predictions)

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from finqa.errors import UserError
 from finqa.generation import Reply
 from finqa.paths import write_atomically
 from finqa.scoring.predictions import prompt_hash, read_predictions
@@ -94,11 +95,14 @@ class ReplyJournal:
         """What run.json says, where it is of these settings; its predictions become replies."""
         if not (folder / "run.json").exists():
             return {}
-        manifest = json.loads((folder / "run.json").read_text())
-        if manifest.get("generation_key") != self.key:
-            return {}
+        try:
+            manifest = json.loads((folder / "run.json").read_text())
+            if manifest.get("generation_key") != self.key:
+                return {}
+            rows = read_predictions(folder)
+        except (ValueError, UserError):
+            return {}  # damaged: the replies are written again
         self.served, self.seconds = manifest["served"], manifest["seconds"]["generate"]
-        rows = read_predictions(folder)
         written = [(row.n_prompt_tokens, sample) for row in rows for sample in row.samples or (row,)]
         slots = slots_of([row.prompt_hash for row in rows], len(written) // max(1, len(rows)))
         for slot, (n_prompt_tokens, sample) in zip(slots, written, strict=True):

@@ -177,6 +177,11 @@ def test_an_instruction_that_no_eval_type_uses_is_refused():
     EvaluationConfig(("dev",), ("zero-shot", "fine-tuned"), CONFIG, instruction="Be brief.")
 
 
+def test_an_instruction_of_bytes_that_are_no_text_is_refused():
+    with pytest.raises(UserError, match="--instruction is no text in UTF-8"):
+        EvaluationConfig(("dev",), ("zero-shot",), CONFIG, instruction=os.fsdecode(b"caf\xe9"))
+
+
 def test_a_cache_that_holds_no_reply_is_refused_before_an_engine_starts(tiny_student: Path):
     config = GenerationConfig(vllm=True, max_new_tokens=8, batch_size=1, kv_cache_gb=1e-6)
     arguments = EngineArguments(str(tiny_student), str(tiny_student), False, config, None)

@@ -94,6 +94,16 @@ def test_results_take_over_from_the_journal_and_give_the_same_replies_to_the_nex
     assert not ReplyJournal(tmp_path, SETTINGS).replies
 
 
+@pytest.mark.parametrize("damaged", ["run.json", "predictions.jsonl"])
+def test_of_damaged_results_every_reply_is_written_again(damaged: str, tmp_path: Path):
+    facts = {"generation_key": settings_key(SETTINGS), "served": {}, "seconds": {"generate": 1.0}}
+    write_json(tmp_path / "run.json", facts)
+    (tmp_path / "predictions.jsonl").write_text("")
+    (tmp_path / damaged).write_text('{"id": ')
+    journal = ReplyJournal(tmp_path, SETTINGS)
+    assert (journal.replies, journal.found) == ({}, {})
+
+
 def test_replies_to_rows_that_were_left_out_stay_for_a_later_run(tmp_path: Path):
     begun(tmp_path, 6)
     journal = ReplyJournal(tmp_path, SETTINGS)

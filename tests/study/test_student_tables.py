@@ -188,6 +188,13 @@ def test_predictions_that_are_not_whole_are_named_with_a_remedy(left: bytes, pla
     assert len(read_results(plan)) == 3
 
 
+def test_damaged_metrics_are_named_with_a_remedy(plan: Plan):
+    folder = plan.folders.evaluation("FinQA", f"{short(MAIN)}-peftq_proj-bs8-ne3", "dev", "fine-tuned")
+    (folder / "metrics.json").write_text("{")
+    with pytest.raises(UserError, match=r"metrics.json is damaged; delete the run.json beside it"):
+        read_results(plan)
+
+
 def test_an_answer_to_a_row_that_is_gone_is_named(plan: Plan):
     path = plan.folders.clean("FinQA", "test")
     write_questions(path, read_questions(path)[:1])
