@@ -86,7 +86,9 @@ def same_file(one: Path, other: Path) -> bool:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m study.students", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("jobs", nargs="*", metavar="JOB", help="beginnings of names of jobs (default: all)")
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--tables", action="store_true", help="write tables, figures and page from what is there")

@@ -146,7 +146,9 @@ class Running:
 def start(job: Job, logs: Path, gpu: Gpu) -> subprocess.Popen[bytes]:
     """Start a job's command on a GPU."""
     command = job.command.replace(SHARE, f"{min(0.9, job.gb / gpu.gb):.3f}" if gpu.gb else "0.9")
-    environment = {} if gpu.number is None else {"CUDA_VISIBLE_DEVICES": str(gpu.number)}
+    environment = {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}  # models come from the Hub
+    if gpu.number is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu.number)
     return start_into(logs / f"{job.name}.log", command, environment=environment, own_group=True)
 
 
