@@ -81,6 +81,11 @@ def test_a_job_that_fails_once_is_tried_again(tmp_path: Path, monkeypatch: pytes
 
 SLEEPS = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
 STARTS_ONE = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', '{SLEEPS}']).wait()"
+HEARS = (
+    "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+    "signal.signal(signal.SIGINT, signal.default_int_handler); "
+)
+"""What starts the tests may ignore both, as nohup and a shell's background do, and a process inherits that."""
 DEAF = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEPS}"
 RUNS_JOBS = (
     "from pathlib import Path; from study.students import jobs; import sys; jobs.PATIENCE_S = 1; "
@@ -97,7 +102,7 @@ RUNS_INTO = "from pathlib import Path; from mini.commands import run_into; impor
 def test_what_is_told_to_end_ends_what_it_started(
     program: str, jobs: list[str], number: signal.Signals, tmp_path: Path
 ):
-    study = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), *jobs], cwd=REPOSITORY)
+    study = subprocess.Popen([sys.executable, "-c", HEARS + program, str(tmp_path), *jobs], cwd=REPOSITORY)
     logs = [tmp_path / f"{job}.log" for job in range(len(jobs))]
     wait_for(lambda: all(log.exists() and log.read_text().strip() for log in logs))
     study.send_signal(number)
