@@ -2,5 +2,6 @@
 
 plan        every command, and what must come before it
 jobs        running them, several at a time on every GPU
-tables      what they left -> docs/reference/finqa; page: docs/finqa.md
+results     reading what they left, every answer judged again
+tables      results -> docs/reference/finqa and the tables of docs/finqa.md; figures: its plots
 """

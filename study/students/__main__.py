@@ -1,6 +1,6 @@
 """Real students on real FinQA: everything of docs/finqa.md, by the project's own commands.
 
-    make data && python -m study.students            all of it: about an hour and a half of one H100
+    make data && python -m study.students            all of it
     python -m study.students search                  the search for settings alone; also student, seed, vote, curve,
                                                      no-fractions, collect, train, analyse, or a job's whole name
     python -m study.students --list                  the commands for a GPU of their own, and what must come before

@@ -34,9 +34,13 @@ LATENTS = 16_384
 ALL_ROWS = 10_000
 """More documents than there are: all are taken."""
 TRAINING_GB = {MAIN: 70.0, SEARCHED: 34.0}
+"""GPU memory of a fine-tune, in 1e9 bytes: the largest planned need of these students, and some more."""
 GENERATION_GB = 22.0
+"""The same for an engine that only replies."""
 CACHE_GB = 10.0
+"""Keys and values of an engine, within what its job may take."""
 SMALL_GB = 12.0
+"""The same for the smallest student, a dictionary on a thousand documents, or an analysis."""
 
 
 @dataclass(frozen=True)
