@@ -35,7 +35,7 @@ from finqa.model_card import write_student_card
 from finqa.paths import Folders, add_folder_flags
 from finqa.plan import plan_evaluation
 from finqa.presets import PRESETS, with_preset
-from finqa.prompts import EVAL_TYPES, EvalType
+from finqa.prompts import EVAL_TYPES
 from finqa.scoring.evaluation_rows import read_rows
 from finqa.students import StudentRun, add_student_flags, student_from_args
 from finqa.training import TrainingConfig, fine_tune
@@ -109,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     evaluation = parser.add_argument_group("evaluation")
     add = evaluation.add_argument
     add("-ET", "--EVAL_TYPE", "--eval-type", dest="eval_type", default="fine-tuned", metavar="TYPE",
-        help="fine-tuned (default), zero-shot, few-shot or all")  # fmt: skip
+        help="fine-tuned (default), zero-shot, few-shot, several with a comma, or all")  # fmt: skip
     add("--VLLM", "--vllm", dest="vllm", action="store_true", help="generate by vLLM, not by Hugging Face")
     add("-EBS", "--EVAL_BATCH_SIZE", "--eval-batch-size", dest="eval_batch_size", type=int)
     add("--max-new-tokens", type=int)
@@ -169,11 +169,10 @@ def training_config(args: argparse.Namespace) -> TrainingConfig:
 
 def evaluation_config(args: argparse.Namespace, run: StudentRun) -> EvaluationConfig | None:
     """What to evaluate; None for nothing. Raises UserError for an unknown eval type."""
-    types: tuple[EvalType, ...] = (
-        EVAL_TYPES if args.eval_type == "all" else tuple(t for t in EVAL_TYPES if t == args.eval_type)
-    )
-    if not types:
-        raise UserError(f"unknown eval type {args.eval_type!r}; one of {', '.join(EVAL_TYPES)}, all")
+    named = EVAL_TYPES if args.eval_type == "all" else args.eval_type.split(",")
+    if unknown := [name for name in named if name not in EVAL_TYPES]:
+        raise UserError(f"unknown eval type {unknown[0]!r}; one of {', '.join(EVAL_TYPES)}, all")
+    types = tuple(eval_type for eval_type in EVAL_TYPES if eval_type in named)
     splits = tuple(split for split, chosen in (("dev", args.dev), ("test", args.test)) if chosen)
     if not args.evaluate or not splits:
         return None

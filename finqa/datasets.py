@@ -14,7 +14,7 @@ from typing import Any
 
 from finqa.answers import Rule
 from finqa.errors import UserError
-from finqa.prompts import INSTRUCTION
+from finqa.prompts import FINQA_INSTRUCTION, INSTRUCTION
 from finqa.records import Question
 from finqa.worked_examples import FINQA_EXAMPLES, FINQA_MINI_EXAMPLES, WorkedExample
 
@@ -49,13 +49,8 @@ class Dataset:
     """The rule by which the filter keeps a teacher's program."""
     worked_examples: tuple[WorkedExample, ...] = FINQA_EXAMPLES
     """The examples of few-shot prompts, for student and teacher."""
-    answer_form: str = ""
-    """A sentence for the instruction of zero-shot and few-shot prompts, on the form that the labels have."""
-
-    @property
-    def instruction(self) -> str:
-        """What a model that was not fine-tuned is told before the prompt."""
-        return f"{INSTRUCTION} {self.answer_form}".rstrip()
+    instruction: str = FINQA_INSTRUCTION
+    """What a model that was not fine-tuned is told before the prompt."""
 
 
 def load_finqa(path: Path) -> LoadedSplit:
@@ -158,13 +153,12 @@ DATASETS = {
             "FinQA",
             load_finqa,
             how_to_get="python -m preprocessing.download_finqa",
-            answer_form="Give ratios and percentages as fractions (0.25, not 25).",
         ),
         Dataset(
             "FinQA-mini",
             load_finqa,
             how_to_get="python -m mini.make_finqa_mini",
-            # No answer_form: pocket-mistral was pretrained on the instruction as it is, and gives fractions anyway.
+            instruction=INSTRUCTION,  # as pocket-mistral was pretrained on it; it gives fractions anyway
             worked_examples=FINQA_MINI_EXAMPLES,
         ),
     )

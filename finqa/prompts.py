@@ -25,7 +25,9 @@ INSTRUCTION = (
     "Identify the entities in the passage that the question needs, store each one in a Python variable, compute with "
     "them, and store the result in the variable ans. Reply with one ```python block and nothing else."
 )
-"""What a model that was not fine-tuned is told before the prompt; a data set adds the form of its answers."""
+"""What a model that was not fine-tuned is told before the prompt."""
+FINQA_INSTRUCTION = f"{INSTRUCTION} Give ratios and percentages as fractions (0.25, not 25)."
+"""The same where labels are fractions and models tend to answer in per cent."""
 
 STOP = (END_PYTHON, f"\n{FENCE}\n")
 """Strings that end a reply. A closing fence counts only on a line of its own: an opening one must not match."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from finqa.errors import UserError
 from finqa.paths import Folders
 from finqa.program_compiler import ProgramStyle
-from finqa.prompts import INSTRUCTION
+from finqa.prompts import FINQA_INSTRUCTION, INSTRUCTION
 from finqa.student_settings import ATTENTION
 from study.students.jobs import SHARE, Job
 
@@ -28,12 +28,23 @@ SEEDS = (3, 4, 5)
 CURVE = (250, 500, 1000)
 """Training rows, from the top of the file; all of them are the student itself."""
 SAMPLES = 8
+FRACTIONS = "Give ratios and percentages as fractions (0.25, not 25)."
+_REPLY = " Reply with one ```python block and nothing else"
+WORDINGS = {
+    "none": INSTRUCTION,
+    "last": f"{INSTRUCTION} {FRACTIONS}",
+    "first": f"{FRACTIONS} {INSTRUCTION}",
+    "middle": INSTRUCTION.replace(_REPLY, f" {FRACTIONS}{_REPLY}"),
+    "inside": INSTRUCTION.replace("variable ans.", "variable ans, ratios and percentages as fractions (0.25, not 25)."),
+    "end": INSTRUCTION.replace(f"{_REPLY}.", f" {FRACTIONS}{_REPLY}; its last line sets ans."),
+}
+"""Instructions tried for zero-shot and few-shot prompts, by where they speak of fractions."""
 SITES = ("mlp", "residual")
 METHODS = ("batchtopk", "difference-sae")
 LATENTS = 16_384
 ALL_ROWS = 10_000
 """More documents than there are: all are taken."""
-TRAINING_GB = {MAIN: 70.0, SEARCHED: 34.0}
+TRAINING_GB = {MAIN: 68.0, SEARCHED: 31.0}
 """GPU memory of a fine-tune, in 1e9 bytes: the largest planned need of these students, and some more."""
 GENERATION_GB = 22.0
 """The same for an engine that only replies."""
@@ -56,18 +67,18 @@ class Setting:
 MIDDLE = "--lora-r 64 --lora-alpha 128 --lora-dropout 0.05 --learning-rate 2e-4 --NUM_EPOCHS 3 -BS 8 --warmup-steps 20"
 """Where every search begins; a later flag of the same name wins."""
 SEARCH = (
-    Setting("middle"),
-    Setting("learning rate 1e-4", "--learning-rate 1e-4"),
-    Setting("learning rate 4e-4", "--learning-rate 4e-4"),
-    Setting("2 epochs", "--NUM_EPOCHS 2"),
+    Setting("all linear layers", f"-LM {' '.join(ATTENTION)} gate_proj up_proj down_proj", gb=44.0),
     Setting("5 epochs", "--NUM_EPOCHS 5"),
-    Setting("rank 16", "--lora-r 16 --lora-alpha 32"),
+    Setting("16 rows an update", "-BS 16", gb=56.0),
     Setting("rank 256", "--lora-r 256 --lora-alpha 512", gb=40.0),
-    Setting("16 rows an update", "-BS 16", gb=60.0),
-    Setting("all linear layers", f"-LM {' '.join(ATTENTION)} gate_proj up_proj down_proj", gb=48.0),
+    Setting("rank 16", "--lora-r 16 --lora-alpha 32"),
+    Setting("learning rate 4e-4", "--learning-rate 4e-4"),
+    Setting("learning rate 1e-4", "--learning-rate 1e-4"),
     Setting("formula first", style="formula-first"),
     Setting("plain names", style="plain"),
+    Setting("middle"),
 )
+"""The longest come first."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,13 @@ class Plan:
         return self.folders if same else Folders(self.folders.data / "styles" / style, self.folders.results)
 
     def jobs(self) -> list[Job]:
-        return [*self.search(), *self.accuracy(), *self.more_of_the_main_student(), *self.diff()]
+        return [
+            *self.search(),
+            *self.wordings(),
+            *self.accuracy(),
+            *self.more_of_the_main_student(),
+            *self.diff(),
+        ]
 
     def accuracy(self) -> list[Job]:
         """Train each student and evaluate it in all three ways."""
@@ -97,7 +114,7 @@ class Plan:
                 job_name(setting),
                 self.main(
                     SEARCHED,
-                    f"-D --VLLM {MIDDLE} {setting.flags} --run-name {job_name(setting)}",
+                    f"-D --VLLM --enforce-eager {MIDDLE} {setting.flags} --run-name {job_name(setting)}",
                     self.styled(setting.style),
                 ),
                 setting.gb,
@@ -106,7 +123,7 @@ class Plan:
         ]
 
     def more_of_the_main_student(self) -> list[Job]:
-        """Seeds, votes, a learning curve, and the zero-shot prompt without its sentence on fractions."""
+        """Seeds, votes and a learning curve."""
         trained = TRAINING_GB[MAIN]
         student = f"student-{short(MAIN)}"
         jobs = [
@@ -122,8 +139,20 @@ class Plan:
             Job(f"vote-{seed}", self.main(MAIN, f"{vote}{_seed_flags(seed)}"), GENERATION_GB, (before,))
             for seed, before in zip(SEEDS, (student, *(f"seed-{seed}" for seed in SEEDS[1:])), strict=True)
         ]
-        plain = f"-NT -D -T --VLLM -ET zero-shot --run-name no-fractions --instruction {shlex.quote(INSTRUCTION)}"
-        return [*jobs, Job("no-fractions", self.main(MAIN, plain), GENERATION_GB)]
+        return jobs
+
+    def wordings(self) -> list[Job]:
+        """What the main student is told before it is fine-tuned, in other words than the default."""
+        asked = "-NT -D -T --VLLM -ET zero-shot,few-shot"
+        return [
+            Job(
+                run,
+                self.main(MAIN, f"{asked} --run-name {run} --instruction {shlex.quote(WORDINGS[name])}"),
+                GENERATION_GB,
+            )
+            for name in WORDINGS
+            if (run := wording_run(name))
+        ]
 
     def diff(self) -> list[Job]:
         """Record, train and analyse: both sites, both methods, on the published number of documents and on all."""
@@ -158,6 +187,11 @@ class Plan:
 def dictionary_name(amount: str, site: str, method: str) -> str:
     """Name of a dictionary of the diff; `amount` is `1k` or `all`."""
     return f"{short(MAIN)}_{amount}_{site}_{method}"
+
+
+def wording_run(name: str) -> str:
+    """Run name of a wording of the instruction; empty for the one that is the default."""
+    return "" if WORDINGS[name] == FINQA_INSTRUCTION else f"wording-{name}"
 
 
 def short(model: str) -> str:
