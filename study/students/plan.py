@@ -50,6 +50,8 @@ GENERATION_GB = 22.0
 """The same for an engine that only replies."""
 CACHE_GB = 10.0
 """Keys and values of an engine, within what its job may take."""
+ALL_ROWS_GB = 40.0
+"""The same for a dictionary on all rows, whose activations are held on the GPU."""
 SMALL_GB = 12.0
 """The same for the smallest student, a dictionary on a thousand documents, or an analysis."""
 
@@ -166,7 +168,7 @@ class Plan:
                     name = dictionary_name(amount, site, method)
                     flags = f"{which} --site {site} --method {method} --name {name}"
                     train = self.script("train.py", f"--no-push {flags} --latents {LATENTS}")
-                    gb = SMALL_GB if amount == "1k" else TRAINING_GB[MAIN]
+                    gb = SMALL_GB if amount == "1k" else ALL_ROWS_GB
                     jobs.append(Job(f"train-{amount}-{site}-{method}", train, gb, (f"collect-{amount}",)))
                     analyse = self.script("analyse.py", flags)
                     jobs.append(
