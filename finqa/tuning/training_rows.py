@@ -104,6 +104,7 @@ def tokenised(
 
 def _all_tokenised(rows: Sequence[TeacherRow], tokenizer: PreTrainedTokenizerBase, cache: Path) -> Dataset:
     from datasets import Dataset, Features, List, Value, disable_progress_bars
+    from datasets.table import InMemoryTable
 
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -122,7 +123,9 @@ def _all_tokenised(rows: Sequence[TeacherRow], tokenizer: PreTrainedTokenizerBas
     if not _is_whole(file, len(rows)):
         with tempfile.TemporaryDirectory(prefix=".", dir=cache) as partial:
             made = Path(partial) / file.name
-            Dataset.from_dict(texts).map(
+            # Named here: the name that Dataset.from_dict makes pickles pyarrow itself where that lies outside of a
+            # folder called site-packages (pip install --target), which fails.
+            Dataset(InMemoryTable.from_pydict(texts), fingerprint=fingerprint).map(
                 with_ids,
                 batched=True,
                 input_columns=list(texts),

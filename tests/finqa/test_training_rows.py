@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import resource
 import signal
 import socket
@@ -93,6 +94,19 @@ def test_another_tokenizer_is_another_file_in_the_cache(change: Callable[[Any], 
     after, _ = tokenised(ROWS, tokenizer, 512, tmp_path)
     assert as_read(after) == plainly(ROWS, tokenizer) != as_read(before)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_rows_are_tokenised_where_libraries_lie_outside_of_site_packages(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """There, `datasets` cannot name a table by what is in it: it would pickle pyarrow itself."""
+
+    def cannot(*_: Any) -> None:
+        raise pickle.PicklingError("Can't pickle pyarrow")
+
+    monkeypatch.setattr("datasets.arrow_dataset.generate_fingerprint", cannot)
+    assert as_read(tokenised(ROWS, tokenizer, 512, tmp_path)[0]) == plainly(ROWS, tokenizer)
+    assert as_read(tokenised(ROWS, tokenizer, 512, tmp_path)[0]) == plainly(ROWS, tokenizer), "read from the cache"
 
 
 @pytest.mark.parametrize("changed", [{"id": "another"}, {"prompt": "another"}, {"generated_code": "another"}])
