@@ -26,8 +26,12 @@ INSTRUCTION = (
     "them, and store the result in the variable ans. Reply with one ```python block and nothing else."
 )
 """What a model that was not fine-tuned is told before the prompt."""
-FINQA_INSTRUCTION = f"{INSTRUCTION} Give ratios and percentages as fractions (0.25, not 25)."
-"""The same where labels are fractions and models tend to answer in per cent."""
+FINQA_INSTRUCTION = (
+    "Identify the entities in the passage that the question needs, store each one in a Python variable, compute with "
+    "them, and store the result in the variable ans. Give ratios and percentages as fractions (0.25, not 25). Reply "
+    "with one ```python block and nothing else; its last line sets ans."
+)
+"""The same for FinQA, whose labels are fractions; the best of six wordings on dev (docs/finqa.md)."""
 
 STOP = (END_PYTHON, f"\n{FENCE}\n")
 """Strings that end a reply. A closing fence counts only on a line of its own: an opening one must not match."""

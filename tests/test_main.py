@@ -84,6 +84,7 @@ def test_help_answers_at_once_without_importing_torch(script: str):
     [
         (["NoSuch", "pocket-mistral", "-P"], "unknown dataset 'NoSuch'; one of FinQA"),
         (["FinQA-mini", "tiny", "-P", "-NT", "-D", "--EVAL_TYPE", "one-shot"], "unknown eval type 'one-shot'; one of"),
+        (["FinQA-mini", "tiny", "-P", "-NT", "-D", "-ET", "zero-shot,few"], "unknown eval type 'few'; one of"),
         (["FinQA-mini", "tiny", "-P", "-NT"], "nothing to do"),
         (["FinQA-mini", "tiny", "-P", "-NT", "-T"], "make it with: python main.py FinQA-mini"),
         (["FinQA-mini", "tiny", "-P", "--push"], "--push is not possible"),
@@ -232,12 +233,15 @@ def test_samples_are_voted_on_beside_the_greedy_results(
 def test_an_instruction_replaces_the_data_sets_own_and_its_replies_stay_apart(
     folders: Folders, tiny_student: Path, run_here: Callable[..., int]
 ):
-    words = ["FinQA-mini", tiny_student, "-P", "-NT", "-D", "-ET", "zero-shot", "--max-new-tokens", 8, *where(folders)]
+    words = ["FinQA-mini", tiny_student, "-P", "-NT", "-D", "-ET", "zero-shot,few-shot", "--max-new-tokens", 8]
+    words += where(folders)
     seen = {}
     for flags in ((), ("--instruction", "Be brief.")):
         assert run_here(*words, *flags) == 0
         manifest = json.loads((folder_of(folders) / "run.json").read_text())
         seen[manifest["generation"]["instruction"]] = manifest["generation_key"]
+        few_shot = json.loads((folder_of(folders).parent / "few-shot" / "run.json").read_text())
+        assert few_shot["generation"]["instruction"] == manifest["generation"]["instruction"]
         assert read_predictions(folder_of(folders))[0].n_prompt_tokens > 0
     assert list(seen) == [INSTRUCTION, "Be brief."]
     assert len(set(seen.values())) == 2

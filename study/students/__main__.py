@@ -2,7 +2,7 @@
 
     make data && python -m study.students            all of it
     python -m study.students search                  the search for settings alone; also student, seed, vote, curve,
-                                                     no-fractions, collect, train, analyse, or a job's whole name
+                                                     wording, collect, train, analyse, or a job's whole name
     python -m study.students --list                  the commands for a GPU of their own, and what must come before
     python -m study.students --tables                tables, figures and the page from what is there, nothing run
 

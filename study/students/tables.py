@@ -17,7 +17,19 @@ from finqa.manifest import write_json
 from finqa.paths import REPOSITORY, write_atomically
 from mini.study.page import NOTHING, fill_tables, markdown
 from study.students.figures import draw_accuracy, draw_curve
-from study.students.plan import CURVE, MAIN, SAMPLES, SEARCH, SEEDS, STUDENTS, Plan, job_name, short
+from study.students.plan import (
+    CURVE,
+    MAIN,
+    SAMPLES,
+    SEARCH,
+    SEEDS,
+    STUDENTS,
+    WORDINGS,
+    Plan,
+    job_name,
+    short,
+    wording_run,
+)
 from study.students.results import Evaluated, figures_of, manifests, read_results
 
 REFERENCE = REPOSITORY / "docs" / "reference" / "finqa"
@@ -187,16 +199,22 @@ def search(figures: Figures) -> str:
     return markdown(["what differs from the middle", "dev, strict", "dev, relaxed"], lines)
 
 
-def fractions(figures: Figures) -> str:
-    """Zero-shot with and without the sentence on fractions."""
+def wordings(figures: Figures) -> str:
+    """A row a wording of the instruction, for zero-shot and few-shot, strict / relaxed and the share that runs."""
     lines = []
-    for title, run in (("with the sentence", ""), ("without", "no-fractions")):
-        for split in ("test", "dev"):
-            if m := metrics_of(figures, short(MAIN), run, split, "zero-shot"):
-                no_answer = percent(m["errors_by_kind"].get("no-answer", 0) / m["n"])
-                cells = [with_interval(m, "accuracy"), with_interval(m, "accuracy_relaxed")]
-                lines.append([title, split, *cells, percent(m["share_runs"]), no_answer])
-    return markdown(["prompt", "split", "strict", "relaxed", "programs that run", "set no `ans`"], lines)
+    for name in WORDINGS:
+        run = wording_run(name)
+        cells = []
+        for split in ("dev", "test"):
+            for evaluation in ("zero-shot", "few-shot"):
+                if m := metrics_of(figures, short(MAIN), run, split, evaluation):
+                    shares = f"{percent(m['accuracy'])} / {percent(m['accuracy_relaxed'])}"
+                    cells.append(f"{shares}, {percent(m['share_runs'])}")
+                else:
+                    cells.append(NOTHING)
+        if set(cells) != {NOTHING}:
+            lines.append([name if run else f"**{name}**", *cells])
+    return markdown(["wording", "dev, zero-shot", "dev, few-shot", "test, zero-shot", "test, few-shot"], lines)
 
 
 def _seed_run(seed: int) -> str:
@@ -220,5 +238,5 @@ TABLES: dict[str, Callable[[Figures], str]] = {
     "seeds": seeds,
     "curve": curve,
     "search": search,
-    "fractions": fractions,
+    "wordings": wordings,
 }

@@ -97,7 +97,7 @@ def test_zero_shot_adds_the_instruction_and_few_shot_four_turns_before():
 
 def test_the_instruction_says_what_form_the_labels_of_the_data_set_have():
     asked = {name: messages("x", "zero-shot", (), dataset(name).instruction)[0]["content"] for name in DATASETS}
-    assert asked["FinQA"] == f"{INSTRUCTION} Give ratios and percentages as fractions (0.25, not 25).\nx"
+    assert "Give ratios and percentages as fractions (0.25, not 25)." in asked["FinQA"]
     assert asked["FinQA-mini"] == f"{INSTRUCTION}\nx"
     assert messages("x", "few-shot", FINQA_EXAMPLES, "Be brief.")[0]["content"].startswith("Be brief.\n")
 

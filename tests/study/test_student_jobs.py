@@ -201,7 +201,7 @@ def test_jobs_are_chosen_by_the_beginning_of_their_names_with_what_they_need():
     assert names == ["seed-4", "vote-4"]
     assert chosen(jobs, []) == jobs
     assert {name for job in jobs for name in job.after} <= {job.name for job in jobs}
-    with pytest.raises(UserError, match="no job is called serach; they begin with search, student, seed"):
+    with pytest.raises(UserError, match="no job is called serach; they begin with search, wording, student, seed"):
         chosen(jobs, ["serach"])
 
 
