@@ -20,7 +20,7 @@ demo: $(READY)
 
 # All methods, seeds and controls behind docs/study.md; goes on where it was killed. QUICK=1 is a rehearsal.
 study: $(READY)
-	python -m mini.study $(if $(QUICK),--quick)
+	python -m study.pocket $(if $(QUICK),--quick)
 
 # FinQA, from the download to the filtered CSVs, by the teacher that costs nothing: make data [DATA_DIR=D] [URL_BASE=URL]
 # A killed or failed run goes on when it is started again. A CSV of programs that is there is kept: delete the filtered

@@ -17,17 +17,17 @@ import json
 import sys
 from pathlib import Path
 
-from finqa import datasets, prompts
-from finqa.engines.serving import check_backend, served_models
-from finqa.errors import UserError, report_errors
-from finqa.evaluation import MODEL_OF_TYPE
-from finqa.generation import GenerationConfig, all_replies
-from finqa.paths import SPLITS, Folders, add_folder_flags
-from finqa.prompts import EvalType
-from finqa.records import Question, read_questions
-from finqa.sandbox import Run, Sandbox
-from finqa.scoring.evidence import Evidence, evidence
-from finqa.students import add_student_flags, find_adapter, load_tokenizer, prompt_ids, student_from_args
+from finqa.evaluation.engines.serving import check_backend, served_models
+from finqa.evaluation.evaluate import MODEL_OF_TYPE
+from finqa.evaluation.generation import GenerationConfig, all_replies
+from finqa.models.students import add_student_flags, find_adapter, load_tokenizer, prompt_ids, student_from_args
+from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.paths import SPLITS, Folders, add_folder_flags
+from finqa.sandbox.running import Run, Sandbox
+from finqa.task import datasets, prompts
+from finqa.task.evidence import Evidence, evidence
+from finqa.task.prompts import EvalType
+from finqa.task.records import Question, read_questions
 
 SHOWN_PLACES = 3
 """Places on the page that are shown of one number."""

@@ -26,21 +26,23 @@ import argparse
 import sys
 from dataclasses import replace
 
-from finqa import datasets, hub, parallel
-from finqa.engines.serving import check_backend
-from finqa.errors import UserError, report_errors
-from finqa.evaluation import EvaluationConfig, evaluate
-from finqa.generation import DEFAULT_TEMPERATURE, GenerationConfig
-from finqa.model_card import write_student_card
-from finqa.paths import Folders, add_folder_flags
-from finqa.plan import plan_evaluation
-from finqa.presets import PRESETS, with_preset
-from finqa.prompts import EVAL_TYPES
-from finqa.scoring.evaluation_rows import read_rows
-from finqa.students import StudentRun, add_student_flags, student_from_args
-from finqa.training import TrainingConfig, fine_tune
-from finqa.tuning.trainable import Speed
-from finqa.tuning.training_rows import FAMILIES
+from finqa.evaluation.engines.serving import check_backend
+from finqa.evaluation.evaluate import EvaluationConfig, evaluate
+from finqa.evaluation.generation import DEFAULT_TEMPERATURE, GenerationConfig
+from finqa.evaluation.rows import read_rows
+from finqa.models import hub
+from finqa.models.model_card import write_student_card
+from finqa.models.presets import PRESETS, with_preset
+from finqa.models.students import StudentRun, add_student_flags, student_from_args
+from finqa.runtime import parallel
+from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.paths import Folders, add_folder_flags
+from finqa.runtime.plan import plan_evaluation
+from finqa.task import datasets
+from finqa.task.prompts import EVAL_TYPES
+from finqa.training.fine_tuning import TrainingConfig, fine_tune
+from finqa.training.rows import FAMILIES
+from finqa.training.trainable import Speed
 
 
 def main() -> int:

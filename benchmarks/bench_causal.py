@@ -25,9 +25,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.bench_collect import SMALL, with_adapter
-from benchmarks.mistral_7b import SHAPES, random_mistral_7b, random_rows
-from benchmarks.record import RESULTS, markdown_table, write_record
-from finqa.errors import report_errors
+from benchmarks.parts.mistral_7b import SHAPES, random_mistral_7b, random_rows
+from benchmarks.parts.record import RESULTS, markdown_table, write_record
+from finqa.runtime.errors import report_errors
 
 BOS, NO_TOKEN = 1, -1
 TOKENS = SimpleNamespace(pad_token_id=0, eos_token_id=NO_TOKEN)
@@ -47,7 +47,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from crosscoder.activations.readers import Target
-    from crosscoder.study.halves import pair_of
+    from crosscoder.interventions.halves import pair_of
 
     model = with_adapter(random_student(args), args.rank, args.device)
     model.get_base_model().generation_config.eos_token_id = None
@@ -120,8 +120,8 @@ def random_dictionary(args: argparse.Namespace, width: int, pair: Any, documents
     """A crosscoder of random directions, its threshold such that about 100 latents (or an eighth) are active."""
     import torch
 
-    from crosscoder.config import CrosscoderConfig
-    from crosscoder.methods import new_dictionary
+    from crosscoder.dictionaries.config import CrosscoderConfig
+    from crosscoder.dictionaries.methods import new_dictionary
 
     k = min(100, args.latents // 8)
     generator = torch.Generator().manual_seed(0)
@@ -135,8 +135,8 @@ def random_dictionary(args: argparse.Namespace, width: int, pair: Any, documents
 
 
 def reading_of_first(pair: Any, documents: Sequence[Any], target: Any) -> Any:
-    from crosscoder.study.patching import batch_of, run_halves
-    from crosscoder.study.ranking import reading_of
+    from crosscoder.interventions.patching import batch_of, run_halves
+    from crosscoder.interventions.ranking import reading_of
 
     return reading_of(run_halves(pair, batch_of(documents, device=pair.instruct.device), [target.layer]), target)
 
@@ -147,8 +147,8 @@ def active_latents(dictionary: Any, reading: Any) -> float:
 
 def patches(dictionary: Any, args: argparse.Namespace) -> list[Any]:
     """Nothing, the whole site, sets of rising size, random directions; the last is a set of 64."""
-    from crosscoder.study.causal import Cell
-    from crosscoder.study.sets import Latents, Nothing, RandomDirections, Whole, sizes_to
+    from crosscoder.interventions.causal import Cell
+    from crosscoder.interventions.sets import Latents, Nothing, RandomDirections, Whole, sizes_to
 
     additions: list[Any] = [Nothing(), Whole()]
     for size in sizes_to(args.latents):
@@ -159,7 +159,7 @@ def patches(dictionary: Any, args: argparse.Namespace) -> list[Any]:
 def teacher_forced(
     pair: Any, target: Any, documents: Sequence[Any], cells: Sequence[Any], args: argparse.Namespace, at_once: int
 ) -> float:
-    from crosscoder.study.causal import measure
+    from crosscoder.interventions.causal import measure
 
     measure(pair, target, documents[:2], cells[:1], args.batch_tokens)
     started = begin(args.device)
@@ -170,7 +170,7 @@ def teacher_forced(
 
 def whole_sites(model: Any, documents: Sequence[Any], layers: Sequence[int], args: argparse.Namespace) -> float:
     from crosscoder.activations.readers import Target
-    from crosscoder.study.patching import ceilings
+    from crosscoder.interventions.patching import ceilings
 
     targets = [Target(layer, site) for layer in layers for site in ("attention", "mlp", "residual")]
     started = begin(args.device)
@@ -183,8 +183,8 @@ def whole_models(pair: Any, documents: Sequence[Any], layers: Sequence[int]) -> 
     import torch
 
     from crosscoder.activations.readers import SITES, Target, reader
-    from crosscoder.study.halves import edited, site_module
-    from crosscoder.study.patching import agreement, batch_of
+    from crosscoder.interventions.halves import edited, site_module
+    from crosscoder.interventions.patching import agreement, batch_of
 
     device = str(pair.instruct.device)
     targets = [Target(layer, site) for layer in layers for site in SITES]
@@ -212,7 +212,7 @@ def prompts_of(documents: Sequence[Any], args: argparse.Namespace) -> list[list[
 
 
 def patched_tokens(pair: Any, target: Any, documents: Sequence[Any], cell: Any, args: argparse.Namespace) -> float:
-    from crosscoder.study.patched_generation import written_tokens
+    from crosscoder.interventions.patched_generation import written_tokens
 
     prompts = prompts_of(documents, args)
     written_tokens(pair, target, cell, prompts[:1], TOKENS, 2, ())

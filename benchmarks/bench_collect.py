@@ -30,9 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.mistral_7b import SHAPES, random_mistral_7b, random_rows
-from benchmarks.record import RESULTS, markdown_table, write_record
-from finqa.errors import report_errors
+from benchmarks.parts.mistral_7b import SHAPES, random_mistral_7b, random_rows
+from benchmarks.parts.record import RESULTS, markdown_table, write_record
+from finqa.runtime.errors import report_errors
 
 Way = Callable[..., None]
 """(setup, pair of readers, documents, folder to write)."""

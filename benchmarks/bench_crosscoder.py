@@ -13,7 +13,7 @@ The floor is five bf16 products of the step's shapes (two to read and write, thr
 none) and Adam's memory traffic, 28 bytes a parameter at the speed of a copy: each measured here. It is that of a dense
 step: at 65,536 latents and more the sparse kernels go below it.
 
-    by hand                crosscoder/training/gpu_step.py, the set on the GPU
+    by hand                crosscoder/training/gpu/step.py, the set on the GPU
     by hand, from memory   the same, the set in the machine's memory
     + auxiliary            the same as the first with --dead of the latents dead, all of them in the auxiliary loss
     autograd, bf16         what train.py --step autograd does
@@ -22,8 +22,8 @@ step: at 65,536 latents and more the sparse kernels go below it.
 Other implementations have no crosscoder of this kind in their released packages. The nearest thing that each has is an
 autoencoder of both models' activations as one vector of 8,192, with its own loss and clipped Adam:
 
-dictionary-learning, eai-sparsify and sae-lens (benchmarks/other_dictionaries.py). One that cannot be imported is left
-out with a word; what each needs on PYTHONPATH stands there.
+dictionary-learning, eai-sparsify and sae-lens (benchmarks/parts/other_dictionaries.py). One that cannot be imported is
+left out with a word; what each needs on PYTHONPATH stands there.
 
 The last part trains the same dictionary on the same data with bf16 and with fp32 products and compares the explained
 variance of held-out documents, which should not differ by more than half a point.
@@ -43,10 +43,10 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.made_up_set import made_up_store
-from benchmarks.other_dictionaries import OTHERS
-from benchmarks.record import RESULTS, markdown_table, write_record
-from finqa.errors import report_errors
+from benchmarks.parts.made_up_set import made_up_store
+from benchmarks.parts.other_dictionaries import OTHERS
+from benchmarks.parts.record import RESULTS, markdown_table, write_record
+from finqa.runtime.errors import report_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +107,7 @@ def measured(measure: Callable[[], dict[str, Any]], args: argparse.Namespace) ->
     """What `measure` gives, and the memory it took at most; in words why there is nothing."""
     import torch
 
-    from finqa.errors import UserError
+    from finqa.runtime.errors import UserError
 
     on_gpu = args.device == "cuda"
     if on_gpu:
@@ -156,8 +156,8 @@ def trainer_of(
     """A run of so many steps, from the same weights whichever way they are taken; no latent is ever dead."""
     import torch
 
-    from crosscoder.config import CrosscoderConfig, TrainingConfig
-    from crosscoder.model import BatchTopKCrosscoder
+    from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
+    from crosscoder.dictionaries.model import BatchTopKCrosscoder
     from crosscoder.training.trainer import Trainer
 
     args = bench.args
@@ -199,7 +199,7 @@ def hold_dead(run: Trainer, share: float) -> None:
 
 def compare_precisions(bench: Bench) -> None:
     """Explained variance of held-out documents after the same run with products of either precision."""
-    from crosscoder.reading.analysis import explained_variance
+    from crosscoder.analysis.measures import explained_variance
 
     args = bench.args
     ways: dict[str, tuple[StepKind, str]] = {

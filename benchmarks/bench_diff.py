@@ -32,9 +32,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.bench_collect import Setup, project_way, random_student, with_adapter
-from benchmarks.mistral_7b import TRAIN_ROWS, TRAIN_TOKENS, finqa_like_lengths
-from benchmarks.record import RESULTS, markdown_table, write_record
-from finqa.errors import report_errors
+from benchmarks.parts.mistral_7b import TRAIN_ROWS, TRAIN_TOKENS, finqa_like_lengths
+from benchmarks.parts.record import RESULTS, markdown_table, write_record
+from finqa.runtime.errors import report_errors
 
 if TYPE_CHECKING:
     from crosscoder.activations.collection import Document
@@ -113,8 +113,8 @@ def train_and_analyse(diff: Diff, args: argparse.Namespace, folder: Path) -> Non
     import torch
 
     from crosscoder.activations.store import ActivationStore
-    from crosscoder.methods import new_dictionary
-    from crosscoder.reading.report import crosscoder_report
+    from crosscoder.dictionaries.methods import new_dictionary
+    from crosscoder.training.report import crosscoder_report
     from crosscoder.training.sizing import PUBLISHED, sized_configs
     from crosscoder.training.trainer import Trainer
 
@@ -181,7 +181,7 @@ def parse_arguments() -> argparse.Namespace:
     args.mean_tokens = args.mean_tokens or (100.0 if args.small else TRAIN_TOKENS / TRAIN_ROWS)
     args.layers = args.layers or (2 if args.small else 32)
     if args.device is None:
-        from finqa.students import default_device
+        from finqa.models.students import default_device
 
         args.device = default_device()
     return args

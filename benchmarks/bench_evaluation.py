@@ -5,8 +5,8 @@
     python -m benchmarks.bench_evaluation --small         # pocket-mistral's shapes, on a CPU too
 
 Random weights in the real shapes, prompts of random tokens as long as FinQA's, replies of a fixed length. On one
-engine: all prompts at once through finqa.engines, as main.py asks them; all prompts in one call of LLM.generate; and,
-through finqa.engines again, eight prompts a call, on the first --call-prompts of them (a rate is compared).
+engine: all prompts at once through finqa.evaluation.engines, as main.py asks them; all prompts in one call of
+LLM.generate; and, through finqa.evaluation.engines again, eight prompts a call, on the first --call-prompts of them (a rate is compared).
 
 What would falsify the comparison, and what is done about it: a prompt that was read before costs nothing, so the
 prefix cache is emptied before every run and vLLM's own count of cached tokens must be 0; the first run pays for what is
@@ -31,14 +31,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from benchmarks.made_up_model import write_random_adapter, write_weightless_mistral
-from benchmarks.mistral_7b import SHAPES, finqa_like_lengths
-from benchmarks.record import RESULTS, markdown_table, summary, write_record
-from finqa.engines.vllm_engine import EngineArguments, vllm_engine, vllm_generate
-from finqa.errors import UserError, report_errors
-from finqa.generation import Generate, GenerationConfig
-from finqa.paths import SHIPPED_DATA
-from finqa.student_settings import DEFAULTS
+from benchmarks.parts.made_up_model import write_random_adapter, write_weightless_mistral
+from benchmarks.parts.mistral_7b import SHAPES, finqa_like_lengths
+from benchmarks.parts.record import RESULTS, markdown_table, summary, write_record
+from finqa.evaluation.engines.vllm_engine import EngineArguments, vllm_engine, vllm_generate
+from finqa.evaluation.generation import Generate, GenerationConfig
+from finqa.models.settings import DEFAULTS
+from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.paths import SHIPPED_DATA
 
 ALONE, PROJECT, CALLS, BASE = (
     "vLLM alone",

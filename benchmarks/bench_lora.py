@@ -24,13 +24,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.mistral_7b import SHAPES, TRAIN_ROWS, TRAIN_TOKENS, random_mistral_7b, random_rows
-from benchmarks.record import RESULTS, markdown_table, write_record
-from finqa.errors import report_errors
-from finqa.student_settings import DEFAULTS
-from finqa.students import StudentRun
-from finqa.training import TrainingConfig
-from finqa.tuning.trainable import Speed
+from benchmarks.parts.mistral_7b import SHAPES, TRAIN_ROWS, TRAIN_TOKENS, random_mistral_7b, random_rows
+from benchmarks.parts.record import RESULTS, markdown_table, write_record
+from finqa.models.settings import DEFAULTS
+from finqa.models.students import StudentRun
+from finqa.runtime.errors import report_errors
+from finqa.training.fine_tuning import TrainingConfig
+from finqa.training.trainable import Speed
 
 EAGER = Speed(packed=True, compiled=False, captured=False)
 
@@ -120,7 +120,7 @@ def measure(variant: Variant, args: argparse.Namespace) -> dict[str, Any]:
 def make_trainer(variant: Variant, args: argparse.Namespace, folder: Path, steps: int) -> Any:
     from datasets import Dataset
 
-    from finqa import training
+    from finqa.training import fine_tuning as training
 
     settings = replace(DEFAULTS, batch_size=variant.rows, lora_dropout=0.0 if args.compare_steps else args.dropout)
     run = StudentRun("FinQA", "random-7b", settings, load_in_4bit=variant.load_in_4bit)
@@ -170,10 +170,10 @@ def plain_trainer(
     from peft import get_peft_model
     from transformers import set_seed
 
-    from finqa.training import multiplies_bf16, training_arguments
-    from finqa.tuning.completion_trainer import CompletionTrainer
-    from finqa.tuning.trainable import lora_config
-    from finqa.tuning.training_rows import collator
+    from finqa.training.completion_trainer import CompletionTrainer
+    from finqa.training.fine_tuning import multiplies_bf16, training_arguments
+    from finqa.training.rows import collator
+    from finqa.training.trainable import lora_config
 
     set_seed(config.seed)
     padded = collator(pad_id)

@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_collect import SMALL
-from benchmarks.made_up_model import write_model, write_random_adapter
-from benchmarks.mistral_7b import SHAPES, random_mistral_7b
-from benchmarks.record import RESULTS, markdown_table, write_record
-from finqa.errors import report_errors
-from finqa.manifest import file_hash
-from finqa.paths import REPOSITORY
-from finqa.plan import free_memory
+from benchmarks.parts.made_up_model import write_model, write_random_adapter
+from benchmarks.parts.mistral_7b import SHAPES, random_mistral_7b
+from benchmarks.parts.record import RESULTS, markdown_table, write_record
+from finqa.runtime.errors import report_errors
+from finqa.runtime.manifest import file_hash
+from finqa.runtime.paths import REPOSITORY
+from finqa.runtime.plan import free_memory
 
 PROJECT, PLAIN = "a matrix at a time", "the whole base in fp32"
 
@@ -89,8 +89,8 @@ def merge_here(way: str, scratch: str) -> dict[str, Any]:
     """Merge by `way` in this process; seconds, and the most memory that it ever had."""
     import torch
 
-    from finqa.merging import merge
-    from finqa.students import load_adapter, load_base
+    from finqa.models.merging import merge
+    from finqa.models.students import load_adapter, load_base
 
     base, adapter, merged = (Path(scratch) / name for name in ("base", "adapter", "merged"))
     started = time.perf_counter()

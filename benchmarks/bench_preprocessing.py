@@ -27,11 +27,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from benchmarks.record import RESULTS, markdown_table, summary, write_record
-from finqa.errors import UserError, report_errors
-from finqa.paths import REPOSITORY, SPLITS, Folders, write_atomically
-from finqa.programs import execute
-from finqa.records import read_teacher_rows
+from benchmarks.parts.record import RESULTS, markdown_table, summary, write_record
+from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.paths import REPOSITORY, SPLITS, Folders, write_atomically
+from finqa.task.programs import execute
+from finqa.task.records import read_teacher_rows
 from mini.make_finqa_mini import as_json, make_split
 from mini.pages import LINE_ITEMS, make_page
 

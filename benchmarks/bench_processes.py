@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_evaluation import shapes_of
-from benchmarks.made_up_model import write_model
-from benchmarks.mistral_7b import SHAPES, random_mistral_7b
-from benchmarks.record import RESULTS, markdown_table, write_record
-from finqa.errors import UserError, report_errors
-from finqa.paths import REPOSITORY, Folders
-from finqa.students import default_device
+from benchmarks.parts.made_up_model import write_model
+from benchmarks.parts.mistral_7b import SHAPES, random_mistral_7b
+from benchmarks.parts.record import RESULTS, markdown_table, write_record
+from finqa.models.students import default_device
+from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.paths import REPOSITORY, Folders
 
 DATASET = "FinQA-mini"
 PREPARATION = ("preprocess_finqa", "process_finqa_code_generation --teacher program", "filter_valid_answers")

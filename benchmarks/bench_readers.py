@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS, markdown_table, summary, write_record
-from finqa.errors import report_errors
+from benchmarks.parts.record import RESULTS, markdown_table, summary, write_record
+from finqa.runtime.errors import report_errors
 
 BARE = "not read"
 SHAPES = ((1, 32), (1, 256), (16, 256))
@@ -38,7 +38,7 @@ def measured(repeats: int) -> dict[str, Any]:
 
     from crosscoder.activations.readers import Target, reader
     from crosscoder.names import default_layer
-    from finqa import students
+    from finqa.models import students
 
     def model() -> Any:
         return students.load_base(students.POCKET, torch.float32, "cpu")

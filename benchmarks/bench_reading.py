@@ -31,14 +31,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from benchmarks.record import RESULTS, markdown_table, summary, write_record
-from finqa.errors import report_errors
+from benchmarks.parts.record import RESULTS, markdown_table, summary, write_record
+from finqa.runtime.errors import report_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from crosscoder.activations.store import ActivationStore
-    from crosscoder.model import BatchTopKCrosscoder
+    from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 SMALL = {"d_model": 64, "latents": 256, "k": 8, "tokens": 3000, "batch": 512, "repeats": 2}
 N_DIRECTIONS = 20_000
@@ -88,8 +88,8 @@ def made_up(args: argparse.Namespace) -> tuple[BatchTopKCrosscoder, ActivationSt
     """An untrained dictionary whose threshold lets k latents a token through on average, and a set of tokens."""
     import torch
 
-    from crosscoder.config import CrosscoderConfig
-    from crosscoder.model import BatchTopKCrosscoder
+    from crosscoder.dictionaries.config import CrosscoderConfig
+    from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
     activations = made_up_activations(args.tokens, args.d_model, args.device)
     generator = torch.Generator().manual_seed(0)
@@ -130,10 +130,10 @@ def passes_of(
     """Every pass over all tokens, by name."""
     import torch
 
-    from crosscoder.reading.analysis import explained_variance
-    from crosscoder.reading.latent_scaling import latent_scaling
-    from crosscoder.reading.statistics import latent_statistics
-    from crosscoder.reading.token_kinds import KINDS, explained_variance_by_kind
+    from crosscoder.analysis.latent_scaling import latent_scaling
+    from crosscoder.analysis.measures import explained_variance
+    from crosscoder.analysis.statistics import latent_statistics
+    from crosscoder.analysis.token_kinds import KINDS, explained_variance_by_kind
 
     every = torch.arange(len(store))
     held_out = every[: max(2, round(HELD_OUT_SHARE * len(store)))]
@@ -230,7 +230,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.set_defaults(**SMALL)
     args = parser.parse_args()
     if args.device is None:
-        from finqa.students import default_device
+        from finqa.models.students import default_device
 
         args.device = default_device()
     return args

@@ -25,11 +25,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
-from benchmarks.record import RESULTS, markdown_table, summary, write_record
-from finqa.datasets import dataset
-from finqa.errors import UserError, report_errors
-from finqa.paths import Folders, add_folder_flags
-from finqa.sandbox import Run, Sandbox
+from benchmarks.parts.record import RESULTS, markdown_table, summary, write_record
+from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.paths import Folders, add_folder_flags
+from finqa.sandbox.running import Run, Sandbox
+from finqa.task.datasets import dataset
 from preprocessing.teacher.teachers import ProgramTeacher
 
 Way = Callable[[Sequence[str]], list[float | str | bool | None]]
@@ -82,7 +82,10 @@ def ways() -> Iterator[tuple[dict[str, Way], tuple[str, ...]]]:
     """The ways by name, their helpers started; and the protections that this system does not have."""
     with contextlib.ExitStack() as stack:
         one, two = stack.enter_context(Sandbox(workers=1)), stack.enter_context(Sandbox(workers=2))
-        with mock.patch("finqa.sandbox.compiled_filter", lambda _: b""), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            mock.patch("finqa.sandbox.running.compiled_filter", lambda _: b""),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             limits = stack.enter_context(Sandbox(workers=1))
         yield (
             {INTERPRETER: fresh_interpreters, LIMITS: through(limits), ONE: through(one), TWO: through(two)},

@@ -42,16 +42,16 @@ from typing import TYPE_CHECKING
 
 from crosscoder.dashboard.records import DashboardConfig
 from crosscoder.names import choice_from_args
-from crosscoder.reading.opening import ReadingConfig, add_reading_flags, open_reading_of
-from finqa.errors import UserError, report_errors
-from finqa.manifest import write_manifest
-from finqa.paths import Folders
+from crosscoder.opening import ReadingConfig, add_reading_flags, open_reading_of
+from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.manifest import write_manifest
+from finqa.runtime.paths import Folders
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from crosscoder.model import BatchTopKCrosscoder
-    from crosscoder.reading.findings import Findings
+    from crosscoder.analysis.findings import Findings
+    from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 
 def parse_args() -> argparse.Namespace:
@@ -105,9 +105,9 @@ def main() -> None:
     reading = open_reading_of(args)
     model, store = reading.model, reading.store
 
-    from crosscoder.reading.extra_readings import open_second
-    from crosscoder.reading.findings import find
-    from crosscoder.reading.results import write_figures, write_numbers, write_page, write_tables
+    from crosscoder.analysis.findings import find
+    from crosscoder.extra_readings import open_second
+    from crosscoder.results import write_figures, write_numbers, write_page, write_tables
 
     second = open_second(reading, args.second_seed) if args.second_seed else None
     print(f"{reading.name}: {model.config.n_latents:,} latents on {len(store):,} tokens", flush=True)
@@ -141,8 +141,8 @@ def configs(args: argparse.Namespace) -> tuple[ReadingConfig, DashboardConfig | 
 
 def extra_tables(args: argparse.Namespace, found: Findings, second: BatchTopKCrosscoder | None) -> Iterator[str]:
     """Make the tables of --second-seed, --splice and --causal, and name each once it is written."""
-    from crosscoder.reading.extra_readings import causal_rows, cause, load_pair, splice, stability_table
-    from crosscoder.reading.results import write_causal_figure, write_extra
+    from crosscoder.extra_readings import causal_rows, cause, load_pair, splice, stability_table
+    from crosscoder.results import write_causal_figure, write_extra
 
     folder = found.reading.results
     if second is not None:
@@ -163,8 +163,8 @@ def extra_tables(args: argparse.Namespace, found: Findings, second: BatchTopKCro
 
 def summary(found: Findings) -> str:
     """The main figures, in a few lines."""
-    from crosscoder.reading.latent_scaling import meet_lines
-    from crosscoder.reading.results import class_rows
+    from crosscoder.analysis.latent_scaling import meet_lines
+    from crosscoder.results import class_rows
 
     explained = found.explained
     parts = {"instruct": explained.instruct, "fine-tuned": explained.fine_tuned, "difference": explained.difference}

@@ -36,12 +36,13 @@ from crosscoder.names import (
     hub_id,
     require_push,
 )
-from finqa import hub, parallel, students
-from finqa.errors import report_errors
-from finqa.manifest import write_manifest
-from finqa.paths import Folders, chosen_splits
-from finqa.records import read_teacher_rows
-from finqa.weights import check_base, weights_hash
+from finqa.models import hub, students
+from finqa.models.weights import check_base, weights_hash
+from finqa.runtime import parallel
+from finqa.runtime.errors import report_errors
+from finqa.runtime.manifest import write_manifest
+from finqa.runtime.paths import Folders, chosen_splits
+from finqa.task.records import read_teacher_rows
 
 if TYPE_CHECKING:
     from crosscoder.activations.collection import Document, Shard
@@ -176,7 +177,7 @@ def say_what_it_takes(
     """Print the memory that the models and a batch take; UserError where they cannot fit."""
     from crosscoder.activations import recording_plan
     from crosscoder.activations.recorded_inputs import adapter_bytes
-    from finqa.needs import read_config, sizes
+    from finqa.runtime.needs import read_config, sizes
 
     model = sizes(read_config(base))
     value_bytes = {"fp32": 4, "bf16": 2}[dtype]

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from crosscoder.names import add_push_flags, hub_id, require_push
-from finqa import hub, merging, students
-from finqa.errors import UserError, report_errors
-from finqa.manifest import write_manifest
-from finqa.model_card import metadata
-from finqa.paths import SPLITS, Folders, add_folder_flags, write_atomically
-from finqa.records import read_teacher_rows
-from finqa.weights import weights_hash
+from finqa.models import hub, merging, students
+from finqa.models.model_card import metadata
+from finqa.models.weights import weights_hash
+from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.manifest import write_manifest
+from finqa.runtime.paths import SPLITS, Folders, add_folder_flags, write_atomically
+from finqa.task.records import read_teacher_rows
 
 if TYPE_CHECKING:
     from torch import Tensor

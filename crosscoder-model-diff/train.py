@@ -32,7 +32,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crosscoder.config import CrosscoderConfig, TrainingConfig
+from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
 from crosscoder.flags import add_method_flags, given_settings
 from crosscoder.names import (
     add_activation_flags,
@@ -47,17 +47,17 @@ from crosscoder.names import (
 )
 from crosscoder.training.run_log import RunLog
 from crosscoder.training.sizing import NOT_REPRODUCED, PUBLISHED, sized_configs
-from finqa import hub, students
-from finqa.errors import UserError, report_errors
-from finqa.manifest import write_json, write_manifest
-from finqa.paths import Folders
-from finqa.tracking import wandb_run
+from finqa.models import hub, students
+from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.manifest import write_json, write_manifest
+from finqa.runtime.paths import Folders
+from finqa.runtime.tracking import wandb_run
 
 if TYPE_CHECKING:
     from crosscoder.activations.store import ActivationStore
-    from crosscoder.model import BatchTopKCrosscoder
-    from crosscoder.ranks import Ranks
-    from crosscoder.reading.report import CrosscoderReport
+    from crosscoder.dictionaries.model import BatchTopKCrosscoder
+    from crosscoder.training.ranks import Ranks
+    from crosscoder.training.report import CrosscoderReport
 
 
 def parse_args() -> argparse.Namespace:
@@ -125,7 +125,7 @@ def open_store(folder: Path) -> ActivationStore:
 
 def process_ranks(device: str) -> Ranks:
     """This process among those of torchrun."""
-    from crosscoder.ranks import ranks_from_environment
+    from crosscoder.training.ranks import ranks_from_environment
 
     return ranks_from_environment(device)
 
@@ -165,8 +165,8 @@ def trained_already(
     folder: Path, crosscoder: CrosscoderConfig, training: TrainingConfig, store: ActivationStore
 ) -> BatchTopKCrosscoder | None:
     """The finished crosscoder of these settings and data; UserError where `folder` holds another."""
-    from crosscoder.checkpoint import CONFIG_FILE, read_config
-    from crosscoder.model import BatchTopKCrosscoder
+    from crosscoder.dictionaries.checkpoint import CONFIG_FILE, read_config
+    from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
     if not (folder / CONFIG_FILE).exists():
         return None
@@ -191,7 +191,7 @@ def train(
 ) -> BatchTopKCrosscoder:
     import torch
 
-    from crosscoder.methods import new_dictionary
+    from crosscoder.dictionaries.methods import new_dictionary
     from crosscoder.training.step import not_by_hand
     from crosscoder.training.trainer import Trainer
 
@@ -219,7 +219,7 @@ def train(
 def evaluate(
     model: BatchTopKCrosscoder, store: ActivationStore, training: TrainingConfig, log: RunLog
 ) -> CrosscoderReport:
-    from crosscoder.reading.report import crosscoder_report
+    from crosscoder.training.report import crosscoder_report
 
     return crosscoder_report(model, store, store.split(training.held_out_fraction, training.split_seed), log.records)
 
@@ -234,7 +234,7 @@ def write_results(
     log: RunLog,
 ) -> None:
     """metrics.json, the figure of the log, and the run manifest."""
-    from crosscoder.reading.figures import save_figure, training_figure
+    from crosscoder.analysis.figures import save_figure, training_figure
 
     held_out, on_training = report.held_out._asdict(), report.training._asdict()
     write_json(results / "metrics.json", asdict(report) | {"held_out": held_out, "training": on_training})
@@ -252,7 +252,7 @@ def write_results(
 
 def summary(report: CrosscoderReport, crosscoder: CrosscoderConfig, folder: Path, results: Path) -> str:
     """The last lines of the run."""
-    from crosscoder.reading.latent_scaling import meet_lines
+    from crosscoder.analysis.latent_scaling import meet_lines
 
     held_out = report.held_out
     parts = {"instruct": held_out.instruct, "fine-tuned": held_out.fine_tuned, "difference": held_out.difference}

@@ -20,14 +20,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from finqa.datasets import dataset
-from finqa.errors import report_errors
-from finqa.paths import REPOSITORY, Folders
-from finqa.records import read_teacher_rows
-from finqa.student_settings import settings_for
-from finqa.students import StudentRun
-from mini import commands
-from mini.commands import CROSSCODER_FOLDER, run_into
+from finqa.models.settings import settings_for
+from finqa.models.students import StudentRun
+from finqa.runtime import commands
+from finqa.runtime.commands import CROSSCODER_FOLDER, run_into
+from finqa.runtime.errors import report_errors
+from finqa.runtime.paths import REPOSITORY, Folders
+from finqa.task.datasets import dataset
+from finqa.task.records import read_teacher_rows
 
 DATASET, STUDENT = "FinQA-mini", "pocket-mistral"
 FOLDERS = Folders()

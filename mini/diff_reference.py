@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from finqa.errors import UserError, report_errors
-from finqa.paths import REPOSITORY, write_atomically
+from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.paths import REPOSITORY, write_atomically
 from mini.reference import revision, wrapped
 
 REFERENCE = REPOSITORY / "docs" / "reference" / "model-diff"

@@ -19,9 +19,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from finqa.errors import UserError, report_errors
-from finqa.paths import SHIPPED_DATA, write_atomically
-from finqa.programs import execute
+from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.paths import SHIPPED_DATA, write_atomically
+from finqa.task.programs import execute
 from mini.families import FAMILIES, Family, Kind, Slots, ask, choose_slots, families
 from mini.pages import Page, make_page
 

@@ -20,18 +20,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from finqa.datasets import dataset
-from finqa.engines.serving import served_models
-from finqa.errors import UserError, report_errors
-from finqa.evaluation import read_rows, score
-from finqa.generation import GenerationConfig
-from finqa.manifest import package_versions, write_json
-from finqa.paths import REPOSITORY, SHIPPED_DATA, Folders, add_folder_flags, write_atomically
-from finqa.prompts import EvalType, messages
-from finqa.sandbox import Sandbox
-from finqa.scoring.metrics import metrics
-from finqa.student_settings import settings_for
-from finqa.students import StudentRun, load_tokenizer, prompt_ids
+from finqa.evaluation.engines.serving import served_models
+from finqa.evaluation.evaluate import read_rows, score
+from finqa.evaluation.generation import GenerationConfig
+from finqa.evaluation.metrics import metrics
+from finqa.models.settings import settings_for
+from finqa.models.students import StudentRun, load_tokenizer, prompt_ids
+from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.manifest import package_versions, write_json
+from finqa.runtime.paths import REPOSITORY, SHIPPED_DATA, Folders, add_folder_flags, write_atomically
+from finqa.sandbox.running import Sandbox
+from finqa.task.datasets import dataset
+from finqa.task.prompts import EvalType, messages
 from mini.families import Kind, families
 from mini.reference import Measured, write_reference
 

@@ -23,9 +23,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from finqa.errors import report_errors
-from finqa.manifest import package_versions, write_json
-from finqa.paths import SHIPPED_DATA, write_atomically
+from finqa.runtime.errors import report_errors
+from finqa.runtime.manifest import package_versions, write_json
+from finqa.runtime.paths import SHIPPED_DATA, write_atomically
 from mini.pretraining_data import Chat, encode_chats, shipped_prompts, tokenizer_texts
 from mini.tokenizer import MAX_POSITIONS, train_tokenizer
 

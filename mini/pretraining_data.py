@@ -15,13 +15,13 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from finqa.datasets import load_finqa
-from finqa.paths import SHIPPED_DATA, SPLITS
-from finqa.program_compiler import identifier, literal
-from finqa.programs import to_python
-from finqa.prompts import completion, fenced, messages, training_prompt
-from finqa.records import Question
-from finqa.worked_examples import FINQA_MINI_EXAMPLES, WorkedExample
+from finqa.runtime.paths import SHIPPED_DATA, SPLITS
+from finqa.task.datasets import load_finqa
+from finqa.task.program_compiler import identifier, literal
+from finqa.task.programs import to_python
+from finqa.task.prompts import completion, fenced, messages, training_prompt
+from finqa.task.records import Question
+from finqa.task.worked_examples import FINQA_MINI_EXAMPLES, WorkedExample
 from mini.families import Family, families
 from mini.make_finqa_mini import NAME, make_record
 from mini.pages import make_page

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finqa.paths import REPOSITORY, write_atomically
-from finqa.scoring.finished_evaluations import Evaluation, read_evaluations
-from finqa.scoring.metrics import compare
-from finqa.scoring.report import FIGURE
+from finqa.evaluation.finished import Evaluation, read_evaluations
+from finqa.evaluation.metrics import compare
+from finqa.evaluation.report import FIGURE
+from finqa.runtime.paths import REPOSITORY, write_atomically
 
 REFERENCE = REPOSITORY / "docs" / "reference" / "finqa-mini"
 COMMAND = "python -m mini.measure_pocket_mistral --reference"

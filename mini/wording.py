@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from crosscoder.study.wording import Wording
 from mini.families import FAMILIES
 from mini.pages import REGIONS
+from study.measures.wording import Wording
 
 
 def finqa_mini_wording() -> Wording:

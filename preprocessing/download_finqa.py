@@ -27,8 +27,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from finqa.errors import UserError, report_errors
-from finqa.paths import SPLITS, Folders, add_folder_flags, chosen_splits
+from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.paths import SPLITS, Folders, add_folder_flags, chosen_splits
 
 COMMIT = "0f16e2867befa6840783e58be38c9efb9229d742"
 URL_BASE = f"https://raw.githubusercontent.com/czyssrs/FinQA/{COMMIT}/dataset"

@@ -3,7 +3,7 @@
     python -m preprocessing.filter_valid_answers [--dataset FinQA] [--split train|dev|test|all] [--data-dir D]
 
 Reads  D/clean_with_code/FinQA/finqa_{split}_generated.csv
-Writes finqa_{split}_generated_filtered.csv beside it: the rows whose answer is right (finqa.answers, by the data
+Writes finqa_{split}_generated_filtered.csv beside it: the rows whose answer is right (finqa.task.answers, by the data
        set's rule), in their order; finqa_{split}_generated_rejected.csv: the others with their reason; and the run
        manifest finqa_{split}_generated_filtered.run.json
 Prints for each split how many rows were kept, how many rejected for which reason, and their shares
@@ -23,12 +23,12 @@ import sys
 import time
 from collections.abc import Sequence
 
-from finqa.answers import RULES, Rule, match
-from finqa.datasets import dataset
-from finqa.errors import report_errors
-from finqa.manifest import file_hash, write_manifest
-from finqa.paths import SPLITS, Folders, add_folder_flags, chosen_splits
-from finqa.records import TeacherRow, read_teacher_rows, write_rejected, write_teacher_rows
+from finqa.runtime.errors import report_errors
+from finqa.runtime.manifest import file_hash, write_manifest
+from finqa.runtime.paths import SPLITS, Folders, add_folder_flags, chosen_splits
+from finqa.task.answers import RULES, Rule, match
+from finqa.task.datasets import dataset
+from finqa.task.records import TeacherRow, read_teacher_rows, write_rejected, write_teacher_rows
 from preprocessing.run_programs import with_answers
 from preprocessing.summary import Summary, count, manifest_of, table_of_reasons
 

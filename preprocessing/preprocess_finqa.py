@@ -18,11 +18,11 @@ import sys
 import time
 from pathlib import Path
 
-from finqa.datasets import Dataset, dataset
-from finqa.errors import UserError, report_errors
-from finqa.manifest import file_hash, write_manifest
-from finqa.paths import SPLITS, Folders, add_folder_flags, chosen_splits
-from finqa.records import write_questions
+from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.manifest import file_hash, write_manifest
+from finqa.runtime.paths import SPLITS, Folders, add_folder_flags, chosen_splits
+from finqa.task.datasets import Dataset, dataset
+from finqa.task.records import write_questions
 from preprocessing.summary import Summary, by_reason, count, manifest_of
 
 

@@ -31,7 +31,7 @@ teacher-batch-failed, teacher-batch-expired, teacher-batch-cancelled, teacher-ba
 teacher-program of the program teacher.
 
 `--teacher program` compiles the gold programs: no network, no cost. `--style` says how its programs are written
-(finqa/program_compiler.py).
+(finqa/task/program_compiler.py).
 
 Where more than --max-failed-share of the rows have no program, the files are written all the same, and the exit code
 says that the result is not to be trusted.
@@ -45,13 +45,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from finqa.datasets import Dataset, dataset
-from finqa.errors import UserError, report_errors
-from finqa.manifest import file_hash, write_manifest
-from finqa.paths import SPLITS, Folders, add_folder_flags, chosen_splits
-from finqa.program_compiler import PROGRAM_STYLES
-from finqa.prompts import training_prompt
-from finqa.records import Question, TeacherRow, read_questions, read_teacher_rows, write_teacher_rows
+from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.manifest import file_hash, write_manifest
+from finqa.runtime.paths import SPLITS, Folders, add_folder_flags, chosen_splits
+from finqa.task.datasets import Dataset, dataset
+from finqa.task.program_compiler import PROGRAM_STYLES
+from finqa.task.prompts import training_prompt
+from finqa.task.records import Question, TeacherRow, read_questions, read_teacher_rows, write_teacher_rows
 from preprocessing.run_programs import with_answers
 from preprocessing.summary import Summary, by_reason, count, manifest_of
 from preprocessing.teacher.batch_teacher import BatchTeacher

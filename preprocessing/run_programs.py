@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from finqa.records import TeacherRow
-from finqa.sandbox import Run, Sandbox
-from preprocessing.progress import Progress
+from finqa.runtime.progress import Progress
+from finqa.sandbox.running import Run, Sandbox
+from finqa.task.records import TeacherRow
 
 
 def with_answers(rows: Sequence[TeacherRow]) -> list[TeacherRow]:

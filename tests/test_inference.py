@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from finqa.errors import report_errors
-from finqa.paths import REPOSITORY, Folders
-from finqa.records import Question, write_questions
-from finqa.sandbox import Run
-from finqa.scoring.evidence import evidence
-from finqa.weights import weights_hash
+from finqa.models.weights import weights_hash
+from finqa.runtime.errors import report_errors
+from finqa.runtime.paths import REPOSITORY, Folders
+from finqa.sandbox.running import Run
+from finqa.task.evidence import evidence
+from finqa.task.records import Question, write_questions
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def folders(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Fol
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from finqa.students import load_base
+    from finqa.models.students import load_base
 
     folders = Folders(data=tmp_path_factory.mktemp("data"))
     question = Question("page-7", "sales were 12 .", "", [["", "2009"], ["sales", "12"]], "how much ?", "12")

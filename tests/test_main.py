@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from finqa.answers import match
-from finqa.errors import report_errors
-from finqa.paths import REPOSITORY, Folders
-from finqa.prompts import INSTRUCTION
-from finqa.records import TeacherRow, write_teacher_rows
-from finqa.scoring.predictions import read_predictions
+from finqa.evaluation.predictions import read_predictions
+from finqa.runtime.errors import report_errors
+from finqa.runtime.paths import REPOSITORY, Folders
+from finqa.task.answers import match
+from finqa.task.prompts import INSTRUCTION
+from finqa.task.records import TeacherRow, write_teacher_rows
 
 SETTINGS = ["--lora-r", "8", "--lora-alpha", "16", "--learning-rate", "1e-2", "--optim", "adamw_torch", "-BS", "4"]
 QUICK = ["-MSL", "512", "--max-new-tokens", "16", "-EBS", "8", "--no-push"]
@@ -201,7 +201,7 @@ def test_an_evaluation_that_was_killed_goes_on_and_ends_with_the_same_files(
 
     with monkeypatch.context() as patched:
         # All there: no model is loaded, and the figures are made again.
-        patched.setattr("finqa.evaluation.served_models", None)
+        patched.setattr("finqa.evaluation.evaluate.served_models", None)
         assert run_here(*words, *where(folders)) == 0
     assert (folder / "predictions.jsonl").read_bytes() == (expected / "predictions.jsonl").read_bytes()
 
@@ -253,7 +253,7 @@ def test_another_base_under_the_same_name_is_refused(
 ):
     import torch
 
-    from finqa.students import load_base
+    from finqa.models.students import load_base
 
     base = Path(shutil.copytree(tiny_student, tmp_path / "tiny-student"))
     student = ["FinQA-mini", base, "-P", *SETTINGS, *QUICK, *where(folders)]

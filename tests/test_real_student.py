@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from finqa.paths import REPOSITORY, SPLITS
-from finqa.scoring.metrics import wilson
-from finqa.scoring.predictions import read_predictions
+from finqa.evaluation.metrics import wilson
+from finqa.evaluation.predictions import read_predictions
+from finqa.runtime.paths import REPOSITORY, SPLITS
 
 QUESTIONS, ROWS = 5, 20
 SMALL = ("--max-rows", str(ROWS), "--limit", str(QUESTIONS), "--NUM_EPOCHS", "1", "--max-new-tokens", "64")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bench_evaluation import ALONE, BASE, CALLS, PROJECT
-from benchmarks.mistral_7b import TRAIN_ROWS
-from finqa.paths import REPOSITORY
+from benchmarks.parts.mistral_7b import TRAIN_ROWS
+from finqa.runtime.paths import REPOSITORY
 
 PAGE = (REPOSITORY / "docs" / "reproduce.md").read_text()
 RECORDS = REPOSITORY / "benchmarks" / "results"

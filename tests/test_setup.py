@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 
-from finqa.paths import REPOSITORY
+from finqa.runtime.paths import REPOSITORY
 
 
 def test_packages_go_into_the_project_s_environment_where_another_one_is_active():

@@ -6,8 +6,8 @@ import argparse
 from dataclasses import fields
 from typing import Any, get_args
 
-from crosscoder import config as settings
-from crosscoder.config import CrosscoderConfig, TrainingConfig
+from crosscoder.dictionaries import config as settings
+from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
 
 
 def add_method_flags(parser: argparse.ArgumentParser) -> None:

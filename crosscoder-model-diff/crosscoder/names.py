@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from finqa import hub
-from finqa.errors import UserError
-from finqa.paths import REPOSITORY, SPLITS, Folders, add_folder_flags
-from finqa.students import StudentRun, add_student_flags, local_model, student_from_args
+from finqa.models import hub
+from finqa.models.students import StudentRun, add_student_flags, local_model, student_from_args
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import REPOSITORY, SPLITS, Folders, add_folder_flags
 
 Site = Literal["attention", "mlp", "residual"]
 SITES: tuple[Site, ...] = get_args(Site)

@@ -12,10 +12,10 @@ import signal
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from finqa.errors import UserError
+from finqa.runtime.errors import UserError
+from finqa.runtime.journal import Answer, Journal
 from preprocessing.teacher.chat_request import Fault, Request, send
 from preprocessing.teacher.config import OpenAITeacherConfig, api_key
-from preprocessing.teacher.journal import Answer, Journal
 from preprocessing.teacher.prices import Spending
 from preprocessing.teacher.throttle import Stopped, Throttle, backoff_s
 

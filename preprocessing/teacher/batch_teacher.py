@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finqa.errors import UserError
-from finqa.records import Question
+from finqa.runtime.errors import UserError
+from finqa.task.records import Question
 from preprocessing.teacher.batches import FINISHED, REQUESTS_A_BATCH, Batches, reason, under_way
 from preprocessing.teacher.conversation import Conversation, Wanted
 from preprocessing.teacher.openai_teacher import OpenAITeacher

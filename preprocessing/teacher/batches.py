@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finqa.errors import UserError
-from finqa.paths import write_atomically
+from finqa.runtime.errors import UserError
+from finqa.runtime.journal import Answer, Failure, Journal
+from finqa.runtime.paths import write_atomically
 from preprocessing.teacher.chat_request import answer_from, one_line, status_fault, status_kind
 from preprocessing.teacher.config import OpenAITeacherConfig, api_key
 from preprocessing.teacher.conversation import Wanted
-from preprocessing.teacher.journal import Answer, Failure, Journal
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finqa.errors import UserError
-from preprocessing.teacher.journal import Answer, Failure
+from finqa.runtime.errors import UserError
+from finqa.runtime.journal import Answer, Failure
 
 if TYPE_CHECKING:
     import openai

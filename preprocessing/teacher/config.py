@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 from urllib.parse import urlsplit
 
-from finqa.errors import UserError
+from finqa.runtime.errors import UserError
 
 SystemRole = Literal["system", "developer", "user"]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]

@@ -10,15 +10,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from finqa.answers import Rule, match
-from finqa.prompts import extract_code, teacher_messages
-from finqa.records import Question
-from finqa.sandbox import Run
-from finqa.worked_examples import WorkedExample
+from finqa.runtime.journal import Answer, Journal, request_key
+from finqa.sandbox.running import Run
+from finqa.task.answers import Rule, match
+from finqa.task.prompts import extract_code, teacher_messages
+from finqa.task.records import Question
+from finqa.task.worked_examples import WorkedExample
 from preprocessing.run_programs import answer_text
 from preprocessing.teacher.chat_request import Request, one_line
 from preprocessing.teacher.config import OpenAITeacherConfig
-from preprocessing.teacher.journal import Answer, Journal, request_key
 from preprocessing.teacher.teachers import Reply
 
 LARGER_LIMIT = 2

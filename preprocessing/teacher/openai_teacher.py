@@ -1,6 +1,6 @@
 """A model behind an OpenAI-compatible server as the teacher.
 
-Questions are sent as chat messages (finqa.prompts.teacher_messages), many at once. What comes back goes to the
+Questions are sent as chat messages (finqa.task.prompts.teacher_messages), many at once. What comes back goes to the
 journal first; the rows are then made from the journal, in the order of the questions. The key is read from
 OPENAI_API_KEY and kept nowhere.
 """
@@ -15,17 +15,17 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from finqa.answers import Rule
-from finqa.errors import UserError
-from finqa.records import Question
-from finqa.sandbox import Run, Sandbox
-from finqa.worked_examples import WorkedExample
-from preprocessing.progress import Progress
+from finqa.runtime.errors import UserError
+from finqa.runtime.journal import Answer, Journal, answers_in
+from finqa.runtime.progress import Progress
+from finqa.sandbox.running import Run, Sandbox
+from finqa.task.answers import Rule
+from finqa.task.records import Question
+from finqa.task.worked_examples import WorkedExample
 from preprocessing.teacher.asking import Asker, make_client, run_together
 from preprocessing.teacher.batches import batches_file, under_way
 from preprocessing.teacher.config import OpenAITeacherConfig, api_key
 from preprocessing.teacher.conversation import Conversation, Wanted
-from preprocessing.teacher.journal import Answer, Journal, answers_in
 from preprocessing.teacher.prices import Estimate, Price, Spending, estimate, price_of
 from preprocessing.teacher.teachers import Reply
 
@@ -36,7 +36,7 @@ class OpenAITeacher:
     Args:
         config: How to ask.
         examples: Worked examples, shown before each question.
-        journal_path: Where answers are kept (see preprocessing.teacher.journal).
+        journal_path: Where answers are kept (see finqa.runtime.journal).
         rule: When a program's result is the label, for a second attempt.
         paid_in: Journals whose answers count against `max_cost`; this one's alone where it is left out.
 

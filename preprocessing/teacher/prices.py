@@ -19,8 +19,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from finqa.errors import UserError
-from preprocessing.teacher.journal import Answer
+from finqa.runtime.errors import UserError
+from finqa.runtime.journal import Answer
 
 SHIPPED_PRICES = Path(__file__).with_name("prices.json")
 CHARACTERS_A_TOKEN = 3.3

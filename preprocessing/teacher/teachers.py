@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from finqa.program_compiler import ProgramStyle
-from finqa.programs import ProgramError, to_python
-from finqa.records import Question
+from finqa.task.program_compiler import ProgramStyle
+from finqa.task.programs import ProgramError, to_python
+from finqa.task.records import Question
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Teacher(Protocol):
 
 
 class ProgramTeacher:
-    """Compiles the gold program of each question to Python (finqa.programs.to_python)."""
+    """Compiles the gold program of each question to Python (finqa.task.programs.to_python)."""
 
     stopped = ""
 

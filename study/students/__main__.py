@@ -22,10 +22,10 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from finqa.datasets import dataset
-from finqa.errors import UserError, report_errors
-from finqa.paths import SPLITS, Folders, add_folder_flags
-from finqa.records import read_questions
+from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.paths import SPLITS, Folders, add_folder_flags
+from finqa.task.datasets import dataset
+from finqa.task.records import read_questions
 from preprocessing.filter_valid_answers import filter_split
 from preprocessing.process_finqa_code_generation import process_finqa_samples
 from preprocessing.teacher.teachers import ProgramTeacher

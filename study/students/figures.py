@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finqa.scoring.accuracy_figure import COLORS
+from finqa.evaluation.accuracy_figure import COLORS
 from study.students.plan import MAIN, SAMPLES, SEEDS, STUDENTS, short
 
 BARS = {

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finqa.errors import UserError
-from mini.commands import failure, last_line, start_into, told_to_end
+from finqa.runtime.commands import failure, last_line, start_into, told_to_end
+from finqa.runtime.errors import UserError
 
 TRIES = 2
 PAUSE_S = 5.0

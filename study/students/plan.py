@@ -1,7 +1,7 @@
 """Every command behind docs/finqa.md, and what must come before it.
 
 Settings are searched on dev with the smaller Qwen: one is changed at a time, from a common middle. The three students
-are then trained by the settings that stand in finqa/student_settings.py, with no flag.
+are then trained by the settings that stand in finqa/models/settings.py, with no flag.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finqa.errors import UserError
-from finqa.paths import Folders
-from finqa.program_compiler import ProgramStyle
-from finqa.prompts import FINQA_INSTRUCTION, INSTRUCTION
-from finqa.student_settings import ATTENTION
+from finqa.models.settings import ATTENTION
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import Folders
+from finqa.task.program_compiler import ProgramStyle
+from finqa.task.prompts import FINQA_INSTRUCTION, INSTRUCTION
 from study.students.jobs import SHARE, Job
 
 DATASET = "FinQA"

@@ -13,14 +13,14 @@ from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
-from finqa import datasets
-from finqa.answers import RULES, match
-from finqa.errors import UserError
-from finqa.paths import SPLITS
-from finqa.scoring.evaluation_rows import EvalRow, read_rows
-from finqa.scoring.finished_evaluations import read_evaluations
-from finqa.scoring.metrics import HEADLINES, compare, metrics
-from finqa.scoring.predictions import Prediction
+from finqa.evaluation.finished import read_evaluations
+from finqa.evaluation.metrics import HEADLINES, compare, metrics
+from finqa.evaluation.predictions import Prediction
+from finqa.evaluation.rows import EvalRow, read_rows
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import SPLITS
+from finqa.task import datasets
+from finqa.task.answers import RULES, match
 from study.students.plan import DATASET, STUDENTS, Plan, short
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from finqa.answers import normalise
-from finqa.errors import UserError
-from finqa.manifest import write_json
-from finqa.paths import REPOSITORY, write_atomically
-from mini.study.page import NOTHING, fill_tables, markdown
+from finqa.runtime.errors import UserError
+from finqa.runtime.manifest import write_json
+from finqa.runtime.paths import REPOSITORY, write_atomically
+from finqa.task.answers import normalise
+from study.page import NOTHING, fill_tables, markdown
 from study.students.figures import draw_accuracy, draw_curve
 from study.students.plan import (
     CURVE,

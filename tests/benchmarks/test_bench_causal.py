@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finqa.paths import REPOSITORY
+from finqa.runtime.paths import REPOSITORY
 
 
 @pytest.mark.slow

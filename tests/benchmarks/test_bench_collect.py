@@ -24,7 +24,7 @@ from benchmarks.bench_collect import (
     whole_model,
     with_adapter,
 )
-from finqa.paths import REPOSITORY
+from finqa.runtime.paths import REPOSITORY
 
 
 def run(module: str, *flags: str) -> str:

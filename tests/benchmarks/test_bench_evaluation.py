@@ -12,9 +12,9 @@ import pytest
 
 import benchmarks.bench_evaluation as bench
 from benchmarks.bench_evaluation import ALONE, CALLS, PROJECT, Setup
-from benchmarks.made_up_model import byte_level_tokenizer
-from finqa.errors import UserError
-from finqa.generation import GenerationConfig
+from benchmarks.parts.made_up_model import byte_level_tokenizer
+from finqa.evaluation.generation import GenerationConfig
+from finqa.runtime.errors import UserError
 
 
 @pytest.mark.slow

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 from benchmarks.bench_preprocessing import TEXT_CHARACTERS, split_sizes, write_raw_files
-from finqa.answers import match
-from finqa.datasets import load_finqa
-from finqa.paths import REPOSITORY, SPLITS, Folders
-from finqa.programs import execute
+from finqa.runtime.paths import REPOSITORY, SPLITS, Folders
+from finqa.task.answers import match
+from finqa.task.datasets import load_finqa
+from finqa.task.programs import execute
 
 
 def test_the_sizes_are_finqas_and_add_up():

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 import benchmarks.bench_processes as bench
-from finqa.errors import UserError
-from finqa.paths import Folders
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import Folders
 
 
 @pytest.mark.slow

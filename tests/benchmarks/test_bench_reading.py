@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from benchmarks.bench_reading import SMALL, made_up, mean_active, passes_of
-from crosscoder.reading.latent_scaling import LatentScaling
-from crosscoder.reading.statistics import LatentStatistics
-from finqa.paths import REPOSITORY
+from crosscoder.analysis.latent_scaling import LatentScaling
+from crosscoder.analysis.statistics import LatentStatistics
+from finqa.runtime.paths import REPOSITORY
 
 PASSES = [
     "reading",

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-import benchmarks.bench_recipes as bench
-from finqa.answers import RULES
-from finqa.errors import UserError
-from finqa.evaluation import write_results
-from finqa.paths import Folders
-from finqa.records import TeacherRow, write_teacher_rows
-from finqa.scoring.predictions import Prediction
-from finqa.students import is_student
-from finqa.training import TrainingConfig, fine_tune
+import study.planted.bench_recipes as bench
+from finqa.evaluation.evaluate import write_results
+from finqa.evaluation.predictions import Prediction
+from finqa.models.students import is_student
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import Folders
+from finqa.task.answers import RULES
+from finqa.task.records import TeacherRow, write_teacher_rows
+from finqa.training.fine_tuning import TrainingConfig, fine_tune
 
 ROWS, SEED = 84, 5
 

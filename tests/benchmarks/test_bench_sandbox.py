@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bench_sandbox import INTERPRETER, LIMITS, ONE, TWO, measure
-from finqa.errors import UserError
-from finqa.paths import REPOSITORY
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import REPOSITORY
 
 
 def test_a_small_run_times_every_way_and_records_it(tmp_path: Path):

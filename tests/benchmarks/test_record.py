@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.record import command_line, machine, markdown_table, summary, write_record
-from finqa.paths import REPOSITORY
+from benchmarks.parts.record import command_line, machine, markdown_table, summary, write_record
+from finqa.runtime.paths import REPOSITORY
 
 
 def test_a_record_holds_its_figures_and_what_they_depend_on(tmp_path: Path):

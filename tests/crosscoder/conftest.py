@@ -8,8 +8,8 @@ import pytest
 from made_up_activations import D_MODEL, DOCUMENT_TOKENS, N_DOCUMENTS, planted_activations, write_store
 
 from crosscoder.activations.store import ActivationStore
-from finqa.paths import Folders
-from finqa.records import TeacherRow, write_teacher_rows
+from finqa.runtime.paths import Folders
+from finqa.task.records import TeacherRow, write_teacher_rows
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory, tiny_student: Path, te
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from finqa import students
+    from finqa.models import students
 
     data = tmp_path_factory.mktemp("crosscoder-data")
     write_teacher_rows(Folders(data=data).filtered("FinQA-mini", "test"), teacher_rows)

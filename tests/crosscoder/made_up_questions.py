@@ -14,10 +14,10 @@ from made_up_activations import write_store
 from torch import Tensor
 
 from crosscoder.activations.store import ActivationStore
-from crosscoder.config import CrosscoderConfig
-from crosscoder.methods import new_dictionary
-from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.study.strata import STRATA, Questions, Stratum
+from crosscoder.dictionaries.config import CrosscoderConfig
+from crosscoder.dictionaries.methods import new_dictionary
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from study.measures.strata import STRATA, Questions, Stratum
 
 FAMILIES = ("change", "highest", "lowest", "mean", "ratio")
 ADDED = (False, False, False, True, True)

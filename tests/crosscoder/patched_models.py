@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
-from crosscoder.config import CrosscoderConfig
-from crosscoder.methods import new_dictionary
-from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.study.causal_report import Asked
+from crosscoder.dictionaries.config import CrosscoderConfig
+from crosscoder.dictionaries.methods import new_dictionary
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.interventions.causal_report import Asked
 
 WIDTH, SITE = 32, Target(2, "mlp")
 SCALES = (0.5, 1.25)

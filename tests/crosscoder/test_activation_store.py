@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from crosscoder.activations.feed import Feed
 from crosscoder.activations.store import ActivationStore, ShuffledOrder
 from crosscoder.activations.writer import SetWriter
-from finqa.errors import UserError
+from finqa.runtime.errors import UserError
 
 
 def test_tokens_come_back_as_they_were_written_in_bf16(store):

@@ -24,19 +24,19 @@ from made_up_documents import write_documents
 
 from crosscoder.activations.collection import Document
 from crosscoder.activations.store import ActivationStore
-from crosscoder.config import CrosscoderConfig
-from crosscoder.methods import new_dictionary
-from crosscoder.model import BatchTopKCrosscoder
+from crosscoder.analysis import measures as analysis
+from crosscoder.analysis.latent_scaling import latent_scaling
+from crosscoder.dictionaries.config import CrosscoderConfig
+from crosscoder.dictionaries.methods import new_dictionary
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.extra_readings import load_pair, open_second
+from crosscoder.interventions.causal import Journal
 from crosscoder.names import ActivationChoice, crosscoder_folder, name_of_method
-from crosscoder.reading import analysis
-from crosscoder.reading.extra_readings import load_pair, open_second
-from crosscoder.reading.latent_scaling import latent_scaling
-from crosscoder.reading.opening import ReadingConfig, open_reading
-from crosscoder.study.causal import Journal
-from finqa import students
-from finqa.errors import UserError
-from finqa.paths import REPOSITORY, Folders
-from finqa.records import TeacherRow
+from crosscoder.opening import ReadingConfig, open_reading
+from finqa.models import students
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import REPOSITORY, Folders
+from finqa.task.records import TeacherRow
 
 FOLDER = REPOSITORY / "crosscoder-model-diff"
 NOTEBOOK = "analysis_and_dashboard.ipynb"
@@ -361,7 +361,7 @@ def test_a_killed_run_has_all_that_is_cheap_and_goes_on_to_the_report_of_an_unin
 ):
     made = with_adapter
     whole, killed = (tmp_path / name / made.name("batchtopk") for name in ("whole", "killed"))
-    monkeypatch.setattr("crosscoder.time_left.FIRST_S", 0)
+    monkeypatch.setattr("finqa.runtime.time_left.FIRST_S", 0)
     assert run_here(*made.words(), "--results-dir", whole.parent, *EXTRAS) == 0
     n_cells = len((whole / "causal" / "cells.jsonl").read_text().splitlines())
     assert re.search(rf"\nabout \d+ seconds? for {n_cells} cells on 1 documents\n", capsys.readouterr().out)
@@ -394,7 +394,7 @@ def test_what_a_second_seed_gave_is_not_measured_again(made, tmp_path: Path, mon
     words = [*made.words(), "--results-dir", tmp_path, "--no-dashboard", "--second-seed", made.checkpoint("batchtopk")]
     assert run_here(*words) == 0
     first = (tmp_path / made.name("batchtopk") / "stability.csv").read_bytes()
-    monkeypatch.setattr("crosscoder.reading.stability.match", None)
+    monkeypatch.setattr("crosscoder.analysis.stability.match", None)
     assert run_here(*words) == 0
     assert (tmp_path / made.name("batchtopk") / "stability.csv").read_bytes() == first
 

@@ -17,14 +17,14 @@ from patched_models import (
 )
 
 from crosscoder.activations.readers import Target
-from crosscoder.study.causal import Cell, Journal, measure
-from crosscoder.study.causal_report import CausalConfig, causal_report
-from crosscoder.study.causal_rows import low_ceilings
-from crosscoder.study.halves import pair_of
-from crosscoder.study.patching import batch_of, run_halves
-from crosscoder.study.ranking import by_effect, reading_of, survey
-from crosscoder.study.sets import Components, Constant, Latents, Nothing, RandomDirections, Whole, matched_set
-from finqa.errors import UserError
+from crosscoder.interventions.causal import Cell, Journal, measure
+from crosscoder.interventions.causal_report import CausalConfig, causal_report
+from crosscoder.interventions.causal_rows import low_ceilings
+from crosscoder.interventions.halves import pair_of
+from crosscoder.interventions.patching import batch_of, run_halves
+from crosscoder.interventions.ranking import by_effect, reading_of, survey
+from crosscoder.interventions.sets import Components, Constant, Latents, Nothing, RandomDirections, Whole, matched_set
+from finqa.runtime.errors import UserError
 
 SMALL = CausalConfig(n_random=3, carriers=("own", "other"))
 
@@ -226,7 +226,7 @@ def test_the_estimated_effect_is_the_slope_of_the_divergence(planted, others):
 
 
 def test_a_killed_report_goes_on_and_gives_the_same(planted, documents, others, report, tmp_path, monkeypatch):
-    from crosscoder.study import causal
+    from crosscoder.interventions import causal
 
     pair, direction = planted
     arguments = (planted_crosscoder(direction), pair, asked_about(documents), others, SITE, tmp_path)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from crosscoder.study.bootstrap import mcnemar_of, p_above, resamples, share_recovered
-from crosscoder.study.sets import sizes_to
+from crosscoder.interventions.bootstrap import mcnemar_of, p_above, resamples, share_recovered
+from crosscoder.interventions.sets import sizes_to
 
 
 def test_a_share_is_of_means_and_its_interval_holds_it():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from crosscoder.activations.readers import Target
-from crosscoder.reading.figures import save_figure
-from crosscoder.study.causal_figures import ceiling_figure, recovered_figure
-from crosscoder.study.patching import Ceiling
+from crosscoder.analysis.figures import save_figure
+from crosscoder.interventions.causal_figures import ceiling_figure, recovered_figure
+from crosscoder.interventions.patching import Ceiling
 
 
 def ceiling(layer, site, direction="sufficiency", carrier="own", closed=0.25, unpatched=0.0):

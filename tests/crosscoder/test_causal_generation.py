@@ -11,15 +11,15 @@ from patched_models import SITE, planted_crosscoder, planted_pair
 
 from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
-from crosscoder.study.causal import Cell, measure
-from crosscoder.study.causal_report import Asked, CausalConfig, causal_report
-from crosscoder.study.halves import Pair, pair_of
-from crosscoder.study.patched_generation import answered, own_completions, patched_replies, written_tokens
-from crosscoder.study.sets import Latents, Nothing, Whole
-from finqa.engines.hugging_face_engine import hugging_face
-from finqa.generation import GenerationConfig, Reply, all_replies
-from finqa.sandbox import Sandbox
-from finqa.students import load_tokenizer
+from crosscoder.interventions.causal import Cell, measure
+from crosscoder.interventions.causal_report import Asked, CausalConfig, causal_report
+from crosscoder.interventions.halves import Pair, pair_of
+from crosscoder.interventions.patched_generation import answered, own_completions, patched_replies, written_tokens
+from crosscoder.interventions.sets import Latents, Nothing, Whole
+from finqa.evaluation.engines.hugging_face_engine import hugging_face
+from finqa.evaluation.generation import GenerationConfig, Reply, all_replies
+from finqa.models.students import load_tokenizer
+from finqa.sandbox.running import Sandbox
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from crosscoder.activations.recorded_inputs import check_every_split_is_reached
 from crosscoder.activations.store import ActivationStore
 from crosscoder.names import ActivationChoice
-from finqa import students
-from finqa.errors import UserError
-from finqa.paths import REPOSITORY, Folders
+from finqa.models import students
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import REPOSITORY, Folders
 
 FOLDER = REPOSITORY / "crosscoder-model-diff"
 SCRIPT = "collect_activations.py"
@@ -158,7 +158,7 @@ def test_a_set_goes_to_the_hub_and_comes_back(data, tiny_student, tmp_path: Path
         pushed = contents(local)
         shutil.rmtree(local)
         fetch = (
-            "import sys; from pathlib import Path; from finqa import students;"
+            "import sys; from pathlib import Path; from finqa.models import students;"
             "from crosscoder.names import find_folder;"
             "run = students.StudentRun('FinQA-mini', sys.argv[1], students.settings_for(sys.argv[1]),"
             " given_hf_name='writer');"

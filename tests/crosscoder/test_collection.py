@@ -27,10 +27,10 @@ from crosscoder.activations.readers import Read, Target, adapter_readers
 from crosscoder.activations.recording_plan import check_memory, recording_need
 from crosscoder.activations.store import ActivationStore
 from crosscoder.activations.writer import SetWriter
-from finqa import students
-from finqa.errors import REMEDIES, UserError
-from finqa.needs import read_config, sizes
-from finqa.paths import Folders
+from finqa.models import students
+from finqa.runtime.errors import REMEDIES, UserError
+from finqa.runtime.needs import read_config, sizes
+from finqa.runtime.paths import Folders
 
 MLP_2 = Target(2, "mlp")
 

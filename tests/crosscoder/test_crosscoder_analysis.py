@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from crosscoder.config import CrosscoderConfig
-from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.reading import analysis
-from crosscoder.reading.statistics import latent_statistics
+from crosscoder.analysis import measures as analysis
+from crosscoder.analysis.statistics import latent_statistics
+from crosscoder.dictionaries.config import CrosscoderConfig
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 
 def crosscoder(d_model: int = 12, n_latents: int = 9) -> BatchTopKCrosscoder:

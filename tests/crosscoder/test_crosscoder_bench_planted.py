@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_planted
-from crosscoder.config import CrosscoderConfig
-from crosscoder.methods import new_dictionary
+from crosscoder.dictionaries.config import CrosscoderConfig
+from crosscoder.dictionaries.methods import new_dictionary
+from study.planted import bench_planted
 
 
 def outcome(method: str, magnitude: float, seed: int, **changes) -> bench_planted.Outcome:

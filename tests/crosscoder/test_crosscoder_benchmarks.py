@@ -9,8 +9,9 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import bench_crosscoder, bench_defaults, bench_diff
+from benchmarks import bench_crosscoder, bench_diff
 from crosscoder.activations.store import ActivationStore
+from study.planted import bench_defaults
 
 
 def recorded(module: ModuleType, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> dict:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from crosscoder.convert import convert, read_tensors
-from crosscoder.model import BatchTopKCrosscoder
-from finqa.errors import UserError
-from finqa.paths import REPOSITORY
+from crosscoder.dictionaries.convert import convert, read_tensors
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import REPOSITORY
 
 D, F, K = 5, 8, 3
 
@@ -83,7 +83,16 @@ def test_a_published_crosscoder_is_the_same_function_after_conversion(tmp_path: 
 def test_the_command_writes_a_checkpoint(tmp_path: Path):
     torch.manual_seed(0)
     source = published(tmp_path / "published", OlderCrosscoder())
-    command = [sys.executable, "-m", "crosscoder.convert", source, tmp_path / "converted", "--scales", "2", "3"]
+    command = [
+        sys.executable,
+        "-m",
+        "crosscoder.dictionaries.convert",
+        source,
+        tmp_path / "converted",
+        "--scales",
+        "2",
+        "3",
+    ]
     output = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "8 latents, k 3, 2 x 5, threshold 1.25" in output.stdout
     assert BatchTopKCrosscoder.from_pretrained(tmp_path / "converted").activation_scales == (2, 3)

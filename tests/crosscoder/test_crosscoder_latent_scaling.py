@@ -8,11 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from crosscoder.config import CrosscoderConfig
-from crosscoder.methods import new_dictionary
-from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.reading import analysis
-from crosscoder.reading.latent_scaling import (
+from crosscoder.analysis import measures as analysis
+from crosscoder.analysis.latent_scaling import (
     CONDITIONS,
     LatentScaling,
     exclusive_counts,
@@ -20,7 +17,10 @@ from crosscoder.reading.latent_scaling import (
     meet_lines,
     verdict,
 )
-from finqa.errors import UserError
+from crosscoder.dictionaries.config import CrosscoderConfig
+from crosscoder.dictionaries.methods import new_dictionary
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from finqa.runtime.errors import UserError
 
 D, F, N = 6, 9, 400
 SCALES = (1.7, 0.6)

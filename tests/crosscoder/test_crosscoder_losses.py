@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crosscoder.training import losses
+from crosscoder.dictionaries import losses
 
 B, D = 5, 4
 

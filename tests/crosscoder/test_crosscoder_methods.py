@@ -11,15 +11,16 @@ import torch
 from made_up_activations import planted_activations, take_steps, write_store
 
 from crosscoder.activations.store import ActivationStore
-from crosscoder.config import CrosscoderConfig, Method, TrainingConfig, check_together
-from crosscoder.methods import DifferenceSAE, L1Crosscoder, PartitionCrosscoder, new_dictionary
-from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.training import losses, schedule
-from crosscoder.training.objective import Weights, objective
-from crosscoder.training.scaling import equal_difference_weight, fit_scaling
+from crosscoder.dictionaries import losses
+from crosscoder.dictionaries.config import CrosscoderConfig, Method, TrainingConfig, check_together
+from crosscoder.dictionaries.methods import DifferenceSAE, L1Crosscoder, PartitionCrosscoder, new_dictionary
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.objective import Weights, objective
+from crosscoder.dictionaries.scaling import equal_difference_weight, fit_scaling
+from crosscoder.training import schedule
 from crosscoder.training.sizing import PUBLISHED, sized_configs
 from crosscoder.training.trainer import Trainer
-from finqa.errors import UserError
+from finqa.runtime.errors import UserError
 
 D, F, B, K = 12, 24, 60, 3
 SHAPES: dict[Method, CrosscoderConfig] = {

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from crosscoder.config import CrosscoderConfig, ScoreNorm
-from crosscoder.model import BatchTopKCrosscoder, batch_topk
-from finqa.errors import UserError
+from crosscoder.dictionaries.config import CrosscoderConfig, ScoreNorm
+from crosscoder.dictionaries.model import BatchTopKCrosscoder, batch_topk
+from finqa.runtime.errors import UserError
 
 D, F, B, K = 5, 7, 6, 2
 

@@ -19,8 +19,8 @@ from crosscoder.names import (
     model_depth,
 )
 from crosscoder.training.sizing import default_batch, default_k, default_latents, sized_configs
-from finqa.errors import UserError
-from finqa.students import DEFAULT_MODEL, StudentRun, settings_for
+from finqa.models.students import DEFAULT_MODEL, StudentRun, settings_for
+from finqa.runtime.errors import UserError
 
 
 def choice(

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from crosscoder.config import CrosscoderConfig, Method
-from crosscoder.methods import new_dictionary
-from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.reading import analysis
-from crosscoder.reading.latent_scaling import LatentScaling, latent_scaling, verdict
-from crosscoder.study.planted import Kind, Planted, best_matches, plant, planted_store
+from crosscoder.analysis import measures as analysis
+from crosscoder.analysis.latent_scaling import LatentScaling, latent_scaling, verdict
+from crosscoder.dictionaries.config import CrosscoderConfig, Method
+from crosscoder.dictionaries.methods import new_dictionary
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.training.sizing import sized_configs
 from crosscoder.training.trainer import Trainer
+from study.planted.planted_activations import Kind, Planted, best_matches, plant, planted_store
 
 D_MODEL, N_TOKENS, HELD_OUT = 96, 12_000, 0.2
 WEAK = 0.25

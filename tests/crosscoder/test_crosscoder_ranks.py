@@ -15,10 +15,10 @@ import pytest
 import torch
 from made_up_activations import planted_activations, write_store
 
-from crosscoder.ranks import Ranks
-from crosscoder.selection import batch_topk
-from finqa.errors import UserError
-from finqa.paths import REPOSITORY
+from crosscoder.dictionaries.selection import batch_topk
+from crosscoder.training.ranks import Ranks
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import REPOSITORY
 
 METHODS = ("batchtopk", "l1", "partition", "difference-sae")
 
@@ -35,8 +35,8 @@ def note_threads():
 
 import torch
 from crosscoder.activations.store import ActivationStore
-from crosscoder.methods import new_dictionary
-from crosscoder.ranks import ranks_from_environment
+from crosscoder.dictionaries.methods import new_dictionary
+from crosscoder.training.ranks import ranks_from_environment
 from crosscoder.training.sizing import sized_configs
 from crosscoder.training.trainer import Trainer
 
@@ -193,7 +193,7 @@ def test_a_selection_over_two_processes_is_that_over_all_rows(n_keep: int, ties:
 
 
 def test_a_batch_that_does_not_divide_is_refused(worker, tmp_path: Path):
-    from crosscoder.ranks import check_batch
+    from crosscoder.training.ranks import check_batch
 
     with pytest.raises(UserError, match="does not divide among 3 processes"):
         check_batch(100, Ranks(0, 3))

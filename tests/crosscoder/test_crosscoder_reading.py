@@ -11,15 +11,16 @@ import pytest
 import torch
 from made_up_activations import D_MODEL
 
-from crosscoder.config import CrosscoderConfig
-from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.reading import analysis, figure_data, figures, latent_figures, tables
-from crosscoder.reading.latent_scaling import LatentScaling
-from crosscoder.reading.lens import Unembedding, promoted_tokens, read_unembedding
-from crosscoder.reading.statistics import LatentStatistics, latent_statistics
-from crosscoder.reading.token_kinds import KINDS, TEMPLATE, KindExplained, token_texts
-from finqa import students
-from finqa.errors import UserError
+from crosscoder.analysis import figure_data, figures, latent_figures, tables
+from crosscoder.analysis import measures as analysis
+from crosscoder.analysis.latent_scaling import LatentScaling
+from crosscoder.analysis.lens import Unembedding, promoted_tokens, read_unembedding
+from crosscoder.analysis.statistics import LatentStatistics, latent_statistics
+from crosscoder.analysis.token_kinds import KINDS, TEMPLATE, KindExplained, token_texts
+from crosscoder.dictionaries.config import CrosscoderConfig
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from finqa.models import students
+from finqa.runtime.errors import UserError
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from hub_contents import Account
 from hub_server import hub_server
 
 from crosscoder.activations.store import ActivationStore
-from crosscoder.model import BatchTopKCrosscoder
-from finqa.paths import REPOSITORY
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from finqa.runtime.paths import REPOSITORY
 
 FOLDER = REPOSITORY / "crosscoder-model-diff"
 SCRIPTS = ("merge_and_push_lora.py", "collect_activations.py", "train.py")

@@ -12,11 +12,7 @@ import pytest
 import torch
 
 from crosscoder.activations.store import ActivationStore
-from crosscoder.checkpoint import load_model
-from crosscoder.config import CrosscoderConfig, Method
-from crosscoder.methods import new_dictionary
-from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.reading.stability import (
+from crosscoder.analysis.stability import (
     Features,
     features,
     match,
@@ -25,10 +21,14 @@ from crosscoder.reading.stability import (
     subspace_overlap,
     vectors_of,
 )
-from crosscoder.study.planted import Kind, plant, planted_store
+from crosscoder.dictionaries.checkpoint import load_model
+from crosscoder.dictionaries.config import CrosscoderConfig, Method
+from crosscoder.dictionaries.methods import new_dictionary
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.training.sizing import sized_configs
 from crosscoder.training.trainer import Trainer
-from finqa.errors import UserError
+from finqa.runtime.errors import UserError
+from study.planted.planted_activations import Kind, plant, planted_store
 
 
 def random_vectors(n: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -164,7 +164,7 @@ def test_chance_is_what_unrelated_dictionaries_of_the_same_norms_give(tokens):
 
 
 def test_many_latents_in_few_dimensions_match_by_chance_and_the_table_says_so(monkeypatch):
-    monkeypatch.setattr("crosscoder.reading.stability.ROWS_AT_ONCE", 30)
+    monkeypatch.setattr("crosscoder.analysis.stability.ROWS_AT_ONCE", 30)
 
     def crowd(seed: int) -> Features:
         return Features("difference-sae", random_vectors(400, 3, seed)[:, None], _all(400))

@@ -12,20 +12,20 @@ import torch
 from made_up_activations import planted_activations, take_steps, write_store
 
 from crosscoder.activations.store import ActivationStore
-from crosscoder.checkpoint import STATE_FILE, read_config
-from crosscoder.config import CrosscoderConfig, TrainingConfig
-from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.ranks import ALONE, Ranks
-from crosscoder.reading import analysis
+from crosscoder.analysis import measures as analysis
+from crosscoder.dictionaries.checkpoint import STATE_FILE, read_config
+from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.objective import objective
+from crosscoder.dictionaries.threshold import RunningThreshold, calibrated_threshold
 from crosscoder.training import plan
 from crosscoder.training.liveness import Liveness, draw_anew
-from crosscoder.training.objective import objective
+from crosscoder.training.ranks import ALONE, Ranks
 from crosscoder.training.step import not_by_hand
-from crosscoder.training.threshold import RunningThreshold, calibrated_threshold
 from crosscoder.training.trainer import StepRecord, Trainer
-from finqa.errors import UserError
-from finqa.needs import Need
-from finqa.paths import REPOSITORY
+from finqa.runtime.errors import UserError
+from finqa.runtime.needs import Need
+from finqa.runtime.paths import REPOSITORY
 
 SHAPE = CrosscoderConfig(d_model=12, n_latents=24, k=4)
 SETTINGS = TrainingConfig(batch_size=100, epochs=4, learning_rate=5e-3, seed=3, threshold_from_step=5)

@@ -23,23 +23,23 @@ from made_up_activations import D_MODEL, planted_activations, write_store
 from made_up_dashboards import HOSTILE, made_up_dashboard
 
 from crosscoder.activations.store import ActivationStore
-from crosscoder.config import CrosscoderConfig
+from crosscoder.analysis import tables
+from crosscoder.analysis.lens import Unembedding
+from crosscoder.analysis.statistics import LatentStatistics, latent_statistics
+from crosscoder.analysis.token_kinds import KINDS
 from crosscoder.dashboard.builder import build_dashboard, by_interest, token_texts
 from crosscoder.dashboard.encoding import encode
 from crosscoder.dashboard.examples import BANDS, quantise
 from crosscoder.dashboard.firings import gather_firings, groups_within
 from crosscoder.dashboard.page import packed, render, write_dashboard
 from crosscoder.dashboard.records import LEVELS, Dashboard, DashboardConfig, Example
-from crosscoder.methods import new_dictionary
+from crosscoder.dictionaries.config import CrosscoderConfig
+from crosscoder.dictionaries.methods import new_dictionary
 from crosscoder.names import ActivationChoice, crosscoder_folder
-from crosscoder.reading import tables
-from crosscoder.reading.lens import Unembedding
-from crosscoder.reading.opening import Reading
-from crosscoder.reading.statistics import LatentStatistics, latent_statistics
-from crosscoder.reading.token_kinds import KINDS
-from finqa import students
-from finqa.errors import UserError
-from finqa.paths import Folders
+from crosscoder.opening import Reading
+from finqa.models import students
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import Folders
 
 N_LATENTS = 8
 DEAD = 5

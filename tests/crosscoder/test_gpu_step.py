@@ -14,9 +14,9 @@ import torch
 from made_up_activations import take_steps
 
 from crosscoder.activations.store import ActivationStore
-from crosscoder.config import CrosscoderConfig, TrainingConfig
-from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.training.objective import Weights
+from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.objective import Weights
 from crosscoder.training.step import AutogradStep, StepKind
 from crosscoder.training.trainer import StepRecord, Trainer
 
@@ -52,8 +52,8 @@ NO_SEARCH = {**NO_ROOM, "SEARCH_STEPS": 1}
 def test_weights_follow_those_of_autograd_with_and_without_dead_latents(
     reconstruction, score_norm, constants, monkeypatch
 ):
-    from crosscoder.training import gpu_step
-    from crosscoder.training.gpu_step import GpuStep
+    from crosscoder.training.gpu import step as gpu_step
+    from crosscoder.training.gpu.step import GpuStep
 
     for name, value in constants.items():
         monkeypatch.setattr(gpu_step, name, value)
@@ -87,7 +87,7 @@ def test_weights_follow_those_of_autograd_with_and_without_dead_latents(
 
 
 def test_scores_that_are_all_equal_or_all_nothing_are_selected_from():
-    from crosscoder.training.gpu_step import GpuStep
+    from crosscoder.training.gpu.step import GpuStep
 
     for bias, active in ((1.0, 40 * 4), (-1.0, 0)):
         model = BatchTopKCrosscoder(CrosscoderConfig(d_model=12, n_latents=48, k=4, score_norm="none")).to(DEVICE)
@@ -102,7 +102,7 @@ def test_scores_that_are_all_equal_or_all_nothing_are_selected_from():
 
 
 def test_a_residual_that_is_the_same_for_every_token_has_no_auxiliary_loss():
-    from crosscoder.training.gpu_step import GpuStep
+    from crosscoder.training.gpu.step import GpuStep
 
     generator = torch.Generator().manual_seed(0)
     model = BatchTopKCrosscoder(CrosscoderConfig(d_model=12, n_latents=48, k=4), generator=generator).to(DEVICE)

@@ -16,18 +16,18 @@ import torch
 from made_up_qwen import PADDING, SYSTEM, tiny_qwen
 
 from crosscoder.activations.store import ActivationStore
-from crosscoder.reading.lens import read_unembedding
-from crosscoder.reading.splicing import stored_texts
-from crosscoder.reading.token_kinds import KINDS, token_kinds, token_texts
-from crosscoder.study.patching import batch_of
-from crosscoder.study.strata import strata_of
-from finqa import students
-from finqa.datasets import load_finqa
-from finqa.paths import REPOSITORY, SHIPPED_DATA, Folders
-from finqa.prompts import REQUEST, training_prompt
-from finqa.records import TeacherRow, write_teacher_rows
+from crosscoder.analysis.lens import read_unembedding
+from crosscoder.analysis.token_kinds import KINDS, token_kinds, token_texts
+from crosscoder.interventions.patching import batch_of
+from crosscoder.interventions.splicing import stored_texts
+from finqa.models import students
+from finqa.runtime.paths import REPOSITORY, SHIPPED_DATA, Folders
+from finqa.task.datasets import load_finqa
+from finqa.task.prompts import REQUEST, training_prompt
+from finqa.task.records import TeacherRow, write_teacher_rows
 from mini.make_finqa_mini import NAME
 from mini.wording import finqa_mini_wording
+from study.measures.strata import strata_of
 
 FOLDER = REPOSITORY / "crosscoder-model-diff"
 

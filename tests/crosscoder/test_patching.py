@@ -10,8 +10,8 @@ from small_pair import small_pair
 
 from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target, reader
-from crosscoder.study.halves import pair_of
-from crosscoder.study.patching import (
+from crosscoder.interventions.halves import pair_of
+from crosscoder.interventions.patching import (
     agreement,
     batch_of,
     batches,
@@ -19,7 +19,7 @@ from crosscoder.study.patching import (
     patched_logits,
     run_halves,
 )
-from finqa.errors import UserError
+from finqa.runtime.errors import UserError
 
 SITES = ("mlp", "attention", "residual")
 

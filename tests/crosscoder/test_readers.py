@@ -19,7 +19,7 @@ from crosscoder.activations.readers import (
     reader,
 )
 from crosscoder.names import SITES
-from finqa.errors import UserError
+from finqa.runtime.errors import UserError
 
 KINDS: tuple[ReaderKind, ...] = ("nnsight", "hooks")
 SMALL = {

@@ -18,11 +18,13 @@ from small_pair import small_pair
 from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target, reader
 from crosscoder.activations.store import ActivationStore
-from crosscoder.config import CrosscoderConfig
-from crosscoder.methods import new_dictionary
-from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.reading import splicing
-from crosscoder.reading.splicing import (
+from crosscoder.dictionaries.config import CrosscoderConfig
+from crosscoder.dictionaries.methods import new_dictionary
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.interventions import splicing
+from crosscoder.interventions.causal import Journal
+from crosscoder.interventions.halves import pair_of
+from crosscoder.interventions.splicing import (
     ABLATIONS,
     CONDITIONS,
     LossRecovered,
@@ -34,9 +36,7 @@ from crosscoder.reading.splicing import (
     stored_texts,
     target_of,
 )
-from crosscoder.study.causal import Journal
-from crosscoder.study.halves import pair_of
-from finqa.errors import UserError
+from finqa.runtime.errors import UserError
 
 WIDTH = 32
 SITES = ("mlp", "attention", "residual")
@@ -147,7 +147,7 @@ def test_the_other_models_activation_at_the_last_residual_is_the_other_model(mod
 
 @pytest.mark.parametrize("rows_at_once", [7, 2048])
 def test_losses_are_the_models_own_cross_entropies(models, documents, store, monkeypatch, rows_at_once, tmp_path):
-    monkeypatch.setattr("crosscoder.reading.splicing.ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr("crosscoder.interventions.splicing.ROWS_AT_ONCE", rows_at_once)
     texts = stored_texts(store, range(len(documents)), BOS)
     means = mean_activations(store, torch.arange(len(store)))
     journal = Journal(tmp_path / "splicing.jsonl")

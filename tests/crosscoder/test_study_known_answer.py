@@ -21,15 +21,16 @@ from made_up_questions import (
 )
 
 from crosscoder.activations.store import ActivationStore
-from crosscoder.config import CrosscoderConfig
-from crosscoder.methods import new_dictionary
-from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.study.answers import KnownAnswer
-from crosscoder.study.exclusivity import activation_slopes, exclusivity
-from crosscoder.study.known_answer import Settings, known_answer
-from crosscoder.study.nulls import permuted
-from crosscoder.study.probe import INPUTS, logistic, probe_ceilings
-from crosscoder.study.readouts import (
+from crosscoder.dictionaries.config import CrosscoderConfig
+from crosscoder.dictionaries.methods import new_dictionary
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from finqa.runtime.errors import UserError
+from study.measures.answers import KnownAnswer
+from study.measures.exclusivity import activation_slopes, exclusivity
+from study.measures.known_answer import Settings, known_answer
+from study.measures.nulls import permuted
+from study.measures.probe import INPUTS, logistic, probe_ceilings
+from study.measures.readouts import (
     Subject,
     dictionary_subject,
     difference,
@@ -38,10 +39,9 @@ from crosscoder.study.readouts import (
     pca_subject,
     principal_components,
 )
-from crosscoder.study.scores import read_means, read_scores
-from crosscoder.study.selectivity import halves
-from crosscoder.study.strata import PRIMARY, STRATA
-from finqa.errors import UserError
+from study.measures.scores import read_means, read_scores
+from study.measures.selectivity import halves
+from study.measures.strata import PRIMARY, STRATA
 
 ADDED_FAMILIES = tuple(name for name, new in zip(FAMILIES, ADDED, strict=True) if new)
 TOLD = ("question after the cue", *PRIMARY, "operator", "rest")

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from made_up_questions import made_up_questions
 from torch import Tensor
 
-from crosscoder.study.auroc import auroc, auroc_estimate, auroc_interval, auroc_sparse, share
-from crosscoder.study.nulls import PermutationNull, permutation_null, permuted
-from crosscoder.study.scores import StratumScores
-from crosscoder.study.selectivity import Selectivity, halves, selectivity
+from study.measures.auroc import auroc, auroc_estimate, auroc_interval, auroc_sparse, share
+from study.measures.nulls import PermutationNull, permutation_null, permuted
+from study.measures.scores import StratumScores
+from study.measures.selectivity import Selectivity, halves, selectivity
 
 
 def by_counting_pairs(values: Tensor, positive: Tensor) -> float:

@@ -14,18 +14,18 @@ import torch
 from crosscoder.activations.collection import documents_from_rows, planned_shards, stored_documents, token_table
 from crosscoder.activations.store import ActivationStore
 from crosscoder.activations.writer import SetWriter
-from crosscoder.study.strata import STRATA, questions_of, strata_of
-from crosscoder.study.wording import cue, operation
-from finqa import students
-from finqa.datasets import load_finqa
-from finqa.errors import UserError
-from finqa.paths import SHIPPED_DATA
-from finqa.programs import to_python
-from finqa.prompts import training_prompt
-from finqa.records import Question, TeacherRow
+from finqa.models import students
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import SHIPPED_DATA
+from finqa.task.datasets import load_finqa
+from finqa.task.programs import to_python
+from finqa.task.prompts import training_prompt
+from finqa.task.records import Question, TeacherRow
 from mini.families import FAMILIES
 from mini.make_finqa_mini import NAME, make_minimal_pairs
 from mini.wording import finqa_mini_wording
+from study.measures.strata import STRATA, questions_of, strata_of
+from study.measures.wording import cue, operation
 
 WORDING = finqa_mini_wording()
 ROWS_OF_FAMILY = 3

@@ -10,10 +10,10 @@ from made_up_questions import LAYOUT, made_up_questions, made_up_store, perfect_
 
 from crosscoder.activations.collection import Document
 from crosscoder.activations.store import ActivationStore
-from crosscoder.study.auroc import auroc
-from crosscoder.study.readouts import Subject, dictionary_subject, difference, norm_subject
-from crosscoder.study.selectivity import halves
-from crosscoder.study.token_truth import (
+from study.measures.auroc import auroc
+from study.measures.readouts import Subject, dictionary_subject, difference, norm_subject
+from study.measures.selectivity import halves
+from study.measures.token_truth import (
     NOT_PREDICTED,
     TOKEN_GROUPS,
     fixed_tokens,

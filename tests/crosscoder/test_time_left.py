@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from crosscoder import time_left
-from crosscoder.time_left import EVERY_S, FIRST_S, TimeLeft, duration
+from finqa.runtime import time_left
+from finqa.runtime.time_left import EVERY_S, FIRST_S, TimeLeft, duration
 
 
 @pytest.fixture

@@ -13,21 +13,21 @@ from made_up_documents import write_documents
 
 from crosscoder.activations.collection import documents_from_rows
 from crosscoder.activations.store import ActivationStore
-from crosscoder.config import CrosscoderConfig
-from crosscoder.methods import new_dictionary
-from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.reading.analysis import explained_variance
-from crosscoder.reading.statistics import latent_statistics
-from crosscoder.reading.token_kinds import (
+from crosscoder.analysis.measures import explained_variance
+from crosscoder.analysis.statistics import latent_statistics
+from crosscoder.analysis.token_kinds import (
     KINDS,
     TEMPLATE,
     explained_variance_by_kind,
     kind_rows,
     token_kinds,
 )
-from finqa import students
-from finqa.prompts import END_PYTHON, PASSAGE, PYTHON, QUESTION, REQUEST, page_from_prompt, training_prompt
-from finqa.records import Question, TeacherRow, format_table
+from crosscoder.dictionaries.config import CrosscoderConfig
+from crosscoder.dictionaries.methods import new_dictionary
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from finqa.models import students
+from finqa.task.prompts import END_PYTHON, PASSAGE, PYTHON, QUESTION, REQUEST, page_from_prompt, training_prompt
+from finqa.task.records import Question, TeacherRow, format_table
 
 PAGE = Question(
     id="kinds-1",

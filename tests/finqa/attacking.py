@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from finqa.sandbox import Run, Sandbox, SandboxLimits
-from finqa.sandbox_filter import compiled_filter
-from finqa.sandbox_helper import RESULT_FD
+from finqa.sandbox.filter import compiled_filter
+from finqa.sandbox.helper import RESULT_FD
+from finqa.sandbox.running import Run, Sandbox, SandboxLimits
 
 QUICK = SandboxLimits(cpu_s=0.5, memory_mb=64, wall_s=3.0)
 HARMLESS = "ans = 6 * 7"

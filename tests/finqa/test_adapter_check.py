@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from finqa.adapter_check import AGREEMENT, classes_of, compare, kl, kl_on_classes, verdict
-from finqa.evaluation import EvaluationConfig
-from finqa.generation import GenerationConfig
-from finqa.student_settings import StudentSettings
-from finqa.students import StudentRun, load_base, load_tokenizer, prompt_ids
-from finqa.weights import weights_hash
+from finqa.evaluation.evaluate import EvaluationConfig
+from finqa.evaluation.generation import GenerationConfig
+from finqa.models.adapter_check import AGREEMENT, classes_of, compare, kl, kl_on_classes, verdict
+from finqa.models.settings import StudentSettings
+from finqa.models.students import StudentRun, load_base, load_tokenizer, prompt_ids
+from finqa.models.weights import weights_hash
 
 CONFIG = EvaluationConfig(("test",), ("fine-tuned",), GenerationConfig(vllm=False, max_new_tokens=8, batch_size=4))
 
@@ -84,7 +84,7 @@ def test_a_merge_that_loses_the_adapter_is_seen(
 ):
     import contextlib
 
-    monkeypatch.setattr("finqa.merging.merged", lambda *names: contextlib.nullcontext(tiny_student))
+    monkeypatch.setattr("finqa.models.merging.merged", lambda *names: contextlib.nullcontext(tiny_student))
     found = compare(run, adapter(tiny_student, tmp_path, random=True), sequences, CONFIG)
     assert found["active"] and not found["agrees"]
     assert found["share_merged"] == pytest.approx(1)
@@ -94,7 +94,7 @@ def test_a_merge_that_loses_the_adapter_is_seen(
 def test_where_there_is_no_room_to_merge_the_rest_is_checked(
     run: StudentRun, tiny_student: Path, sequences: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    monkeypatch.setattr("finqa.plan.free_memory", lambda device: 1e6)
+    monkeypatch.setattr("finqa.runtime.plan.free_memory", lambda device: 1e6)
     found = compare(run, adapter(tiny_student, tmp_path, random=True), sequences, CONFIG)
     assert found["active"] and "share_merged" not in found
     assert "the merged model is not checked: merging needs" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from finqa.answers import RULES, Rule, match
+from finqa.task.answers import RULES, Rule, match
 
 NAN, INF = float("nan"), float("inf")
 LABELS = st.one_of(

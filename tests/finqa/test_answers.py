@@ -12,7 +12,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from finqa.answers import RULES, match
+from finqa.task.answers import RULES, match
 
 ALL = "strict relaxed reported"
 NOT_REPORTED = "strict relaxed"

@@ -12,10 +12,10 @@ from unittest import mock
 
 import pytest
 
-from finqa.engines import vllm_engine
-from finqa.engines.vllm_engine import EngineArguments
-from finqa.errors import UserError
-from finqa.generation import GenerationConfig
+from finqa.evaluation.engines import vllm_engine
+from finqa.evaluation.engines.vllm_engine import EngineArguments
+from finqa.evaluation.generation import GenerationConfig
+from finqa.runtime.errors import UserError
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from finqa.datasets import dataset
-from finqa.errors import UserError
-from finqa.evaluation import score, summary, write_results
-from finqa.generation import Reply
-from finqa.manifest import write_json
-from finqa.paths import Folders
-from finqa.records import Question, TeacherRow, write_questions, write_teacher_rows
-from finqa.sandbox import ERROR_KINDS, Sandbox
-from finqa.scoring.evaluation_rows import EvalRow, read_rows
-from finqa.scoring.judging import judge
-from finqa.scoring.metrics import compare, mcnemar, metrics, wilson
-from finqa.scoring.predictions import Prediction, read_predictions, write_predictions
-from finqa.scoring.report import write_report
+from finqa.evaluation.evaluate import score, summary, write_results
+from finqa.evaluation.generation import Reply
+from finqa.evaluation.judging import judge
+from finqa.evaluation.metrics import compare, mcnemar, metrics, wilson
+from finqa.evaluation.predictions import Prediction, read_predictions, write_predictions
+from finqa.evaluation.report import write_report
+from finqa.evaluation.rows import EvalRow, read_rows
+from finqa.runtime.errors import UserError
+from finqa.runtime.manifest import write_json
+from finqa.runtime.paths import Folders
+from finqa.sandbox.running import ERROR_KINDS, Sandbox
+from finqa.task.datasets import dataset
+from finqa.task.records import Question, TeacherRow, write_questions, write_teacher_rows
 
 MINI = dataset("FinQA-mini")
 

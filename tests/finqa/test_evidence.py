@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from finqa.records import Question
-from finqa.scoring.evidence import SHOWN, evidence
+from finqa.task.evidence import SHOWN, evidence
+from finqa.task.records import Question
 
 PAGE = Question(
     id="",

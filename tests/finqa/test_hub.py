@@ -45,7 +45,7 @@ def ask(
     The client waits longer and longer before it tries again; here it does not wait.
     """
     script = (
-        "import time\nfrom pathlib import Path\nfrom finqa.errors import UserError\nfrom finqa import hub\n"
+        "import time\nfrom pathlib import Path\nfrom finqa.runtime.errors import UserError\nfrom finqa.models import hub\n"
         "time.sleep = lambda seconds: None\n"
         f"try: print('gave', {call})\nexcept UserError as error: print('refused', error)\n"
     )

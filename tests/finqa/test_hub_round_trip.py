@@ -14,8 +14,8 @@ import pytest
 from hub_contents import Account, Fault, Seen
 from hub_server import HubServer, hub_server
 
-from finqa.paths import REPOSITORY, Folders
-from finqa.weights import weights_hash
+from finqa.models.weights import weights_hash
+from finqa.runtime.paths import REPOSITORY, Folders
 
 pytestmark = pytest.mark.slow
 
@@ -144,7 +144,7 @@ def test_the_merged_model_comes_back_by_its_name_with_the_weights_that_were_merg
     local = Folders(data=commands.folder / empty).model("FinQA-mini", MERGED)
     script = commands.folder / "load.py"
     script.write_text(
-        "import sys, torch\nfrom finqa.students import load_base, load_tokenizer\n"
+        "import sys, torch\nfrom finqa.models.students import load_base, load_tokenizer\n"
         "name, folder = sys.argv[1:3]\n"
         "hub, here = (load_base(m, torch.bfloat16, 'cpu').state_dict() for m in (name, folder))\n"
         "assert hub.keys() == here.keys() and all(torch.equal(hub[key], here[key]) for key in here)\n"

@@ -6,10 +6,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from finqa.students import load_base
-from finqa.tuning.packing import LENGTH_STEP, TARGETS_STEP, packed_collator
-from finqa.tuning.trainable import loss_on_completion
-from finqa.tuning.training_rows import NO_LOSS, collator, example
+from finqa.models.students import load_base
+from finqa.training.packing import LENGTH_STEP, TARGETS_STEP, packed_collator
+from finqa.training.rows import NO_LOSS, collator, example
+from finqa.training.trainable import loss_on_completion
 
 ROWS = [
     example("a", tuple(range(5, 60)), 40),
@@ -56,7 +56,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(tiny_student
     from torch.nn.attention import varlen
     from transformers.modeling_utils import AttentionInterface
 
-    from finqa.tuning import packing
+    from finqa.training import packing
 
     monkeypatch.setattr(varlen, "varlen_attn", attention_by_row)
     padded = load_base(str(tiny_student), dtype=torch.float32)

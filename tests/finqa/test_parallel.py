@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from finqa.paths import REPOSITORY
+from finqa.runtime.paths import REPOSITORY
 
 
 def successor(tmp_path: Path, before: str, after: str) -> tuple[int, str]:
     """Process id and output of a script that runs `before` and then becomes one that runs `after`."""
     script = tmp_path / "before.py"
     script.write_text(
-        f"import os, sys\nfrom finqa import parallel\n{before}\n"
+        f"import os, sys\nfrom finqa.runtime import parallel\n{before}\n"
         f"print('before', end=' ')\nparallel.go_on_alone([sys.executable, '-c', {after!r}, 'word'])\n"
     )
     launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}

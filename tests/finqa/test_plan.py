@@ -14,18 +14,28 @@ from datasets import Dataset
 from training_parts import SETTINGS
 
 from benchmarks.bench_lora import VARIANTS
-from benchmarks.mistral_7b import SHAPES, random_rows
-from benchmarks.record import RESULTS
-from finqa import plan
-from finqa.errors import UserError
-from finqa.generation import GenerationConfig
-from finqa.needs import GB, Load, Sizes, disk_need, evaluation_need, kept_values, read_config, sizes, training_need
-from finqa.paths import REPOSITORY
-from finqa.student_settings import DEFAULTS
-from finqa.students import StudentRun, load_base
-from finqa.tuning.packing import LENGTH_STEP, LONGEST_GRAPH, TARGETS_STEP
-from finqa.tuning.trainable import Speed, lora_config, made_trainable
-from finqa.tuning.training_rows import example
+from benchmarks.parts.mistral_7b import SHAPES, random_rows
+from benchmarks.parts.record import RESULTS
+from finqa.evaluation.generation import GenerationConfig
+from finqa.models.settings import DEFAULTS
+from finqa.models.students import StudentRun, load_base
+from finqa.runtime import plan
+from finqa.runtime.errors import UserError
+from finqa.runtime.needs import (
+    GB,
+    Load,
+    Sizes,
+    disk_need,
+    evaluation_need,
+    kept_values,
+    read_config,
+    sizes,
+    training_need,
+)
+from finqa.runtime.paths import REPOSITORY
+from finqa.training.packing import LENGTH_STEP, LONGEST_GRAPH, TARGETS_STEP
+from finqa.training.rows import example
+from finqa.training.trainable import Speed, lora_config, made_trainable
 
 ALL_THAT_IS_FAST = Speed()
 PLAIN = Speed(captured=False)

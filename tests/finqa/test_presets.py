@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from finqa.paths import REPOSITORY
-from finqa.students import StudentRun
+from finqa.models.students import StudentRun
+from finqa.runtime.paths import REPOSITORY
 
 MISTRAL = "mistralai/Mistral-7B-Instruct-v0.3"
 

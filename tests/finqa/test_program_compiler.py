@@ -12,12 +12,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from finqa.answers import match
-from finqa.datasets import load_finqa
-from finqa.paths import SPLITS
-from finqa.program_compiler import PROGRAM_STYLES, ProgramStyle
-from finqa.programs import ARITHMETIC, TABLE_OPERATIONS, ProgramError, Step, cell_number, execute, parse, to_python
-from finqa.records import Question, Table, format_table, parse_table
+from finqa.runtime.paths import SPLITS
+from finqa.task.answers import match
+from finqa.task.datasets import load_finqa
+from finqa.task.program_compiler import PROGRAM_STYLES, ProgramStyle
+from finqa.task.programs import ARITHMETIC, TABLE_OPERATIONS, ProgramError, Step, cell_number, execute, parse, to_python
+from finqa.task.records import Question, Table, format_table, parse_table
 
 
 def value_of(code: str) -> Any:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finqa.answers import match
-from finqa.programs import ProgramError, Step, execute, number, parse, to_python
+from finqa.task.answers import match
+from finqa.task.programs import ProgramError, Step, execute, number, parse, to_python
 
 TABLE = [
     ["( in millions )", "2009", "2008", "2007"],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from finqa.datasets import DATASETS, dataset
-from finqa.errors import UserError
-from finqa.programs import execute
-from finqa.prompts import (
+from finqa.runtime.errors import UserError
+from finqa.task.datasets import DATASETS, dataset
+from finqa.task.programs import execute
+from finqa.task.prompts import (
     END_PYTHON,
     INSTRUCTION,
     PYTHON,
@@ -18,8 +18,8 @@ from finqa.prompts import (
     teacher_messages,
     training_prompt,
 )
-from finqa.records import Question
-from finqa.worked_examples import FINQA_EXAMPLES, FINQA_MINI_EXAMPLES
+from finqa.task.records import Question
+from finqa.task.worked_examples import FINQA_EXAMPLES, FINQA_MINI_EXAMPLES
 
 QUESTION = Question(
     id="a",
@@ -114,7 +114,7 @@ def test_an_unknown_eval_type_is_refused():
 
 @pytest.mark.parametrize("name", sorted(DATASETS))
 def test_the_worked_examples_give_their_answers(name: str):
-    from finqa.answers import match
+    from finqa.task.answers import match
 
     examples = DATASETS[name].worked_examples
     assert len(examples) == 4

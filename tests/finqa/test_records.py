@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finqa.errors import UserError
-from finqa.records import (
+from finqa.runtime.errors import UserError
+from finqa.task.records import (
     Question,
     TeacherRow,
     format_table,

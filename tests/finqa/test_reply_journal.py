@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from finqa.evaluation import write_results
-from finqa.generation import Reply
-from finqa.manifest import write_json
-from finqa.sandbox import Sandbox
-from finqa.scoring.evaluation_rows import EvalRow
-from finqa.scoring.judging import judge
-from finqa.scoring.reply_journal import ReplyJournal, prompt_slots, settings_key
+from finqa.evaluation.evaluate import write_results
+from finqa.evaluation.generation import Reply
+from finqa.evaluation.judging import judge
+from finqa.evaluation.reply_journal import ReplyJournal, prompt_slots, settings_key
+from finqa.evaluation.rows import EvalRow
+from finqa.runtime.manifest import write_json
+from finqa.sandbox.running import Sandbox
 
 SETTINGS = {"max_new_tokens": 16, "base_hash": "abc", "temperature": 0.0}
 PROMPTS = [[1, 2], [3], [1, 2]]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from finqa.sandbox import ERROR_KINDS, LONGEST_PROGRAM, Run, Sandbox, SandboxLimits
+from finqa.sandbox.running import ERROR_KINDS, LONGEST_PROGRAM, Run, Sandbox, SandboxLimits
 
 QUICK = SandboxLimits(cpu_s=0.3, wall_s=2.0)
 HARMLESS = "ans = 6 * 7"

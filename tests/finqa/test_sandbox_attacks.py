@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from attacking import QUICK, assert_stopped, attack, helper_ids, libc, needs_filter, sandbox
 
-from finqa.sandbox import Sandbox
+from finqa.sandbox.running import Sandbox
 
 __all__ = ["sandbox"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from attacking import HARMLESS, assert_stopped, attack, needs_filter, sandbox
 
-from finqa.sandbox import ERROR_KINDS, Run, Sandbox, read_reply
-from finqa.sandbox_helper import FROM_HELPER, FROM_PROGRAM
+from finqa.sandbox.helper import FROM_HELPER, FROM_PROGRAM
+from finqa.sandbox.running import ERROR_KINDS, Run, Sandbox, read_reply
 
 __all__ = ["sandbox"]
 

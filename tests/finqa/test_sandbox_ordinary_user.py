@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from attacking import needs_filter
 
-from finqa.paths import REPOSITORY
+from finqa.runtime.paths import REPOSITORY
 
 pytestmark = [
     needs_filter,

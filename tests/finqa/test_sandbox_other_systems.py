@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from finqa.sandbox_helper import PROTECTIONS
+from finqa.sandbox.helper import PROTECTIONS
 
 PROGRAMS = {
     "ans = 6 * 7": "(42.0, None)",
@@ -19,7 +19,7 @@ PROGRAMS = {
     "ans = 1": "(1.0, None)",
 }
 RUN_TWICE = f"""
-from finqa.sandbox import Sandbox, SandboxLimits
+from finqa.sandbox.running import Sandbox, SandboxLimits
 for _ in range(2):
     with Sandbox(SandboxLimits(cpu_s=0.3), workers=1) as opened:
         for run in opened.run_many({list(PROGRAMS)}):

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from finqa.errors import UserError
-from finqa.sandbox import Sandbox, SandboxLimits
-from finqa.sandbox_filter import compiled_filter
-from finqa.sandbox_helper import RESULT_FD
+from finqa.runtime.errors import UserError
+from finqa.sandbox.filter import compiled_filter
+from finqa.sandbox.helper import RESULT_FD
+from finqa.sandbox.running import Sandbox, SandboxLimits
 
 QUICK = SandboxLimits(cpu_s=0.3, wall_s=2.0)
 HARMLESS = "ans = 6 * 7"
@@ -150,7 +150,7 @@ def test_no_process_outlives_the_sandbox():
 @needs_proc
 def test_no_process_outlives_a_killed_parent():
     script = (
-        "from finqa.sandbox import *\n"
+        "from finqa.sandbox.running import *\n"
         "with Sandbox(SandboxLimits(cpu_s=50.125)) as opened:\n"
         "    print('ready', flush=True)\n"
         "    opened.run_many(['while True: pass'] * 2)\n"
@@ -215,7 +215,7 @@ def test_where_namespaces_are_forbidden_the_filter_still_holds():
         "for name in ('unshare', 'chroot', 'capset'):\n"
         "    rules.add_rule(pyseccomp.ERRNO(errno.EPERM), name)\n"
         "rules.load()\n"
-        "from finqa.sandbox import *\n"
+        "from finqa.sandbox.running import *\n"
         "with Sandbox(workers=1) as opened:\n"
         "    print([name for name in opened.protections if 'namespace' in name or 'root' in name])\n"
         "    print('system calls' in opened.protections)\n"
@@ -228,7 +228,7 @@ def test_where_namespaces_are_forbidden_the_filter_still_holds():
 
 def test_importing_it_loads_nothing_heavy():
     done = run_python(
-        "import sys, finqa.sandbox\n"
+        "import sys, finqa.sandbox.running\n"
         "print([name for name in ('torch', 'numpy', 'pandas', 'pyseccomp') if name in sys.modules])\n"
     )
     assert done.stdout == "[]\n"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from finqa.datasets import dataset, load_finqa
-from finqa.errors import UserError, report_errors
-from finqa.manifest import write_manifest
-from finqa.paths import REPOSITORY, Folders, write_atomically
-from finqa.weights import weights_hash
+from finqa.models.weights import weights_hash
+from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.manifest import write_manifest
+from finqa.runtime.paths import REPOSITORY, Folders, write_atomically
+from finqa.task.datasets import dataset, load_finqa
 
 
 def test_a_user_error_is_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str]):

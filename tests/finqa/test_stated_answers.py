@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finqa.stated_answers import AnswerKind, answer_kind, label_disputed
+from finqa.task.stated_answers import AnswerKind, answer_kind, label_disputed
 
 CASES: dict[str, list[tuple[str, str, bool | None]]] = {
     "rounded to the digits that are shown, or cut": [

@@ -8,12 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from finqa import prompts
-from finqa.datasets import dataset
-from finqa.errors import UserError
-from finqa.paths import Folders
-from finqa.student_settings import DEFAULTS, SETTINGS, StudentSettings, settings_for
-from finqa.students import (
+from finqa.models.settings import DEFAULTS, SETTINGS, StudentSettings, settings_for
+from finqa.models.students import (
     StudentRun,
     add_student_flags,
     find_adapter,
@@ -25,7 +21,11 @@ from finqa.students import (
     student_from_args,
     training_ids,
 )
-from finqa.weights import weights_hash
+from finqa.models.weights import weights_hash
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import Folders
+from finqa.task import prompts
+from finqa.task.datasets import dataset
 
 PROMPT = "Read this:\n###Passage:\nsales were $ 1,200\n###Question:\nhow much ?\n###Python"
 
@@ -130,7 +130,7 @@ def test_a_model_that_is_nowhere_is_one_clear_error():
 
 
 def test_weights_have_one_hash_in_a_plain_folder_and_in_the_hubs_cache(tiny_student: Path, tmp_path: Path):
-    from finqa.manifest import file_hash
+    from finqa.runtime.manifest import file_hash
 
     content = tiny_student / "model.safetensors"
     blob = tmp_path / "blobs" / file_hash(content)
@@ -169,7 +169,7 @@ def test_an_adapter_is_refused_on_another_base_than_its_own(tiny_student: Path, 
 def test_the_merged_model_replies_as_base_and_adapter_together(tiny_student: Path, adapter: Path):
     import torch
 
-    from finqa.merging import merged
+    from finqa.models.merging import merged
 
     base = load_base(str(tiny_student), torch.float32)
     ids = torch.tensor([[1, 9, 30, 60, 90, 120]])
@@ -185,7 +185,7 @@ def test_the_merged_model_replies_as_base_and_adapter_together(tiny_student: Pat
 def test_a_merged_weight_is_the_sum_in_fp32_rounded_once(tiny_student: Path, adapter: Path):
     import torch
 
-    from finqa.merging import merged
+    from finqa.models.merging import merged
 
     whole_in_fp32 = load_adapter(load_base(str(tiny_student), torch.float32), adapter).merge_and_unload()
     expected = whole_in_fp32.to(torch.bfloat16).state_dict()
@@ -202,7 +202,7 @@ def test_a_large_merged_model_is_written_in_shards_with_the_same_weights(
 ):
     import torch
 
-    from finqa.merging import merge
+    from finqa.models.merging import merge
 
     for name, size in (("whole", "5GB"), ("sharded", "100KB")):
         merge(str(tiny_student), adapter, tmp_path / name, max_shard_size=size)

@@ -11,19 +11,19 @@ import pytest
 import torch
 from training_parts import SETTINGS, examples, folders_with_rows, launch, script, teacher_row
 
-from finqa.errors import UserError
-from finqa.paths import Folders
-from finqa.students import StudentRun, load_adapter, load_base, load_tokenizer, training_ids
-from finqa.training import TrainingConfig, fine_tune, multiplies_bf16, training_arguments
-from finqa.tuning.checkpoints import last_checkpoint
-from finqa.tuning.trainable import loss_on_completion
-from finqa.tuning.training_rows import (
+from finqa.models.students import StudentRun, load_adapter, load_base, load_tokenizer, training_ids
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import Folders
+from finqa.training.checkpoints import last_checkpoint
+from finqa.training.fine_tuning import TrainingConfig, fine_tune, multiplies_bf16, training_arguments
+from finqa.training.rows import (
     NO_LOSS,
     LengthGrouped,
     collator,
     example,
     read_training_rows,
 )
+from finqa.training.trainable import loss_on_completion
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_the_loss_and_its_gradient_equal_those_of_full_logits_with_a_padding_mas
 def test_attention_in_blocks_equals_torch_attention_forwards_and_backwards(length: int):
     from torch.nn.functional import scaled_dot_product_attention
 
-    from finqa.tuning.cpu_attention import BlockCausalAttention
+    from finqa.training.cpu_attention import BlockCausalAttention
 
     torch.manual_seed(length)
     query = torch.randn(2, 6, length, 16, dtype=torch.float64, requires_grad=True)
@@ -153,7 +153,7 @@ def test_a_run_that_is_killed_ends_in_the_weights_of_one_that_was_not(
     shutil.copytree(folders.data / "clean_with_code", again.data / "clean_with_code")
     dying = (
         "import os, signal\n"
-        "from finqa.tuning.completion_trainer import CompletionTrainer\n"
+        "from finqa.training.completion_trainer import CompletionTrainer\n"
         "step = CompletionTrainer.training_step\n"
         "def to_die(self, *a, **k):\n"
         "    if self.state.global_step == 17: os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from training_parts import SETTINGS, folders_with_rows, launch, read_log, script
 
-from finqa.students import StudentRun
-from finqa.training import TrainingConfig, fine_tune
-from finqa.tuning.checkpoints import checkpoints, damage, last_checkpoint
+from finqa.models.students import StudentRun
+from finqa.training.checkpoints import checkpoints, damage, last_checkpoint
+from finqa.training.fine_tuning import TrainingConfig, fine_tune
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_to_the_same
 
 LIMITED = """
 import resource
-from finqa.tuning.completion_trainer import CompletionTrainer
+from finqa.training.completion_trainer import CompletionTrainer
 before = CompletionTrainer.{method}
 def saved(self, *a, **k):
     if self.state.global_step > {after}:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finqa.tuning.training_figure import PANELS, draw_training, running_mean
+from finqa.training.figure import PANELS, draw_training, running_mean
 
 
 def test_the_figure_has_a_panel_for_loss_learning_rate_gradient_norm_and_speed(tmp_path: Path):

@@ -26,7 +26,7 @@ def test_packed_attention_is_each_row_by_itself_forwards_and_backwards():
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    from finqa.tuning.packing import packed_attention
+    from finqa.training.packing import packed_attention
 
     torch.manual_seed(0)
     starts = torch.tensor([0, 5, 133, 256, 256], dtype=torch.int32, device="cuda")
@@ -57,10 +57,10 @@ def test_packed_attention_is_each_row_by_itself_forwards_and_backwards():
 def test_a_recorded_step_gives_the_loss_and_gradients_of_a_plain_one_for_every_shape():
     import torch
 
-    from finqa.tuning.captured_steps import CapturedSteps
-    from finqa.tuning.packing import packed_collator, use_packed
-    from finqa.tuning.trainable import loss_on_completion
-    from finqa.tuning.training_rows import example
+    from finqa.training.captured_steps import CapturedSteps
+    from finqa.training.packing import packed_collator, use_packed
+    from finqa.training.rows import example
+    from finqa.training.trainable import loss_on_completion
 
     model = tiny_model()
     assert use_packed(model)
@@ -89,7 +89,7 @@ def test_an_8_bit_product_is_near_the_exact_one_and_so_is_its_gradient():
 
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no 8-bit float products")
-    from finqa.tuning.fp8_base import Fp8Linear
+    from finqa.training.fp8_base import Fp8Linear
 
     torch.manual_seed(0)
     linear = torch.nn.Linear(256, 512, bias=False, device="cuda", dtype=torch.bfloat16)

@@ -12,28 +12,28 @@ import pytest
 from datasets import Dataset
 from training_parts import LAUNCHERS, SETTINGS, folders_with_rows, launch, read_log, script
 
-from finqa.errors import UserError
-from finqa.paths import REPOSITORY
-from finqa.students import StudentRun
-from finqa.training import TrainingConfig, _claim, _identity
-from finqa.tuning.training_rows import NO_ROW, LengthGrouped, SharedRows, collator, example
+from finqa.models.students import StudentRun
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import REPOSITORY
+from finqa.training.fine_tuning import TrainingConfig, _claim, _identity
+from finqa.training.rows import NO_ROW, LengthGrouped, SharedRows, collator, example
 
 N_ROWS = 43
 FP32 = (
-    "import finqa.training\n"
-    "finqa.training.multiplies_bf16 = lambda device: False\n"
-    "arguments = finqa.training.training_arguments\n"
+    "import finqa.training.fine_tuning\n"
+    "finqa.training.fine_tuning.multiplies_bf16 = lambda device: False\n"
+    "arguments = finqa.training.fine_tuning.training_arguments\n"
     "def every_step(*a):\n"
     "    made = arguments(*a)\n"
     "    made.logging_steps = 1\n"
     "    return made\n"
-    "finqa.training.training_arguments = every_step\n"
+    "finqa.training.fine_tuning.training_arguments = every_step\n"
 )
 """No bf16 products, and a record for every update."""
 COUNTING = (
     "import atexit\n"
-    "from finqa import parallel\n"
-    "from finqa.tuning import training_rows\n"
+    "from finqa.runtime import parallel\n"
+    "from finqa.training import rows as training_rows\n"
     "ids, calls = training_rows.training_ids, []\n"
     "training_rows.training_ids = lambda *a: calls.append(a) or ids(*a)\n"
     "atexit.register(lambda: Path(f'{sys.argv[1]}.{parallel.rank()}').write_text(str(len(calls))))\n"
@@ -124,7 +124,7 @@ def test_two_processes_that_are_killed_go_on_from_their_checkpoint_to_the_same_w
     folders = [folders_with_rows(tmp_path / name, N_ROWS) for name in ("whole", "killed")]
     dying = (
         "import os, signal\n"
-        "from finqa.tuning.completion_trainer import CompletionTrainer\n"
+        "from finqa.training.completion_trainer import CompletionTrainer\n"
         "step = CompletionTrainer.training_step\n"
         "def to_die(self, *a, **k):\n"
         "    if self.state.global_step == 9: os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -17,12 +17,12 @@ import pyarrow
 import pytest
 from training_parts import teacher_row
 
-from finqa.errors import UserError
-from finqa.paths import REPOSITORY
-from finqa.records import Question, TeacherRow, format_table, write_questions, write_rejected, write_teacher_rows
-from finqa.students import load_tokenizer, training_ids
-from finqa.tuning import training_rows
-from finqa.tuning.training_rows import read_training_rows, tokenised
+from finqa.models.students import load_tokenizer, training_ids
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import REPOSITORY
+from finqa.task.records import Question, TeacherRow, format_table, write_questions, write_rejected, write_teacher_rows
+from finqa.training import rows as training_rows
+from finqa.training.rows import read_training_rows, tokenised
 
 ROWS = [teacher_row(number, padding=number % 7) for number in range(30)]
 
@@ -117,7 +117,7 @@ def test_other_rows_are_another_file_in_the_cache(changed: dict[str, str], token
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("module", ["finqa.prompts", "finqa.students", "finqa.tuning.training_rows"])
+@pytest.mark.parametrize("module", ["finqa.task.prompts", "finqa.models.students", "finqa.training.rows"])
 def test_other_code_is_another_file_in_the_cache(
     module: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -155,8 +155,8 @@ def test_a_run_that_is_killed_while_it_tokenises_leaves_nothing_that_is_taken_fo
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from test_training_rows import ROWS\n"
-        "from finqa.students import load_tokenizer\n"
-        "from finqa.tuning import training_rows\n"
+        "from finqa.models.students import load_tokenizer\n"
+        "from finqa.training import rows as training_rows\n"
         "ids, calls = training_rows.training_ids, []\n"
         "def to_die(*a):\n"
         "    calls.append(a)\n"
@@ -205,8 +205,8 @@ def test_two_runs_can_tokenise_the_same_rows_at_once(tiny_student: Path, tmp_pat
         "import sys\n"
         "from pathlib import Path\n"
         "from test_training_rows import ROWS\n"
-        "from finqa.students import load_tokenizer\n"
-        "from finqa.tuning.training_rows import tokenised\n"
+        "from finqa.models.students import load_tokenizer\n"
+        "from finqa.training.rows import tokenised\n"
         "tokenizer = load_tokenizer(sys.argv[1])\n"
         "input()\n"
         "print(sum(tokenised(ROWS, tokenizer, 512, Path(sys.argv[2]))[0]['n_tokens']))\n"

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from training_parts import SETTINGS, examples, folders_with_rows, read_log, teacher_row
 
-from finqa.engines.serving import served_models
-from finqa.errors import UserError
-from finqa.generation import GenerationConfig
-from finqa.needs import read_config, sizes
-from finqa.student_settings import SETTINGS as STUDENTS
-from finqa.student_settings import StudentSettings, settings_for
-from finqa.students import StudentRun, load_base, load_tokenizer, prompt_ids, training_ids
-from finqa.training import TrainingConfig, fine_tune
-from finqa.tuning.trainable import Speed, compile_layers, made_trainable
-from finqa.tuning.training_rows import NO_LOSS, collator
+from finqa.evaluation.engines.serving import served_models
+from finqa.evaluation.generation import GenerationConfig
+from finqa.models.settings import SETTINGS as STUDENTS
+from finqa.models.settings import StudentSettings, settings_for
+from finqa.models.students import StudentRun, load_base, load_tokenizer, prompt_ids, training_ids
+from finqa.runtime.errors import UserError
+from finqa.runtime.needs import read_config, sizes
+from finqa.training.fine_tuning import TrainingConfig, fine_tune
+from finqa.training.rows import NO_LOSS, collator
+from finqa.training.trainable import Speed, compile_layers, made_trainable
 
 EIGHT_BIT = replace(SETTINGS, optim="adamw_8bit", lora_dropout=0.0, num_epochs=2, lora_r=32)
 """A matrix of under 4,096 numbers keeps its state in fp32, so the rank is larger."""
@@ -68,7 +68,7 @@ def test_4_bit_bases_adapters_and_all_weights_learn_by_8_bit_adamw_and_are_evalu
     assert place == 0 and reply.n_new_tokens >= 1
     base: Any = load_base("pocket-mistral" if peft else str(folder), load_in_4bit=in_4bit)
     if peft:
-        from finqa.students import load_adapter
+        from finqa.models.students import load_adapter
 
         base = load_adapter(base, folder)
     assert loss_of(base, "pocket-mistral") < before - 0.5
@@ -95,7 +95,7 @@ def test_a_4_bit_base_is_not_trained_as_a_whole(tmp_path: Path):
     ("wrong", "says"), [({"peft": False}, "give -P"), ({"load_in_4bit": True}, "leave out -F"), ({}, "needs a GPU")]
 )
 def test_an_8_bit_base_is_refused_before_anything_is_loaded(wrong: dict, says: str):
-    from finqa.tuning.trainable import check_trainable
+    from finqa.training.trainable import check_trainable
 
     run = StudentRun("FinQA-mini", "pocket-mistral", SETTINGS, **wrong)
     with pytest.raises(UserError, match=says):

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from finqa.paths import REPOSITORY, Folders
-from finqa.records import TeacherRow, write_teacher_rows
-from finqa.student_settings import StudentSettings
-from finqa.students import training_ids
-from finqa.tuning.training_rows import Example, example
+from finqa.models.settings import StudentSettings
+from finqa.models.students import training_ids
+from finqa.runtime.paths import REPOSITORY, Folders
+from finqa.task.records import TeacherRow, write_teacher_rows
+from finqa.training.rows import Example, example
 
 SETTINGS = StudentSettings(
     lora_r=8,
@@ -54,12 +54,12 @@ def script(folder: Path, name: str, run: Any, config: Any, prelude: str = "") ->
     path.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from finqa.errors import report_errors\n"
-        "from finqa.paths import Folders\n"
-        "from finqa.student_settings import StudentSettings\n"
-        "from finqa.students import StudentRun\n"
-        "from finqa.tuning.trainable import Speed\n"
-        "from finqa.training import TrainingConfig, fine_tune\n"
+        "from finqa.runtime.errors import report_errors\n"
+        "from finqa.runtime.paths import Folders\n"
+        "from finqa.models.settings import StudentSettings\n"
+        "from finqa.models.students import StudentRun\n"
+        "from finqa.training.trainable import Speed\n"
+        "from finqa.training.fine_tuning import TrainingConfig, fine_tune\n"
         f"{prelude}\n"
         "def main():\n"
         f"    fine_tune({run!r}, {config!r}, Folders(data=Path(sys.argv[1])))\n"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finqa.errors import UserError
-from finqa.paths import REPOSITORY
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import REPOSITORY
 from mini import demo
 from mini.demo import Stage, run_stage, stages
 

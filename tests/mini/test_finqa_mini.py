@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from finqa.answers import match
-from finqa.datasets import load_finqa
-from finqa.paths import SHIPPED_DATA, SPLITS
-from finqa.programs import ARITHMETIC, TABLE_OPERATIONS, execute, parse, to_python
-from finqa.prompts import training_prompt
-from finqa.records import Question
+from finqa.runtime.paths import SHIPPED_DATA, SPLITS
+from finqa.task.answers import match
+from finqa.task.datasets import load_finqa
+from finqa.task.programs import ARITHMETIC, TABLE_OPERATIONS, execute, parse, to_python
+from finqa.task.prompts import training_prompt
+from finqa.task.records import Question
 from mini.families import FAMILIES, families
 from mini.make_finqa_mini import NAME, SEED, SIZES, as_json, make_minimal_pairs, make_split
 

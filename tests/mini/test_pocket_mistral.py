@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from finqa.paths import REPOSITORY, SHIPPED_DATA
+from finqa.runtime.paths import REPOSITORY, SHIPPED_DATA
 from mini.families import families
 from mini.pretraining_data import encode_chats, make_chat, shipped_prompts
 
@@ -64,7 +64,7 @@ def test_no_question_of_finqa_mini_is_in_the_pretraining_data(tokenizer: Any):
 
 
 def test_the_pretraining_prompt_is_the_one_that_fine_tuning_has(tokenizer: Any):
-    from finqa.students import training_ids
+    from finqa.models.students import training_ids
 
     made = {index: make_chat(index, few_shot=False, seed=7) for index in range(40)}
     asked = {index: chat for index, chat in made.items() if chat[0][0]["content"] == chat[2]}

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from finqa.evaluation import write_results
-from finqa.manifest import write_manifest
-from finqa.scoring.predictions import Prediction
-from finqa.scoring.report import write_report
-from finqa.students import StudentRun, settings_for
+from finqa.evaluation.evaluate import write_results
+from finqa.evaluation.predictions import Prediction
+from finqa.evaluation.report import write_report
+from finqa.models.students import StudentRun, settings_for
+from finqa.runtime.manifest import write_manifest
 from mini.reference import REFERENCE, Measured, write_reference
 
 TYPES = ("zero-shot", "few-shot", "fine-tuned")

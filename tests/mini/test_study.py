@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 from crosscoder.activations.readers import Target
-from finqa.errors import UserError
-from finqa.paths import Folders
-from finqa.records import TeacherRow, write_teacher_rows
-from mini.study import causes, dictionaries, measures, models, work
-from mini.study.ceilings import choose_site, published_target
-from mini.study.pairs import activations, choice_of
-from mini.study.plan import BASE, FINE_TUNED, FULL, OTHER, QUICK, SECOND_SEED, SHAM, Pair, Plan
-from mini.study.work import Work, in_parallel, run, step
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import Folders
+from finqa.task.records import TeacherRow, write_teacher_rows
+from study import work
+from study.pocket import causes, dictionaries, measures, models
+from study.pocket.ceilings import choose_site, published_target
+from study.pocket.pairs import activations, choice_of
+from study.pocket.plan import BASE, FINE_TUNED, FULL, OTHER, QUICK, SECOND_SEED, SHAM, Pair, Plan
+from study.work import Work, in_parallel, run, step
 
 RESIDUAL = Target(4, "residual")
 

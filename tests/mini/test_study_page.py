@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from finqa.errors import UserError
-from finqa.paths import REPOSITORY
-from mini.study import compare, page, tables
-from mini.study.tables import read_csv, write_csv
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import REPOSITORY
+from study import page
+from study.pocket import compare, tables
+from study.pocket.tables import read_csv, write_csv
 
 PAGE = REPOSITORY / "docs" / "study.md"
 PRIMARY = ("last prompt token", "program before the operator")
@@ -269,7 +270,7 @@ def test_a_csv_comes_back_as_it_was_with_empty_cells_for_what_there_is_not(tmp_p
 
 
 def test_figures_are_drawn_from_the_csvs(folder: Path):
-    from mini.study import figures
+    from study.pocket import figures
 
     figures.draw_ceilings(read_csv(folder / "ceilings.csv"), folder / "ceilings.png")
     figures.draw_glance(read_csv(folder / "kinds.csv"), folder / "glance.png", "last prompt token")

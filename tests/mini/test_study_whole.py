@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from finqa.paths import REPOSITORY
-from mini.study.tables import read_csv
+from finqa.runtime.paths import REPOSITORY
+from study.pocket.tables import read_csv
 
 PAGE = REPOSITORY / "docs" / "study.md"
-STUDY = [sys.executable, "-m", "mini.study", "--quick"]
+STUDY = [sys.executable, "-m", "study.pocket", "--quick"]
 TABLES = (
     "models", "ceilings", "dictionaries", "known_answer", "glance", "kinds", "matrix", "tokens", "probes",
     "causal", "causal_controls",

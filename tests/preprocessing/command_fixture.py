@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from finqa.paths import REPOSITORY
+from finqa.runtime.paths import REPOSITORY
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finqa.programs import execute
+from finqa.task.programs import execute
 
 TABLE = [
     ["( in millions )", "2009", "2008"],

@@ -18,8 +18,8 @@ from typing import Any
 
 from batch_server import BatchStore
 
-from finqa.programs import to_python
-from finqa.prompts import QUESTION, page_from_prompt
+from finqa.task.programs import to_python
+from finqa.task.prompts import QUESTION, page_from_prompt
 
 HINT = "Hint: these steps give the right answer: "
 

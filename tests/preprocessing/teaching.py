@@ -17,10 +17,10 @@ from command_fixture import Command
 from made_up_rows import raw_row, write_raw
 from teacher_server import Fault, TeacherServer
 
-from finqa.datasets import load_finqa
-from finqa.errors import report_errors
-from finqa.paths import SPLITS, Folders
-from finqa.records import TeacherRow, read_teacher_rows, write_questions
+from finqa.runtime.errors import report_errors
+from finqa.runtime.paths import SPLITS, Folders
+from finqa.task.datasets import load_finqa
+from finqa.task.records import TeacherRow, read_teacher_rows, write_questions
 from preprocessing import process_finqa_code_generation
 
 KEY = "sk-secret-of-the-tests"

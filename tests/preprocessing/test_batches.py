@@ -10,7 +10,7 @@ from command_fixture import the_one_line
 from teacher_server import TeacherServer
 from teaching import KEY, Teach, number_in, only_for
 
-from finqa.errors import UserError
+from finqa.runtime.errors import UserError
 from preprocessing.teacher.batches import read_line, read_records, split_into_files
 from preprocessing.teacher.conversation import Wanted
 

@@ -13,8 +13,8 @@ import pytest
 from command_fixture import Command, the_one_line
 from file_server import FileServer, blob_id, running_file_server
 
-from finqa.errors import UserError
-from finqa.paths import REPOSITORY
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import REPOSITORY
 from preprocessing import download_finqa
 from preprocessing.download_finqa import download_file, git_blob_id
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command_fixture import Command, the_one_line
 
-from finqa.records import TeacherRow, read_teacher_rows, write_teacher_rows
+from finqa.task.records import TeacherRow, read_teacher_rows, write_teacher_rows
 from preprocessing.filter_valid_answers import rejection
 
 PUBLISHED = ("prompt", "generated_code", "actual_answer", "expected_answer")

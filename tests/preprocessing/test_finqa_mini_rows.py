@@ -6,7 +6,7 @@ from pathlib import Path
 
 from command_fixture import Command
 
-from finqa.records import read_questions, read_teacher_rows
+from finqa.task.records import read_questions, read_teacher_rows
 
 
 def test_the_program_teacher_keeps_every_shipped_dev_row_with_its_family(command: Command, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import pytest
 from file_server import FileServer, blob_id, running_file_server
 from made_up_rows import every_operation, raw_row
 
-from finqa.paths import REPOSITORY, SPLITS
-from finqa.records import TeacherRow, read_teacher_rows, write_teacher_rows
+from finqa.runtime.paths import REPOSITORY, SPLITS
+from finqa.task.records import TeacherRow, read_teacher_rows, write_teacher_rows
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 

@@ -13,10 +13,10 @@ import pytest
 from command_fixture import Command, the_one_line
 from made_up_rows import every_operation, raw_row, write_raw
 
-from finqa.datasets import load_finqa
-from finqa.errors import REMEDIES, UserError, report_errors
-from finqa.paths import REPOSITORY, write_atomically
-from finqa.records import TeacherRow, read_questions, read_teacher_rows, write_teacher_rows
+from finqa.runtime.errors import REMEDIES, UserError, report_errors
+from finqa.runtime.paths import REPOSITORY, write_atomically
+from finqa.task.datasets import load_finqa
+from finqa.task.records import TeacherRow, read_questions, read_teacher_rows, write_teacher_rows
 
 COLUMNS = "prompt,generated_code,actual_answer,expected_answer"
 

@@ -8,7 +8,7 @@ from made_up_rows import every_operation, raw_row
 from teacher_server import HINT, Fault, TeacherServer
 from teaching import KEY, Teach, number_in, only_for, write_clean
 
-from finqa.errors import UserError
+from finqa.runtime.errors import UserError
 from preprocessing.teacher.openai_teacher import OpenAITeacherConfig
 
 

@@ -8,7 +8,7 @@ import pytest
 from command_fixture import Command, the_one_line
 from made_up_rows import TABLE, every_operation, raw_row, write_raw
 
-from finqa.records import read_questions
+from finqa.task.records import read_questions
 
 
 def clean(data_dir: Path, split: str = "train") -> Path:

@@ -8,8 +8,8 @@ import pytest
 from command_fixture import Command, the_one_line
 from made_up_rows import PROGRAMS, every_operation, raw_row, write_raw
 
-from finqa.prompts import page_from_prompt
-from finqa.records import TeacherRow, read_questions, read_teacher_rows
+from finqa.task.prompts import page_from_prompt
+from finqa.task.records import TeacherRow, read_questions, read_teacher_rows
 
 
 def generated(data_dir: Path, split: str = "train") -> list[TeacherRow]:

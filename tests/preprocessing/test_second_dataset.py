@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from finqa.datasets import DATASETS, Dataset, DroppedRow, LoadedSplit
-from finqa.paths import Folders
-from finqa.records import Question, read_teacher_rows
+from finqa.runtime.paths import Folders
+from finqa.task.datasets import DATASETS, Dataset, DroppedRow, LoadedSplit
+from finqa.task.records import Question, read_teacher_rows
 from preprocessing.filter_valid_answers import filter_split
 from preprocessing.preprocess_finqa import preprocess_split
 from preprocessing.process_finqa_code_generation import process_finqa_samples

@@ -10,11 +10,11 @@ import pytest
 from teacher_server import TeacherServer
 from teaching import Teach, number_in
 
-from finqa.records import read_questions
-from finqa.sandbox import Run
+from finqa.runtime.journal import Answer, Journal
+from finqa.sandbox.running import Run
+from finqa.task.records import read_questions
 from preprocessing.teacher.config import OpenAITeacherConfig
 from preprocessing.teacher.conversation import Conversation, Wanted
-from preprocessing.teacher.journal import Answer, Journal
 
 
 def failing_until(good_turn: int, bad: str = "ans = 41"):

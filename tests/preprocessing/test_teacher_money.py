@@ -11,8 +11,8 @@ from made_up_rows import raw_row
 from teacher_server import TeacherServer
 from teaching import Teach, only_for, write_clean
 
-from finqa.errors import UserError
-from preprocessing.teacher.journal import Answer
+from finqa.runtime.errors import UserError
+from finqa.runtime.journal import Answer
 from preprocessing.teacher.prices import Price, Spending, estimate, price_of
 
 USAGE = {
@@ -77,7 +77,7 @@ def test_a_dry_run_prints_the_first_prompt_needs_no_key_and_leaves_nothing(
 def test_the_progress_line_has_tokens_and_dollars(
     teach: Teach, questions: int, teacher_server: TeacherServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("preprocessing.progress.PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr("finqa.runtime.progress.PLAIN_EVERY_S", 0.0)
     teacher_server.usage = USAGE
     lines = [line for line in teach().stderr.splitlines() if line.startswith("teacher: ")]
     assert len(lines) == questions

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from command_fixture import Command, the_one_line
 
-from finqa.answers import match
-from finqa.paths import REPOSITORY, SHIPPED_DATA
-from finqa.records import read_teacher_rows
+from finqa.runtime.paths import REPOSITORY, SHIPPED_DATA
+from finqa.task.answers import match
+from finqa.task.records import read_teacher_rows
 
 ROWS = 12
 

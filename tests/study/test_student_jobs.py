@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from finqa.errors import UserError
-from finqa.paths import REPOSITORY, SPLITS, Folders
-from finqa.records import Question, TeacherRow, read_teacher_rows, write_questions, write_teacher_rows
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import REPOSITORY, SPLITS, Folders
+from finqa.task.records import Question, TeacherRow, read_teacher_rows, write_questions, write_teacher_rows
 from study.students.__main__ import make_styled_rows
 from study.students.jobs import SHARE, Gpu, Job, gpus_of_this_machine, is_done, locked, run_jobs
 from study.students.plan import MAIN, Plan, chosen
@@ -92,7 +92,7 @@ RUNS_JOBS = (
     "todo = [jobs.Job(str(i), '-c \"' + code + '\"', 1) for i, code in enumerate(sys.argv[2:])]; "
     "jobs.run_jobs(todo, Path(sys.argv[1]), [jobs.Gpu(0, 80)])"
 )
-RUNS_INTO = "from pathlib import Path; from mini.commands import run_into; import sys; " + (
+RUNS_INTO = "from pathlib import Path; from finqa.runtime.commands import run_into; import sys; " + (
     "run_into(Path(sys.argv[1], '0.log'), 'one', '-c \"' + sys.argv[2] + '\"')"
 )
 

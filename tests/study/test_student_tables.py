@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from finqa.errors import UserError
-from finqa.paths import Folders
-from finqa.records import Question, read_questions, write_questions
-from finqa.scoring.evaluation_rows import EvalRow
-from finqa.scoring.metrics import mcnemar, wilson
-from finqa.scoring.predictions import Prediction, write_predictions
-from mini.study.page import BLOCK
+from finqa.evaluation.metrics import mcnemar, wilson
+from finqa.evaluation.predictions import Prediction, write_predictions
+from finqa.evaluation.rows import EvalRow
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import Folders
+from finqa.task.records import Question, read_questions, write_questions
+from study.page import BLOCK
 from study.students import tables
 from study.students.plan import MAIN, Plan, short
 from study.students.results import judged_again, manifests, read_results

@@ -19,10 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from crosscoder.activations.readers import Read, Target
 from crosscoder.activations.store import StoredDocument
 from crosscoder.activations.writer import BackgroundWriter, SetWriter
-from finqa.errors import UserError
-from finqa.prompts import completion
-from finqa.records import TeacherRow
-from finqa.students import training_ids
+from finqa.models.students import training_ids
+from finqa.runtime.errors import UserError
+from finqa.task.prompts import completion
+from finqa.task.records import TeacherRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from crosscoder.names import SITES, Site
-from finqa.errors import UserError
+from finqa.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -11,12 +11,12 @@ from transformers import AutoTokenizer
 from crosscoder.activations.collection import Document, assert_same_ids, documents_from_rows, fingerprint
 from crosscoder.activations.store import read_set_config
 from crosscoder.names import ActivationChoice, find_folder
-from finqa import students
-from finqa.errors import UserError
-from finqa.manifest import file_hash
-from finqa.paths import Folders
-from finqa.records import TeacherRow
-from finqa.weights import weights_hash
+from finqa.models import students
+from finqa.models.weights import weights_hash
+from finqa.runtime.errors import UserError
+from finqa.runtime.manifest import file_hash
+from finqa.runtime.paths import Folders
+from finqa.task.records import TeacherRow
 
 
 def find_fine_tuned(choice: ActivationChoice, folders: Folders) -> Path:

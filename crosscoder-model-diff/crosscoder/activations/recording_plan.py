@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from crosscoder.activations.writer import BATCHES_BEHIND
-from crosscoder.config import N_MODELS
-from finqa.errors import UserError
-from finqa.needs import Need, Sizes
-from finqa.plan import amount, free_memory, tell
+from crosscoder.dictionaries.config import N_MODELS
+from finqa.runtime.errors import UserError
+from finqa.runtime.needs import Need, Sizes
+from finqa.runtime.plan import amount, free_memory, tell
 
 BYTES_PER_GB = 1e9
 BYTES_IN_4BIT = 0.53

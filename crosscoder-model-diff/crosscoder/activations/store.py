@@ -27,8 +27,8 @@ from torch import Tensor
 
 from crosscoder.activations.feed import BATCHES_AHEAD, Feed
 from crosscoder.activations.feed import ShuffledOrder as ShuffledOrder
-from crosscoder.config import N_MODELS
-from finqa.errors import UserError
+from crosscoder.dictionaries.config import N_MODELS
+from finqa.runtime.errors import UserError
 
 Place = Literal["auto", "gpu", "memory", "disk"]
 SHARE_OF_FREE_MEMORY = 0.5

@@ -22,10 +22,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from crosscoder.activations.store import SetConfig, StoredDocument, shard_name
-from crosscoder.checkpoint import save_tensors
-from crosscoder.config import N_MODELS
-from finqa.errors import UserError
-from finqa.paths import write_atomically
+from crosscoder.dictionaries.checkpoint import save_tensors
+from crosscoder.dictionaries.config import N_MODELS
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import write_atomically
 
 OUTLIER_FACTOR = 10.0
 """In the residual stream a token above this many median norms is dropped (attention sinks)."""

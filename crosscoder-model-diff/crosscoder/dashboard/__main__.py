@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from crosscoder.dashboard.records import DashboardConfig
-from finqa.errors import report_errors
+from finqa.runtime.errors import report_errors
 
 BATCH = 4096
 
@@ -41,15 +41,15 @@ def main() -> None:
     config = DashboardConfig(n_with_examples=args.examples_for)
     import torch
 
-    from crosscoder.config import N_MODELS
+    from crosscoder.analysis import tables
+    from crosscoder.analysis.latent_scaling import latent_scaling
+    from crosscoder.analysis.measures import explained_variance
+    from crosscoder.analysis.statistics import latent_statistics
+    from crosscoder.analysis.token_kinds import token_kinds
     from crosscoder.dashboard.builder import build_dashboard
     from crosscoder.dashboard.page import write_dashboard
-    from crosscoder.reading import tables
-    from crosscoder.reading.analysis import explained_variance
-    from crosscoder.reading.latent_scaling import latent_scaling
-    from crosscoder.reading.opening import open_reading
-    from crosscoder.reading.statistics import latent_statistics
-    from crosscoder.reading.token_kinds import token_kinds
+    from crosscoder.dictionaries.config import N_MODELS
+    from crosscoder.opening import open_reading
 
     reading = open_reading(names)
     model, store = reading.model, reading.store

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from crosscoder.config import N_MODELS
+from crosscoder.analysis.lens import Unembedding, promoted_tokens
+from crosscoder.analysis.token_kinds import token_texts
 from crosscoder.dashboard.examples import ExampleMaker
 from crosscoder.dashboard.firings import gather_firings, groups_within
 from crosscoder.dashboard.records import Column, Dashboard, DashboardConfig, Examples, LatentPage, Value
-from crosscoder.reading.lens import Unembedding, promoted_tokens
-from crosscoder.reading.token_kinds import token_texts
+from crosscoder.dictionaries.config import N_MODELS
 
 if TYPE_CHECKING:
-    from crosscoder.model import BatchTopKCrosscoder
-    from crosscoder.reading.analysis import ExplainedVariance
-    from crosscoder.reading.opening import Reading
-    from crosscoder.reading.statistics import LatentStatistics
-    from crosscoder.reading.tables import LatentRow
+    from crosscoder.analysis.measures import ExplainedVariance
+    from crosscoder.analysis.statistics import LatentStatistics
+    from crosscoder.analysis.tables import LatentRow
+    from crosscoder.dictionaries.model import BatchTopKCrosscoder
+    from crosscoder.opening import Reading
 
 COLUMNS = (
     Column("part", "part", "Of the partition: shared latents have one decoder vector for both models, delta latents "

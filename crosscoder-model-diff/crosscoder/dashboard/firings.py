@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from crosscoder.activations.store import ActivationStore
-from crosscoder.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 from crosscoder.dashboard.encoding import encode
 from crosscoder.dashboard.records import Dashboard
-from finqa.paths import write_atomically
+from finqa.runtime.paths import write_atomically
 
 TEMPLATE = Path(__file__).parent / "template"
 SCRIPTS = ("data.js", "charts.js", "filters.js", "table.js", "passages.js", "latent.js", "main.js")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from finqa.errors import UserError
+from finqa.runtime.errors import UserError
 
 Value = float | int | str | None
 ColumnKind = Literal["number", "share", "count", "word"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosscoder.config import TrainingConfig
-from crosscoder.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.config import TrainingConfig
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 FRESH_ENCODER_SCALE = 0.2
 """Of a fresh latent's encoder to its decoder, so that its first scores do not push working latents out."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from crosscoder.activations.store import Place
-from crosscoder.config import CrosscoderConfig, TrainingConfig
-from finqa.errors import UserError
-from finqa.needs import Need
-from finqa.plan import USABLE, amount, free_memory, tell
+from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
+from finqa.runtime.errors import UserError
+from finqa.runtime.needs import Need
+from finqa.runtime.plan import USABLE, amount, free_memory, tell
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from finqa.paths import write_atomically
+from finqa.runtime.paths import write_atomically
 
 if TYPE_CHECKING:
     from crosscoder.training.trainer import StepRecord
@@ -25,7 +25,7 @@ class RunLog:
 
     def __init__(self, path: Path):
         self.wandb_run: Any = None
-        """Where records go besides the file (finqa.tracking.wandb_run); None is nowhere."""
+        """Where records go besides the file (finqa.runtime.tracking.wandb_run); None is nowhere."""
         self._path = path
         self._total = 0
         # What follows the last line break is a line that a killed run did not finish.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from crosscoder.config import TrainingConfig
+from crosscoder.dictionaries.config import TrainingConfig
 
 
 def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:

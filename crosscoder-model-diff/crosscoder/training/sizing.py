@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from crosscoder.config import CrosscoderConfig, Method, TrainingConfig, check_together
+from crosscoder.dictionaries.config import CrosscoderConfig, Method, TrainingConfig, check_together
 
 LATENTS_PER_FEATURE = 4
 """Dictionary size over d_model, as in the published run (16,384 over 4,096)."""

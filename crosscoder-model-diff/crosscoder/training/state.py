@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from crosscoder import checkpoint
-from finqa.errors import UserError
+from crosscoder.dictionaries import checkpoint
+from finqa.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from crosscoder.training.trainer import Trainer

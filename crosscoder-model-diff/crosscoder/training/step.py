@@ -9,11 +9,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from crosscoder.config import CrosscoderConfig, TrainingConfig
-from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.ranks import ALONE, Ranks
-from crosscoder.training.objective import Weights, objective
-from finqa.errors import UserError
+from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.objective import Weights, objective
+from crosscoder.training.ranks import ALONE, Ranks
+from finqa.runtime.errors import UserError
 
 StepKind = Literal["auto", "autograd", "by-hand"]
 """`auto` is by hand where that does what the settings ask."""
@@ -140,7 +140,7 @@ def new_step(
         raise UserError(f"there is no step by hand for {reason}: --step autograd, or auto")
     if kind == "autograd" or (kind == "auto" and reason is not None):
         return AutogradStep(model, optimizer, config, ranks)
-    from crosscoder.training.gpu_step import GpuStep
+    from crosscoder.training.gpu.step import GpuStep
 
     return GpuStep(model, optimizer, config, product_dtype(config, device))
 

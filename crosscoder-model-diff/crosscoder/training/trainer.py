@@ -11,20 +11,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crosscoder import checkpoint
 from crosscoder.activations.feed import Feed, ShuffledOrder
 from crosscoder.activations.store import ActivationStore, Split
-from crosscoder.config import TrainingConfig, check_together
-from crosscoder.model import BatchTopKCrosscoder
-from crosscoder.ranks import ALONE, Ranks, check_batch
-from crosscoder.training import losses, schedule
+from crosscoder.dictionaries import checkpoint, losses
+from crosscoder.dictionaries.config import TrainingConfig, check_together
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.objective import Weights
+from crosscoder.dictionaries.scaling import equal_difference_weight, fit_scaling, sample_of
+from crosscoder.dictionaries.threshold import RunningThreshold, calibrate
+from crosscoder.training import schedule
 from crosscoder.training import state as training_state
 from crosscoder.training.liveness import Liveness, draw_anew
-from crosscoder.training.objective import Weights
-from crosscoder.training.scaling import equal_difference_weight, fit_scaling, sample_of
+from crosscoder.training.ranks import ALONE, Ranks, check_batch
 from crosscoder.training.step import Step, StepKind, TakeStep, new_step
-from crosscoder.training.threshold import RunningThreshold, calibrate
-from finqa.errors import UserError
+from finqa.runtime.errors import UserError
 
 MEDIAN_TOKENS = 16_384
 """Training tokens from which the start of the decoder bias is taken."""

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable
 
-from finqa import errors
+from finqa.runtime import errors
 
 _report_errors = errors.report_errors
 

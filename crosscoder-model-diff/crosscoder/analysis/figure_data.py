@@ -1,0 +1,163 @@
+"""What the figures of latents show, as plain numbers: a figure draws these and analysis.json holds them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from crosscoder.analysis import measures as analysis
+from crosscoder.analysis.latent_scaling import (
+    MIN_FIRINGS,
+    NU_ERR_BELOW,
+    NU_RANGE,
+    NU_REC_BELOW,
+    LatentScaling,
+)
+from crosscoder.analysis.measures import LatentClass
+
+NORM_BINS = 100
+FREQUENCY_BINS_PER_DECADE = 8
+REGIONS = ("exclusive", "complete shrinkage", "latent decoupling", "both")
+"""Of the plane of nu_err and nu_rec, as latent scaling cuts it."""
+
+
+class Histogram(NamedTuple):
+    """Counts between edges; the last bin holds its upper edge too."""
+
+    edges: list[float]
+    counts: list[int]
+
+    @property
+    def n(self) -> int:
+        return sum(self.counts)
+
+
+def histogram(values: Tensor, edges: Tensor) -> Histogram:
+    """Of [n] numbers, on any edges that rise; what lies outside, or is not a number, is not counted."""
+    values = values.double().cpu()
+    counts, _ = torch.histogram(values[values.isfinite()], edges.double())
+    return Histogram(edges.tolist(), [int(count) for count in counts.tolist()])
+
+
+def relative_norms(norms: Tensor) -> Histogram:
+    """Of the relative decoder norm of [latent, 2] `norms`."""
+    return histogram(analysis.relative_decoder_norm(norms), torch.linspace(0, 1, NORM_BINS + 1, dtype=torch.float64))
+
+
+class ClassCount(NamedTuple):
+    """A stretch of the axis of relative decoder norms, and how many latents lie in it."""
+
+    kind: LatentClass
+    low: float
+    high: float
+    n: int
+
+
+def class_counts(norms: Tensor) -> list[ClassCount]:
+    """Of [latent, 2] `norms`, from instruct-only to fine-tuned-only; `between` is there twice, on either side."""
+    deltas = analysis.delta(norms)
+    kinds = analysis.classify(deltas)
+    low, high = analysis.INSTRUCT_ONLY_BELOW, analysis.FINE_TUNED_ONLY_ABOVE
+    left, right = analysis.SHARED
+    stretches: Sequence[tuple[LatentClass, float, float]] = (
+        ("instruct-only", 0.0, low),
+        ("between", low, left),
+        ("shared", left, right),
+        ("between", right, high),
+        ("fine-tuned-only", high, 1.0),
+    )
+    at = analysis.relative_norm_at
+    return [
+        ClassCount(
+            kind,
+            at(below),
+            at(above),
+            sum(k == kind and below <= d <= above for k, d in zip(kinds, deltas.tolist(), strict=True)),
+        )
+        for kind, below, above in stretches
+    ]
+
+
+def frequencies(
+    frequency: Tensor, n_tokens: int, kinds: Sequence[LatentClass] | None = None
+) -> Mapping[LatentClass | None, Histogram]:
+    """Of how often latents are active, on a log axis from one token in `n_tokens` to all; dead ones are not counted.
+
+    By class where `kinds` gives each latent's, without those that have none; else one, under None.
+    """
+    edges = _frequency_edges(n_tokens)
+    if kinds is None:
+        return {None: histogram(frequency, edges)}
+    by_class: dict[LatentClass | None, Histogram] = {}
+    for kind in analysis.CLASSES:
+        own = frequency[torch.tensor([its == kind for its in kinds], dtype=torch.bool)]
+        if own.sum() > 0:
+            by_class[kind] = histogram(own, edges)
+    return by_class
+
+
+def _frequency_edges(n_tokens: int) -> Tensor:
+    """Edges that rise by a constant factor, moved halfway between two numbers of tokens: a bin of no such number would
+    be empty whatever the latents do."""
+    n_bins = math.ceil(math.log10(max(n_tokens, 2)) * FREQUENCY_BINS_PER_DECADE)
+    firings = torch.logspace(0, math.log10(n_tokens), n_bins + 1, dtype=torch.float64).round().unique()
+    return torch.cat([firings - 0.5, firings[-1:] + 0.5]) / n_tokens
+
+
+class ScalingPoints(NamedTuple):
+    """Latents of one class in the plane of nu_err and nu_rec."""
+
+    latents: list[int]
+    nu_err: list[float]
+    nu_rec: list[float]
+    regions: dict[str, int]
+    """How many lie in each of REGIONS."""
+    too_few: int
+    """Latents that are left out because they are active on fewer than MIN_FIRINGS tokens of the held-out documents."""
+    outside: int
+    """Latents that are left out because a slope of their own model is not positive, or a ratio of slopes lies outside
+    NU_RANGE and means nothing."""
+
+    @property
+    def n(self) -> int:
+        return len(self.latents)
+
+
+def scaling_points(
+    scaling: LatentScaling, kinds: Sequence[LatentClass], dead: Tensor
+) -> dict[LatentClass, ScalingPoints]:
+    """By class, of the latents that are not `dead` ([latent] mask); a class without any is left out.
+
+    Each is asked for in the other model by the vector of the one that it is shown by (LatentScaling.probes), so those
+    in the region `exclusive` are those that meet the conditions for either model, whatever their class.
+    """
+    probes, of_class = scaling.probes(kinds), analysis.class_masks(kinds, ~dead)
+    return {
+        kind: _points(scaling, mask.nonzero().squeeze(-1), probes[mask])
+        for kind, mask in of_class.items()
+        if mask.any()
+    }
+
+
+def _points(scaling: LatentScaling, chosen: Tensor, probe: Tensor) -> ScalingPoints:
+    err, rec = scaling.nu_err[chosen, probe], scaling.nu_rec[chosen, probe]
+    enough = scaling.n[chosen] >= MIN_FIRINGS
+    positive = (scaling.beta_err[chosen, probe, probe] > 0) & (scaling.beta_rec[chosen, probe, probe] > 0)
+    low, high = NU_RANGE
+    inside = positive & (err >= low) & (err <= high) & (rec >= low) & (rec <= high)
+    shown = enough & inside
+    err, rec = err[shown], rec[shown]
+    shrunk, decoupled = err >= NU_ERR_BELOW, rec >= NU_REC_BELOW
+    in_region = (~shrunk & ~decoupled, shrunk & ~decoupled, ~shrunk & decoupled, shrunk & decoupled)
+    return ScalingPoints(
+        latents=chosen[shown].tolist(),
+        nu_err=err.tolist(),
+        nu_rec=rec.tolist(),
+        regions={name: int(mask.sum()) for name, mask in zip(REGIONS, in_region, strict=True)},
+        too_few=int((~enough).sum()),
+        outside=int((enough & ~inside).sum()),
+    )

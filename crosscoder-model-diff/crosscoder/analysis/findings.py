@@ -1,0 +1,178 @@
+"""All that is read from a dictionary, before any of it is drawn or written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from crosscoder.analysis import figure_data, tables
+from crosscoder.analysis import measures as analysis
+from crosscoder.analysis.latent_scaling import ExclusiveCounts, LatentScaling, exclusive_counts, latent_scaling
+from crosscoder.analysis.measures import ExplainedVariance, LatentClass
+from crosscoder.analysis.statistics import LatentStatistics, latent_statistics
+from crosscoder.analysis.token_kinds import KindExplained, explained_variance_by_kind, kind_rows, token_kinds
+from crosscoder.dictionaries.config import N_MODELS
+from crosscoder.opening import Reading, ReadingConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TwoModels:
+    """What compares a latent's two decoder vectors; of every latent."""
+
+    norms: Tensor
+    """[latent, 2] (analysis.decoder_norms)."""
+    cosines: Tensor
+    """[latent] (analysis.decoder_cosines)."""
+    kinds: list[LatentClass]
+    """Class by Delta."""
+    scaling: LatentScaling
+    """On held-out documents."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a dictionary says on the activation set that it was trained on."""
+
+    reading: Reading
+    config: ReadingConfig
+    statistics: LatentStatistics
+    """Over all tokens of the set; a latent is dead where it is active on none of them."""
+    by_kind: list[KindExplained]
+    """On held-out documents: all tokens, then kind by kind."""
+    two_models: TwoModels | None
+    """None for a difference SAE: it has one decoder vector a latent, and no model to compare with another."""
+    rows: list[tables.LatentRow]
+    """Every latent's."""
+    most_changed: list[tables.LatentRow]
+
+    @property
+    def explained(self) -> ExplainedVariance:
+        """On all tokens of the held-out documents."""
+        return next(each.own_mean for each in self.by_kind if each.kind == "all")
+
+    @property
+    def alive(self) -> Tensor:
+        """[latent] mask."""
+        return ~self.statistics.dead
+
+    @property
+    def classes(self) -> list[LatentClass]:
+        """Of the latents that are alive, in their order; empty for a difference SAE."""
+        kinds = self.two_models.kinds if self.two_models else []
+        return [kind for kind, lives in zip(kinds, self.alive.tolist(), strict=True) if lives] if kinds else []
+
+    @cached_property
+    def exclusive(self) -> dict[LatentClass, ExclusiveCounts]:
+        """What latent scaling says of the latents that are alive; empty for a difference SAE."""
+        two = self.two_models
+        return exclusive_counts(two.scaling, two.kinds, self.alive) if two else {}
+
+
+def find(reading: Reading, config: ReadingConfig | None = None) -> Findings:
+    """Read a dictionary: one pass over all tokens of its set, two over the held-out ones."""
+    config = config or ReadingConfig()
+    model, store, held_out = reading.model, reading.store, reading.split.held_out
+    kinds = token_kinds(store, reading.tokenizer)
+    everything = torch.arange(len(store))
+    statistics = latent_statistics(model, store, everything, batch_size=config.batch_size, kinds=kinds)
+    by_kind = explained_variance_by_kind(model, store, held_out, kinds, config.batch_size)
+    two_models = None
+    if model.config.n_inputs == N_MODELS:
+        norms = analysis.decoder_norms(model)
+        two_models = TwoModels(
+            norms=norms,
+            cosines=analysis.decoder_cosines(model),
+            kinds=analysis.classify(analysis.delta(norms)),
+            scaling=latent_scaling(model, (raw for _, raw in store.batches(held_out, config.batch_size))),
+        )
+    scaling = two_models.scaling if two_models else None
+    rows = tables.latent_table(model, statistics, store, reading.tokenizer, reading.unembedding, scaling)
+    most_changed = tables.most_changed(rows, config.n_most_changed, config.min_frequency)
+    return Findings(reading, config, statistics, by_kind, two_models, rows, most_changed)
+
+
+def in_numbers(found: Findings) -> dict[str, Any]:
+    """Every number that the figures show, each with what it was counted over; what does not apply is not there."""
+    reading, statistics, model = found.reading, found.statistics, found.reading.model
+    n_alive = int(found.alive.sum())
+    numbers: dict[str, Any] = {
+        "name": reading.name,
+        "dictionary": asdict(model.config) | {"threshold": model.threshold, "delta_threshold": model.delta_threshold},
+        "activations": reading.store.config.recorded,
+        "n_tokens": statistics.n_tokens,
+        "n_documents": len(reading.store.documents),
+        "n_held_out_tokens": len(reading.split.held_out),
+        "n_held_out_documents": len(reading.store.document[reading.split.held_out].unique()),
+        "explained_variance": _without_none(found.explained._asdict()),
+        "explained_variance_by_kind": [_without_none(row) for row in kind_rows(found.by_kind)],
+        "latents": {"n": len(found.rows), "alive": n_alive, "dead": len(found.rows) - n_alive},
+        "frequency": {"n": n_alive, "median": _median(statistics.frequency[found.alive])}
+        | _histograms(frequencies(found)),
+        "most_changed": {
+            "ordered_by": "difference_share" if found.two_models is None else "distance of relative norm from 1/2",
+            "min_frequency": found.config.min_frequency,
+            "latents": [row.latent for row in found.most_changed],
+        },
+    }
+    return numbers | _of_two_models(found)
+
+
+def frequencies(found: Findings) -> Mapping[LatentClass | None, figure_data.Histogram]:
+    """How often latents are active: by class, or all of a difference SAE's."""
+    statistics, two = found.statistics, found.two_models
+    return figure_data.frequencies(statistics.frequency, statistics.n_tokens, two.kinds if two else None)
+
+
+def _of_two_models(found: Findings) -> dict[str, Any]:
+    two, alive = found.two_models, found.alive
+    if two is None:
+        return {}
+    norms, cosines, kinds = two.norms[alive], two.cosines[alive], found.classes
+    relative = analysis.relative_decoder_norm(norms)
+    have_cosine = cosines[cosines.isfinite()]
+    points = figure_data.scaling_points(two.scaling, two.kinds, found.statistics.dead)
+    return {
+        "classes": {"n": len(kinds)} | {kind: kinds.count(kind) for kind in analysis.CLASSES},
+        "relative_decoder_norm": {
+            "n": len(relative),
+            "median": _median(relative),
+            "regions": [count._asdict() for count in figure_data.class_counts(norms)],
+            "histogram": figure_data.relative_norms(norms)._asdict(),
+        },
+        "decoder_cosine": {
+            "n": len(have_cosine),
+            "without_length": len(cosines) - len(have_cosine),
+            "median": _median(have_cosine),
+            "of_shared": _median(cosines[torch.tensor([kind == "shared" for kind in kinds], dtype=torch.bool)]),
+        },
+        "latent_scaling": {kind: asdict(counts) for kind, counts in found.exclusive.items()}
+        | {
+            "shown": {
+                kind: {"n": of.n, "too_few": of.too_few, "outside": of.outside, "regions": of.regions}
+                for kind, of in points.items()
+            }
+        },
+    }
+
+
+def _histograms(by_class: Mapping[LatentClass | None, figure_data.Histogram]) -> dict[str, Any]:
+    """Histograms on the same edges, as JSON."""
+    counts = {kind or "all": of.counts for kind, of in by_class.items()}
+    edges = next(iter(by_class.values())).edges if by_class else []
+    return {"histogram": {"edges": edges, "counts": counts}}
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _median(values: Tensor) -> float | None:
+    numbers = values[values.isfinite()]
+    return float(numbers.median()) if len(numbers) else None

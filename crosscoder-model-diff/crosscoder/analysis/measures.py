@@ -1,0 +1,146 @@
+"""Figures of merit and readings of a crosscoder: explained variance, decoder norms, classes, cosines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from crosscoder.dictionaries.config import N_MODELS
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+
+LatentClass = Literal["instruct-only", "shared", "fine-tuned-only", "between"]
+CLASSES: tuple[LatentClass, ...] = get_args(LatentClass)
+
+INSTRUCT_ONLY_BELOW = 0.1
+SHARED = (0.4, 0.6)
+FINE_TUNED_ONLY_ABOVE = 0.9
+"""Bounds on Delta (see `delta`), after Minder et al. 2025."""
+
+
+class ExplainedVariance(NamedTuple):
+    """Over all tokens given: 1 - sum of squared errors / sum of squared distances from the tokens' mean."""
+
+    instruct: float | None
+    """None, like the next two, for a difference SAE, which reconstructs neither model."""
+    fine_tuned: float | None
+    joint: float | None
+    """Both sums over both models, in scaled space."""
+    difference: float
+    """Of x[1] - x[0] by xhat[1] - xhat[0], in the models' own units. With both models well explained, 0 still means
+    that what tells them apart is not."""
+    l0: float
+    """Mean active latents a token, without which no explained variance can be compared."""
+    n_tokens: int
+
+
+class _Moments:
+    """Sums in fp64 for one explained variance; `shift` keeps the difference of large sums exact."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.error = 0.0
+        self.squares: Tensor | float = 0.0
+        self.sums: Tensor | float = 0.0
+        self.shift: Tensor | None = None
+
+    def add(self, x: Tensor, xhat: Tensor) -> None:
+        """[n, d] targets and reconstructions."""
+        x, xhat = x.double(), xhat.double()
+        if self.shift is None:
+            self.shift = x.mean(dim=0)
+        centred = x - self.shift
+        self.n += len(x)
+        self.error += float((x - xhat).pow(2).sum())
+        self.squares += centred.pow(2).sum()
+        self.sums += centred.sum(dim=0)
+
+    @property
+    def total(self) -> float:
+        return float(self.squares - torch.as_tensor(self.sums).pow(2).sum() / self.n)
+
+    @property
+    def explained(self) -> float:
+        return 1 - self.error / self.total if self.total > 0 else float("nan")
+
+
+@torch.no_grad()
+def explained_variance(model: BatchTopKCrosscoder, batches: Iterable[Tensor]) -> ExplainedVariance:
+    """Of raw activations [n, 2, d_model], reconstructed by the inference threshold.
+
+    A ratio of two sums over all tokens, in fp64. Give it held-out documents, without BOS and padding.
+    """
+    inputs, difference = [_Moments() for _ in range(model.config.n_inputs)], _Moments()
+    active = 0
+    for raw in batches:
+        raw = raw.to(model.b_dec.device)
+        x = model.scale(raw)
+        f = model.encode(x)
+        xhat = model.decode(f)
+        active += int((f > 0).sum())
+        for m, moments in enumerate(inputs):
+            moments.add(x[:, m], xhat[:, m])
+        difference.add(model.difference(model.inputs(raw).double()), model.difference(model.unscale(xhat.double())))
+    of_models = [moments.explained for moments in inputs] if len(inputs) == N_MODELS else [None, None]
+    joint = 1 - sum(moments.error for moments in inputs) / sum(moments.total for moments in inputs)
+    return ExplainedVariance(
+        instruct=of_models[0],
+        fine_tuned=of_models[1],
+        joint=joint if len(inputs) == N_MODELS else None,
+        difference=difference.explained,
+        l0=active / difference.n,
+        n_tokens=difference.n,
+    )
+
+
+def decoder_norms(model: BatchTopKCrosscoder) -> Tensor:
+    """[latent, 2], on the CPU: lengths of the decoder vectors in each model's own units."""
+    return model.raw_decoder().norm(dim=-1).cpu()
+
+
+def relative_decoder_norm(norms: Tensor) -> Tensor:
+    """[latent, 2] -> [latent]: n1 / (n0 + n1), near 0 for instruct-only, near 1 for fine-tuned-only latents."""
+    return norms[:, 1] / norms.sum(dim=-1)
+
+
+def delta(norms: Tensor) -> Tensor:
+    """[latent, 2] -> [latent]: 0.5 * ((n1 - n0) / max(n0, n1) + 1), the measure that the classes are cut on."""
+    return 0.5 * ((norms[:, 1] - norms[:, 0]) / norms.max(dim=-1).values + 1)
+
+
+def relative_norm_at(delta_value: float) -> float:
+    """The relative decoder norm of a latent with this Delta, to draw the classes' bounds on a plot of it."""
+    ratio = 2 * delta_value - 1
+    return 1 / (2 - ratio) if ratio > 0 else (1 + ratio) / (2 + ratio)
+
+
+def classify(delta_values: Tensor) -> list[LatentClass]:
+    """Class of each latent by Delta; `between` is what lies outside all three."""
+
+    def of(value: float) -> LatentClass:
+        if value < INSTRUCT_ONLY_BELOW:
+            return "instruct-only"
+        if value > FINE_TUNED_ONLY_ABOVE:
+            return "fine-tuned-only"
+        return "shared" if SHARED[0] <= value <= SHARED[1] else "between"
+
+    return [of(value) for value in delta_values.tolist()]
+
+
+def class_masks(kinds: Sequence[LatentClass], among: Tensor) -> dict[LatentClass, Tensor]:
+    """[latent] bool by class: the latents of a mask whose class (`classify`) it is."""
+    return {kind: torch.tensor([its == kind for its in kinds], dtype=torch.bool) & among for kind in CLASSES}
+
+
+def decoder_cosines(model: BatchTopKCrosscoder) -> Tensor:
+    """[latent], on the CPU: cosine of a latent's two decoder vectors; a scale for each model does not change it.
+
+    Not a number where one of them has no length, as a partition's delta latents can have.
+    """
+    with torch.no_grad():
+        # Rounding can take the cosine of two equal vectors above 1, and out of a histogram that ends there.
+        cosines = torch.cosine_similarity(model.W_dec[:, 0], model.W_dec[:, 1], dim=-1).clamp(-1, 1)
+        without_length = (model.W_dec.norm(dim=-1) == 0).any(dim=-1)
+        return cosines.masked_fill(without_length, torch.nan).cpu()

@@ -1,0 +1,229 @@
+"""The table of latents: one row each, as a record and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from crosscoder.activations.store import ActivationStore
+from crosscoder.analysis import measures as analysis
+from crosscoder.analysis.latent_scaling import EXCLUSIVE, LatentScaling, verdict
+from crosscoder.analysis.lens import Unembedding, promoted_tokens
+from crosscoder.analysis.statistics import LatentStatistics
+from crosscoder.analysis.token_kinds import token_texts
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from finqa.runtime.paths import write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+N_TOKENS = 5
+CONTEXT_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class LatentRow:
+    """What is known of one latent."""
+
+    latent: int
+    kind: str
+    """Class by Delta (analysis.classify); `difference` in a difference SAE, which has one decoder vector a latent."""
+    delta: float | None
+    """This and what else compares two decoder vectors is None, empty in CSV, for a difference SAE."""
+    relative_decoder_norm: float | None
+    instruct_norm: float | None
+    """Length of the decoder vector in the instruct model's own units."""
+    fine_tuned_norm: float | None
+    cosine: float | None
+    """Of the two decoder vectors."""
+    frequency: float
+    """Share of tokens on which it is active."""
+    completion_share: float
+    """Of the tokens on which it is active, the share in programs; 0 where it is active on none."""
+    template_share: float | None
+    """Of its summed activation, the share on tokens that every document has alike (statistics.template_share); None
+    where the kinds of the tokens were not asked for."""
+    difference_share: float
+    """Of what all latents write into the difference of the models, this one's part: the mean square of its value times
+    the squared length of fine-tuned less instruct decoder vector, over the sum of all latents. In the models' own
+    units; what two latents write together is left out."""
+    mean_activation: float
+    max_activation: float
+    top_tokens: str
+    """The tokens it fires on most strongly, the commonest first."""
+    example: str
+    """Context of its largest activation, which is marked by «»."""
+    promoted: str
+    """Tokens that its fine-tuned decoder vector promotes (logit lens); a difference SAE's one vector."""
+    promoted_instruct: str
+    """The same of its instruct decoder vector."""
+    scaling_firings: int | None = None
+    """Tokens of the held-out documents on which it is active; this and the next are of latent scaling."""
+    beta_err: float | None = None
+    """Slope in the probe's own model: the one that the latent is confirmed for, else the instruct model for
+    instruct-only latents and the fine-tuned one for all others (latent_scaling.LatentScaling.probes)."""
+    beta_rec: float | None = None
+    nu_err: float | None = None
+    """The other model's slope over the own model's."""
+    nu_rec: float | None = None
+    confirmed: str = ""
+    """The class whose conditions of latent scaling it meets, `instruct-only`, `fine-tuned-only` or `both`, whatever its
+    class by Delta."""
+    instruct_verdict: str = ""
+    """What latent scaling says of it as an instruct-only latent (latent_scaling.verdict); empty where it is dead."""
+    fine_tuned_verdict: str = ""
+    """The same as a fine-tuned-only one."""
+
+
+def latent_table(
+    model: BatchTopKCrosscoder,
+    statistics: LatentStatistics,
+    store: ActivationStore,
+    tokenizer: PreTrainedTokenizerBase,
+    unembedding: Unembedding,
+    scaling: LatentScaling | None = None,
+) -> list[LatentRow]:
+    """A row a latent, in their order, dead ones included. With `scaling` (of held-out documents) its columns too."""
+    directions = [model.difference_decoder()] if model.config.n_inputs == 1 else list(model.raw_decoder().unbind(dim=1))
+    promoted = [_promoted(vectors, unembedding) for vectors in directions]
+    completion = statistics.n_completion_firings / statistics.n_firings.clamp_min(1)
+    template = statistics.template_share
+    written = difference_shares(model, statistics)
+    contexts = Contexts(store, tokenizer)
+    compared = _compared(model)
+    scaled = _scaled(scaling, [of["kind"] for of in compared], ~statistics.dead) if scaling else [{}] * len(compared)
+    return [
+        LatentRow(
+            latent=j,
+            **compared[j],
+            frequency=float(statistics.frequency[j]),
+            completion_share=float(completion[j]),
+            template_share=None if template is None else float(template[j]),
+            difference_share=float(written[j]),
+            mean_activation=float(statistics.mean_activation[j]),
+            max_activation=float(statistics.top_values[j, 0]),
+            top_tokens=contexts.commonest_tokens(statistics.top_tokens[j]),
+            example=contexts.around(int(statistics.top_tokens[j, 0])),
+            promoted=contexts.tokens(promoted[-1][j]),
+            promoted_instruct=contexts.tokens(promoted[0][j]) if len(promoted) == 2 else "",
+            **scaled[j],
+        )
+        for j in range(model.config.n_latents)
+    ]
+
+
+def difference_shares(model: BatchTopKCrosscoder, statistics: LatentStatistics) -> Tensor:
+    """[latent] fp64, on the CPU: LatentRow.difference_share of each; 0 where none writes any difference."""
+    lengths = model.difference_decoder().double().pow(2).sum(dim=-1).cpu()
+    written = statistics.mean_square * lengths
+    return written / written.sum().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _promoted(vectors: Tensor, unembedding: Unembedding) -> list[list[int]]:
+    """Of every latent the tokens that its vector promotes; none where it has no length."""
+    tokens = promoted_tokens(vectors, unembedding, N_TOKENS).tolist()
+    return [ids if length > 0 else [] for ids, length in zip(tokens, vectors.norm(dim=-1).tolist(), strict=True)]
+
+
+def _compared(model: BatchTopKCrosscoder) -> list[dict[str, Any]]:
+    """A latent's columns that compare its two decoder vectors; what is not a number is None."""
+    names = ("kind", "delta", "relative_decoder_norm", "instruct_norm", "fine_tuned_norm", "cosine")
+    if model.config.n_inputs == 1:
+        return [dict.fromkeys(names) | {"kind": "difference"} for _ in range(model.config.n_latents)]
+    norms, cosines = analysis.decoder_norms(model), analysis.decoder_cosines(model)
+    deltas, relative = analysis.delta(norms), analysis.relative_decoder_norm(norms)
+    numbers = (map(_number, c.tolist()) for c in (deltas, relative, norms[:, 0], norms[:, 1], cosines))
+    columns = (analysis.classify(deltas), *numbers)
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _scaled(scaling: LatentScaling, kinds: Sequence[analysis.LatentClass], alive: Tensor) -> list[dict[str, Any]]:
+    """Every latent's columns of latent scaling; what is not a number is None."""
+    probes, every = scaling.probes(kinds), torch.arange(len(kinds))
+    columns = {
+        "beta_err": scaling.beta_err[every, probes, probes],
+        "beta_rec": scaling.beta_rec[every, probes, probes],
+        "nu_err": scaling.nu_err[every, probes],
+        "nu_rec": scaling.nu_rec[every, probes],
+    }
+    rows: list[dict[str, Any]] = []
+    for j, lives in enumerate(alive.tolist()):
+        row: dict[str, Any] = {name: _number(values[j].item()) for name, values in columns.items()}
+        row["scaling_firings"] = int(scaling.n[j])
+        if lives:
+            meets = [kind for kind, own in EXCLUSIVE.items() if scaling.exclusive[j, own]]
+            row["confirmed"] = "both" if len(meets) > 1 else "".join(meets)
+            row["instruct_verdict"], row["fine_tuned_verdict"] = (verdict(scaling, j, own) for own in (0, 1))
+        rows.append(row)
+    return rows
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def write_latent_table(path: Path, rows: Sequence[LatentRow]) -> None:
+    """latents.csv: the rows in their order."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [field.name for field in fields(LatentRow)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    write_atomically(path, text.getvalue())
+
+
+def most_changed(rows: Sequence[LatentRow], n: int, min_frequency: float = 0.0) -> list[LatentRow]:
+    """Of the latents that are active on more than this share of the tokens, the `n` that changed most.
+
+    Those of a crosscoder by how far their relative decoder norm is from 1/2, towards either model; those of a
+    difference SAE, which have none, by the share of the difference that they write.
+    """
+
+    def change(row: LatentRow) -> float:
+        r = row.relative_decoder_norm
+        return row.difference_share if r is None else abs(r - 0.5)
+
+    return sorted((row for row in rows if row.frequency > min_frequency), key=lambda row: -change(row))[:n]
+
+
+class Contexts:
+    """Turns token indices of a store into text."""
+
+    def __init__(self, store: ActivationStore, tokenizer: PreTrainedTokenizerBase):
+        self._store = store
+        self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
+
+    def tokens(self, ids: Sequence[int]) -> str:
+        """Token ids as quoted text, so that spaces and line breaks show."""
+        return " ".join(map(repr, self._spelt(ids)))
+
+    def commonest_tokens(self, indices: Tensor) -> str:
+        """Tokens at these indices (-1 is none), the commonest first."""
+        there = indices[indices >= 0]
+        counts = Counter(self._store.token_id[there].tolist())
+        return self.tokens([token for token, _ in counts.most_common(N_TOKENS)])
+
+    def around(self, index: int) -> str:
+        """The text up to and after one token, which is marked; empty for -1."""
+        if index < 0:
+            return ""
+        document = self._store.document[index]
+        first, last = max(0, index - CONTEXT_TOKENS), min(len(self._store), index + CONTEXT_TOKENS // 2 + 1)
+        near = torch.arange(first, last)[self._store.document[first:last] == document]
+        texts = self._spelt(self._store.token_id[near].tolist())
+        at = int((near == index).nonzero())
+        return f"{''.join(texts[:at])}«{texts[at]}»{''.join(texts[at + 1 :])}"
+
+    def _spelt(self, ids: Sequence[int]) -> list[str]:
+        """What each id spells, its leading space included."""
+        self._texts |= token_texts(self._tokenizer, {i for i in ids if i not in self._texts})
+        return [self._texts[i] for i in ids]

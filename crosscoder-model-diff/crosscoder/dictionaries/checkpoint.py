@@ -1,0 +1,148 @@
+"""Crosscoders on disk.
+
+A checkpoint folder holds `model.safetensors` (W_enc, b_enc, W_dec, b_dec in fp32, activation_means where the data were
+centred) and `config.json` (shape, activation scales, thresholds, and what it was trained with and on). While a run is
+under way it also holds `training_state.safetensors`, from which the run goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig, from_dict
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from crosscoder.dictionaries.model import BatchTopKCrosscoder
+
+MODEL_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+STATE_FILE = "training_state.safetensors"
+MEANS = "activation_means"
+
+
+class CheckpointConfig(NamedTuple):
+    """What config.json of a checkpoint says."""
+
+    crosscoder: CrosscoderConfig
+    activation_scales: tuple[float, ...]
+    threshold: float | None
+    delta_threshold: float | None
+    training: TrainingConfig | None
+    """None where the checkpoint does not say, as in one converted from another format."""
+    activations: dict[str, Any]
+    """config.json of the activation set it was trained on; empty where the checkpoint does not say."""
+
+
+def save_model(model: BatchTopKCrosscoder, folder: Path, about: dict[str, object]) -> Path:
+    """Write a checkpoint; see BatchTopKCrosscoder.save_pretrained."""
+    from dataclasses import asdict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().float() for name, p in model.named_parameters()}
+    if model.activation_means is not None:
+        tensors[MEANS] = model.activation_means.float()
+    save_tensors(folder / MODEL_FILE, tensors)
+    config = {
+        "crosscoder": asdict(model.config),
+        "activation_scales": list(model.activation_scales),
+        "threshold": model.threshold,
+        "delta_threshold": model.delta_threshold,
+        **about,
+    }
+    write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def load_model(name: Path | str, revision: str | None = None) -> BatchTopKCrosscoder:
+    """Read a checkpoint from a folder or the Hub; see BatchTopKCrosscoder.from_pretrained."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from crosscoder.dictionaries.methods import new_dictionary
+
+    folder = find_checkpoint(name, revision)
+    config = read_config(folder)
+    model = new_dictionary(config.crosscoder)
+    try:
+        tensors = load_file(folder / MODEL_FILE)
+        model.activation_means = tensors.pop(MEANS, None)
+        model.load_state_dict(tensors)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder / MODEL_FILE} does not hold the crosscoder of its {CONFIG_FILE}: {reason}") from None
+    model.activation_scales = config.activation_scales
+    model.threshold, model.delta_threshold = config.threshold, config.delta_threshold
+    return model
+
+
+def find_checkpoint(name: Path | str, revision: str | None = None) -> Path:
+    """A folder with a checkpoint: `name` itself, else its copy from the Hub; UserError where neither has one."""
+    if (Path(name) / CONFIG_FILE).exists():
+        return Path(name)
+    folder = None
+    if not Path(name).is_absolute():
+        from finqa.models.hub import fetch_folder
+
+        folder = fetch_folder(str(name), revision)
+    if folder is None or not (folder / CONFIG_FILE).exists():
+        raise UserError(f"no crosscoder at {name}, neither a local folder nor a Hub repository; make it with train.py")
+    return folder
+
+
+def read_config(folder: Path) -> CheckpointConfig:
+    """Read config.json of a checkpoint folder."""
+    path = folder / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text())
+        scales = tuple(float(scale) for scale in values["activation_scales"])
+        crosscoder = from_dict(CrosscoderConfig, values["crosscoder"], str(path))
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a crosscoder's configuration ({error!r}); train it again") from None
+    if len(scales) != crosscoder.n_inputs:
+        raise UserError(f"{path} has {len(scales)} activation scales; there is one for each of {crosscoder.n_inputs}")
+    training = from_dict(TrainingConfig, values["training"], str(path)) if values.get("training") else None
+    thresholds = values.get("threshold"), values.get("delta_threshold")
+    return CheckpointConfig(crosscoder, scales, *thresholds, training, values.get("activations", {}))
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file under a temporary name and rename it, so that a killed run leaves no half file."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            Path(temporary).unlink()
+        raise
+
+
+def save_training_state(folder: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+    """Write what a run goes on from; `progress` is small and JSON, and lies in the same file as the tensors."""
+    save_tensors(folder / STATE_FILE, tensors, {"progress": json.dumps(progress)})
+
+
+def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The inverse of `save_training_state`; None where no run is under way in `folder`."""
+    from safetensors import safe_open
+
+    path = folder / STATE_FILE
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["progress"])

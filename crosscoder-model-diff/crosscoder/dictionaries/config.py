@@ -1,0 +1,220 @@
+"""What a dictionary is, and how it is trained: frozen values that check themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar, get_args
+
+from finqa.runtime.errors import UserError
+
+Method = Literal["batchtopk", "l1", "partition", "difference-sae"]
+ScoreNorm = Literal["sum", "l2", "none"]
+Reconstruction = Literal["mse", "l2"]
+Precision = Literal["auto", "fp32", "bf16"]
+Decay = Literal["linear", "cosine"]
+Directions = Literal["alike", "apart"]
+
+N_MODELS = 2
+"""Index 0 is the instruct model, index 1 the fine-tuned one."""
+
+Config = TypeVar("Config", "CrosscoderConfig", "TrainingConfig")
+
+
+@dataclass(frozen=True)
+class CrosscoderConfig:
+    """Shape of a dictionary, and how it selects latents."""
+
+    d_model: int
+    """Width of one model's activation."""
+    n_latents: int
+    """Latents F in the dictionary."""
+    k: int
+    """Mean number of active latents a token; in a partition, of shared ones."""
+    score_norm: ScoreNorm = "sum"
+    """What a latent's value is multiplied by for selection: the sum of its two decoder norms, as published, or
+    the joint norm. At equal energy the sum ranks a shared latent sqrt(2) above an exclusive one. `none` is what the
+    published run did: there a drift of the norms changes what is selected."""
+    method: Method = "batchtopk"
+    """`batchtopk`: the k * batch largest scores of a batch are active. `l1`: every positive latent is, and the loss
+    has a price on values (Lindsey et al. 2024). `partition`: most latents have one decoder vector for both models,
+    the last `n_delta` one for each. `difference-sae`: a BatchTopK autoencoder of x[1] - x[0], decoder of unit norm."""
+    n_delta: int = 0
+    """Latents of a partition that tell the models apart; they are the last ones."""
+    k_delta: int = 0
+    """Mean number of active delta latents a token."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_latents", "k"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        _require(self.k <= self.n_latents, f"k ({self.k}) is more than the {self.n_latents} latents")
+        _require_choice("score_norm", self.score_norm, ScoreNorm)
+        _require_choice("method", self.method, Method)
+        if self.method != "partition":
+            _require(self.n_delta == self.k_delta == 0, f"n_delta and k_delta belong to partition, not {self.method}")
+            return
+        _require(
+            0 < self.n_delta < self.n_latents,
+            f"n_delta must be above 0 and below the {self.n_latents} latents, and is {self.n_delta}",
+        )
+        _require(
+            0 < self.k_delta <= self.n_delta,
+            f"k_delta must be above 0 and at most the {self.n_delta} delta latents, and is {self.k_delta}",
+        )
+        _require(self.k <= self.n_shared, f"k ({self.k}) is more than the {self.n_shared} shared latents")
+
+    @property
+    def n_inputs(self) -> int:
+        """Vectors that a token enters with: one for each model, or their difference alone."""
+        return 1 if self.method == "difference-sae" else N_MODELS
+
+    @property
+    def n_shared(self) -> int:
+        """Latents before the delta latents: all but in a partition."""
+        return self.n_latents - self.n_delta
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One training run over an activation store."""
+
+    batch_size: int = 4096
+    """Tokens a step, each with the activations of both models; over all processes."""
+    epochs: float = 1.0
+    """Passes over the training tokens; what does not fill a last batch is left out."""
+    learning_rate: float = 5e-5
+    warmup_fraction: float = 0.0
+    """Share of the steps over which the learning rate rises linearly at the start: a share, so never longer than the
+    run."""
+    decay_fraction: float = 0.2
+    """Share of the steps, at the end, over which the learning rate falls towards 0; 0 keeps it constant."""
+    decay: Decay = "linear"
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    max_grad_norm: float = 1.0
+    reconstruction: Reconstruction = "mse"
+    """`mse`: squared error, summed over features and both models, mean over tokens; the quantity that explained
+    variance is about. `l2`: its square root for each token and model, mean over both; tokens of a large norm
+    weigh less. The two differ by a factor that changes what clipping at 1 and an auxiliary weight of 1/32 mean."""
+    difference_weight: float | Literal["equal"] = 0.0
+    """lambda on the squared error of the difference, |e[1] - e[0]|^2 (sum over features, mean over tokens). `equal`:
+    the weight at which the models' sum and difference count alike, taken from the data."""
+    l1_weight: float = 0.0
+    """Price of sum over latents of value * (norm W_dec[j,0] + norm W_dec[j,1]), mean over tokens."""
+    l1_warmup_fraction: float = 0.05
+    """Share of the steps over which that price rises from 0."""
+    aux_weight: float = 1 / 32
+    """Weight of the auxiliary loss, which is about 1 at most; only dead latents receive its gradient."""
+    aux_k: int | None = None
+    """Dead latents a token that try to explain what is left over; None is half of d_model."""
+    dead_after_tokens: int | None = None
+    """A latent that was not selected for this many tokens is dead; None is a tenth of the run, 10 million at most."""
+    draw_anew: bool = True
+    """Whether latents that are never positive, which no loss can reach, are re-initialised."""
+    anneal_k_from: int | None = None
+    """k of the first step, where it is to fall linearly to the configuration's k."""
+    anneal_fraction: float = 0.0
+    """Share of the steps over which it falls; both are needed, so that k always arrives."""
+    centre: bool = False
+    """Whether each model's mean over the training tokens is taken off before scaling."""
+    decoder_norm: float = 1.0
+    """Norm of every decoder vector at the start, for each model."""
+    directions: Directions = "alike"
+    """Whether a latent starts with the same direction for both models, or with one drawn for each."""
+    decoder_bias: Literal["zero", "median"] = "median"
+    """Start of the decoder bias: 0, or the geometric median of each model's activations."""
+    threshold_from_step: int = 10
+    """Step after which the threshold follows the smallest selected score."""
+    threshold_decay: float = 0.99
+    """Of the running average of that score."""
+    calibration_tokens: int = 131_072
+    """Training tokens, at most, on which the threshold is set after the last step."""
+    precision: Precision = "auto"
+    """Of the matrix products: `auto` is bf16 on a GPU, fp32 on a CPU. Parameters and optimiser are fp32 always."""
+    held_out_fraction: float = 0.1
+    """Share of the documents, at least one, that are kept out of training for every reported figure."""
+    split_seed: int = 0
+    """Decides which documents are held out; apart from `seed`, so that seeds are compared on the same ones."""
+    seed: int = 0
+    """Of the initial weights, the order of the tokens, and what is drawn anew."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "threshold_from_step", "calibration_tokens"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("epochs", "learning_rate", "max_grad_norm", "decoder_norm"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        shares = ("warmup_fraction", "decay_fraction", "held_out_fraction", "threshold_decay", "anneal_fraction")
+        for name in (*shares, "l1_warmup_fraction"):
+            _require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}")
+        rising_and_falling = self.warmup_fraction + self.decay_fraction
+        _require(rising_and_falling <= 1, f"warm-up and decay take {rising_and_falling} of the run; at most 1 is there")
+        for name in ("aux_weight", "l1_weight", "difference_weight"):
+            value = getattr(self, name)
+            _require(value == "equal" or value >= 0, f"{name} must not be negative, and is {value}")
+        _require("equal" not in (self.aux_weight, self.l1_weight), "only difference_weight can be equal")
+        for name in ("aux_k", "dead_after_tokens", "anneal_k_from"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
+        _require(
+            (self.anneal_k_from is not None) == (self.anneal_fraction > 0),
+            "anneal_k_from and anneal_fraction need each other: with no steps to fall in, k would stay where it starts",
+        )
+        for name, choices in (
+            ("reconstruction", Reconstruction),
+            ("precision", Precision),
+            ("decay", Decay),
+            ("directions", Directions),
+        ):
+            _require_choice(name, getattr(self, name), choices)
+        _require(self.decoder_bias in ("zero", "median"), f"decoder_bias is zero or median, not {self.decoder_bias}")
+
+    def total_steps(self, n_tokens: int) -> int:
+        """Full batches in `epochs` passes over `n_tokens` tokens; at least one."""
+        return max(1, int(self.epochs * n_tokens) // self.batch_size)
+
+    def dead_window(self, n_tokens: int) -> int:
+        """Tokens without a selection after which a latent is dead, in a run over `n_tokens` tokens."""
+        if self.dead_after_tokens is not None:
+            return self.dead_after_tokens
+        return max(self.batch_size, min(10_000_000, int(self.epochs * n_tokens) // 10))
+
+
+def check_together(crosscoder: CrosscoderConfig, training: TrainingConfig) -> None:
+    """UserError where a training setting makes no sense for the method."""
+    method = crosscoder.method
+    if training.anneal_k_from is not None:
+        _require(method != "l1", "l1 has no k to anneal")
+        _require(
+            crosscoder.k <= training.anneal_k_from <= crosscoder.n_shared,
+            f"anneal_k_from ({training.anneal_k_from}) must be from k ({crosscoder.k}) to the number of latents "
+            f"({crosscoder.n_shared})",
+        )
+    if method == "l1":
+        _require(training.l1_weight > 0, "method l1 needs an l1_weight above 0, else nothing makes it sparse")
+    if method == "difference-sae":
+        _require(
+            training.difference_weight == 0, "a difference SAE has no difference term: the difference is its input"
+        )
+        _require(training.decoder_norm == 1, "the decoder of a difference SAE has unit norm; leave decoder_norm at 1")
+    if method == "partition":
+        _require(training.directions == "alike", "a partition's shared latents have one direction: directions alike")
+
+
+def from_dict(kind: type[Config], values: dict[str, Any], source: str) -> Config:
+    """Read a config back from JSON; UserError for a field that this version does not know, or one that lacks."""
+    names = {field.name for field in fields(kind)}
+    unknown = sorted(set(values) - names)
+    _require(not unknown, f"{source} has settings that this version does not know: {', '.join(unknown)}")
+    arguments: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise UserError(f"{source} does not describe a {kind.__name__}: {error}") from None
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _require_choice(name: str, value: str, choices: Any) -> None:
+    _require(value in get_args(choices), f"{name} is one of {', '.join(get_args(choices))}, not {value}")

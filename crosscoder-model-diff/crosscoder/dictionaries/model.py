@@ -1,0 +1,199 @@
+"""The crosscoder: one dictionary of latents that reads and writes the activations of two models.
+
+Lindsey et al. 2024 (crosscoders), Bussmann et al. 2024, arXiv 2412.06410 (BatchTopK), Minder et al. 2025,
+arXiv 2504.02922 (the two together, for two models). With input x[m] of model m (0 instruct, 1 fine-tuned):
+
+    f       = ReLU( sum_m x[m] W_enc[m] + b_enc )
+    xhat[m] = (f where selected) W_dec[:, m] + b_dec[m]
+    score   = f * (norm of W_dec[:, 0] + norm of W_dec[:, 1])
+
+In training the k*B largest scores of a batch of B tokens are selected; at inference the scores above a fixed
+threshold, so that samples do not influence each other. crosscoder/dictionaries/methods.py has the other methods.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from crosscoder.dictionaries.config import CrosscoderConfig, Directions
+from crosscoder.dictionaries.selection import Selection, batch_topk
+from crosscoder.training.ranks import ALONE, Ranks
+from finqa.runtime.errors import UserError
+
+
+class BatchTopKCrosscoder(nn.Module):
+    """A crosscoder of two models. `encode`, `decode` and `forward` work on *scaled* activations (see `scale`).
+
+    Parameters: W_enc [2, d_model, latent], b_enc [latent], W_dec [latent, 2, d_model], b_dec [2, d_model]. Wherever a
+    shape says 2, it is 1 for a difference SAE, whose one input is the difference of the models.
+    """
+
+    def __init__(
+        self,
+        config: CrosscoderConfig,
+        decoder_norm: float = 1.0,
+        generator: torch.Generator | None = None,
+        directions: Directions = "alike",
+    ):
+        """Random directions of length `decoder_norm`, the same for both models or apart; the encoder is their
+        transpose."""
+        super().__init__()
+        self.config = config
+        self.threshold: float | None = None
+        """Score above which a latent is active at inference; a Python number, so no cast of the module rounds it.
+        None until training has set it."""
+        self.delta_threshold: float | None = None
+        """That of the delta latents of a partition; None for other methods."""
+        self.activation_scales: tuple[float, ...] = (1.0,) * config.n_inputs
+        """c_m: what raw activations of model m are multiplied by before they enter."""
+        self.activation_means: Tensor | None = None
+        """[2, d_model], raw: taken off before scaling; None where the data are not centred."""
+        everything = torch.arange(config.n_latents)
+        self.W_dec = nn.Parameter(self.fresh_decoder(everything, decoder_norm, generator, directions))
+        self.W_enc = nn.Parameter(self.fresh_encoder(everything, self.W_dec.detach()).contiguous())
+        self.b_enc = nn.Parameter(torch.zeros(config.n_latents))
+        self.b_dec = nn.Parameter(torch.zeros(config.n_inputs, config.d_model))
+
+    # What goes in
+
+    def inputs(self, raw: Tensor) -> Tensor:
+        """[..., 2, d_model] raw activations -> [..., 2, d_model]: the vectors that enter, in the models' own units."""
+        return raw.to(self.b_dec.dtype)
+
+    def scale(self, raw: Tensor) -> Tensor:
+        """Raw activations [..., 2, d_model] as the dictionary reads them: model m times c_m, centred where asked."""
+        inputs = self.inputs(raw)
+        if self.activation_means is not None:
+            inputs = inputs - self.activation_means.to(inputs)
+        return inputs * self._scales(inputs)
+
+    def unscale(self, scaled: Tensor) -> Tensor:
+        """What `scale` read, from its result: `inputs` again."""
+        raw = scaled / self._scales(scaled)
+        return raw if self.activation_means is None else raw + self.activation_means.to(raw)
+
+    def difference(self, vectors: Tensor) -> Tensor:
+        """[..., 2, d_model] in the models' own units -> [..., d_model]: fine-tuned less instruct."""
+        return vectors[..., 1, :] - vectors[..., 0, :]
+
+    # The dictionary
+
+    def activations(self, x: Tensor) -> Tensor:
+        """[batch, 2, d_model] -> [batch, latent]: every latent's value after ReLU, before any selection."""
+        joint = x.reshape(-1, self.b_dec.numel())
+        product = joint @ self.W_enc.reshape(self.b_dec.numel(), -1)
+        return torch.relu(product.to(self.b_enc.dtype) + self.b_enc)
+
+    def selection_norms(self) -> Tensor:
+        """[latent]: what a value is multiplied by to give its score (config.score_norm)."""
+        if self.config.score_norm == "none":
+            return torch.ones_like(self.b_enc)
+        if self.config.score_norm == "l2":
+            return self.W_dec.flatten(1).norm(dim=-1)
+        return self.W_dec.norm(dim=-1).sum(dim=-1)
+
+    def select_batch_topk(self, values: Tensor, k: int | None = None, ranks: Ranks = ALONE) -> Selection:
+        """Training's selection: the k * batch largest scores of [batch, latent] `values`; `k` of the configuration
+        where none is given. With several processes, of the rows of all."""
+        scores = values.detach() * self.selection_norms().detach()
+        return batch_topk(values, scores, (k or self.config.k) * len(values) * ranks.world, ranks)
+
+    def latent_thresholds(self) -> Tensor | float:
+        """Score above which each latent is active: one for all, or [latent]."""
+        if self.threshold is None:
+            raise UserError("this crosscoder has no threshold yet: it is set at the end of training")
+        return self.threshold
+
+    def select_by_threshold(self, values: Tensor) -> Tensor:
+        """Inference's selection: [batch, latent] `values` where the score is above the threshold, else 0."""
+        return values * (values * self.selection_norms() > self.latent_thresholds())
+
+    def encode(self, x: Tensor) -> Tensor:
+        """[batch, 2, d_model] scaled activations -> [batch, latent] values of the active latents, 0 elsewhere."""
+        return self.select_by_threshold(self.activations(x))
+
+    def decode(self, f: Tensor) -> Tensor:
+        """[batch, latent] -> [batch, 2, d_model], scaled."""
+        return self.decode_without_bias(f) + self.b_dec
+
+    def decode_without_bias(self, f: Tensor) -> Tensor:
+        """`decode` less b_dec: what the latents alone add."""
+        product = f @ self.W_dec.reshape(self.config.n_latents, -1)
+        return product.to(self.b_dec.dtype).view(-1, *self.b_dec.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 2, d_model] scaled activations -> their reconstruction, of the same shape, by the threshold."""
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def raw_decoder(self) -> Tensor:
+        """[latent, 2, d_model]: decoder vectors in the models' own units, W_dec[j, m] / c_m."""
+        return self.W_dec / self._scales(self.W_dec)
+
+    @torch.no_grad()
+    def difference_decoder(self) -> Tensor:
+        """[latent, d_model]: what one unit of a latent adds to fine-tuned less instruct, in the models' own units."""
+        return self.difference(self.raw_decoder())
+
+    # What training asks of a method
+
+    def groups(self) -> list[tuple[slice, int]]:
+        """The latents that are selected among themselves, and the mean number of active ones a token."""
+        return [(slice(None), self.config.k)]
+
+    def set_thresholds(self, thresholds: list[float]) -> None:
+        """One for each of `groups`."""
+        self.threshold = thresholds[0]
+
+    def fresh_decoder(
+        self, latents: Tensor, norm: float, generator: torch.Generator | None, directions: Directions = "alike"
+    ) -> Tensor:
+        """[n, 2, d_model], on the CPU: random decoder vectors of length `norm` for the latents of these numbers."""
+        n, d_model = len(latents), self.config.d_model
+        if directions == "apart":
+            drawn = random_directions(n * self.config.n_inputs, d_model, norm, generator)
+            return drawn.view(n, self.config.n_inputs, d_model)
+        drawn = random_directions(n, d_model, norm, generator)
+        return drawn[:, None, :].repeat(1, self.config.n_inputs, 1)
+
+    def fresh_encoder(self, latents: Tensor, decoder: Tensor) -> Tensor:
+        """[2, d_model, n]: the encoder vectors that latents of these numbers start with beside such a decoder."""
+        return decoder.permute(1, 2, 0)
+
+    @torch.no_grad()
+    def correct_gradients(self) -> None:
+        """Called between the backward pass and clipping."""
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Called after each step of the optimiser."""
+
+    # On disk
+
+    def save_pretrained(self, folder: Path | str, **about: object) -> Path:
+        """Write model.safetensors and config.json (shape, scales, threshold; `about` holds further JSON sections)."""
+        from crosscoder.dictionaries.checkpoint import save_model
+
+        return save_model(self, Path(folder), about)
+
+    @classmethod
+    def from_pretrained(cls, name: Path | str, revision: str | None = None) -> BatchTopKCrosscoder:
+        """Load from a local folder, or from the Hub where no such folder is. On the CPU, in fp32.
+
+        What comes back is of the class of the checkpoint's method, whichever class this is called on.
+        """
+        from crosscoder.dictionaries.checkpoint import load_model
+
+        return load_model(name, revision)
+
+    def _scales(self, like: Tensor) -> Tensor:
+        return torch.tensor(self.activation_scales, dtype=self.b_dec.dtype, device=like.device).unsqueeze(-1)
+
+
+def random_directions(n: int, d_model: int, norm: float, generator: torch.Generator | None) -> Tensor:
+    """[n, d_model]: directions drawn uniformly, of length `norm`."""
+    directions = torch.randn(n, d_model, generator=generator)
+    return norm * directions / directions.norm(dim=-1, keepdim=True)

@@ -1,0 +1,53 @@
+"""Batch top-k: which latents of a batch are active in training."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from crosscoder.training.ranks import ALONE, Ranks
+
+
+class Selection(NamedTuple):
+    """What was kept of a batch."""
+
+    values: Tensor
+    """[batch, latent]: the unscaled value where kept, 0 elsewhere; gradients flow to the kept values alone."""
+    smallest_score: Tensor
+    """[]: smallest positive score that was kept; infinity where none was positive."""
+
+
+def batch_topk(values: Tensor, scores: Tensor, n_keep: int, ranks: Ranks = ALONE) -> Selection:
+    """Keep the values of the `n_keep` largest scores of the whole batch; of equal scores exactly so many.
+
+    `values` and `scores` are [batch, latent], scores without gradient. With several processes they are each one's
+    rows, and `n_keep` counts over the rows of all.
+    """
+    best, indices = torch.topk(scores.flatten(), min(n_keep, scores.numel()), sorted=ranks.world > 1)
+    if ranks.world > 1:
+        n_here = _share(best, n_keep, ranks)
+        best, indices = best[:n_here], indices[:n_here]
+    kept = torch.zeros_like(values).flatten().scatter(0, indices, values.flatten()[indices])
+    return Selection(kept.view_as(values), ranks.smallest(smallest_positive(best)))
+
+
+def smallest_positive(scores: Tensor) -> Tensor:
+    """[]: infinity where none is positive."""
+    positive = torch.where(scores > 0, scores, torch.inf)
+    return positive.min() if positive.numel() else positive.new_tensor(torch.inf)
+
+
+def _share(best: Tensor, n_keep: int, ranks: Ranks) -> int:
+    """How many of this process's falling `best` scores are among the `n_keep` largest of all processes.
+
+    No process has more than `n_keep` of those, so its own best are all that the others need to know. Of scores that
+    are equal at the cut the first processes keep theirs.
+    """
+    everyone = ranks.gather(best)
+    n_keep = min(n_keep, everyone.numel())
+    cut = torch.topk(everyone.flatten(), n_keep, sorted=True).values[-1]
+    above, equal = (everyone > cut).sum(dim=1), (everyone == cut).sum(dim=1)
+    left = n_keep - int(above.sum()) - int(equal[: ranks.rank].sum())
+    return int(above[ranks.rank]) + max(0, min(left, int(equal[ranks.rank])))

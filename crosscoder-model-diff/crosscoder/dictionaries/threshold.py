@@ -1,0 +1,72 @@
+"""The score above which a latent is active at inference: followed while training, set exactly at the end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crosscoder.activations.store import ActivationStore
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.scaling import BATCH_TOKENS, sample_of
+from finqa.runtime.errors import UserError
+
+
+class RunningThreshold:
+    """Average of the smallest positive score that batch top-k kept; the first value is taken as it is."""
+
+    def __init__(self, from_step: int, decay: float):
+        self.from_step = from_step
+        self.decay = decay
+        self._average: Tensor | None = None
+
+    def update(self, step: int, smallest_score: Tensor) -> None:
+        """Follow a training step, counted from 1; steps before `from_step`, and batches without a positive score,
+        leave the average alone."""
+        if step < self.from_step:
+            return
+        if self._average is None:
+            self._average = smallest_score
+            return
+        smallest_score = torch.where(torch.isfinite(smallest_score), smallest_score, self._average)
+        self._average = torch.where(
+            torch.isfinite(self._average),
+            self.decay * self._average + (1 - self.decay) * smallest_score,
+            smallest_score,
+        )
+
+    @property
+    def value(self) -> float | None:
+        return None if self._average is None or not torch.isfinite(self._average) else float(self._average)
+
+    @value.setter
+    def value(self, value: float | None) -> None:
+        self._average = None if value is None else torch.tensor(value, dtype=torch.float32)
+
+
+def calibrate(model: BatchTopKCrosscoder, store: ActivationStore, indices: Tensor, max_tokens: int, seed: int) -> None:
+    """Set the model's thresholds, one for each group of latents, on at most `max_tokens` tokens of `indices`."""
+    sample = sample_of(indices, max_tokens, seed)
+    model.set_thresholds([calibrated_threshold(model, store, sample, latents, k) for latents, k in model.groups()])
+
+
+@torch.no_grad()
+def calibrated_threshold(
+    model: BatchTopKCrosscoder, store: ActivationStore, sample: Tensor, latents: slice, k: int
+) -> float:
+    """The threshold at which the mean number of active ones among `latents`, over the tokens at `sample`, is k.
+
+    Exact on these tokens: of their k * tokens + 1 largest scores it is the smallest, and active means strictly above.
+    Scores are taken in fp32, as at inference.
+    """
+    wanted = k * len(sample) + 1
+    norms = model.selection_norms()
+    largest = torch.empty(0, device=norms.device)
+    for _, raw in store.batches(sample, BATCH_TOKENS):
+        scores = (model.activations(model.scale(raw.to(norms.device))) * norms)[:, latents].flatten()
+        largest = torch.cat([largest, scores[scores > 0]])
+        if len(largest) > wanted:
+            largest = torch.topk(largest, wanted, sorted=False).values
+    if not len(largest):
+        raise UserError("no latent of the crosscoder is active for any token; train it at a lower learning rate")
+    # With fewer positive scores than wanted, all of them are active: any threshold below the smallest does.
+    return float(largest.min()) if len(largest) == wanted else 0.0

@@ -1,0 +1,179 @@
+"""Readings that need more than a dictionary and its activations: another seed's dictionary, or the models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from crosscoder.analysis import measures as analysis
+from crosscoder.analysis.findings import Findings
+from crosscoder.analysis.latent_scaling import LatentScaling, latent_scaling
+from crosscoder.analysis.stability import features, stability_rows
+from crosscoder.dictionaries.checkpoint import find_checkpoint, read_config
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.interventions.causal import Journal, cell_key
+from crosscoder.interventions.sets import dictionary_digest, digest
+from crosscoder.interventions.splicing import (
+    loss_recovered,
+    mean_activations,
+    splice_losses,
+    splice_rows,
+    stored_texts,
+    target_of,
+)
+from crosscoder.opening import Reading
+from finqa.models import students
+from finqa.models.weights import weights_hash
+from finqa.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from crosscoder.interventions.halves import Pair
+    from crosscoder.names import ActivationChoice
+    from finqa.runtime.paths import Folders
+
+CONFIRMED = "fine-tuned-only, confirmed"
+"""Name of the set of latents that latent scaling confirms."""
+PATCHES_AT_ONCE = 1000
+"""Cells times documents that are measured, of eight cells or more, before they are written down: half a minute's work
+for a model of 1.5 billion parameters on a GPU."""
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def open_second(reading: Reading, name: Path | str) -> BatchTopKCrosscoder:
+    """The dictionary that stability is measured against; UserError where it cannot be compared with the one read."""
+    folder = find_checkpoint(name)
+    config, own = read_config(folder), reading.model.config
+    fingerprint = reading.store.config.recorded.get("fingerprint")
+    if config.activations and config.activations["fingerprint"] != fingerprint:
+        raise UserError(f"{folder} was trained on other activations than those in {reading.store.folder}")
+    if (config.crosscoder.method, config.crosscoder.d_model) != (own.method, own.d_model):
+        other = f"{config.crosscoder.method} of width {config.crosscoder.d_model}"
+        raise UserError(f"{folder} is a {other}, and cannot be matched with a {own.method} of width {own.d_model}")
+    return BatchTopKCrosscoder.from_pretrained(folder).to(reading.model.b_dec.device)
+
+
+def stability_table(found: Findings, second: BatchTopKCrosscoder) -> list[dict[str, Any]]:
+    """stability.stability_rows of the latents that are active on training tokens, by class.
+
+    The latents that latent scaling confirms as fine-tuned-only, in either dictionary on held-out documents, are a set
+    of their own. Kept in the results' stability.jsonl, so that it is measured once.
+    """
+    reading, two = found.reading, found.two_models
+    store, split = reading.store, reading.split
+    journal = Journal(reading.results / "stability.jsonl")
+    made_of = [
+        dictionary_digest(reading.model),
+        dictionary_digest(second),
+        store.config.recorded["fingerprint"],
+        digest(split.train),
+    ]
+    key = cell_key(str(made_of), "stability", {})
+    if key in journal.found:
+        return journal.found[key]["rows"]
+    say("matching the latents of two dictionaries one to one: minutes where there are more than 8,000")
+    own: dict[str, Tensor] = {}
+    other: dict[str, Tensor] = {}
+    if two is not None:
+        scaling = latent_scaling(second, (raw for _, raw in store.batches(split.held_out, found.config.batch_size)))
+        own, other = {CONFIRMED: _confirmed(reading.model, two.scaling)}, {CONFIRMED: _confirmed(second, scaling)}
+    first, another = features(reading.model, store, split.train, own), features(second, store, split.train, other)
+    journal.add(key, {"what": "stability", "rows": stability_rows(first, another)})
+    return journal.found[key]["rows"]
+
+
+def _confirmed(model: BatchTopKCrosscoder, scaling: LatentScaling) -> Tensor:
+    """[latent] mask."""
+    kinds = analysis.classify(analysis.delta(analysis.decoder_norms(model)))
+    return analysis.class_masks(kinds, scaling.exclusive[:, 1])["fine-tuned-only"]
+
+
+def splice(reading: Reading, pair: Pair) -> list[dict[str, Any]]:
+    """splicing.splice_rows over the held-out documents; the mean ablation is the mean of the training tokens.
+
+    Goes on where it was killed, by the results' splicing.jsonl.
+    """
+    store, split = reading.store, reading.split
+    numbers = store.document[split.held_out].unique().tolist()
+    bos_id: Any = reading.tokenizer.bos_token_id
+    texts = stored_texts(store, numbers, bos_id)
+    means = mean_activations(store, split.train)
+    journal = Journal(reading.results / "splicing.jsonl")
+    losses = splice_losses(reading.model, pair, texts, target_of(store), means, journal, say=say)
+    return splice_rows(loss_recovered(losses))
+
+
+def cause(found: Findings, pair: Pair, n_documents: int | None = None) -> dict[str, Any]:
+    """study.causal_report on the first so many held-out documents (None: all), its files in the results' causal/.
+
+    Latents are ranked by their estimated effect on as many training documents. What is patched is teacher-forced: the
+    set has no labels, so no replies are written.
+    """
+    from crosscoder.interventions.causal_report import Asked, CausalConfig, causal_report
+
+    reading, two = found.reading, found.two_models
+    store, split = reading.store, reading.split
+    bos_id: Any = reading.tokenizer.bos_token_id
+    held_out = store.document[split.held_out].unique().tolist()[:n_documents]
+    choosing = store.document[split.train].unique().tolist()[: len(held_out)]
+    asked, choose_on = (stored_texts(store, numbers, bos_id) for numbers in (held_out, choosing))
+    say(f"patching sets of latents on {len(asked)} held-out documents")
+    return causal_report(
+        reading.model,
+        pair,
+        [Asked(document) for document in asked],
+        choose_on,
+        target_of(store),
+        reading.results / "causal",
+        CausalConfig(cells_at_once=min(CausalConfig.cells_at_once, max(8, PATCHES_AT_ONCE // len(asked)))),
+        scaling=two.scaling if two else None,
+        say=say,
+    )
+
+
+def causal_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a causal report, the interval of the recovered share as two columns."""
+    rows = []
+    for row in report["rows"]:
+        low, high = row["interval"] or (None, None)
+        kept = {name: value for name, value in row.items() if name not in ("interval", "gap_interval")}
+        rows.append(kept | {"recovered_low": low, "recovered_high": high})
+    return rows
+
+
+def load_pair(reading: Reading, choice: ActivationChoice, folders: Folders) -> Pair:
+    """Both models that the activations are of, in the precision that they were recorded in.
+
+    UserError where one is missing, or is not the one that was recorded.
+    """
+    from crosscoder.activations.readers import in_the_models_dtype
+    from crosscoder.activations.recorded_inputs import find_fine_tuned, find_instruct, is_adapter
+    from crosscoder.interventions.halves import pair_of
+
+    recorded, student = reading.store.config.recorded, choice.student
+    fine_tuned, instruct = find_fine_tuned(choice, folders), find_instruct(choice, folders)
+    for folder, key in ((fine_tuned, "fine_tuned_hash"), (instruct, "against_hash")):
+        if folder is not None and key in recorded and weights_hash(folder) != recorded[key]:
+            raise UserError(f"{folder} has changed since {reading.store.folder} was recorded; collect it again")
+    device = str(reading.model.b_dec.device)
+    dtype = torch.bfloat16 if recorded.get("dtype") == "bf16" else torch.float32
+
+    def base() -> Any:
+        return students.load_base(student.model, dtype, device, student.load_in_4bit, student.revision)
+
+    def adapted(folder: Path) -> Any:
+        model = students.load_adapter(base(), folder).eval()
+        in_the_models_dtype(model, dtype)
+        return model
+
+    if instruct is not None:
+        return pair_of(adapted(instruct).get_base_model(), adapted(fine_tuned).get_base_model())
+    if is_adapter(fine_tuned):
+        return pair_of(adapted(fine_tuned))
+    return pair_of(base(), students.load_base(str(fine_tuned), dtype, device))

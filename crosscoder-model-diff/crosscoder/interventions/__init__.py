@@ -1,0 +1,1 @@
+"""Puts latents into a model, or takes them out."""

@@ -1,0 +1,121 @@
+"""Opens what an analysis needs: crosscoder, activation set, tokenizer, unembedding, by the names train.py takes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from crosscoder.dictionaries.config import Method
+from crosscoder.names import (
+    ActivationChoice,
+    add_activation_flags,
+    add_crosscoder_flags,
+    choice_from_args,
+    crosscoder_folder,
+    find_folder,
+    name_of_method,
+)
+from finqa.models import students
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import Folders
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from crosscoder.activations.store import ActivationStore, Split
+    from crosscoder.analysis.lens import Unembedding
+    from crosscoder.dictionaries.model import BatchTopKCrosscoder
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A trained crosscoder with all that is needed to read it."""
+
+    name: str
+    model: BatchTopKCrosscoder
+    store: ActivationStore
+    """The set that it was trained on."""
+    split: Split
+    """Its tokens, by whether their document was held out of training."""
+    tokenizer: PreTrainedTokenizerBase
+    unembedding: Unembedding
+    """Of the base model."""
+    results: Path
+    """Folder of its figures and tables."""
+
+
+@dataclass(frozen=True)
+class ReadingConfig:
+    """How a dictionary is read, and what goes into the table of its most changed latents."""
+
+    n_most_changed: int = 20
+    min_frequency: float = 1e-4
+    """A latent that is active on a smaller share of the tokens is left out of that table: too few examples to read."""
+    batch_size: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.n_most_changed < 1:
+            raise UserError(f"the table of the most changed latents needs at least 1 row, not {self.n_most_changed}")
+        if not 0 <= self.min_frequency < 1:
+            raise UserError(f"the smallest frequency is a share of tokens from 0 to below 1, not {self.min_frequency}")
+
+
+def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+    """The names and flags of train.py that say which dictionary is read."""
+    add_activation_flags(parser)
+    add_crosscoder_flags(parser)
+    parser.add_argument("--method", choices=get_args(Method), default="batchtopk", help="(default: batchtopk)")
+
+
+def open_reading(arguments: Sequence[str] = ()) -> Reading:
+    """Open by the names and flags of train.py; without any, those of the 7B run. Errors as of `open_reading_of`."""
+    parser = argparse.ArgumentParser(prog="reading")
+    add_reading_flags(parser)
+    return open_reading_of(parser.parse_args(list(arguments)))
+
+
+def open_reading_of(args: argparse.Namespace) -> Reading:
+    """Open what the flags of `add_reading_flags` name.
+
+    Crosscoder and activation set come from their local folders, else from the Hub. UserError where one is missing,
+    or where the crosscoder was trained on other activations.
+    """
+    choice, folders = choice_from_args(args), Folders.from_args(args)
+    name = args.name or name_of_method(choice.crosscoder_name, args.method)
+    folder = find_folder(
+        crosscoder_folder(folders, name), choice.student, "config.json", "crosscoder", _training_command(args, choice)
+    )
+    command = choice.command("collect_activations.py")
+    recorded = find_folder(folders.activations(choice.name), choice.student, "config.json", "activation set", command)
+    # Only now, so that what is missing is said at once.
+    from crosscoder.activations.store import ActivationStore
+    from crosscoder.analysis.lens import read_unembedding
+    from crosscoder.dictionaries.checkpoint import read_config
+    from crosscoder.dictionaries.config import TrainingConfig
+    from crosscoder.dictionaries.model import BatchTopKCrosscoder
+
+    store = ActivationStore(recorded)
+    config = read_config(folder)
+    if config.activations and config.activations["fingerprint"] != store.config.recorded["fingerprint"]:
+        raise UserError(f"{folder} was trained on other activations than those in {store.folder}")
+    training = config.training or TrainingConfig()
+    tokenizer = students.load_tokenizer(choice.student.model, choice.student.revision)
+    return Reading(
+        name=name,
+        model=BatchTopKCrosscoder.from_pretrained(folder).to(students.default_device()),
+        store=store,
+        split=store.split(training.held_out_fraction, training.split_seed),
+        tokenizer=tokenizer,
+        unembedding=read_unembedding(choice.student.model, len(tokenizer), choice.student.revision),
+        results=args.results_dir / name,
+    )
+
+
+def _training_command(args: argparse.Namespace, choice: ActivationChoice) -> str:
+    """The command that makes the crosscoder."""
+    method = f" --method {args.method}" if args.method != "batchtopk" else ""
+    name = f" --name {args.name}" if args.name else ""
+    return choice.command("train.py") + method + name

@@ -1,0 +1,152 @@
+"""Findings -> files: figures (PNG and SVG), tables (CSV), analysis.json, dashboard.html."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crosscoder.analysis import figures, findings, latent_figures, tables
+from crosscoder.analysis.findings import Findings
+from crosscoder.analysis.measures import CLASSES
+from crosscoder.analysis.token_kinds import kind_rows
+from finqa.runtime.manifest import write_json
+from finqa.runtime.paths import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from crosscoder.dashboard.records import DashboardConfig
+
+
+def _relative_norms(found: Findings) -> Figure | None:
+    return found.two_models and latent_figures.relative_norm_figure(found.two_models.norms[found.alive])
+
+
+def _cosines(found: Findings) -> Figure | None:
+    two, alive = found.two_models, found.alive
+    return two and latent_figures.cosine_figure(two.cosines[alive], two.norms[alive])
+
+
+def _scaling(found: Findings) -> Figure | None:
+    two = found.two_models
+    return two and latent_figures.latent_scaling_figure(two.scaling, two.kinds, found.statistics.dead)
+
+
+def _frequencies(found: Findings) -> Figure:
+    statistics = found.statistics
+    shown = findings.frequencies(found)
+    return latent_figures.frequency_figure(shown, int(statistics.dead.sum()), statistics.n_tokens)
+
+
+FIGURES: Mapping[str, Callable[[Findings], Figure | None]] = {
+    "explained_variance": lambda found: figures.explained_variance_figure(found.explained),
+    "explained_variance_by_kind": lambda found: figures.explained_variance_by_kind_figure(found.by_kind),
+    "relative_decoder_norms": _relative_norms,
+    "decoder_cosines": _cosines,
+    "latent_scaling": _scaling,
+    "firing_frequency": _frequencies,
+}
+"""By the names of their files. None is what does not apply: a difference SAE has no two decoder vectors to compare."""
+
+
+def write_figures(found: Findings, folder: Path) -> list[Path]:
+    """<name>.png and <name>.svg of every figure that applies; the paths, in order.
+
+    A figure of an earlier run that does not apply is deleted, so that none is taken for this dictionary's.
+    """
+    written = []
+    for name, draw in FIGURES.items():
+        figure = draw(found)
+        if figure is not None:
+            written += figures.save_figure(figure, folder / name)
+        else:
+            for kind in ("png", "svg"):
+                (folder / f"{name}.{kind}").unlink(missing_ok=True)
+    return written
+
+
+def write_tables(found: Findings, folder: Path) -> list[Path]:
+    """latents.csv, most_changed.csv, explained_variance.csv, and where latents have classes classes.csv and
+    confirmed.csv."""
+    names = ("latents", "most_changed", "explained_variance", "classes", "confirmed")
+    paths = {name: folder / f"{name}.csv" for name in names}
+    tables.write_latent_table(paths["latents"], found.rows)
+    tables.write_latent_table(paths["most_changed"], found.most_changed)
+    _write_csv(paths["explained_variance"], kind_rows(found.by_kind))
+    if found.two_models is None:
+        for name in ("classes", "confirmed"):
+            paths.pop(name).unlink(missing_ok=True)
+    else:
+        _write_csv(paths["classes"], class_rows(found))
+        tables.write_latent_table(paths["confirmed"], [row for row in found.rows if row.confirmed])
+    return list(paths.values())
+
+
+EXTRA_FILES = ("stability.csv", "splicing.csv", "causal.csv", "causal.png", "causal.svg")
+"""Of readings that are made only when they are asked for, long after the others."""
+
+
+def write_extra(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """<name>.csv, and the same rows as a section of the analysis.json that is there."""
+    _write_csv(folder / f"{name}.csv", rows)
+    path = folder / "analysis.json"
+    write_json(path, json.loads(path.read_text()) | {name: rows})
+
+
+def write_causal_figure(report: Mapping[str, Any], folder: Path) -> None:
+    """causal.png and .svg of a causal report."""
+    from crosscoder.interventions.causal_figures import recovered_figure
+
+    figures.save_figure(recovered_figure(report), folder / "causal")
+
+
+def class_rows(found: Findings) -> list[dict[str, Any]]:
+    """A row a class: how many latents it has that are active on some token, and what latent scaling says of them.
+
+    `meets_fine_tuned_only` and `meets_instruct_only` count those that meet its conditions, whatever the class claims;
+    `confirmed` and `fail_<condition>` are of the exclusive classes alone.
+    """
+    if found.two_models is None:
+        return []
+    rows = []
+    for kind in CLASSES:
+        row: dict[str, Any] = {"class": kind, "latents": found.classes.count(kind)}
+        row |= {f"meets_{its}".replace("-", "_"): len(of.meet[kind]) for its, of in found.exclusive.items()}
+        of = found.exclusive.get(kind)
+        if of is not None:
+            row |= {"confirmed": of.confirmed} | {f"fail_{name}": n for name, n in of.fail.items()}
+        rows.append(row)
+    return rows
+
+
+def write_numbers(found: Findings, folder: Path) -> None:
+    """analysis.json. Files of extra readings of an earlier run are deleted: they are not of these numbers."""
+    write_json(folder / "analysis.json", findings.in_numbers(found))
+    for name in EXTRA_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_page(found: Findings, config: DashboardConfig) -> str:
+    """Write dashboard.html; a line about it."""
+    from crosscoder.dashboard.builder import build_dashboard
+    from crosscoder.dashboard.page import write_dashboard
+
+    path = found.reading.results / "dashboard.html"
+    dashboard = build_dashboard(found.reading, found.statistics, found.rows, config, found.explained)
+    size = write_dashboard(path, dashboard)
+    n = sum(page.examples is not None for page in dashboard.pages)
+    return f"{path}: {size / 1e6:.1f} MB, {len(dashboard.pages):,} latents, {n:,} with examples"
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows as CSV, with a column for every key that any of them has."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())

@@ -1,0 +1,383 @@
+"""A training step of the BatchTopK crosscoder on a GPU, its gradients written by hand.
+
+The same step as training/step.py takes through autograd. What makes it fast: one dense product (the encoder), all
+else on the active pairs of token and latent; weights as fp32 masters with bf16 copies for the products, both written
+by one pass of Adam; what is waited for is done by then, so that the GPU always has work.
+
+The encoder is held transposed, [latent, 2 * d_model], like the decoder: the model's W_enc becomes a view of that.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]  not installed without a GPU
+from torch import Tensor
+
+from crosscoder.dictionaries.config import N_MODELS, TrainingConfig
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.objective import Weights, auxiliary_latents
+from crosscoder.training.gpu import kernels
+from crosscoder.training.step import Step
+
+CAPACITY = 4
+"""Candidates of the selection that there is room for, over the pairs that are kept."""
+BOUND = 0.9
+"""Of the last step's smallest kept score, at first: pairs below are no candidates. It moves so that there are between
+ENOUGH and MANY times the pairs that are kept: some room on both sides for what a step changes."""
+ENOUGH, MANY = 1.3, 2.0
+SEARCH_STEPS = 40
+"""Bounds that are tried where that one was no good, before the selection is made over all pairs."""
+SAMPLED_TOKENS = 64
+"""Whose scores the search of a bound starts from."""
+DECODER_COLUMNS, DECODER_ROWS = 128, 32
+"""Of a program that decodes, of one warp: columns, so few that those of all rows lie in the cache, and rows that it has
+on their way at the same time."""
+GRADIENT_COLUMNS, GRADIENT_ROWS = 128, 8
+SPARSE_COLUMNS, SPARSE_ROWS = 256, 2
+"""The same of one that sums gradients, and where a latent has fewer pairs than MANY_PAIRS."""
+MANY_PAIRS = 16
+SMALLEST_SQUARE = 1e-30
+"""Of an error's length, before it is divided by."""
+ALIGNED = 64
+"""Rows that dead latents are filled up to: products of odd sizes take four times as long."""
+ROUNDING = 1e-5
+"""Of a difference of sums in fp32, relative to them."""
+CLIP_EPSILON = 1e-6
+"""As in torch.nn.utils.clip_grad_norm_."""
+
+
+class _Pairs(NamedTuple):
+    """The active pairs in order of their rows: tokens, or latents."""
+
+    starts: Tensor
+    """[rows + 1] int32: where each row's pairs begin."""
+    other: Tensor
+    """[pairs] int32: the latent of each pair in order of tokens, or the token in order of latents."""
+    values: Tensor
+    """[pairs] fp32."""
+
+
+class _Selection(NamedTuple):
+    """The k * batch pairs of token and latent of the largest scores. Pairs without a positive score have value 0."""
+
+    index: Tensor
+    """[pairs], ascending: token * latents + latent, 0 where the value is 0."""
+    values: Tensor
+    """[pairs] fp32."""
+    smallest: Tensor
+    """[]: the smallest positive score of them, or infinity."""
+    positive: Tensor
+    """[latent] int8: whether it is positive for a token."""
+    counter: Tensor
+    """[] int32, on its way to the CPU: the pairs above the bound. `least` to `most` of them and nothing was missed."""
+    counted: torch.cuda.Event | None
+    least: int
+    most: int
+
+    def is_whole(self) -> bool:
+        if self.counted is not None:
+            self.counted.synchronize()
+        return self.least <= int(self.counter) <= self.most
+
+
+class GpuStep:
+    """Steps of one model and one optimiser.
+
+    Args:
+        model: On the GPU, fp32.
+        optimizer: torch Adam over the model's parameters. Moments live in its state, where checkpoints find them;
+            the biases are updated by it.
+        config: Of it the reconstruction loss, the auxiliary loss and clipping are read.
+        product_dtype: Of the copies that the products read.
+    """
+
+    def __init__(
+        self,
+        model: BatchTopKCrosscoder,
+        optimizer: torch.optim.Optimizer,
+        config: TrainingConfig,
+        product_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.model, self.optimizer, self.config = model, optimizer, config
+        self.n_latents = model.config.n_latents
+        self.width = N_MODELS * model.config.d_model
+        device = model.b_dec.device
+        self.decoder = model.W_dec.data.view(self.n_latents, self.width)
+        self.encoder = _transposed(model.W_enc.data).contiguous()
+        model.W_enc.data = self.encoder.t().view(model.W_enc.shape)
+        self.moments = {
+            "encoder": self._moments(model.W_enc, transposed=True),
+            "decoder": self._moments(model.W_dec, transposed=False),
+        }
+        self.decoder_copy, self.encoder_copy = self.decoder.to(product_dtype), self.encoder.to(product_dtype)
+        self.decoder_gradient = torch.empty_like(self.decoder_copy)
+        self.encoder_gradient = torch.empty_like(self.encoder_copy)
+        self.norms = torch.empty((self.n_latents, N_MODELS), device=device)
+        self.unused_norms = torch.empty_like(self.norms)
+        self.bound, self.bound_share = torch.zeros((), device=device), BOUND
+        self.steps = int(self.moments["decoder"][2])
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over weights that were changed from outside: fresh latents, a resumed run."""
+        self.decoder_copy.copy_(self.decoder)
+        self.encoder_copy.copy_(self.encoder)
+        self.norms.copy_(self.decoder.view(self.n_latents, N_MODELS, -1).norm(dim=-1))
+        self.bound.zero_()
+
+    @torch.no_grad()
+    def __call__(self, raw: Tensor, learning_rate: float, weights: Weights, dead: Tensor) -> Step:
+        """Take one step; see TakeStep."""
+        batch = len(raw)
+        # Waited for before anything of this step is asked of the GPU: the product behind it is long enough to catch up.
+        candidates = dead.nonzero().squeeze(-1) if self.config.aux_weight else dead[:0]
+        x = self.model.scale(raw).flatten(1).to(self.decoder_copy.dtype)
+        product = x @ self.encoder_copy.t()
+        score_norms = self._score_norms()
+        selection = self._select(product, score_norms, weights.k, self.bound)
+        gradients = self._gradients(x, selection)
+        if not selection.is_whole():  # Its count was on its way while the gradients were computed.
+            selection = self._search(product, score_norms, weights.k)
+            gradients = self._gradients(x, selection)
+        self._move_bound(selection)
+        error, gradient, bias_gradient, squares, losses = gradients
+        reconstruction = losses.sum() / (batch if self.config.reconstruction == "mse" else N_MODELS * batch)
+        zero = auxiliary = torch.zeros((), device=x.device)
+        if len(candidates):
+            auxiliary, changed = self._auxiliary(x, product, score_norms, error, candidates, bias_gradient)
+            squares[candidates] = 0.0
+            squares[candidates, 0] = changed
+        decoder_bias_gradient = gradient.sum(0, dtype=torch.float32)
+        norm = (squares.sum() + bias_gradient.square().sum() + decoder_bias_gradient.square().sum()).sqrt()
+        clip = (self.config.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+        self._adam(learning_rate, clip, bias_gradient, decoder_bias_gradient)
+
+        loss = reconstruction + self.config.aux_weight * auxiliary
+        latents = selection.index % self.n_latents
+        selected = torch.zeros(self.n_latents, device=x.device).index_add_(0, latents, selection.values) > 0
+        return Step(
+            parts=torch.stack([loss, reconstruction, zero, zero, auxiliary]),
+            gradient_norm=norm,
+            smallest_score=selection.smallest,
+            positive=selection.positive.bool(),
+            selected=selected,
+            n_active=(selection.values > 0).sum(),
+            x=x.view(batch, N_MODELS, -1),
+            error=error.view(batch, N_MODELS, -1),
+        )
+
+    def _score_norms(self) -> Tensor:
+        """[latent] fp32; see BatchTopKCrosscoder.selection_norms."""
+        if self.model.config.score_norm == "none":
+            return torch.ones_like(self.model.b_enc)
+        return self.norms.norm(dim=-1) if self.model.config.score_norm == "l2" else self.norms.sum(dim=-1)
+
+    def _select(self, product: Tensor, norms: Tensor, k: int, bound: Tensor) -> _Selection:
+        """The selection where the pairs above `bound` suffice for it and there is room for them; see is_whole."""
+        batch = len(product)
+        n_keep = min(k * batch, product.numel())
+        capacity = min(CAPACITY * n_keep, product.numel())
+        device = product.device
+        counter = torch.zeros((), dtype=torch.int32, device=device)
+        positive = torch.zeros(self.n_latents, dtype=torch.int8, device=device)
+        scores = torch.full((capacity,), -1.0, device=device)
+        values = torch.empty_like(scores)
+        indices = torch.zeros(capacity, dtype=_index_type(product.numel()), device=device)
+        tile = (32, 128)
+        grid = (triton.cdiv(batch, tile[0]), triton.cdiv(self.n_latents, tile[1]))
+        kernel: Any = kernels.candidates
+        kernel[grid](
+            product, self.model.b_enc, norms, bound, counter, scores, values, indices, positive,
+            batch, self.n_latents, capacity, *tile,
+        )  # fmt: skip
+        counted = None
+        if device.type == "cuda":
+            on_cpu = torch.empty((), dtype=torch.int32, pin_memory=True)
+            counter = on_cpu.copy_(counter, non_blocking=True)
+            counted = torch.cuda.Event()
+            counted.record()
+        return _Selection(*_largest(scores, values, indices, n_keep), positive, counter, counted, n_keep, capacity)
+
+    def _search(self, product: Tensor, norms: Tensor, k: int) -> _Selection:
+        """The selection where nothing is known of the scores, as at the first step: tries bounds, and waits."""
+        n_keep = min(k * len(product), product.numel())
+        sample = product[:: max(1, len(product) // SAMPLED_TOKENS)]
+        scores = (torch.relu(sample.float() + self.model.b_enc) * norms).flatten()
+        likely = torch.topk(scores, min(2 * k * len(sample), len(scores)), sorted=False).values.min()
+        low, high, bound = 0.0, float("inf"), float(likely)
+        for _ in range(SEARCH_STEPS):
+            found = self._select(product, norms, k, torch.tensor(bound, device=product.device))
+            if found.is_whole() or (bound == 0 and int(found.counter) <= found.most):
+                return found
+            if int(found.counter) < n_keep:
+                high, bound = bound, (low + bound) / 2 if bound > high / 1e6 else 0.0
+            else:
+                low, bound = bound, 2 * bound + 1e-30 if high == float("inf") else (bound + high) / 2
+        values = torch.relu(product.float() + self.model.b_enc)
+        indices = torch.arange(product.numel(), dtype=_index_type(product.numel()), device=product.device)
+        chosen = _largest((values * norms).flatten(), values.flatten(), indices, n_keep)
+        return _Selection(*chosen, found.positive, found.counter, None, 0, product.numel())
+
+    def _move_bound(self, selection: _Selection) -> None:
+        """Set the next step's bound from the count, which is there by now, and the smallest score, which may not be."""
+        if int(selection.counter) > MANY * selection.least:
+            self.bound_share = (1 + self.bound_share) / 2
+        elif int(selection.counter) < ENOUGH * selection.least:
+            self.bound_share *= BOUND
+        smallest = selection.smallest
+        self.bound = torch.where(torch.isfinite(smallest), self.bound_share * smallest, 0.0)
+
+    def _gradients(self, x: Tensor, selection: _Selection) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Error and the loss's gradient at the reconstruction (both [batch, width]); b_enc's gradient [latent]; sums of
+        squares of the weights' gradients, which are filled; losses [batch]."""
+        batch, index, values = len(x), selection.index, selection.values
+        by_token = _Pairs(_starts(index, self.n_latents, batch), (index % self.n_latents).int(), values)
+        error, gradient, value_gradients, losses = self._decode(x, by_token)
+        index, order = torch.sort((index % self.n_latents) * batch + index // self.n_latents)
+        by_latent = _Pairs(_starts(index, batch, self.n_latents), (index % batch).int(), values[order])
+        bias_gradient, squares = self._weight_gradients(x, gradient, by_latent, value_gradients[order])
+        return error, gradient, bias_gradient, squares, losses
+
+    def _decode(self, x: Tensor, pairs: _Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Error, the loss's gradient at the reconstruction (both [batch, width]) and at the values, losses [batch]."""
+        batch, d_model = len(x), self.width // N_MODELS
+        block = min(DECODER_COLUMNS, triton.next_power_of_2(d_model))
+        parts_of_model = triton.cdiv(d_model, block)
+        parts = N_MODELS * parts_of_model
+        order = pairs.starts.diff().argsort(descending=True)  # a token of many pairs is not to be the last one
+        error = torch.empty_like(x)
+        squares = torch.empty((parts, batch), device=x.device)
+        products = torch.empty((parts, len(pairs.values)), device=x.device)
+        kernel: Any = kernels.decode_and_differentiate
+        kernel[(batch, parts)](
+            pairs.starts, order, pairs.other, pairs.values, self.decoder_copy, self.model.b_dec, x, error,
+            squares, products, len(pairs.values), d_model, parts_of_model, DECODER_ROWS, block, num_warps=1,
+        )  # fmt: skip
+        if self.config.reconstruction == "mse":
+            scale = 2 / batch
+            losses, gradient, value_gradients = squares.sum(0), error * scale, products.sum(0) * scale
+        else:  # l2: the gradient of |e_m| is e_m / |e_m|
+            norms = squares.view(N_MODELS, parts_of_model, batch).sum(1).clamp(min=SMALLEST_SQUARE).sqrt()
+            losses, scales = norms.sum(0), 1 / (N_MODELS * batch * norms)
+            gradient = (error.view(batch, N_MODELS, -1) * scales.t().unsqueeze(-1)).to(error.dtype).view_as(error)
+            of_pair = torch.repeat_interleave(scales, pairs.starts.diff(), dim=1, output_size=len(pairs.values))
+            value_gradients = (products.view(N_MODELS, parts_of_model, -1).sum(1) * of_pair).sum(0)
+        return error, gradient, value_gradients * (pairs.values > 0), losses
+
+    def _weight_gradients(
+        self, x: Tensor, gradient: Tensor, pairs: _Pairs, value_gradients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Fills the gradients of encoder and decoder; returns b_enc's, and the sums of the squares of the others."""
+        many = len(pairs.values) >= MANY_PAIRS * self.n_latents
+        columns, rows = (GRADIENT_COLUMNS, GRADIENT_ROWS) if many else (SPARSE_COLUMNS, SPARSE_ROWS)
+        block = min(columns, triton.next_power_of_2(self.width))
+        parts = triton.cdiv(self.width, block)
+        bias_gradient = torch.empty(self.n_latents, device=x.device)
+        squares = torch.empty((self.n_latents, parts), device=x.device)
+        kernel: Any = kernels.weight_gradients
+        kernel[(self.n_latents, parts)](
+            pairs.starts, pairs.other, pairs.values, value_gradients, gradient, x, self.decoder_gradient,
+            self.encoder_gradient, bias_gradient, squares, self.width, rows, block, num_warps=1,
+        )  # fmt: skip
+        return bias_gradient, squares
+
+    def _auxiliary(
+        self, x: Tensor, product: Tensor, norms: Tensor, error: Tensor, dead: Tensor, bias_gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The auxiliary loss (losses.auxiliary_loss) of the `dead` [n] latents; adds its gradients, times its weight,
+        to the others. And the sums of the squares [n] of the rows that it changed, encoder's and decoder's."""
+        aux_k, weight = auxiliary_latents(self.config, self.model.config.d_model), self.config.aux_weight
+        n = len(dead)
+        rows = torch.nn.functional.pad(dead, (0, -n % ALIGNED))  # what is filled up has values of 0
+        values = torch.relu(product[:, rows] + self.model.b_enc[rows])
+        values[:, n:] = 0.0
+        if aux_k < n:
+            best = torch.topk(values * norms[rows], aux_k, dim=-1, sorted=False).indices
+            values = torch.zeros_like(values).scatter(1, best, values.gather(1, best))
+        rounded, decoder = values.to(x.dtype), self.decoder_copy[rows]
+        left = torch.addmm(error, rounded, decoder)  # what the dead latents leave of the residual, which is -error
+        square, of_mean = _square(error), len(x) * _square(error.mean(0, dtype=torch.float32))
+        # Where all rows are alike the variance is 0, and the difference of the two sums a rounding of them.
+        scale = torch.where(square - of_mean > ROUNDING * square, 1 / (square - of_mean), 0.0)
+        factor = (2 * weight * scale).to(x.dtype)
+        slope = (left @ decoder.t()) * (factor * (rounded > 0))
+        squares = torch.zeros(n, device=x.device)
+        for gradient, added in (
+            (self.decoder_gradient, (factor * rounded).t() @ left),
+            (self.encoder_gradient, slope.t() @ x),
+        ):
+            changed = gradient[dead] + added[:n]
+            gradient.index_copy_(0, dead, changed)
+            squares += torch.linalg.vector_norm(changed, dim=1, dtype=torch.float32) ** 2
+        bias_gradient.index_add_(0, dead, slope[:, :n].sum(0, dtype=torch.float32))
+        return _square(left) * scale, squares
+
+    def _adam(self, learning_rate: float, clip: Tensor, bias_gradient: Tensor, decoder_bias_gradient: Tensor) -> None:
+        group = self.optimizer.param_groups[0]
+        group["lr"] = learning_rate
+        beta_1, beta_2 = group["betas"]
+        kernel: Any = kernels.adam_rows
+        self.steps += 1
+        for name, weight, gradient, copy, norms in (
+            ("decoder", self.decoder, self.decoder_gradient, self.decoder_copy, self.norms),
+            ("encoder", self.encoder, self.encoder_gradient, self.encoder_copy, self.unused_norms),
+        ):
+            first, second, step = self.moments[name]
+            step += 1
+            kernel[(self.n_latents,)](
+                weight, gradient, first, second, copy, norms, clip, learning_rate, beta_1, beta_2,
+                1 - beta_1**self.steps, 1 - beta_2**self.steps, self.width, self.width // N_MODELS,
+                triton.next_power_of_2(self.width), num_warps=4,
+            )  # fmt: skip
+        self.model.W_enc.grad = self.model.W_dec.grad = None  # so that the optimiser leaves them alone
+        self.model.b_enc.grad = bias_gradient * clip
+        self.model.b_dec.grad = (decoder_bias_gradient * clip).view_as(self.model.b_dec)
+        self.optimizer.step()
+
+    def _moments(self, parameter: torch.nn.Parameter, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Adam's state of a parameter, made where it has none: moments as [latent, width], and the step count."""
+        state: dict[str, Any] = self.optimizer.state[parameter]
+        for name in ("exp_avg", "exp_avg_sq"):
+            there = state.get(name)
+            state[name] = torch.zeros_like(parameter.data) if there is None else _laid_out_like(there, parameter.data)
+        state.setdefault("step", torch.zeros((), device=parameter.device))
+        first, second = (
+            _transposed(state[name]) if transposed else state[name].view(self.n_latents, self.width)
+            for name in ("exp_avg", "exp_avg_sq")
+        )
+        return first, second, state["step"]
+
+
+def _transposed(encoder: Tensor) -> Tensor:
+    """[2, d_model, latent] -> [latent, 2 * d_model], a view."""
+    return encoder.reshape(-1, encoder.shape[-1]).t()
+
+
+def _square(tensor: Tensor) -> Tensor:
+    """[]: the sum of its squares, fp32."""
+    return torch.linalg.vector_norm(tensor, dtype=torch.float32) ** 2
+
+
+def _laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
+    return torch.empty_like(other).copy_(tensor)
+
+
+def _largest(scores: Tensor, values: Tensor, indices: Tensor, n_keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the n_keep largest scores: indices, ascending, and values, both 0 where the score is not positive; and the
+    smallest positive score."""
+    top = torch.topk(scores, n_keep, sorted=False)
+    kept = top.values > 0
+    index, order = torch.sort(indices[top.indices] * kept)
+    return index, (values[top.indices] * kept)[order], torch.where(kept, top.values, torch.inf).min()
+
+
+def _starts(index: Tensor, columns: int, rows: int) -> Tensor:
+    """[rows + 1] int32: where each row begins among sorted indices row * columns + column."""
+    bounds = torch.arange(rows + 1, device=index.device, dtype=torch.int64) * columns
+    return torch.searchsorted(index.long(), bounds, out_int32=True)
+
+
+def _index_type(count: int) -> torch.dtype:
+    return torch.int32 if count < 2**31 else torch.int64

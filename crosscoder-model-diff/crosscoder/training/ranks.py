@@ -1,0 +1,111 @@
+"""The processes that train one dictionary together (torchrun), and what they tell each other.
+
+Every process holds all parameters and reads its own rows of each batch. What depends on the whole batch (which latents
+are selected, the variance of the residual, which latents are alive) is exchanged, so that several processes compute
+what one would at the same batch. `ALONE` is the one process of an ordinary run, for which all of it is the identity.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finqa.runtime import parallel
+from finqa.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world`. Everything below but `rows` must be called by all of them at the same time."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+    def rows(self, batch: Tensor) -> Tensor:
+        """This process's equal share of the rows of a batch."""
+        n = len(batch) // self.world
+        return batch[self.rank * n : (self.rank + 1) * n]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Of all processes, elementwise; without gradient."""
+        return self._reduced(tensor, "SUM")
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Of all processes, elementwise; without gradient."""
+        return tensor if self.world == 1 else self.sum(tensor) / self.world
+
+    def any(self, mask: Tensor) -> Tensor:
+        """Elementwise: whether it is true in some process."""
+        return mask if self.world == 1 else self._reduced(mask.to(torch.uint8), "MAX").bool()
+
+    def smallest(self, tensor: Tensor) -> Tensor:
+        """Of all processes, elementwise."""
+        return self._reduced(tensor, "MIN")
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """[world, ...]: the tensors of all processes, which are of one shape, in their order."""
+        if self.world == 1:
+            return tensor[None]
+        import torch.distributed as dist
+
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+    def mean_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Put the mean of all processes' gradients in place of each process's own."""
+        if self.world == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = self.mean(parameter.grad)
+
+    def _reduced(self, tensor: Tensor, how: str) -> Tensor:
+        if self.world == 1:
+            return tensor
+        import torch.distributed as dist
+
+        out = tensor.detach().clone()
+        dist.all_reduce(out, getattr(dist.ReduceOp, how))
+        return out
+
+
+ALONE = Ranks()
+
+
+def ranks_from_environment(device: torch.device | str) -> Ranks:
+    """The processes that torchrun started; `ALONE` where it did not. gloo on the CPU, nccl on GPUs."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return ALONE
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        parallel.loaded_before_joining()
+        dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)  # its threads, still there at the end, would abort the process
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def check_batch(batch_size: int, ranks: Ranks) -> None:
+    """UserError where a batch does not divide into equal shares."""
+    if batch_size % ranks.world:
+        raise UserError(f"a step of {batch_size} tokens does not divide among {ranks.world} processes: --step-tokens")

@@ -1,0 +1,103 @@
+"""metrics.json of a dictionary: how well it does, on held-out documents, and what its latents look like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from crosscoder.activations.store import ActivationStore, Split
+from crosscoder.analysis import measures as analysis
+from crosscoder.analysis.latent_scaling import ExclusiveCounts, exclusive_counts, latent_scaling
+from crosscoder.analysis.measures import ExplainedVariance
+from crosscoder.analysis.statistics import LatentStatistics, latent_statistics
+from crosscoder.dictionaries.config import N_MODELS
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
+
+EVALUATION_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class CrosscoderReport:
+    """Everything by the inference threshold, unless it says otherwise. What compares two decoder vectors is None for a
+    difference SAE, which has one a latent."""
+
+    method: str
+    held_out: ExplainedVariance
+    """On held-out documents."""
+    training: ExplainedVariance
+    """On the training documents."""
+    n_held_out_documents: int
+    published_explained_variance: tuple[float, ...] | None
+    """Of the last logged training batch, by batch top-k (losses.published_explained_variance); instruct, fine-tuned."""
+    dead_share: float
+    """Latents that are active on no training token."""
+    never_positive_share: float
+    """Latents that are positive on no training token, whatever the threshold."""
+    drawn_anew: int
+    """Latents that were re-initialised in training."""
+    threshold: float
+    delta_threshold: float | None
+    """Of the delta latents of a partition."""
+    classes: dict[str, int] | None
+    """Latents that are active on some training token, by class of Delta."""
+    latent_scaling: dict[analysis.LatentClass, ExclusiveCounts] | None
+    """On held-out documents, by exclusive class: how many of its latents latent scaling confirms, how many fail each of
+    its conditions, and which latents of any class meet them (latent_scaling.ExclusiveCounts)."""
+    median_relative_decoder_norm: float | None
+    """Of the latents that are active on some training token."""
+    median_decoder_cosine: float | None
+    """Of the same latents, those left out that have a vector of no length."""
+
+
+def crosscoder_report(
+    model: BatchTopKCrosscoder, store: ActivationStore, split: Split, records: list[dict[str, Any]]
+) -> CrosscoderReport:
+    """Two passes over the training tokens and two over the held-out ones. `records` are those of the training log."""
+    assert model.threshold is not None
+    statistics = latent_statistics(model, store, split.train, n_top=1)
+    last = records[-1] if records else {}
+    published = last.get("explained_variance_published")
+    return CrosscoderReport(
+        method=model.config.method,
+        held_out=analysis.explained_variance(model, _raw(store, split.held_out)),
+        training=analysis.explained_variance(model, _raw(store, split.train)),
+        n_held_out_documents=len(store.document[split.held_out].unique()),
+        published_explained_variance=tuple(published) if published else None,
+        dead_share=float(statistics.dead.float().mean()),
+        never_positive_share=float((statistics.n_positive == 0).float().mean()),
+        drawn_anew=last.get("drawn_anew", 0),
+        threshold=model.threshold,
+        delta_threshold=model.delta_threshold,
+        **_of_two_models(model, store, split, statistics),
+    )
+
+
+def _of_two_models(
+    model: BatchTopKCrosscoder, store: ActivationStore, split: Split, statistics: LatentStatistics
+) -> dict[str, Any]:
+    """The report's fields that compare a latent's two decoder vectors."""
+    if model.config.n_inputs != N_MODELS:
+        none = ("classes", "latent_scaling", "median_relative_decoder_norm", "median_decoder_cosine")
+        return dict.fromkeys(none)
+    alive = ~statistics.dead
+    norms = analysis.decoder_norms(model)
+    kinds = analysis.classify(analysis.delta(norms))
+    of_alive: list[analysis.LatentClass] = [kind for kind, lives in zip(kinds, alive.tolist(), strict=True) if lives]
+    return {
+        "classes": {kind: of_alive.count(kind) for kind in analysis.CLASSES},
+        "latent_scaling": exclusive_counts(latent_scaling(model, _raw(store, split.held_out)), kinds, alive),
+        "median_relative_decoder_norm": _median(analysis.relative_decoder_norm(norms)[alive]),
+        "median_decoder_cosine": _median(analysis.decoder_cosines(model)[alive]),
+    }
+
+
+def _median(values: torch.Tensor) -> float | None:
+    numbers = values[values.isfinite()]
+    return float(numbers.median()) if len(numbers) else None
+
+
+def _raw(store: ActivationStore, indices: torch.Tensor) -> Iterator[torch.Tensor]:
+    return (raw for _, raw in store.batches(indices, EVALUATION_BATCH))

@@ -1,0 +1,1 @@
+"""Generate, run, judge, report."""

@@ -1,0 +1,4 @@
+"""What writes replies (finqa.evaluation.generation): vLLM or Hugging Face.
+
+`serving` decides which, and how it gets the adapter.
+"""

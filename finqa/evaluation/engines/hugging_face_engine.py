@@ -1,0 +1,98 @@
+"""Replies by Hugging Face generate."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from finqa.evaluation.generation import Generate, GenerationConfig, Reply, cut_at_stop, end_ids, prompt_too_long
+
+
+def hugging_face(model: Any, tokenizer: Any, config: GenerationConfig) -> Generate:
+    """Replies by Hugging Face generate, prompts of like length in one batch, padded on the left.
+
+    A batch of which a reply is missing is written again whole: the same shapes give the same replies.
+    """
+
+    def generate(prompts: Sequence[list[int]], done: Collection[int] = ()) -> Iterator[tuple[int, Reply]]:
+        own = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+        limit = min(own, config.max_model_len or own)
+        missing = set(range(len(prompts))) - set(done)
+        # The longest first: where memory does not suffice, that shows at once.
+        order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+        fitting = [place for place in order if len(prompts[place]) + config.max_new_tokens <= limit]
+        for place in sorted(missing - set(fitting)):
+            yield place, prompt_too_long(prompts[place])
+        for start in range(0, len(fitting), config.batch_size):
+            places = fitting[start : start + config.batch_size]
+            if missing.isdisjoint(places):
+                continue
+            seeds = [config.seed_of(place) for place in places]
+            replies = _batch(model, tokenizer, config, [prompts[place] for place in places], seeds)
+            yield from ((place, reply) for place, reply in zip(places, replies, strict=True) if place in missing)
+
+    return generate
+
+
+class GumbelNoise:
+    """A logits processor under which the largest score is a sample: softmax(scores / temperature) by the Gumbel trick.
+
+    Every row draws from a generator of its own, so that its sample does not depend on the rows beside it.
+    """
+
+    def __init__(self, temperature: float, seeds: Sequence[int], device: Any) -> None:
+        import torch
+
+        self.temperature = temperature
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Scores [batch, vocabulary] fp32 with the noise of one more token."""
+        import torch
+
+        for row, generator in enumerate(self.generators):
+            # -log of an exponential variable is a standard Gumbel variable.
+            noise = torch.empty_like(scores[row]).exponential_(generator=generator).log_().neg_()
+            scores[row] = scores[row] / self.temperature + noise
+        return scores
+
+
+def _batch(
+    model: Any, tokenizer: Any, config: GenerationConfig, prompts: list[list[int]], seeds: list[int]
+) -> list[Reply]:
+    import torch
+
+    pad = tokenizer.pad_token_id
+    ends = end_ids(model.generation_config.eos_token_id, tokenizer.eos_token_id)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    sampling = [GumbelNoise(config.temperature, seeds, model.device)] if config.temperature else []
+    with torch.inference_mode():
+        written = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=config.max_new_tokens,
+            logits_processor=sampling,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            stop_strings=list(config.stop),
+            tokenizer=tokenizer,
+            eos_token_id=sorted(ends),
+            pad_token_id=pad,
+        )
+    replies = []
+    for prompt, new in zip(prompts, written[:, longest:].tolist(), strict=True):
+        length = next((i for i, token in enumerate(new) if token in ends), len(new))
+        ended = length < len(new)
+        while not ended and length and new[length - 1] == pad:
+            length -= 1
+        text = tokenizer.decode(new[:length], skip_special_tokens=True)
+        cut = cut_at_stop(text, config.stop)
+        stopped = cut.endswith(config.stop)
+        count = length + (ended and not stopped)
+        replies.append(Reply(cut, len(prompt), count, "stop" if ended or stopped else "length"))
+    return replies

@@ -1,0 +1,150 @@
+"""Which engine replies, and how it gets the adapter: decided here alone.
+
+vLLM on a CPU serves an adapter by request some sixty times slower than a base, so there it is merged into its base
+first; vLLM on a GPU takes it with the request; Hugging Face puts it on the loaded base.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from finqa.evaluation.generation import Generate, GenerationConfig, end_ids
+from finqa.models.merging import merged
+from finqa.models.students import (
+    StudentRun,
+    default_device,
+    load_adapter,
+    load_base,
+    load_tokenizer,
+    quiet_libraries,
+    resolve_model,
+)
+from finqa.models.weights import check_base, weights_hash
+from finqa.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from finqa.evaluation.engines.vllm_engine import LogProbs
+
+Model = Literal["base", "fine-tuned"]
+MODELS: tuple[Model, ...] = get_args(Model)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that is ready to reply."""
+
+    model: Model
+    generate: Generate
+    facts: dict[str, Any]
+    """Engine, adapter (none, merged, unmerged, request), dtype, device: for run.json."""
+    logprobs: LogProbs | None = None
+    """Of one vLLM engine alone."""
+
+
+def check_backend(run: StudentRun, vllm: bool) -> None:
+    """UserError, before anything heavy, where this machine cannot evaluate the student with the chosen engine."""
+    if vllm and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "vLLM is not installed (--VLLM); install it with: pip install -r requirements.txt (a GPU machine) or "
+            "-r requirements-cpu.txt, or leave out --VLLM to use Hugging Face generate"
+        )
+    if vllm and run.load_in_4bit and default_device() == "cpu":
+        raise UserError("vLLM has no 4-bit base on a CPU (-F); leave out --VLLM to use Hugging Face generate")
+
+
+def served_models(
+    run: StudentRun, student: Path | None, wanted: Sequence[Model], config: GenerationConfig
+) -> Generator[Served, None, None]:
+    """The wanted models one after the other, with as few engine starts as possible; each is valid until the next.
+
+    Args:
+        run: Names the base model.
+        student: Folder of the adapter or fine-tuned model; may be None where only the base is wanted.
+        wanted: `base`, `fine-tuned` or both.
+
+    Raises UserError where the student was trained on another base.
+    """
+    quiet_libraries()
+    adapter = student is not None and (student / "adapter_config.json").exists()
+    if "fine-tuned" in wanted and student is None:
+        raise ValueError("a fine-tuned model is wanted and no folder given")
+    if student is not None:
+        check_base(student, weights_hash(resolve_model(run.model, run.revision)))
+    if not config.vllm:
+        yield from _by_hugging_face(run, student, adapter, wanted, config)
+    elif adapter and default_device() != "cpu":
+        yield from _by_vllm_with_requests(run, student, wanted, config)
+    else:
+        yield from _by_vllm_one_at_a_time(run, student, adapter, wanted, config)
+
+
+def _by_hugging_face(
+    run: StudentRun, student: Path | None, adapter: bool, wanted: Sequence[Model], config: GenerationConfig
+) -> Iterator[Served]:
+    from finqa.evaluation.engines.hugging_face_engine import hugging_face
+
+    tokenizer = load_tokenizer(run.model, run.revision)
+    facts = {"engine": "transformers", "device": default_device(), "dtype": "bfloat16", "batch_size": config.batch_size}
+    if "base" in wanted or adapter:
+        model: Any = load_base(run.model, None, None, run.load_in_4bit, run.revision)
+        if "base" in wanted:
+            yield Served("base", hugging_face(model, tokenizer, config), facts | {"adapter": "none"})
+        if "fine-tuned" in wanted and adapter and student is not None:
+            model = load_adapter(model, student).eval()
+            yield Served("fine-tuned", hugging_face(model, tokenizer, config), facts | {"adapter": "unmerged"})
+        del model
+    if "fine-tuned" in wanted and not adapter:
+        whole = load_base(str(student))
+        yield Served("fine-tuned", hugging_face(whole, tokenizer, config), facts | {"adapter": "none"})
+
+
+def _by_vllm_with_requests(
+    run: StudentRun, student: Path | None, wanted: Sequence[Model], config: GenerationConfig
+) -> Iterator[Served]:
+    """One engine for base and adapter.
+
+    An adapter of rank 512 takes 2.2 times the base's time on a 7B model (benchmarks/results/evaluation_lora.md), which
+    is less than merging it and starting a second engine for the thousand rows of a split.
+    """
+    from finqa.evaluation.engines.vllm_engine import EngineArguments, running_engine
+
+    tokenizer: Any = load_tokenizer(run.model, run.revision)
+    ends = end_ids(tokenizer.eos_token_id)
+    path = resolve_model(run.model, run.revision)
+    with running_engine(EngineArguments(path, path, run.load_in_4bit, config, student)) as engine:
+        for model in _in_order(wanted):
+            adapted = model == "fine-tuned"
+            facts = engine.facts | {"adapter": "request" if adapted else "none"}
+            yield Served(model, engine.generate(adapted, ends), facts, engine.logprobs and engine.logprobs(adapted))
+
+
+def _by_vllm_one_at_a_time(
+    run: StudentRun, student: Path | None, adapter: bool, wanted: Sequence[Model], config: GenerationConfig
+) -> Iterator[Served]:
+    from finqa.evaluation.engines.vllm_engine import EngineArguments, running_engine
+
+    tokenizer: Any = load_tokenizer(run.model, run.revision)
+    ends = end_ids(tokenizer.eos_token_id)
+    base = resolve_model(run.model, run.revision)
+    for model in _in_order(wanted):
+        if model == "base":
+            folder: Any = nullcontext(base)
+        elif adapter and student is not None:
+            folder = merged(run.model, student, run.revision)
+        else:
+            folder = nullcontext(student)
+        with (
+            folder as path,
+            running_engine(EngineArguments(str(path), base, run.load_in_4bit, config, None)) as engine,
+        ):
+            facts = engine.facts | {"adapter": "merged" if model == "fine-tuned" and adapter else "none"}
+            yield Served(model, engine.generate(False, ends), facts, engine.logprobs and engine.logprobs(False))
+
+
+def _in_order(wanted: Sequence[Model]) -> list[Model]:
+    return [model for model in MODELS if model in wanted]

@@ -1,0 +1,293 @@
+"""Replies by vLLM, on a GPU or a CPU: an engine in this process, or several beside it (data_parallel)."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from finqa.evaluation.generation import FinishReason, Generate, GenerationConfig, Reply, cut_at_stop, prompt_too_long
+from finqa.models.students import default_device
+from finqa.runtime.errors import UserError
+
+CONTEXT = 8192
+"""Tokens of context that are planned for at most unless told otherwise: a 128k model would ask for a huge cache."""
+CPU_SEQUENCES = 256
+"""Replies that are written at the same time on a CPU."""
+CPU_BATCH_TOKENS = 4096
+"""Tokens of prompts that are read together on a CPU: what vLLM takes by itself."""
+TOP_LOGPROBS = 20
+"""Likeliest tokens of which log-probabilities are asked: the most an engine gives unless told otherwise."""
+
+
+LogProbs = Callable[[Sequence[tuple[list[int], int]]], list[list[dict[int, float]]]]
+"""Of sequences (token ids, how many of them are prompt): for every completion token of each, log-probabilities by
+token id of the likeliest tokens at its place, and of itself."""
+
+
+@dataclass(frozen=True)
+class EngineArguments:
+    """What an engine is started with; plain values, so that another process can start it too."""
+
+    model: str
+    """Folder of the model."""
+    tokenizer: str
+    load_in_4bit: bool
+    config: GenerationConfig
+    adapter: Path | None
+    """Folder of the adapter that requests may name."""
+    random_weights: bool = False
+    """Weights of the model's shapes that are made up, for measuring speed: the folder holds none."""
+
+
+@dataclass(frozen=True)
+class RunningEngine:
+    """One engine, or several that share the prompts."""
+
+    generate: Callable[[bool, set[int]], Generate]
+    """Takes whether to reply with the adapter, and the end tokens."""
+    facts: dict[str, Any]
+    """For run.json."""
+    logprobs: Callable[[bool], LogProbs] | None
+    """Takes whether to use the adapter; None with several engines."""
+
+
+@contextmanager
+def running_engine(arguments: EngineArguments) -> Iterator[RunningEngine]:
+    """As many engines as the configuration asks for; they are gone at the end of the block."""
+    print(f"starting vLLM{'' if default_device() == 'cpu' else ', which takes a minute or two'}", flush=True)
+    if arguments.config.data_parallel > 1:
+        from finqa.evaluation.engines.data_parallel import parallel_engines
+
+        with parallel_engines(arguments) as (generate, facts):
+            yield RunningEngine(generate, facts, None)
+        return
+    with vllm_engine(arguments) as (engine, facts):
+        config, adapter = arguments.config, arguments.adapter
+        yield RunningEngine(
+            lambda adapted, ends: vllm_generate(engine, ends, config, adapter if adapted else None),
+            facts,
+            lambda adapted: vllm_logprobs(engine, adapter if adapted else None),
+        )
+
+
+@contextmanager
+def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A running vLLM engine and what is worth recording of it; it is gone at the end of the block."""
+    config, adapter = arguments.config, arguments.adapter
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    device, show = default_device(), sys.stderr.isatty()
+    settings: dict[str, Any] = {
+        "max_model_len": _limit_of(Path(arguments.model), config),
+        "tensor_parallel_size": config.tensor_parallel,
+        "enable_prefix_caching": True,
+        "seed": 0,
+    }
+    if device == "cpu":
+        # Both must be set before the import: a second process would cost half a minute to start.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        settings |= {
+            "enforce_eager": True,
+            "max_num_seqs": CPU_SEQUENCES,
+            "kv_cache_memory_bytes": _cpu_cache_bytes(
+                Path(arguments.model), settings["max_model_len"], config.data_parallel
+            ),
+        }
+        if config.temperature:
+            # A sample that draws from its own seed is given back where a prompt was read in part, which the random
+            # generators of a CPU cannot do: read prompts whole.
+            settings |= {
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(CPU_BATCH_TOKENS, settings["max_model_len"]),
+            }
+    else:
+        settings |= {"gpu_memory_utilization": config.gpu_memory_utilization, "enforce_eager": config.enforce_eager}
+        # vLLM forks its engine where CUDA is not initialised. Having asked how many GPUs there are does not count as
+        # that, but a process forked after it can use none.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        os.environ.setdefault("FLASHINFER_LOGGING_LEVEL", "warning")
+        if not show:
+            os.environ.setdefault("TQDM_DISABLE", "1")  # some of its bars are drawn whatever vLLM is told
+    if config.kv_cache_gb is not None:
+        _check_cache_holds_a_reply(Path(arguments.model), settings["max_model_len"], config)
+        settings["kv_cache_memory_bytes"] = int(config.kv_cache_gb * 1e9)
+    if arguments.load_in_4bit:
+        settings["quantization"] = "bitsandbytes"
+    if arguments.random_weights:
+        settings["load_format"] = "dummy"
+    if adapter is not None:
+        settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank_limit(adapter)}
+
+    started = time.monotonic()
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        from vllm import LLM
+
+        try:
+            engine = LLM(
+                model=arguments.model,
+                tokenizer=arguments.tokenizer,
+                disable_log_stats=True,
+                use_tqdm_on_load=show,
+                **settings,
+            )
+        except (RuntimeError, ValueError):
+            if device != "cpu":
+                _check_gpus_are_free(config)
+            raise
+    facts = {"engine": "vllm", "device": device, "dtype": str(engine.model_config.dtype).removeprefix("torch.")}
+    try:
+        yield engine, facts | {"settings": settings, "start_seconds": round(time.monotonic() - started, 1)}
+    finally:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        engine.llm_engine.engine_core.shutdown()
+        del engine
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def _check_gpus_are_free(config: GenerationConfig) -> None:
+    """UserError where something else holds what an engine is to take. Asked when a start has failed: to ask takes
+    memory of the GPU itself."""
+    import torch
+
+    for gpu in range(min(config.tensor_parallel, torch.cuda.device_count())):
+        free, there = torch.cuda.mem_get_info(gpu)
+        if free < config.gpu_memory_utilization * there:
+            raise UserError(
+                f"vLLM is to take {config.gpu_memory_utilization:.0%} of GPU {gpu}, and {free / 1e9:.1f} of its "
+                f"{there / 1e9:.1f} GB are free; end what else uses it, or give a smaller share "
+                f"(--gpu-memory-utilization {max(0, int(100 * free / there) - 2) / 100})"
+            )
+
+
+def vllm_generate(engine: Any, ends: Collection[int], config: GenerationConfig, adapter: Path | None) -> Generate:
+    """Replies by a vLLM engine, all prompts at once; with an adapter where one is given.
+
+    The engine is stepped here and not by `LLM.generate`, which gives nothing before all is written. What shares a
+    batch differs between a run and one that goes on, so in bf16 a near-tie may fall the other way; a sample that
+    draws from its own seed has the same near-ties.
+    """
+
+    def generate(prompts: Sequence[list[int]], done: Collection[int] = ()) -> Iterator[tuple[int, Reply]]:
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        steps, request = engine.llm_engine, _lora_request(adapter)
+        limit = engine.model_config.max_model_len
+        under_way: set[str] = set()
+        for place in sorted(set(range(len(prompts))) - set(done)):
+            if len(prompts[place]) + config.max_new_tokens > limit:
+                yield place, prompt_too_long(prompts[place])
+                continue
+            sampling = SamplingParams(
+                temperature=config.temperature,
+                seed=config.seed_of(place) if config.temperature else None,
+                max_tokens=config.max_new_tokens,
+                stop=list(config.stop),
+                include_stop_str_in_output=True,
+                stop_token_ids=sorted(ends),
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            prompt = TokensPrompt(prompt_token_ids=prompts[place])
+            steps.add_request(str(place), prompt, sampling, lora_request=request)
+            under_way.add(str(place))
+        try:
+            while under_way:
+                for output in steps.step():
+                    under_way.discard(output.request_id)
+                    place = int(output.request_id)
+                    yield place, _reply(prompts[place], output.outputs[0], config)
+        finally:
+            if under_way:
+                steps.abort_request(sorted(under_way))
+
+    return generate
+
+
+def _reply(prompt: list[int], written: Any, config: GenerationConfig) -> Reply:
+    reason: FinishReason = "length" if written.finish_reason == "length" else "stop"
+    return Reply(cut_at_stop(written.text, config.stop), len(prompt), len(written.token_ids), reason)
+
+
+def vllm_logprobs(engine: Any, adapter: Path | None) -> LogProbs:
+    """Log-probabilities of completion tokens by a vLLM engine: the TOP_LOGPROBS likeliest and the token itself."""
+
+    def logprobs(sequences: Sequence[tuple[list[int], int]]) -> list[list[dict[int, float]]]:
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        outputs = engine.generate(
+            [TokensPrompt(prompt_token_ids=ids) for ids, _ in sequences],
+            SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=TOP_LOGPROBS),
+            use_tqdm=False,
+            lora_request=_lora_request(adapter),
+        )
+        return [
+            [{token: entry.logprob for token, entry in place.items()} for place in output.prompt_logprobs[n_prompt:]]
+            for output, (_, n_prompt) in zip(outputs, sequences, strict=True)
+        ]
+
+    return logprobs
+
+
+def _lora_request(adapter: Path | None) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("student", 1, str(adapter)) if adapter else None
+
+
+def _rank_limit(adapter: Path) -> int:
+    """The smallest rank that vLLM can be set to and that holds the adapter's."""
+    from vllm.config.lora import MaxLoRARanks
+
+    rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
+    allowed = [limit for limit in get_args(MaxLoRARanks) if limit >= rank]
+    if not allowed:
+        most = max(get_args(MaxLoRARanks))
+        raise UserError(f"vLLM serves no adapter of rank {rank} (at most {most}); leave out --VLLM, or merge it first")
+    return min(allowed)
+
+
+def _limit_of(model: Path, config: GenerationConfig) -> int:
+    own = json.loads((model / "config.json").read_text()).get("max_position_embeddings", CONTEXT)
+    return min(own, config.max_model_len or CONTEXT)
+
+
+def _cpu_cache_bytes(model: Path, max_model_len: int, engines: int) -> int:
+    """Cache for all sequences at full length, but for all engines at most a third of the memory that is free."""
+    wanted = _token_bytes(model) * max_model_len * CPU_SEQUENCES
+    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 1 << 20
+    return max(1 << 26, min(wanted, pages * os.sysconf("SC_PAGE_SIZE") // (3 * engines)))
+
+
+def _token_bytes(model: Path) -> int:
+    """Keys and values of one token in 16 bits."""
+    shape = json.loads((model / "config.json").read_text())
+    heads = shape["num_attention_heads"]
+    width = shape.get("head_dim") or shape["hidden_size"] // heads
+    return 2 * 2 * shape["num_hidden_layers"] * (shape.get("num_key_value_heads") or heads) * width
+
+
+def _check_cache_holds_a_reply(model: Path, max_model_len: int, config: GenerationConfig) -> None:
+    """UserError where the cache that is asked for is too small for one prompt and reply of full length."""
+    window = json.loads((model / "config.json").read_text()).get("sliding_window") or max_model_len
+    needed = _token_bytes(model) * min(max_model_len, window) / config.tensor_parallel / 1e9
+    if config.kv_cache_gb is not None and config.kv_cache_gb < needed:
+        raise UserError(
+            f"--kv-cache-gb {config.kv_cache_gb:g} does not hold one prompt and reply of {max_model_len:,} tokens, "
+            f"which take {needed:.2g} GB; raise it, or give a smaller --max-model-len"
+        )

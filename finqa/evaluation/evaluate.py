@@ -1,0 +1,265 @@
+"""Score a student: prompts -> replies -> code -> answers -> verdicts, written beside their figures."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finqa.evaluation.engines.serving import Model, Served, served_models
+from finqa.evaluation.generation import Generate, GenerationConfig, all_replies
+from finqa.evaluation.judging import judge
+from finqa.evaluation.metrics import HEADLINES, METRIC_OF_RULE, metrics
+from finqa.evaluation.predictions import Prediction, write_predictions
+from finqa.evaluation.reply_journal import ReplyJournal, Slot, prompt_slots
+from finqa.evaluation.report import write_report
+from finqa.evaluation.rows import EvalRow, read_rows
+from finqa.models.adapter_check import check_adapter, engine_reading
+from finqa.models.students import (
+    StudentRun,
+    default_device,
+    find_adapter,
+    load_tokenizer,
+    prompt_ids,
+    quiet_libraries,
+    resolve_model,
+)
+from finqa.models.weights import weights_hash
+from finqa.runtime.errors import UserError
+from finqa.runtime.manifest import file_hash, write_json, write_manifest
+from finqa.runtime.paths import Folders
+from finqa.sandbox.running import Sandbox, SandboxLimits
+from finqa.task import datasets, prompts
+from finqa.task.answers import Rule
+from finqa.task.prompts import EvalType
+
+MODEL_OF_TYPE: dict[EvalType, Model] = {"fine-tuned": "fine-tuned", "zero-shot": "base", "few-shot": "base"}
+LINE_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is evaluated, and how."""
+
+    splits: tuple[str, ...]
+    eval_types: tuple[EvalType, ...]
+    generation: GenerationConfig
+    max_rows: int | None = None
+    """The first so many rows of a split only."""
+    instruction: str | None = None
+    """What a model that was not fine-tuned is told before the prompt; None is the data set's own instruction."""
+    sandbox: SandboxLimits = field(default_factory=SandboxLimits)
+
+    def __post_init__(self) -> None:
+        if self.instruction and re.search("[\ud800-\udfff]", self.instruction):  # bytes that are no character
+            raise UserError("--instruction is no text in UTF-8")
+        if self.instruction is not None and set(self.eval_types) == {"fine-tuned"}:
+            raise UserError(
+                "--instruction changes nothing for a fine-tuned model, which is asked as it was trained; give "
+                "--eval-type zero-shot, few-shot or all"
+            )
+
+
+@dataclass
+class Task:
+    """One eval type on one split: its rows, their prompts, and the replies there are."""
+
+    name: str
+    model: Model
+    data_file: Path
+    rows: list[EvalRow]
+    prompt_tokens: list[list[int]]
+    folder: Path
+    hashes: dict[str, str | None]
+    samples: int
+    journal: ReplyJournal
+
+    @property
+    def slots(self) -> list[Slot]:
+        """Of every reply: sample s of row r has the place r * samples + s."""
+        return prompt_slots(self.prompt_tokens, self.samples)
+
+    @property
+    def complete(self) -> bool:
+        return all(slot in self.journal.replies for slot in self.slots)
+
+
+def evaluate(run: StudentRun, config: EvaluationConfig, folders: Folders, check: bool = False) -> None:
+    """Evaluate the student on every split in every eval type, starting as few engines as possible.
+
+    Replies that are there under the same settings and weights are not generated again; a model whose replies are all
+    there is not loaded. Writes metrics.json, predictions.jsonl and run.json for each, and the comparison of all that
+    is there; with `check` the adapter is then checked (finqa.models.adapter_check).
+    """
+    wanted: list[Model] = [MODEL_OF_TYPE[eval_type] for eval_type in config.eval_types]
+    student = find_adapter(run, folders) if "fine-tuned" in wanted else None
+    tasks = _tasks(run, config, folders, student)
+    missing = [task for task in tasks if not task.complete]
+    report, reading = folders.results / run.dataset / run.model_id, None
+    with Sandbox(config.sandbox) as sandbox:
+        for task in tasks:
+            if task.complete:
+                _finish(task, run, config, sandbox)
+        if missing:
+            for served in served_models(run, student, [task.model for task in missing], config.generation):
+                for task in missing:
+                    if task.model == served.model:
+                        collect_replies(task, served)
+                        _finish(task, run, config, sandbox)
+                if check and served.model == "fine-tuned":
+                    write_report(report)  # whatever becomes of the check
+                    reading = engine_reading(run, config, folders, served)
+    write_report(report)
+    if check:
+        check_adapter(run, config, folders, reading)
+
+
+def _tasks(run: StudentRun, config: EvaluationConfig, folders: Folders, student: Path | None) -> list[Task]:
+    data = datasets.dataset(run.dataset)
+    instruction = data.instruction if config.instruction is None else config.instruction
+    quiet_libraries()
+    tokenizer = load_tokenizer(run.model, run.revision)
+    base_hash = weights_hash(resolve_model(run.model, run.revision))
+    student_hash = weights_hash(student) if student else None
+    tasks = []
+    for split in config.splits:
+        path, rows = read_rows(folders, data, split, config.max_rows)
+        for eval_type in config.eval_types:
+            model = MODEL_OF_TYPE[eval_type]
+            chats = [prompts.messages(r.prompt, eval_type, data.worked_examples, instruction) for r in rows]
+            folder = folders.evaluation(run.dataset, run.model_id, split, eval_type + config.generation.folder_suffix)
+            hashes = {"base_hash": base_hash, "student_hash": student_hash if model == "fine-tuned" else None}
+            tasks.append(
+                Task(
+                    name=f"{folder.name} on {split}",
+                    model=model,
+                    data_file=path,
+                    rows=rows,
+                    prompt_tokens=[prompt_ids(tokenizer, chat) for chat in chats],
+                    folder=folder,
+                    hashes=hashes,
+                    samples=config.generation.samples,
+                    journal=ReplyJournal(
+                        folder, reply_settings(run, config.generation, eval_type, instruction) | hashes
+                    ),
+                )
+            )
+    return tasks
+
+
+def reply_settings(run: StudentRun, config: GenerationConfig, eval_type: EvalType, instruction: str) -> dict[str, Any]:
+    """All that shapes a reply beside the question and the weights: replies under other settings are never mixed in."""
+    settings: dict[str, Any] = {
+        "eval_type": eval_type,
+        "engine": "vllm" if config.vllm else "transformers",
+        "device": default_device(),
+        "load_in_4bit": run.load_in_4bit,
+        "max_new_tokens": config.max_new_tokens,
+        "max_model_len": config.max_model_len,
+        "stop": list(config.stop),
+        "temperature": config.temperature,
+        "samples": config.samples,
+        "seed": config.seed if config.temperature else None,
+        "batch_size": None if config.vllm else config.batch_size,
+        "tensor_parallel": config.tensor_parallel,
+    }
+    return settings if eval_type == "fine-tuned" else settings | {"instruction": instruction}
+
+
+def collect_replies(task: Task, served: Served) -> None:
+    """Have the missing replies of a task written, each to the journal as it finishes."""
+    asked = [ids for ids in task.prompt_tokens for _ in range(task.samples)]
+    slots = task.slots
+    done = {place for place, slot in enumerate(slots) if slot in task.journal.replies}
+    if done:
+        print(f"{task.name}: going on, {len(done)} of {len(asked)} replies are there", flush=True)
+    task.journal.begin(served.facts)
+    said, count = time.monotonic(), len(done)
+    try:
+        for place, reply in _shown(served.generate(asked, done), task.name, len(asked), count):
+            task.journal.add(slots[place], reply)
+            count += 1
+            if time.monotonic() - said > LINE_EVERY_S and not sys.stderr.isatty():
+                said = time.monotonic()
+                print(f"{task.name}: {count} of {len(asked)} replies", flush=True)
+    finally:
+        task.journal.end()
+
+
+def _shown(replies: Any, what: str, total: int, initial: int) -> Any:
+    """With a bar in a terminal."""
+    if not sys.stderr.isatty():
+        return replies
+    from tqdm import tqdm
+
+    return tqdm(replies, desc=what, total=total, initial=initial, unit="reply", dynamic_ncols=True, leave=False)
+
+
+def _finish(task: Task, run: StudentRun, config: EvaluationConfig, sandbox: Sandbox) -> None:
+    """Run and judge the replies of a task, and write its files; run.json last, which makes them valid."""
+    slots = task.slots
+    replies = [task.journal.replies[slot] for slot in slots]
+    started = time.monotonic()
+    predictions = judge(task.rows, task.prompt_tokens, replies, sandbox, sampled=config.generation.temperature > 0)
+    seconds = {"generate": round(task.journal.seconds, 2), "run": round(time.monotonic() - started, 2)}
+    earlier = task.journal.found
+    task.journal.secure()
+    (task.folder / "run.json").unlink(missing_ok=True)
+    found = write_results(task.folder, predictions, seconds)
+    write_manifest(
+        task.folder / "run.json",
+        {"student": asdict(run), "evaluation": asdict(config)},
+        model_id=run.model_id,
+        generation_key=task.journal.key,
+        generation=task.journal.settings,
+        served=task.journal.served,
+        data={str(task.data_file): file_hash(task.data_file)},
+        sandbox_protections=sandbox.protections,
+        seconds=seconds,
+        **task.hashes,
+        **({"adapter_check": earlier["adapter_check"]} if "adapter_check" in earlier else {}),
+    )
+    task.journal.hand_over(slots)
+    print(summary(task.name, found), flush=True)
+
+
+def score(
+    rows: Sequence[EvalRow], prompt_tokens: Sequence[list[int]], generate: Generate, sandbox: Sandbox
+) -> tuple[list[Prediction], dict[str, float]]:
+    """Predictions in the order of the rows, and the seconds that generating and running took."""
+    started = time.monotonic()
+    replies = all_replies(generate, prompt_tokens)
+    generated = time.monotonic()
+    predictions = judge(rows, prompt_tokens, replies, sandbox)
+    done = time.monotonic()
+    return predictions, {"generate": round(generated - started, 2), "run": round(done - generated, 2)}
+
+
+def write_results(folder: Path, predictions: Sequence[Prediction], seconds: dict[str, float]) -> dict[str, Any]:
+    """Write predictions.jsonl and metrics.json; returns the metrics."""
+    found = metrics(predictions) | {"seconds": seconds}
+    write_predictions(folder, predictions)
+    write_json(folder / "metrics.json", found)
+    return found
+
+
+def summary(what: str, found: dict[str, Any]) -> str:
+    """One line: accuracy under each rule and without disputed labels, the share that runs, and how long it took."""
+
+    def accuracy(rule: Rule) -> str:
+        name = METRIC_OF_RULE[rule]
+        low, high = found[f"{name}_interval"]
+        return f"{found[name]:.1%} [{low:.1%}, {high:.1%}] {rule}"
+
+    more = [f"reported rule {found['accuracy_reported_rule']:.1%}"]
+    if disputed := found["n"] - found.get("n_undisputed", found["n"]):
+        shares = " and ".join(f"{found[f'{METRIC_OF_RULE[rule]}_undisputed']:.1%}" for rule in HEADLINES)
+        more.append(f"without {disputed} disputed labels {shares}")
+    return (
+        f"{what}: accuracy {', '.join(map(accuracy, HEADLINES))}, of {found['n']} ({'; '.join(more)}), "
+        f"{found['share_runs']:.1%} run, {found['seconds']['generate']:.0f} s to generate"
+    )

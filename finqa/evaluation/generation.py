@@ -1,0 +1,118 @@
+"""Replies to prompts: what every engine takes and gives. `serving` starts the engines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from finqa.runtime.errors import UserError
+from finqa.task.prompts import STOP
+
+FinishReason = Literal["stop", "length", "prompt_too_long"]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model wrote to one prompt."""
+
+    text: str
+    """Without special tokens, up to the first stop string and with it."""
+    n_prompt_tokens: int
+    n_new_tokens: int
+    finish_reason: FinishReason
+    """`stop`: end token or stop string; `length`: the limit of new tokens; `prompt_too_long`: nothing was asked."""
+
+
+class Generate(Protocol):
+    """Replies to prompts given as token ids, each with its place among them, in the order in which they finish.
+
+    `done` names places that need no reply. All prompts are given even so: an engine that works in batches forms them
+    from all, and a sample draws from a seed of its place, so that a run that goes on writes what a whole one writes.
+    """
+
+    def __call__(self, prompts: Sequence[list[int]], done: Collection[int] = ()) -> Iterator[tuple[int, Reply]]: ...
+
+
+def all_replies(generate: Generate, prompts: Sequence[list[int]]) -> list[Reply]:
+    """Every reply, in the order of the prompts."""
+    replies = dict(generate(prompts))
+    return [replies[place] for place in range(len(prompts))]
+
+
+DEFAULT_TEMPERATURE = 0.7
+"""Of several samples, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How replies are generated."""
+
+    vllm: bool
+    """vLLM, or Hugging Face generate."""
+    max_new_tokens: int
+    batch_size: int
+    """Prompts in a call of Hugging Face generate; vLLM takes all at once."""
+    stop: tuple[str, ...] = STOP
+    max_model_len: int | None = None
+    """Longest prompt and reply together, in tokens; None takes the model's own limit, vLLM at most 8,192."""
+    gpu_memory_utilization: float = 0.9
+    kv_cache_gb: float | None = None
+    """Keys and values that vLLM keeps, in 1e9 bytes; None: on a GPU what `gpu_memory_utilization` leaves."""
+    enforce_eager: bool = False
+    """vLLM compiles nothing and records no CUDA graphs: a shorter start, slower replies. On a CPU it is always so."""
+    tensor_parallel: int = 1
+    """GPUs that share one model (vLLM)."""
+    data_parallel: int = 1
+    """Engines that share the prompts, each with `tensor_parallel` GPUs of its own (vLLM)."""
+    samples: int = 1
+    """Replies to each prompt; their answers are voted on."""
+    temperature: float = 0.0
+    """0 takes the likeliest token (greedy)."""
+    seed: int = 3
+    """Of sampling; greedy replies know none."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise UserError(f"--gpu-memory-utilization must be in (0, 1], not {self.gpu_memory_utilization}")
+        if min(self.max_new_tokens, self.batch_size, self.tensor_parallel, self.data_parallel, self.samples) < 1:
+            raise UserError("new tokens, batch size, tensor and data parallel, and samples must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"--temperature must be 0 or more, not {self.temperature}")
+        if self.samples > 1 and self.temperature == 0:
+            raise UserError("--samples above 1 needs a --temperature above 0: greedy replies are all the same")
+        if self.kv_cache_gb is not None and not 0 < self.kv_cache_gb < math.inf:
+            raise UserError(f"--kv-cache-gb must be a number above 0, not {self.kv_cache_gb}")
+        if not self.vllm and (self.kv_cache_gb is not None or self.enforce_eager):
+            raise UserError("--kv-cache-gb and --enforce-eager need --VLLM")
+        if not self.vllm and max(self.tensor_parallel, self.data_parallel) > 1:
+            raise UserError("--tensor-parallel and --data-parallel need --VLLM")
+
+    @property
+    def folder_suffix(self) -> str:
+        """What the name of a results folder ends with: nothing for greedy replies, else `-<n>-samples`."""
+        return f"-{self.samples}-samples" if self.temperature else ""
+
+    def seed_of(self, place: int) -> int:
+        """Seed of the sample at a place among the prompts."""
+        return self.seed * 1_000_000_007 + place
+
+
+def cut_at_stop(text: str, stop: tuple[str, ...]) -> str:
+    """Text up to the end of the first stop string in it, or all of it."""
+    ends = [text.index(string) + len(string) for string in stop if string in text]
+    return text[: min(ends)] if ends else text
+
+
+def prompt_too_long(prompt: list[int]) -> Reply:
+    """The reply to a prompt that leaves no room for one."""
+    return Reply("", len(prompt), 0, "prompt_too_long")
+
+
+def end_ids(*values: int | list[int] | None) -> set[int]:
+    """The end tokens among what model and tokenizer call theirs."""
+    ends: set[int] = set()
+    for value in values:
+        ends.update(value if isinstance(value, list) else [] if value is None else [value])
+    return ends

@@ -1,0 +1,1 @@
+"""A base model and its adapter: settings, loading, merging, the check of an adapter, the Hub."""

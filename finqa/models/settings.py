@@ -1,0 +1,109 @@
+"""What each student model is fine-tuned with when no flag says otherwise.
+
+The settings of the 7B run are the published ones; the others change what their architecture or size asks for.
+A model that is not in the table gets `DEFAULTS`, which works for any causal model with a chat template.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from finqa.runtime.errors import UserError
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class StudentSettings:
+    """Fine-tuning and evaluation settings of one student."""
+
+    lora_modules: tuple[str, ...] = ATTENTION
+    """Names of the linear layers that get an adapter."""
+    lora_r: int = 512
+    lora_alpha: int = 1024
+    lora_dropout: float = 0.1
+    learning_rate: float = 2.5e-5
+    lr_scheduler: str = "linear"
+    """Name of a transformers scheduler, run from `learning_rate` to 0 after the warm-up."""
+    warmup_steps: int = 5
+    weight_decay: float = 0.01
+    optim: str = "adamw_8bit"
+    """Optimiser by its transformers name."""
+    max_grad_norm: float = 1.0
+    batch_size: int = 1
+    """Rows per update and process, before gradient accumulation."""
+    num_epochs: int = 1
+    max_seq_length: int = 4096
+    """Tokens of prompt and completion together; a longer training row is dropped."""
+    max_new_tokens: int = 1000
+    eval_batch_size: int = 8
+    """Rows per generate call of the Hugging Face backend; vLLM takes all rows at once."""
+    chat_template: str | None = None
+    """Used only where the tokenizer brings no chat template of its own."""
+
+    def __post_init__(self) -> None:
+        if not self.lora_modules or not all(self.lora_modules):
+            raise UserError("no LoRA module is named; give some with --lora-modules, e.g. q_proj v_proj")
+        for name in ("lora_r", "lora_alpha", "batch_size", "num_epochs", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lora_dropout must be in [0, 1), not {self.lora_dropout}")
+        if self.learning_rate <= 0:
+            raise UserError(f"learning_rate must be positive, not {self.learning_rate}")
+        if self.max_seq_length < 2 or self.max_new_tokens < 1:
+            raise UserError("max_seq_length must be at least 2 and max_new_tokens at least 1")
+
+
+DEFAULTS = StudentSettings()
+
+_PHI3 = replace(DEFAULTS, learning_rate=1e-4, lora_modules=("qkv_proj", "o_proj"))
+_ORCA2 = replace(DEFAULTS, learning_rate=5e-5, chat_template=CHATML)
+_SMALL = StudentSettings(
+    lora_r=64,
+    lora_alpha=128,
+    lora_dropout=0.05,
+    learning_rate=2e-4,
+    warmup_steps=20,
+    optim="adamw_torch",
+    batch_size=8,
+    num_epochs=3,
+    max_new_tokens=512,
+    eval_batch_size=16,
+)
+
+SETTINGS: dict[str, StudentSettings] = {
+    "mistralai/Mistral-7B-Instruct-v0.3": DEFAULTS,
+    "microsoft/Orca-2-7b": _ORCA2,
+    "microsoft/Orca-2-13b": _ORCA2,
+    "microsoft/Phi-3-mini-128k-instruct": _PHI3,
+    "microsoft/Phi-3-medium-128k-instruct": _PHI3,
+    **{f"Qwen/Qwen2.5-Coder-{size}-Instruct": _SMALL for size in ("0.5B", "1.5B", "3B", "7B")},
+    **{f"HuggingFaceTB/SmolLM2-{size}-Instruct": _SMALL for size in ("135M", "360M", "1.7B")},
+    "pocket-mistral": StudentSettings(
+        lora_r=64,
+        lora_alpha=128,
+        lora_dropout=0.0,
+        learning_rate=1e-3,
+        optim="adamw_torch",
+        batch_size=8,
+        max_seq_length=2048,
+        max_new_tokens=160,
+        eval_batch_size=100,
+    ),
+}
+
+
+def settings_for(model: str) -> StudentSettings:
+    """Settings of a model by its Hub id or of a local folder by its last name, whatever the case."""
+    wanted = {model.lower(), Path(model).name.lower()}
+    for name, settings in SETTINGS.items():
+        if {name.lower(), Path(name).name.lower()} & wanted:
+            return settings
+    return DEFAULTS

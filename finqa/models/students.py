@@ -1,0 +1,273 @@
+"""The student: its name, its flags, where its base model and adapter are, and the token ids it reads.
+
+A student is a base model fine-tuned on a data set. Scripts share the flags that shape its name, and what loads
+it: base model, tokenizer, adapter (a local folder first, then the Hub). `merging` makes one model of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finqa.models import hub
+from finqa.models.settings import StudentSettings, settings_for
+from finqa.models.weights import check_base, weights_hash
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import REPOSITORY, Folders
+from finqa.task import prompts
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_DATASET = "FinQA"
+DEFAULT_MODEL = "mistralai/Mistral-7B-Instruct-v0.3"
+POCKET = "pocket-mistral"
+
+
+@dataclass(frozen=True)
+class StudentRun:
+    """A base model with the choices that name its fine-tuned form on one data set."""
+
+    dataset: str
+    model: str
+    """Base model as the user gave it: a Hub id, a local folder, or `pocket-mistral`."""
+    settings: StudentSettings
+    """Settings of the model with the flags applied."""
+    peft: bool = True
+    load_in_4bit: bool = False
+    grad_accum: int = 1
+    run_name: str = ""
+    revision: str | None = None
+    """Revision of the base model on the Hub."""
+    given_hf_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.grad_accum < 1:
+            raise UserError(f"--GRAD_ACCUM must be at least 1, not {self.grad_accum}")
+        if "/" in self.run_name or self.run_name in {".", ".."}:
+            raise UserError(f"--run-name is part of a folder name and may hold no slash: {self.run_name!r}")
+
+    @property
+    def model_id(self) -> str:
+        """`<base, / as _>[-4bit]-peft<modules>-bs<batch>-ne<epochs>[-ga<n>][-<run name>]`."""
+        local = local_model(self.model)
+        parts = [local.name if local else self.model.replace("/", "_")]
+        if self.load_in_4bit:
+            parts.append("4bit")
+        if self.peft:
+            parts.append("peft" + "_".join(self.settings.lora_modules))
+        parts += [f"bs{self.settings.batch_size}", f"ne{self.settings.num_epochs}"]
+        if self.grad_accum > 1:
+            parts.append(f"ga{self.grad_accum}")
+        if self.run_name:
+            parts.append(self.run_name)
+        return "-".join(parts)
+
+    @property
+    def hf_name(self) -> str | None:
+        """Hub account: the one given, else HF_NAME, else the logged-in user (asked now), else None."""
+        return self.given_hf_name or os.environ.get("HF_NAME") or hub.logged_in_name()
+
+    @property
+    def hub_id(self) -> str | None:
+        """Hub repository of the fine-tuned model; None when only local folders are in question."""
+        name = self.hf_name
+        return f"{name}/{self.model_id}" if name else None
+
+    def training_command(self) -> str:
+        """The command that makes this student."""
+        words = ["python main.py", self.dataset, self.model, self.given_hf_name or "<HF_NAME>"]
+        words += ["-P"] if self.peft else []
+        words += ["-F"] if self.load_in_4bit else []
+        words += [f"-GA {self.grad_accum}"] if self.grad_accum > 1 else []
+        defaults = settings_for(self.model)
+        if self.settings.lora_modules != defaults.lora_modules:
+            words += ["-LM", *self.settings.lora_modules]
+        if self.settings.batch_size != defaults.batch_size:
+            words.append(f"-BS {self.settings.batch_size}")
+        if self.settings.num_epochs != defaults.num_epochs:
+            words.append(f"--NUM_EPOCHS {self.settings.num_epochs}")
+        words += [f"--run-name {self.run_name}"] if self.run_name else []
+        words += [f"--revision {self.revision}"] if self.revision else []
+        return " ".join(words)
+
+
+def add_student_flags(parser: argparse.ArgumentParser, peft_default: bool = True) -> None:
+    """The three names and the flags that shape `<model-id>`.
+
+    `peft_default`: whether the student is an adapter without -P; only the training script says no.
+    """
+    parser.add_argument("dataset", nargs="?", default=DEFAULT_DATASET, metavar="DATASET_NAME")
+    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL_ID", help="base model")
+    parser.add_argument(
+        "hf_name",
+        nargs="?",
+        metavar="HF_NAME",
+        help="Hub account (default: HF_NAME, then the logged-in user)",
+    )
+    group = parser.add_argument_group("student (these shape the name of the fine-tuned model)")
+    add = group.add_argument
+    add("-P", "--PEFT", "--peft", action="store_true", default=peft_default, help="an adapter (LoRA)")
+    if peft_default:
+        add("--no-peft", dest="PEFT", action="store_false", help="the whole model was fine-tuned")
+    add("-LM", "--LORA_MODULES", "--lora-modules", nargs="+", metavar="NAME", help="layers with an adapter")
+    add("-BS", "--BATCH_SIZE", "--batch-size", type=int, help="rows per update and process")
+    add("--NUM_EPOCHS", "--num-epochs", type=int, help="passes over the training rows")
+    add("-F", "--LOAD_IN_4BIT", "--load-in-4bit", action="store_true", help="4-bit base model (NF4)")
+    add("-GA", "--GRAD_ACCUM", "--grad-accum", type=int, default=1, help="batches per update")
+    add("--run-name", default="", help="suffix that keeps runs of other settings apart")
+    add("--revision", help="revision of the base model on the Hub")
+
+
+def student_from_args(args: argparse.Namespace) -> StudentRun:
+    """The student that the flags of `add_student_flags` describe."""
+    changes: dict[str, Any] = {"batch_size": args.BATCH_SIZE, "num_epochs": args.NUM_EPOCHS}
+    if args.LORA_MODULES:
+        changes["lora_modules"] = tuple(name for word in args.LORA_MODULES for name in word.split(",") if name)
+    settings = settings_for(args.model)
+    return StudentRun(
+        dataset=args.dataset,
+        model=args.model,
+        settings=replace(settings, **{name: value for name, value in changes.items() if value is not None}),
+        peft=args.PEFT,
+        load_in_4bit=args.LOAD_IN_4BIT,
+        grad_accum=args.GRAD_ACCUM,
+        run_name=args.run_name,
+        revision=args.revision,
+        given_hf_name=args.hf_name,
+    )
+
+
+def local_model(name: str) -> Path | None:
+    """Folder of a model that is on this machine: the shipped one by its name, or any folder by its path."""
+    if name == POCKET:
+        return REPOSITORY / "data" / "models" / POCKET
+    folder = Path(name).expanduser()
+    return folder.resolve() if folder.is_dir() else None
+
+
+def resolve_model(name: str, revision: str | None = None) -> str:
+    """Folder of a base model; one on the Hub is downloaded (or found in the Hub's cache)."""
+    folder = local_model(name)
+    if folder is not None:
+        if not (folder / "config.json").exists():
+            remedy = "; make it with: python -m mini.pretrain_pocket_mistral" if name == POCKET else ""
+            raise UserError(f"{folder} holds no model (config.json is missing){remedy}")
+        return str(folder)
+    fetched = hub.fetch_folder(name, revision, ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"])
+    if fetched is None:
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(f"the model {name} is neither a local folder nor on the Hub{at} (is the network there?)")
+    return str(fetched)
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Tokenizer with a chat template and a padding token (padding never carries loss or attention)."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(local_model(model) or resolve_model(model, revision))
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = settings_for(model).chat_template
+    if tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer of {model} has no chat template; use an instruct model")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {model} has no end token, so a reply could never end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def quiet_libraries() -> None:
+    """No loading bars in a log file, and no warnings that nobody who runs a script here can act on."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+def load_base(
+    model: str,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    load_in_4bit: bool = False,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """The base model in eval mode; bf16 and a GPU where one is there unless told otherwise."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quiet_libraries()
+    device = device or default_device()
+    dtype = dtype or torch.bfloat16
+    quantization = None
+    if load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    loaded = AutoModelForCausalLM.from_pretrained(
+        resolve_model(model, revision), dtype=dtype, device_map=device, quantization_config=quantization
+    )
+    return loaded.eval()
+
+
+def find_adapter(run: StudentRun, folders: Folders) -> Path:
+    """Folder of the fine-tuned student: `D/models/<dataset>/<model-id>`, else a copy from the Hub."""
+    local = folders.model(run.dataset, run.model_id)
+    if is_student(local):
+        return local
+    hub_id = run.hub_id
+    fetched = hub.fetch_folder(hub_id) if hub_id else None
+    if fetched is not None and is_student(fetched):
+        return fetched
+    nowhere = f"no fine-tuned model in {local}, nor {hub.looked_for(hub_id)}"
+    raise UserError(f"{nowhere}; make it with: {run.training_command()}")
+
+
+def is_student(folder: Path) -> bool:
+    """Whether a folder holds a whole adapter or a whole fine-tuned model."""
+    adapter = (folder / "adapter_config.json").exists() and (folder / "adapter_model.safetensors").exists()
+    return adapter or ((folder / "config.json").exists() and any(folder.glob("model*.safetensors")))
+
+
+def load_adapter(base: PreTrainedModel, student: Path, trainable: bool = False) -> PeftModel:
+    """Put the adapter in folder `student` on its base model; UserError on another base than its own."""
+    from peft import PeftModel
+
+    check_base(student, weights_hash(str(base.name_or_path)))
+    return PeftModel.from_pretrained(base, student, is_trainable=trainable)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation up to where the reply begins, special tokens by the chat template alone."""
+    ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return list(ids)
+
+
+def training_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, code: str) -> tuple[list[int], int]:
+    """Token ids of a training row (prompt, then completion, then end token), and how many are prompt.
+
+    The prompt's ids are exactly those that generation starts from; the loss is taken on the others.
+    """
+    asked = prompt_ids(tokenizer, [{"role": "user", "content": prompt}])
+    reply: Any = tokenizer(prompts.completion(code), add_special_tokens=False)["input_ids"]
+    end: Any = tokenizer.eos_token_id
+    return [*asked, *reply, end], len(asked)

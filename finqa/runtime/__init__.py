@@ -1,0 +1,1 @@
+"""What every stage stands on: paths, errors, manifests, memory, processes, journals, progress."""

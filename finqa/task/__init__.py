@@ -1,0 +1,1 @@
+"""What a FinQA question is: records, data sets, programs, prompts, answers."""

@@ -1,0 +1,172 @@
+"""The table of data sets: how each is loaded, its answer rule, its worked examples.
+
+A second data set is one entry in `DATASETS` and a loader: a function from the raw file of a split to the questions
+in it and the rows it had to drop.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finqa.runtime.errors import UserError
+from finqa.task.answers import Rule
+from finqa.task.prompts import FINQA_INSTRUCTION, INSTRUCTION
+from finqa.task.records import Question
+from finqa.task.worked_examples import FINQA_EXAMPLES, FINQA_MINI_EXAMPLES, WorkedExample
+
+
+@dataclass(frozen=True)
+class DroppedRow:
+    """A raw row that is no usable question."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class LoadedSplit:
+    """The questions of a raw file, in its order, and the rows that were dropped."""
+
+    questions: list[Question]
+    dropped: list[DroppedRow] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What the stages need to know about a data set."""
+
+    name: str
+    """Also the name of its folders; in lower case the prefix of its CSV files."""
+    load: Callable[[Path], LoadedSplit]
+    """Reads the raw file of a split; raises UserError where the file as a whole cannot be used."""
+    how_to_get: str
+    """The command that makes the raw files."""
+    answer_rule: Rule = "strict"
+    """The rule by which the filter keeps a teacher's program."""
+    worked_examples: tuple[WorkedExample, ...] = FINQA_EXAMPLES
+    """The examples of few-shot prompts, for student and teacher."""
+    instruction: str = FINQA_INSTRUCTION
+    """What a model that was not fine-tuned is told before the prompt."""
+
+
+def load_finqa(path: Path) -> LoadedSplit:
+    """Read a file in FinQA's raw schema: a list of {id, pre_text, post_text, table, qa}.
+
+    The label is `exe_ans`, or `answer` where that is empty or no finite number; `answer` is kept as the stated answer.
+    Rows without a question or an answer, or of another shape, are dropped with their reason. Ids name a row everywhere
+    after this: a row whose id another one has is kept as `<id>#2`, `<id>#3`. Raises UserError where the file is
+    missing, is no JSON, or is no list.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is missing")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=lambda not_finite: None)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is broken JSON at line {error.lineno}, column {error.colno} ({error.msg}); get it again"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); get it again") from None
+    except (RecursionError, ValueError) as error:  # nested thousands deep, or a number of thousands of digits
+        raise UserError(f"{path} is JSON that cannot be read ({error}); get it again") from None
+    if not isinstance(raw, list):
+        raise UserError(f"{path} holds a {type(raw).__name__}, not a list of questions; get it again")
+    questions, dropped = [], []
+    ids: set[str] = set()
+    for index, row in enumerate(raw):
+        row_id = str(row.get("id") or f"row {index}") if isinstance(row, dict) else f"row {index}"
+        try:
+            questions.append(_finqa_question(row, _distinct(row_id, ids)))
+            ids.add(questions[-1].id)
+        except (KeyError, TypeError, AttributeError):
+            dropped.append(DroppedRow(row_id, "not in FinQA's schema"))
+        except ValueError as error:
+            dropped.append(DroppedRow(row_id, str(error)))
+    return LoadedSplit(questions, dropped)
+
+
+def _distinct(row_id: str, ids: set[str]) -> str:
+    name, count = row_id, 1
+    while name in ids:
+        count += 1
+        name = f"{row_id}#{count}"
+    return name
+
+
+def _finqa_question(row: dict[str, Any], row_id: str) -> Question:
+    qa = row["qa"]
+    question = " ".join((qa.get("question") or "").split())
+    answer = _text(qa.get("exe_ans")) or _text(qa.get("answer"))
+    if not question:
+        raise ValueError("no question")
+    if not answer:
+        raise ValueError("no answer")
+    table = row.get("table") or []
+    if not all(isinstance(line, list) for line in table):
+        raise TypeError("a table row is no list")
+    loaded = Question(
+        id=row_id,
+        pre_text=_lines(row.get("pre_text")),
+        post_text=_lines(row.get("post_text")),
+        table=[[str(cell) for cell in line] for line in table],
+        question=question,
+        answer=answer,
+        program=(qa.get("program") or "").strip(),
+        stated_answer=str(stated).strip() if isinstance(stated := qa.get("answer"), str | int | float) else "",
+        family=_text(qa.get("family")),
+        family_kind=_text(qa.get("family_kind")),
+    )
+    _check_unicode(loaded)
+    return loaded
+
+
+def _check_unicode(question: Question) -> None:
+    """JSON can escape half a surrogate pair, which no UTF-8 file can hold."""
+    cells = [cell for line in question.table for cell in line]
+    texts = [value for value in vars(question).values() if isinstance(value, str)]
+    try:
+        "".join(texts + cells).encode()
+    except UnicodeEncodeError:
+        raise ValueError("text that is not Unicode") from None
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | dict):
+        raise TypeError("a label that is a container")
+    return "" if value is None else str(value).strip()
+
+
+def _lines(text: Sequence[str] | None) -> str:
+    if isinstance(text, str):
+        raise TypeError("a text that is no list of lines")
+    return "\n".join(text or ())
+
+
+DATASETS = {
+    d.name: d
+    for d in (
+        Dataset(
+            "FinQA",
+            load_finqa,
+            how_to_get="python -m preprocessing.download_finqa",
+        ),
+        Dataset(
+            "FinQA-mini",
+            load_finqa,
+            how_to_get="python -m mini.make_finqa_mini",
+            instruction=INSTRUCTION,  # as pocket-mistral was pretrained on it; it gives fractions anyway
+            worked_examples=FINQA_MINI_EXAMPLES,
+        ),
+    )
+}
+
+
+def dataset(name: str) -> Dataset:
+    """The data set called `name`; raises UserError, with the names there are, for an unknown one."""
+    if name not in DATASETS:
+        raise UserError(f"unknown dataset {name!r}; one of {', '.join(DATASETS)}")
+    return DATASETS[name]

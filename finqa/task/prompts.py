@@ -1,0 +1,171 @@
+"""The prompts of student and teacher, and taking code out of a reply.
+
+The student's prompt is Program of Thought: a page, a question, and the request for Python that leaves the answer in
+`ans`. Its text never holds chat mark-up; the tokenizer's chat template adds that, as token ids.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from typing import Literal, get_args
+
+from finqa.runtime.errors import UserError
+from finqa.task.records import Question, format_table, parse_table
+from finqa.task.worked_examples import WorkedExample
+
+EvalType = Literal["fine-tuned", "zero-shot", "few-shot"]
+EVAL_TYPES: tuple[EvalType, ...] = get_args(EvalType)
+
+REQUEST = "Read the following passage and then write python code to answer the question:"
+PASSAGE, QUESTION, PYTHON, END_PYTHON = "###Passage:", "###Question:", "###Python", "###End Python"
+FENCE = "```"
+
+INSTRUCTION = (
+    "Identify the entities in the passage that the question needs, store each one in a Python variable, compute with "
+    "them, and store the result in the variable ans. Reply with one ```python block and nothing else."
+)
+"""What a model that was not fine-tuned is told before the prompt."""
+FINQA_INSTRUCTION = (
+    "Identify the entities in the passage that the question needs, store each one in a Python variable, compute with "
+    "them, and store the result in the variable ans. Give ratios and percentages as fractions (0.25, not 25). Reply "
+    "with one ```python block and nothing else; its last line sets ans."
+)
+"""The same for FinQA, whose labels are fractions; the best of six wordings on dev (docs/finqa.md)."""
+
+STOP = (END_PYTHON, f"\n{FENCE}\n")
+"""Strings that end a reply. A closing fence counts only on a line of its own: an opening one must not match."""
+
+TEACHER_INSTRUCTION = (
+    "You write short Python programs that answer questions about pages of earnings reports. Reply with Python code "
+    "only. Store every entity that the question needs in a well-named variable, compute with the variables, and store "
+    "the result in `ans`: a number, or the string 'yes' or 'no'. Write a comment with the formula where there is more "
+    "than one step. Print nothing, and import nothing but math. Give ratios and percentages as fractions (0.25, not "
+    "25) unless the question's numbers are per cent already."
+)
+
+
+def training_prompt(question: Question) -> str:
+    """The fine-tuning prompt of a question (the `prompt` column): request, page and question, ending in `###Python`."""
+    page = "\n".join(part for part in (question.pre_text, format_table(question.table), question.post_text) if part)
+    return f"{REQUEST}\n{PASSAGE}\n{page}\n{QUESTION}\n{question.question}\n{PYTHON}"
+
+
+def completion(code: str) -> str:
+    """What the student learns to write after a fine-tuning prompt; the end token follows it."""
+    return f"\n{code.strip()}\n{END_PYTHON}"
+
+
+def fenced(code: str) -> str:
+    """Code as an instruct model replies with it."""
+    return f"{FENCE}python\n{code.strip()}\n{FENCE}"
+
+
+def messages(
+    prompt: str, eval_type: EvalType, examples: tuple[WorkedExample, ...] = (), instruction: str = INSTRUCTION
+) -> list[dict[str, str]]:
+    """The chat of one question: the prompt alone, with the instruction, or after the worked examples as earlier turns.
+
+    Args:
+        prompt: A fine-tuning prompt (`training_prompt`).
+        eval_type: "fine-tuned", "zero-shot" or "few-shot".
+        examples: The data set's worked examples; used for "few-shot" alone.
+        instruction: What is said first in "zero-shot" and "few-shot"; empty for nothing.
+
+    Raises UserError for an unknown eval type.
+    """
+    if eval_type == "fine-tuned":
+        return [_user(prompt)]
+    if eval_type == "zero-shot":
+        return [_user(_after(instruction, prompt))]
+    if eval_type == "few-shot":
+        chat: list[dict[str, str]] = []
+        for example in examples:
+            chat += [_user(training_prompt(example.question)), _assistant(fenced(example.code))]
+        chat.append(_user(prompt))
+        chat[0] = _user(_after(instruction, chat[0]["content"]))
+        return chat
+    raise UserError(f"unknown eval type {eval_type!r}; one of {', '.join(EVAL_TYPES)}")
+
+
+def _after(instruction: str, text: str) -> str:
+    return f"{instruction}\n{text}" if instruction else text
+
+
+def teacher_messages(
+    question: Question, examples: tuple[WorkedExample, ...], hint: bool = True
+) -> list[dict[str, str]]:
+    """The teacher's chat: instruction, worked examples, the page and question, and with `hint` the gold program."""
+    chat = [{"role": "system", "content": TEACHER_INSTRUCTION}]
+    for example in examples:
+        chat += [_user(_teacher_request(example.question, hint)), _assistant(example.code)]
+    return [*chat, _user(_teacher_request(question, hint))]
+
+
+def _teacher_request(question: Question, hint: bool) -> str:
+    request = training_prompt(question)
+    if hint and question.program:
+        request += f"\n\nHint: these steps give the right answer: {question.program}"
+    return request
+
+
+def extract_code(reply: str) -> str:
+    """The code of a reply: what stands between the markers, or in the first fenced block, or the whole reply."""
+    text = reply.split(END_PYTHON)[0]
+    # The student's prompt ends in the marker; a chatty model may repeat it before its code.
+    text = text.rsplit(f"{PYTHON}\n", 1)[-1]
+    block = re.search(
+        rf"{FENCE}[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:\n[ \t]*{FENCE}|\Z)", text, re.DOTALL | re.IGNORECASE
+    )
+    return textwrap.dedent(block[1] if block else text).strip()
+
+
+def question_of(prompt: str) -> str:
+    """The question of a fine-tuning prompt; the whole prompt where it has no markers."""
+    tail = prompt.rpartition(QUESTION)[2]
+    return (tail.rpartition(PYTHON)[0] if PYTHON in tail else tail).strip()
+
+
+def page_from_prompt(prompt: str) -> Question:
+    """Parse a fine-tuning prompt back into its page and question; `id`, `answer` and `program` stay empty.
+
+    Published CSVs have no ids, so that zero-shot and few-shot prompts can only be made from the prompt column. Markers
+    may stand on a line of their own or before their text, and lines may be indented.
+
+    Raises UserError where a marker is missing.
+    """
+    head, found_question, _ = prompt.rpartition(QUESTION)
+    _, found_passage, page = head.partition(PASSAGE)
+    if not found_question or not found_passage:
+        raise UserError(f"a prompt without {PASSAGE} and {QUESTION} cannot be read: {prompt[:60]!r}...")
+    lines = [line.strip() for line in page.strip().split("\n")]
+    start, end = _table_lines(lines)
+    return Question(
+        id="",
+        pre_text="\n".join(lines[:start]),
+        post_text="\n".join(lines[end:]),
+        table=parse_table("\n".join(lines[start:end])),
+        question=question_of(prompt),
+        answer="",
+    )
+
+
+def _table_lines(lines: list[str]) -> tuple[int, int]:
+    """The longest run of lines that hold a `|`, as a half-open range; empty at the end where there is none."""
+    best, start = (len(lines), len(lines)), None
+    for index, line in enumerate([*lines, ""]):
+        if "|" in line:
+            start = index if start is None else start
+        elif start is not None:
+            if index - start > best[1] - best[0]:
+                best = (start, index)
+            start = None
+    return best
+
+
+def _user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}

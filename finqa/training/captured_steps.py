@@ -1,0 +1,87 @@
+"""Forward and backward pass as one CUDA graph: at one short row an update, launching kernels is most of the time.
+
+A graph replays the kernels of one batch shape. Shapes are few, because packed batches are rounded up in length. The
+first batch of a shape runs as always; at the second the kernels are recorded; from then on they are replayed on that
+shape's own input tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finqa.training.packing import LONGEST_GRAPH
+
+
+@dataclass
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, Any]
+    n_items: Tensor
+    loss: Tensor
+
+
+class CapturedSteps:
+    """Computes loss and gradients of packed batches, on one GPU.
+
+    Args:
+        parameters: What is trained. Gradients are added to tensors that stay the same from step to step.
+        loss: Called with a batch and the number of labelled tokens (a 0-dim tensor); returns the loss, 0-dim.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], loss: Callable[[dict[str, Any], Tensor], Tensor]) -> None:
+        self.loss = loss
+        self.parameters = parameters
+        self.gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        self.graphs: dict[tuple[Any, ...], _Graph | None] = {}
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        # Everything runs on one stream: autograd remembers on which one a gradient was first added up.
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, batch: dict[str, Any], n_items: Tensor) -> Tensor:
+        """Add the batch's gradients to `.grad` of each parameter (from zero where it is None); returns the loss."""
+        self._take_gradients()
+        shape = tuple(tuple(x.shape) if isinstance(x, Tensor) else x for x in batch.values())
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            loss = self._run(shape, batch, n_items)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return loss
+
+    def _run(self, shape: tuple[Any, ...], batch: dict[str, Any], n_items: Tensor) -> Tensor:
+        if batch["input_ids"].numel() > LONGEST_GRAPH or shape not in self.graphs:
+            self.graphs.setdefault(shape, None)
+            return self._step(batch, n_items)
+        captured = self.graphs[shape]
+        if captured is None:
+            captured = self.graphs[shape] = self._capture(batch, n_items)
+        for name, tensor in captured.inputs.items():
+            if isinstance(tensor, Tensor):
+                tensor.copy_(batch[name], non_blocking=True)
+        captured.n_items.copy_(n_items)
+        captured.graph.replay()
+        return captured.loss.clone()
+
+    def _step(self, batch: dict[str, Any], n_items: Tensor) -> Tensor:
+        loss = self.loss(batch, n_items)
+        loss.backward()
+        return loss.detach()
+
+    def _capture(self, batch: dict[str, Any], n_items: Tensor) -> _Graph:
+        inputs = {name: x.clone() if isinstance(x, Tensor) else x for name, x in batch.items()}
+        items = n_items.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            loss = self._step(inputs, items)
+        return _Graph(graph, inputs, items, loss)
+
+    def _take_gradients(self) -> None:
+        """The Trainer drops gradients after each update; put ours in their place, at zero."""
+        if self.parameters[0].grad is None:
+            torch._foreach_zero_(self.gradients)  # pyright: ignore[reportPrivateImportUsage]
+            for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+                parameter.grad = gradient

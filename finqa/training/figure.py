@@ -1,0 +1,79 @@
+"""A training run as a picture: loss, learning rate, gradient norm and speed over its updates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finqa.runtime.paths import write_atomically
+
+PANELS = (
+    ("loss", "loss", "nats a token"),
+    ("learning_rate", "learning rate", ""),
+    ("grad_norm", "gradient norm", "before clipping"),
+    ("tokens_per_second", "speed", "tokens a second"),
+)
+"""Key of a record, title, unit."""
+SMOOTHED = 0.1
+"""Share of the records that the running mean of the loss is taken over."""
+
+
+def draw_training(log: Path, title: str) -> None:
+    """Write training.png and training.svg beside a training log of at least one record; without one, nothing."""
+    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    if not records:
+        return
+    from io import BytesIO
+
+    figure = _figure(records, title)
+    for suffix in ("png", "svg"):
+        drawn = BytesIO()
+        figure.savefig(drawn, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
+        write_atomically(log.with_name(f"training.{suffix}"), drawn.getvalue())
+
+
+def _figure(records: Sequence[dict[str, Any]], title: str) -> Any:
+    # Without pyplot, which would choose a window system and keep every figure.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    steps = [record["step"] for record in records]
+    axes: Any = figure.subplots(2, 2, sharex=True)
+    for axis, (key, name, unit) in zip(axes.flat, PANELS, strict=True):
+        values = [record[key] for record in records]
+        many = len(values) > 1
+        faint = key == "loss" and len(values) > 20
+        axis.plot(
+            steps, values, color="tab:blue", linewidth=1.2, alpha=0.35 if faint else 1, marker="" if many else "o"
+        )
+        if faint:
+            axis.plot(steps, running_mean(values), color="tab:blue", linewidth=1.6, label="running mean")
+            axis.legend(frameon=False, fontsize=8)
+        axis.set_title(f"{name}, {unit}" if unit else name, fontsize=9, loc="left")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if key != "learning_rate":
+            axis.set_ylim(bottom=0, top=1.08 * max(values) or 1)
+        else:
+            axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+            axis.yaxis.get_offset_text().set_fontsize(8)
+    for axis in axes[1]:
+        axis.set_xlabel("updates", fontsize=9)
+    return figure
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Means over the records around each, fewer of them at the ends and as many on both sides."""
+    half = max(1, round(SMOOTHED * len(values) / 2))
+    means = []
+    for place in range(len(values)):
+        reach = min(half, place, len(values) - 1 - place)
+        around = values[place - reach : place + reach + 1]
+        means.append(sum(around) / len(around))
+    return means

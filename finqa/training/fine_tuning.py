@@ -1,0 +1,295 @@
+"""Fine-tune a student: the transformers Trainer and peft, with the loss on the completion alone.
+
+One recipe on GPU and CPU: base weights in bf16 and frozen, the adapter in fp32, products in bf16 by autocast. A CPU
+without bf16 products trains in fp32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finqa.models.students import (
+    StudentRun,
+    default_device,
+    is_student,
+    load_tokenizer,
+    quiet_libraries,
+    resolve_model,
+)
+from finqa.models.weights import weights_hash
+from finqa.runtime import parallel
+from finqa.runtime.errors import UserError
+from finqa.runtime.manifest import file_hash, write_json, write_manifest
+from finqa.runtime.paths import Folders
+from finqa.runtime.plan import plan_training
+from finqa.runtime.tracking import wandb_run
+from finqa.training.checkpoints import UNFINISHED, drop_damaged, last_checkpoint, told_when_full
+from finqa.training.figure import draw_training
+from finqa.training.packing import packed_collator
+from finqa.training.rows import Families, SharedRows, collator, read_training_rows, rows_hash, tokenised
+from finqa.training.trainable import Speed, check_trainable, is_packed, made_trainable, trainable
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, TrainingArguments
+
+    from finqa.training.completion_trainer import CompletionTrainer
+
+CHECKPOINTS_KEPT = 2
+CHECKPOINTS_PER_RUN = 10
+CONFIG_FILE = "training_config.json"
+LOG_FILE = "training_log.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What shapes a fine-tuning run beside the student's own settings."""
+
+    seed: int = 3
+    families: Families = "all"
+    """Rows of which question families are learnt; `known` is the sham fine-tune."""
+    max_rows: int | None = None
+    """The first so many rows only."""
+    save_steps: int | None = None
+    """Updates between two checkpoints; None makes ten in a run."""
+    speed: Speed = Speed()  # noqa: RUF009  frozen
+    wandb_project: str = "finqa-lora"
+    wandb_entity: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
+
+
+def fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders) -> Path:
+    """Train the student on its data set's filtered rows, or go on where a killed run was; returns its folder.
+
+    The folder gets the adapter (or, without peft, the model), tokenizer, checkpoints, training_log.jsonl with its
+    figure, and run.json. Several processes that a launcher started train together, and the first one writes.
+    Raises UserError where the folder holds a student of another configuration or base, and where memory or disk
+    do not suffice.
+    """
+    folder = folders.model(run.dataset, run.model_id)
+    with parallel.one_voice(), told_when_full(folder):
+        try:
+            _fine_tune(run, config, folders, folder)
+            parallel.wait_for_all()
+        finally:
+            parallel.part()
+    return folder
+
+
+def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder: Path) -> None:
+    started = time.monotonic()
+    device = parallel.own_device(default_device())
+    check_trainable(run, config.speed, device)
+    rows_path = folders.filtered(run.dataset, "train")
+    quiet_libraries()
+    with parallel.first_goes_first():
+        rows = read_training_rows(rows_path, config.families, config.max_rows)
+        base_hash = weights_hash(resolve_model(run.model, run.revision))
+        identity = _identity(run, config, base_hash, rows_hash(rows))
+        if parallel.is_first():
+            _claim(folder, identity)
+        if is_student(folder) and (folder / "run.json").exists():
+            print(f"already trained: {folder}", flush=True)
+            return
+        tokenizer = load_tokenizer(run.model, run.revision)
+        examples, too_long = tokenised(rows, tokenizer, run.settings.max_seq_length, folders.tokenised)
+        n_tokens = sum(examples["n_tokens"])
+        print(f"training on {len(examples)} rows, {n_tokens} tokens an epoch: {folder}", flush=True)
+        bits = 16 if multiplies_bf16(device) else 32
+        speed = plan_training(run, config.speed, examples, config.seed, folder, device, bits)
+        if parallel.is_first():
+            drop_damaged(folder)
+
+    from finqa.training.callbacks import TrainingLog, memory_used
+
+    pad_id: Any = tokenizer.pad_token_id
+    trainer = make_trainer(run, replace(config, speed=speed), examples, pad_id, folder)
+    if device != "cpu" and speed.compiled:
+        print("layers are compiled in the first update", flush=True)
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None:
+        print(f"going on from {checkpoint.name}", flush=True)
+    tracked = wandb_run(config.wandb_project, config.wandb_entity, run.model_id, identity, folder)
+    with tracked if parallel.is_first() else contextlib.nullcontext() as wandb:
+        trainer.add_callback(TrainingLog(folder / LOG_FILE, trainer, wandb))
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not parallel.is_first():
+        return
+    model: Any = trainer.model
+    draw_training(folder / LOG_FILE, f"{run.model_id} on {run.dataset}")
+    _save(run, model, tokenizer, folder)
+    seconds = round(time.monotonic() - started, 1)
+    write_manifest(
+        folder / "run.json",
+        identity,
+        student=asdict(run),
+        speed=asdict(speed),
+        processes=parallel.world_size(),
+        base_hash=base_hash,
+        weights_hash=weights_hash(folder),
+        data={str(rows_path): file_hash(rows_path)},
+        rows=len(examples),
+        rows_too_long=too_long,
+        tokens_an_epoch=n_tokens,
+        train_loss=result.training_loss,
+        updates=trainer.state.global_step,
+        resumed_from=checkpoint.name if checkpoint else None,
+        precision="bf16" if trainer.args.bf16 else "fp32",
+        attention=model.config._attn_implementation,
+        memory_gb=round(memory_used() / 1e9, 3),
+        seconds=seconds,
+    )
+    print(f"trained in {seconds:.0f} s: {folder}", flush=True)
+
+
+def make_trainer(
+    run: StudentRun,
+    config: TrainingConfig,
+    examples: Dataset,
+    pad_id: int,
+    folder: Path,
+    base: PreTrainedModel | None = None,
+) -> CompletionTrainer:
+    """The Trainer of a run, its model made ready; `base` is loaded where it is not given."""
+    from transformers import set_seed
+
+    from finqa.training.callbacks import EpochOrder
+    from finqa.training.completion_trainer import CompletionTrainer, without_printing
+
+    device = parallel.own_device(default_device())
+    bf16 = multiplies_bf16(device)
+    set_seed(config.seed)
+    model = trainable(run, device, bf16, config.speed) if base is None else made_trainable(base, run, config.speed)
+    packed = is_packed(model)
+    alone = parallel.world_size() == 1
+    trainer = CompletionTrainer(
+        model=model,
+        args=training_arguments(run, config, len(examples), bf16, device, folder),
+        train_dataset=examples if alone else SharedRows(examples, pad_id),  # pyright: ignore[reportArgumentType]
+        data_collator=packed_collator(pad_id) if packed else collator(pad_id),  # pyright: ignore[reportArgumentType]
+    )
+    if packed and config.speed.captured and alone:
+        trainer.capture_steps()
+    trainer.add_callback(EpochOrder())
+    if not parallel.is_first():
+        set_seed(config.seed + parallel.rank())  # dropout of its own in every process
+    return without_printing(trainer)
+
+
+def training_arguments(
+    run: StudentRun, config: TrainingConfig, n_rows: int, bf16: bool, device: str, folder: Path
+) -> TrainingArguments:
+    """The Trainer's arguments of a run over `n_rows` rows."""
+    from transformers import TrainingArguments
+
+    settings = run.settings
+    rows_an_update = settings.batch_size * run.grad_accum * parallel.world_size()
+    updates = -(-n_rows // rows_an_update) * settings.num_epochs
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=run.grad_accum,
+        num_train_epochs=settings.num_epochs,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim=settings.optim,
+        bf16=bf16,
+        use_cpu=device == "cpu",
+        seed=config.seed,
+        save_steps=config.save_steps or max(1, -(-updates // CHECKPOINTS_PER_RUN)),
+        save_total_limit=CHECKPOINTS_KEPT,
+        logging_steps=10,
+        logging_first_step=True,
+        ddp_find_unused_parameters=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        accelerator_config={"non_blocking": True},  # else every batch's copy waits for the update before it
+    )
+    # A process trains on one GPU. Where it sees several, the Trainer would take as many times the rows for an update.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def multiplies_bf16(device: str) -> bool:
+    """Whether a device has bf16 products; a CPU with AVX-512 BF16, AMX or Arm BF16, where they are twice as fast.
+
+    On any other CPU torch has them too, in software, several times slower than those in fp32.
+    """
+    import torch
+
+    return device != "cpu" or any("bf16" in name and there for name, there in torch.cpu.get_capabilities().items())
+
+
+def _identity(run: StudentRun, config: TrainingConfig, base_hash: str, data_hash: str) -> dict[str, Any]:
+    """What makes a training run the one it is: two runs that differ here must not share a folder."""
+    settings = asdict(run.settings)
+    for name in ("max_new_tokens", "eval_batch_size"):
+        settings.pop(name)
+    return {
+        "dataset": run.dataset,
+        "peft": run.peft,
+        "load_in_4bit": run.load_in_4bit,
+        "grad_accum": run.grad_accum,
+        **settings,
+        "lora_modules": list(run.settings.lora_modules),
+        "seed": config.seed,
+        "fp8_base": config.speed.fp8_base,
+        "families": config.families,
+        "base_hash": base_hash,
+        "rows_hash": data_hash,
+        **({"processes": parallel.world_size()} if parallel.world_size() > 1 else {}),
+    }
+
+
+def _claim(folder: Path, identity: dict[str, Any]) -> None:
+    """Write down whose folder this is, or refuse one that another configuration has begun."""
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        if is_student(folder):
+            raise UserError(f"{folder} holds a model that was not trained here; choose another --run-name")
+        write_json(path, identity)
+        return
+    before = json.loads(path.read_text())
+    changed = sorted(key for key in identity.keys() | before.keys() if identity.get(key) != before.get(key))
+    if changed:
+        told = ", ".join(f"{key} {_short(before.get(key))} -> {_short(identity.get(key))}" for key in changed)
+        raise UserError(
+            f"{folder} was begun with another configuration ({told}); give this run a --run-name of its own, "
+            "or delete that folder"
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:8]}..." if len(text) == 64 else text
+
+
+def _save(run: StudentRun, model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write the adapter (or model) and tokenizer; the weights come last, so a folder with weights is whole."""
+    staged = folder / UNFINISHED
+    shutil.rmtree(staged, ignore_errors=True)
+    if run.peft:
+        # What is saved and pushed names the base as the user did, not the folder it was found in.
+        model.peft_config["default"].base_model_name_or_path = run.model
+        model.save_pretrained(staged, save_embedding_layers=False)
+    else:
+        model.save_pretrained(staged)
+    tokenizer.save_pretrained(staged)
+    for file in sorted(staged.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+        file.replace(folder / file.name)
+    staged.rmdir()

@@ -1,0 +1,181 @@
+"""A student made ready to train: base weights, adapter, attention, the loss, what makes it fast on this device."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finqa.models.students import StudentRun, load_base
+from finqa.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How a training step is computed; none of it changes the recipe, `fp8_base` changes its arithmetic."""
+
+    packed: bool = True
+    """Rows end to end without padding, where GPU and model allow it."""
+    compiled: bool = True
+    """Decoder layers through torch.compile, on a GPU."""
+    captured: bool = True
+    """Short steps as CUDA graphs, on one GPU with packed rows."""
+    fp8_base: bool = False
+    """The frozen base in 8-bit floats (finqa.training.fp8_base)."""
+    checkpointing: bool | None = None
+    """Activations of a layer are computed again in the backward pass: less memory, a third more time. None: where
+    the memory asks for it (finqa.runtime.plan)."""
+
+
+def trainable(run: StudentRun, device: str, bf16: bool, speed: Speed) -> PreTrainedModel:
+    """The student's model on `device`, with an adapter where the run has one; see `made_trainable`."""
+    import torch
+
+    dtype = torch.bfloat16 if bf16 and run.peft else torch.float32
+    return made_trainable(load_base(run.model, dtype, device, run.load_in_4bit, run.revision), run, speed)
+
+
+def made_trainable(base: PreTrainedModel, run: StudentRun, speed: Speed) -> PreTrainedModel:
+    """The same base, with its loss on the completion, attention and layers as `speed` says, and the run's adapter.
+
+    Raises UserError where the base has no layers of the names that get an adapter, or `fp8_base` is not possible.
+    """
+    device = next(base.parameters()).device.type
+    base.config.use_cache = False
+    if device == "cpu":
+        from finqa.training.cpu_attention import use_block_causal
+
+        use_block_causal(base)
+    elif speed.packed:
+        from finqa.training.packing import use_packed
+
+        use_packed(base)
+    loss_on_completion(base)
+    model = _with_adapter(base, run) if run.peft else base
+    check_trainable(run, speed, device)
+    if speed.fp8_base:
+        from finqa.training.fp8_base import to_fp8
+
+        to_fp8(decoder_layers(base))
+    if speed.checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if device == "cuda" and speed.compiled:
+        compile_layers(base)
+    return model
+
+
+def compile_layers(base: PreTrainedModel, **options: Any) -> None:
+    """Compile the decoder layers of a model that is trained, once for all of them; `options` go to torch.compile.
+
+    Two things would make torch compile a layer more than once. The first layer's input would be the only one without
+    a gradient. And numbers such as a dropout rate would first be taken for values that change, as lengths do.
+    """
+    import torch._dynamo
+
+    base.enable_input_require_grads()
+    torch._dynamo.config.specialize_float = True
+    for layer in decoder_layers(base):
+        layer.compile(dynamic=True, **options)
+
+
+def is_packed(model: PreTrainedModel) -> bool:
+    """Whether the model takes the batches of finqa.training.packing."""
+    from finqa.training.packing import NAME
+
+    return model.config._attn_implementation == NAME
+
+
+def decoder_layers(base: PreTrainedModel) -> Any:
+    """The list of decoder layers, whatever the architecture calls it."""
+    import torch
+
+    return next(module for module in base.base_model.modules() if isinstance(module, torch.nn.ModuleList))
+
+
+def _with_adapter(base: PreTrainedModel, run: StudentRun) -> Any:
+    from peft import get_peft_model
+
+    # A 4-bit base needs no other preparation: peft freezes it, and norms, embeddings and head stay as for a bf16 one.
+    try:
+        return get_peft_model(base, lora_config(run))
+    except ValueError as error:
+        if "target module" not in str(error).lower():
+            raise
+        raise no_such_layers(run, run.settings.lora_modules) from error
+
+
+def no_such_layers(run: StudentRun, names: Sequence[str]) -> UserError:
+    return UserError(f"{run.model} has no layers called {', '.join(names)}; name its own with --lora-modules")
+
+
+def lora_config(run: StudentRun) -> LoraConfig:
+    from peft import LoraConfig
+
+    settings = run.settings
+    return LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(settings.lora_modules),
+        task_type="CAUSAL_LM",
+    )
+
+
+def check_trainable(run: StudentRun, speed: Speed, device: str) -> None:
+    """Raises UserError, before anything is loaded, for what cannot be trained in this way or on this device."""
+    if run.load_in_4bit and not run.peft:
+        raise UserError("a 4-bit base cannot be trained as a whole; give -P for an adapter, or leave out -F")
+    if not speed.fp8_base:
+        return
+    if not run.peft or run.load_in_4bit:
+        raise UserError("--fp8-base is for a frozen bf16 base with an adapter: give -P, and leave out -F")
+    import torch
+
+    if device == "cpu" or torch.cuda.get_device_capability() < (8, 9):
+        raise UserError("--fp8-base needs a GPU with 8-bit float products (compute capability 8.9 or above)")
+
+
+def loss_on_completion(model: PreTrainedModel) -> None:
+    """Give a causal model a forward pass that returns the loss and applies the head only where there is one.
+
+    Logits of the prompt would be three quarters of the head's work and, at a large vocabulary, most of the memory.
+    Everything around the model (peft, DDP, autocast) still calls its `forward`.
+    """
+    from transformers.modeling_outputs import CausalLMOutput
+
+    from finqa.training.rows import NO_LOSS, completion_positions
+
+    def forward(
+        self: Any,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        predicting: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **rows: Any,
+    ) -> CausalLMOutput:
+        """The loss is a mean over labelled tokens of the whole update.
+
+        input_ids, labels [rows, length] as the collator makes them, or a batch of finqa.training.packing.
+        """
+        import torch
+
+        model = getattr(self, self.base_model_prefix)
+        if predicting is None:
+            where, targets = completion_positions(labels)
+            hidden = model(input_ids=input_ids, use_cache=False).last_hidden_state[where]
+        else:
+            targets = labels
+            hidden = model(input_ids=input_ids, use_cache=False, **rows).last_hidden_state[0, predicting]
+        logits = self.get_output_embeddings()(hidden).float()
+        total: Any = torch.nn.functional.cross_entropy(logits, targets, ignore_index=NO_LOSS, reduction="sum")
+        return CausalLMOutput(
+            loss=total / ((targets != NO_LOSS).sum() if num_items_in_batch is None else num_items_in_batch)
+        )
+
+    model.forward = types.MethodType(forward, model)

@@ -1,0 +1,134 @@
+"""Truth token by token: the tokens that fine-tuning fixed, and what tells them from others.
+
+A token is *fixed* where a model without the new families (the sham, or the instruct model) predicts it wrongly and the
+fine-tuned model rightly; both read the gold program. An activation at a position predicts the token after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from crosscoder.activations.collection import Document, padded
+from crosscoder.activations.store import ActivationStore
+from study.measures.auroc import Estimate, auroc_interval, auroc_sparse
+from study.measures.readouts import BATCH_TOKENS, Subject, difference
+from study.measures.strata import STRATA, Questions
+
+TokenGroup = Literal["fixed", "other predicted", "passage", "rest"]
+TOKEN_GROUPS: tuple[TokenGroup, ...] = get_args(TokenGroup)
+"""`fixed` and `other predicted`: tokens whose next one is of the program or its end. `passage`: the stratum."""
+NOT_PREDICTED = -1
+
+
+@dataclass(frozen=True)
+class TokenTruth:
+    """Of one subject: how well its items tell fixed tokens from other predicted ones."""
+
+    n_tokens: dict[TokenGroup, int]
+    share_in_added_families: float | None
+    """Of the fixed tokens, those in questions of an added family; None without a fixed token."""
+    mean_square_norm: dict[TokenGroup, float | None]
+    """Of x[1] - x[0], in the models' own units; None for an empty group."""
+    best_item: int | None
+    """The item of the largest AUROC on the choosing half; None where a half lacks fixed or other predicted tokens."""
+    best: Estimate
+    """Its AUROC on the other half. Tokens of one question are not independent: the interval is too narrow."""
+    auroc: Tensor
+    """[items] fp64: of every item on the other half."""
+
+
+def token_groups(store: ActivationStore, questions: Questions, fixed: Tensor) -> Tensor:
+    """[tokens] int64, index into TOKEN_GROUPS, from a mask of the fixed tokens [tokens]."""
+    n_ids = torch.tensor([document.n_ids for document in store.documents])[store.document]
+    n_prompt = torch.tensor([document.n_prompt for document in store.documents])[store.document]
+    predicted = (store.position >= n_prompt - 1) & (store.position < n_ids - 1)
+    groups = torch.full_like(store.position, TOKEN_GROUPS.index("rest"))
+    groups[questions.stratum == STRATA.index("passage")] = TOKEN_GROUPS.index("passage")
+    groups[predicted] = TOKEN_GROUPS.index("other predicted")
+    groups[predicted & fixed] = TOKEN_GROUPS.index("fixed")
+    return groups
+
+
+def fixed_tokens(
+    store: ActivationStore, without: Sequence[Tensor], fine_tuned: Sequence[Tensor], ids: Sequence[Sequence[int]]
+) -> Tensor:
+    """[tokens] bool, from the next tokens that two models predict (`predictions`) and the documents' ids, all in the
+    order of store.documents."""
+    rows = []
+    for before, after, true in zip(without, fine_tuned, ids, strict=True):
+        following = torch.tensor([*true[1:], NOT_PREDICTED])
+        rows.append((before != following) & (after == following) & (following != NOT_PREDICTED))
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[store.document, store.position]
+
+
+@torch.no_grad()
+def predictions(model: Any, documents: Sequence[Document], batch_size: int = 64) -> list[Tensor]:
+    """[ids] int64 of each document, on the CPU: the model's best next token after every one from the last of the prompt
+    on, and NOT_PREDICTED before. The model in eval mode, as it is, on the device where it is."""
+    result = [torch.full((len(document.ids),), NOT_PREDICTED) for document in documents]
+    order = sorted(range(len(documents)), key=lambda i: len(documents[i].ids))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        ids, _ = padded([documents[i].ids for i in batch], None)
+        first = min(documents[i].n_prompt for i in batch) - 1
+        output = model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=ids.shape[1] - first)
+        for row, i in zip(output.logits.argmax(dim=-1).cpu(), batch, strict=True):
+            own = documents[i].n_prompt - 1
+            result[i][own:] = row[own - first : len(documents[i].ids) - first]
+    return result
+
+
+@torch.no_grad()
+def token_truth(
+    subject: Subject, store: ActivationStore, questions: Questions, groups: Tensor, choosing: Tensor
+) -> TokenTruth:
+    """Of a subject's items, by `token_groups`; the best item is chosen on the pages of `choosing` [questions] bool and
+    scored on the others. One pass over the set."""
+    counts = torch.bincount(groups, minlength=len(TOKEN_GROUPS))
+    squares = torch.zeros(len(TOKEN_GROUPS), dtype=torch.float64)
+    entries: list[tuple[Tensor, Tensor, Tensor]] = []
+    n_items = 0
+    for chunk, raw in store.batches(torch.arange(len(store)), BATCH_TOKENS):
+        raw = raw.to(subject.device)
+        squares.index_add_(0, groups[chunk], difference(raw).pow(2).sum(dim=-1).double().cpu())
+        there = groups[chunk] <= TOKEN_GROUPS.index("other predicted")
+        values = subject.read(raw[there.to(raw.device)]).float()
+        n_items = values.shape[1]
+        row, item = values.nonzero(as_tuple=True)
+        entries.append((chunk[there][row.cpu()], item.cpu(), values[row, item].cpu()))
+    token, item, value = (torch.cat(parts) for parts in zip(*entries, strict=True))
+    fixed = groups == TOKEN_GROUPS.index("fixed")
+    in_choosing = choosing[store.document]
+    areas: list[Tensor] = []
+    sizes: list[tuple[int, int]] = []
+    for half in (in_choosing, ~in_choosing):
+        n_fixed, n_other = (int((half & (groups == group)).sum()) for group in range(2))
+        its = half[token]
+        areas.append(auroc_sparse(item[its], value[its], fixed[token[its]], n_items, n_fixed, n_fixed + n_other))
+        sizes.append((n_fixed, n_other))
+    added = questions.added[questions.family[store.document[fixed]]]
+    usable = all(min(size) > 0 for size in sizes)
+    best = int(areas[0].argmax()) if usable else None
+    return TokenTruth(
+        n_tokens={name: int(n) for name, n in zip(TOKEN_GROUPS, counts.tolist(), strict=True)},
+        share_in_added_families=float(added.double().mean()) if len(added) else None,
+        mean_square_norm={
+            name: float(square / n) if n else None
+            for name, square, n in zip(TOKEN_GROUPS, squares.tolist(), counts.tolist(), strict=True)
+        },
+        best_item=best,
+        best=_estimate(areas[1], best, *sizes[1]),
+        auroc=areas[1],
+    )
+
+
+def _estimate(areas: Tensor, item: int | None, n: int, n_others: int) -> Estimate:
+    if item is None:
+        return Estimate(None, None, None, n, n_others)
+    area = float(areas[item])
+    return Estimate(area, *auroc_interval(area, n, n_others), n, n_others)

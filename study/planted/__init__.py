@@ -1,0 +1,1 @@
+"""Dictionaries on activations made from known directions."""

@@ -1,0 +1,191 @@
+"""What the study trains and measures, and the time it takes.
+
+Measured on two cores of a machine that did a little else, torch 2.13, in one call: 62 minutes,
+
+    four fine-tunes of 5,000 questions          17 min
+    five evaluations on 1,100 questions          7
+    ceilings of 15 sites                         1
+    eight activation sets, next tokens           6
+    57 dictionaries                             14
+    known answer: 81 subjects                    7
+    patches: two of 200 questions, two of 48    10
+
+everything but evaluations and ceilings two at a time. The fine-tunes were made one after the other then; two at a time
+they take 12 minutes.
+
+Dictionaries take 1,000 steps in place of the library's default, all methods alike, and only the pairs whose seeds are
+compared have three of them. What that costs, the plain crosscoder on the demo's set (MLP output of layer 3, 800
+documents, seed 0), explained variance on held-out documents:
+
+    steps          passes   both models   difference   L0     processor time
+    2,123          3        0.966         0.629        24.8   52 s, two threads, recorded by the demo
+    1,000          1.4      0.956         0.559        24.8   37 s, one thread of a busy machine
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from finqa.training.rows import Families
+
+MINUTES = {"study": 60, "study-quick": 4}
+"""What a study takes where nothing is there yet; see the table above."""
+DATASET, STUDENT = "FinQA-mini", "pocket-mistral"
+
+SHOWN_STRATUM = "program before the operator"
+"""Of the two primary strata the one of the page, the figure and the progress lines; the CSVs have both."""
+SHIPPED_KINDS = "known,new"
+"""The kinds of family in FinQA-mini as it is shipped."""
+
+Method = Literal["plain", "difference term", "partition", "L1", "difference SAE"]
+METHODS: dict[Method, tuple[Any, dict[str, Any]]] = {
+    "plain": ("batchtopk", {}),
+    "difference term": ("batchtopk", {"difference_weight": "equal"}),
+    "partition": ("partition", {}),
+    "L1": ("l1", {}),
+    "difference SAE": ("difference-sae", {}),
+}
+"""By name: the method of the library, and its settings beside the ones that all share."""
+WITHOUT_DIFFERENCE: tuple[Method, ...] = ("plain", "L1")
+"""Those that can be trained on two identical models: the others weigh or read their difference, and there is none."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A fine-tune of the student, or the student itself."""
+
+    name: str
+    added: tuple[str, ...] = ()
+    """Kinds of family that it learnt and its base does not know."""
+    run_name: str | None = None
+    """Of main.py; None is the base."""
+    seed: int = 3
+    families: Families = "all"
+    kinds: str = SHIPPED_KINDS
+    """Of the rows it is trained on."""
+
+
+BASE = Model("base")
+FINE_TUNED = Model("fine-tuned", ("new",), "")
+SECOND_SEED = Model("fine-tuned, second seed", ("new",), "seed-4", seed=4)
+SHAM = Model("sham", (), "sham", families="known")
+OTHER = Model("other families", ("other",), "other-families", kinds="known,other")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models that are compared."""
+
+    instruct: Model
+    fine_tuned: Model
+    methods: tuple[Method, ...] = tuple(METHODS)
+    seeds: tuple[int, ...] = (0,)
+    """Of the dictionaries."""
+    published_site: bool = False
+    """Whether it is read at the published site too, where another one is chosen."""
+    causal: bool = False
+    """Whether latents are put into the models, which takes minutes."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.instruct.name} -> {self.fine_tuned.name}"
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a file name."""
+        return self.name.replace(" -> ", "-to-").replace(",", "").replace(" ", "-")
+
+    @property
+    def identical(self) -> bool:
+        return self.instruct == self.fine_tuned
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Kinds of family that the second model has learnt and the first has not."""
+        return tuple(kind for kind in self.fine_tuned.added if kind not in self.instruct.added)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One length of the study."""
+
+    name: str
+    pairs: tuple[Pair, ...]
+    test_questions: int
+    """Of FinQA-mini's test split, from its top."""
+    other_questions: int
+    """Of the families that only the second fine-tune learns; they are in every activation set."""
+    ceiling_questions: int
+    """Of the families that fine-tuning added."""
+    causal_questions: int
+    reply_questions: int
+    """Of added families, to which patched models write replies."""
+    random_sets: int
+    """Controls of the causal figures."""
+    permutations: int
+    """Of the null distribution."""
+    steps: int
+    """Updates of a dictionary."""
+    max_rows: int | None = None
+    """Rows a fine-tune learns from; None is all of them."""
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        """Every model of the pairs, each once."""
+        return tuple(dict.fromkeys(m for pair in self.pairs for m in (pair.instruct, pair.fine_tuned)))
+
+    def kinds_of_rows(self) -> tuple[str, ...]:
+        """The kinds of training rows that are needed, each once."""
+        return tuple(dict.fromkeys(model.kinds for model in self.models if model.run_name is not None))
+
+
+THREE_SEEDS = (0, 1, 2)
+FULL = Plan(
+    name="study",
+    pairs=(
+        Pair(BASE, FINE_TUNED, seeds=THREE_SEEDS, published_site=True, causal=True),
+        Pair(BASE, SECOND_SEED, seeds=THREE_SEEDS),
+        Pair(SHAM, FINE_TUNED),
+        Pair(BASE, SHAM),
+        Pair(BASE, OTHER),
+        Pair(FINE_TUNED, SECOND_SEED),
+        Pair(FINE_TUNED, FINE_TUNED, WITHOUT_DIFFERENCE),
+    ),
+    test_questions=800,
+    other_questions=300,
+    ceiling_questions=100,
+    causal_questions=200,
+    reply_questions=48,
+    random_sets=20,
+    permutations=1000,
+    steps=1000,
+)
+QUICK = Plan(
+    name="study-quick",
+    pairs=(
+        Pair(BASE, FINE_TUNED, ("plain", "difference SAE"), published_site=True, causal=True),
+        Pair(SHAM, FINE_TUNED, ("difference SAE",)),
+        Pair(FINE_TUNED, FINE_TUNED, ("plain",)),
+    ),
+    test_questions=72,
+    other_questions=12,
+    ceiling_questions=6,
+    causal_questions=8,
+    reply_questions=2,
+    random_sets=2,
+    permutations=20,
+    steps=60,
+    max_rows=96,
+)
+
+
+def expected(plan: Plan) -> str:
+    """The first line of a study: what is made, and how long it takes where nothing is there yet."""
+    trainings = sum(len(pair.seeds) * len(pair.methods) for pair in plan.pairs)
+    trainings += sum(len(pair.methods) for pair in plan.pairs if pair.published_site)
+    n_models, minutes = len(plan.models) - 1, MINUTES[plan.name]
+    return (
+        f"{plan.name}: {n_models} fine-tunes, {len(plan.pairs)} pairs, up to {trainings} dictionaries; about {minutes} "
+        "minutes on two quiet cores where nothing is there yet"
+    )
