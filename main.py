@@ -26,6 +26,7 @@ import argparse
 import sys
 from dataclasses import replace
 
+from finqa.evaluation.adapter_check import check_adapter, engine_reading
 from finqa.evaluation.engines.serving import check_backend
 from finqa.evaluation.evaluate import EvaluationConfig, evaluate
 from finqa.evaluation.generation import DEFAULT_TEMPERATURE, GenerationConfig
@@ -64,8 +65,18 @@ def main() -> int:
     elif evaluation and parallel.is_first():
         if not args.vllm:
             plan_evaluation(run, evaluation.generation)
-        evaluate(run, evaluation, folders, args.check_adapter)
+        if args.check_adapter:
+            evaluate_and_check(run, evaluation, folders)
+        else:
+            evaluate(run, evaluation, folders)
     return 0
+
+
+def evaluate_and_check(run: StudentRun, evaluation: EvaluationConfig, folders: Folders) -> None:
+    """Evaluate, then check the adapter; the engine that evaluated is asked about it where it can say something."""
+    readings = []
+    evaluate(run, evaluation, folders, lambda served: readings.append(engine_reading(run, evaluation, folders, served)))
+    check_adapter(run, evaluation, folders, readings[0] if readings else None)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -6,7 +6,8 @@
 
 Random weights in the real shapes, prompts of random tokens as long as FinQA's, replies of a fixed length. On one
 engine: all prompts at once through finqa.evaluation.engines, as main.py asks them; all prompts in one call of
-LLM.generate; and, through finqa.evaluation.engines again, eight prompts a call, on the first --call-prompts of them (a rate is compared).
+LLM.generate; and, through finqa.evaluation.engines again, eight prompts a call, on the first
+--call-prompts of them (a rate is compared).
 
 What would falsify the comparison, and what is done about it: a prompt that was read before costs nothing, so the
 prefix cache is emptied before every run and vLLM's own count of cached tokens must be 0; the first run pays for what is

@@ -32,6 +32,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
 from crosscoder.flags import add_method_flags, given_settings
 from crosscoder.names import (
@@ -56,7 +57,7 @@ from finqa.runtime.tracking import wandb_run
 if TYPE_CHECKING:
     from crosscoder.activations.store import ActivationStore
     from crosscoder.dictionaries.model import BatchTopKCrosscoder
-    from crosscoder.training.ranks import Ranks
+    from crosscoder.dictionaries.ranks import Ranks
     from crosscoder.training.report import CrosscoderReport
 
 
@@ -125,7 +126,7 @@ def open_store(folder: Path) -> ActivationStore:
 
 def process_ranks(device: str) -> Ranks:
     """This process among those of torchrun."""
-    from crosscoder.training.ranks import ranks_from_environment
+    from crosscoder.dictionaries.ranks import ranks_from_environment
 
     return ranks_from_environment(device)
 
@@ -153,7 +154,8 @@ def hold(
     import torch
 
     from crosscoder.training.plan import plan_training, training_need
-    from crosscoder.training.step import not_by_hand, product_dtype
+    from crosscoder.training.step import product_dtype
+    from crosscoder.training.step_choice import not_by_hand
 
     by_hand = args.step != "autograd" and not_by_hand(crosscoder, training, torch.device(device), ranks) is None
     product_bytes = product_dtype(training, torch.device(device)).itemsize
@@ -166,7 +168,6 @@ def trained_already(
 ) -> BatchTopKCrosscoder | None:
     """The finished crosscoder of these settings and data; UserError where `folder` holds another."""
     from crosscoder.dictionaries.checkpoint import CONFIG_FILE, read_config
-    from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
     if not (folder / CONFIG_FILE).exists():
         return None
@@ -175,7 +176,7 @@ def trained_already(
     if (found.crosscoder, found.training) != (crosscoder, training) or not same_data:
         raise UserError(f"{folder} holds a crosscoder of other settings or data; give --name, or --overwrite it")
     print(f"{folder} is trained with these settings already")
-    return BatchTopKCrosscoder.from_pretrained(folder)
+    return load_dictionary(folder)
 
 
 def train(
@@ -192,7 +193,7 @@ def train(
     import torch
 
     from crosscoder.dictionaries.methods import new_dictionary
-    from crosscoder.training.step import not_by_hand
+    from crosscoder.training.step_choice import not_by_hand
     from crosscoder.training.trainer import Trainer
 
     generator = torch.Generator().manual_seed(training.seed)

@@ -17,8 +17,7 @@ from typing import Any
 
 from finqa.runtime.paths import SHIPPED_DATA, SPLITS
 from finqa.task.datasets import load_finqa
-from finqa.task.program_compiler import identifier, literal
-from finqa.task.programs import to_python
+from finqa.task.program_compiler import identifier, literal, to_python
 from finqa.task.prompts import completion, fenced, messages, training_prompt
 from finqa.task.records import Question
 from finqa.task.worked_examples import FINQA_MINI_EXAMPLES, WorkedExample

@@ -11,7 +11,7 @@ from crosscoder.analysis import measures as analysis
 from crosscoder.analysis.findings import Findings
 from crosscoder.analysis.latent_scaling import LatentScaling, latent_scaling
 from crosscoder.analysis.stability import features, stability_rows
-from crosscoder.dictionaries.checkpoint import find_checkpoint, read_config
+from crosscoder.dictionaries.checkpoint import find_checkpoint, load_dictionary, read_config
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.interventions.causal import Journal, cell_key
 from crosscoder.interventions.sets import dictionary_digest, digest
@@ -56,7 +56,7 @@ def open_second(reading: Reading, name: Path | str) -> BatchTopKCrosscoder:
     if (config.crosscoder.method, config.crosscoder.d_model) != (own.method, own.d_model):
         other = f"{config.crosscoder.method} of width {config.crosscoder.d_model}"
         raise UserError(f"{folder} is a {other}, and cannot be matched with a {own.method} of width {own.d_model}")
-    return BatchTopKCrosscoder.from_pretrained(folder).to(reading.model.b_dec.device)
+    return load_dictionary(folder).to(reading.model.b_dec.device)
 
 
 def stability_table(found: Findings, second: BatchTopKCrosscoder) -> list[dict[str, Any]]:
@@ -115,7 +115,8 @@ def cause(found: Findings, pair: Pair, n_documents: int | None = None) -> dict[s
     Latents are ranked by their estimated effect on as many training documents. What is patched is teacher-forced: the
     set has no labels, so no replies are written.
     """
-    from crosscoder.interventions.causal_report import Asked, CausalConfig, causal_report
+    from crosscoder.interventions.causal_report import CausalConfig, causal_report
+    from crosscoder.interventions.causal_rows import Asked
 
     reading, two = found.reading, found.two_models
     store, split = reading.store, reading.split

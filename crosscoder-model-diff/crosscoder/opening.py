@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.dictionaries.config import Method
 from crosscoder.names import (
     ActivationChoice,
@@ -95,7 +96,6 @@ def open_reading_of(args: argparse.Namespace) -> Reading:
     from crosscoder.analysis.lens import read_unembedding
     from crosscoder.dictionaries.checkpoint import read_config
     from crosscoder.dictionaries.config import TrainingConfig
-    from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
     store = ActivationStore(recorded)
     config = read_config(folder)
@@ -105,7 +105,7 @@ def open_reading_of(args: argparse.Namespace) -> Reading:
     tokenizer = students.load_tokenizer(choice.student.model, choice.student.revision)
     return Reading(
         name=name,
-        model=BatchTopKCrosscoder.from_pretrained(folder).to(students.default_device()),
+        model=load_dictionary(folder).to(students.default_device()),
         store=store,
         split=store.split(training.held_out_fraction, training.split_seed),
         tokenizer=tokenizer,

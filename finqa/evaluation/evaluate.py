@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from finqa.evaluation.predictions import Prediction, write_predictions
 from finqa.evaluation.reply_journal import ReplyJournal, Slot, prompt_slots
 from finqa.evaluation.report import write_report
 from finqa.evaluation.rows import EvalRow, read_rows
-from finqa.models.adapter_check import check_adapter, engine_reading
 from finqa.models.students import (
     StudentRun,
     default_device,
@@ -88,18 +87,23 @@ class Task:
         return all(slot in self.journal.replies for slot in self.slots)
 
 
-def evaluate(run: StudentRun, config: EvaluationConfig, folders: Folders, check: bool = False) -> None:
+def evaluate(
+    run: StudentRun,
+    config: EvaluationConfig,
+    folders: Folders,
+    on_fine_tuned: Callable[[Served], None] | None = None,
+) -> None:
     """Evaluate the student on every split in every eval type, starting as few engines as possible.
 
     Replies that are there under the same settings and weights are not generated again; a model whose replies are all
     there is not loaded. Writes metrics.json, predictions.jsonl and run.json for each, and the comparison of all that
-    is there; with `check` the adapter is then checked (finqa.models.adapter_check).
+    is there. `on_fine_tuned` is called with the fine-tuned model, while it can still reply.
     """
     wanted: list[Model] = [MODEL_OF_TYPE[eval_type] for eval_type in config.eval_types]
     student = find_adapter(run, folders) if "fine-tuned" in wanted else None
     tasks = _tasks(run, config, folders, student)
     missing = [task for task in tasks if not task.complete]
-    report, reading = folders.results / run.dataset / run.model_id, None
+    report = folders.results / run.dataset / run.model_id
     with Sandbox(config.sandbox) as sandbox:
         for task in tasks:
             if task.complete:
@@ -110,12 +114,10 @@ def evaluate(run: StudentRun, config: EvaluationConfig, folders: Folders, check:
                     if task.model == served.model:
                         collect_replies(task, served)
                         _finish(task, run, config, sandbox)
-                if check and served.model == "fine-tuned":
-                    write_report(report)  # whatever becomes of the check
-                    reading = engine_reading(run, config, folders, served)
+                if on_fine_tuned and served.model == "fine-tuned":
+                    write_report(report)  # whatever becomes of the call
+                    on_fine_tuned(served)
     write_report(report)
-    if check:
-        check_adapter(run, config, folders, reading)
 
 
 def _tasks(run: StudentRun, config: EvaluationConfig, folders: Folders, student: Path | None) -> list[Task]:

@@ -8,9 +8,10 @@ from dataclasses import replace
 from finqa.evaluation.generation import Reply
 from finqa.evaluation.predictions import PROMPT_TOO_LONG, Prediction, Sample, prompt_hash
 from finqa.evaluation.rows import EvalRow
-from finqa.evaluation.voting import majority
 from finqa.sandbox.running import Run, Sandbox
 from finqa.task import answers, prompts
+
+Answer = float | str | bool | None
 
 
 def judge(
@@ -44,6 +45,27 @@ def judge(
             prediction = replace(prediction, samples=samples, n_new_tokens=total)
         predictions.append(prediction)
     return predictions
+
+
+def majority(given: Sequence[Answer]) -> int | None:
+    """Self-consistency (Wang et al. 2022): the answer that most samples agree on.
+
+    Returns the place of the first of the answers that most samples gave; None where no sample has an answer.
+
+    Two answers are one where the strict rule says so of the later and the first of its group. Of groups of one size the
+    first seen wins.
+    """
+    groups: list[list[int]] = []
+    for place, answer in enumerate(given):
+        if answers.normalise(answer) is None:
+            continue
+        for group in groups:
+            if answers.match(answer, given[group[0]]):
+                group.append(place)
+                break
+        else:
+            groups.append([place])
+    return max(groups, key=len)[0] if groups else None
 
 
 def _prediction(row: EvalRow, ids: list[int], reply: Reply, code: str, run: Run) -> Prediction:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from finqa.task.programs import TABLE_OPERATIONS, Step, cell_number, number, row_values
+from finqa.task.programs import TABLE_OPERATIONS, Step, cell_number, number, parse, row_values
 from finqa.task.records import Table
 
 ProgramStyle = Literal["named", "formula-first", "plain"]
@@ -71,10 +71,21 @@ class _Names:
         return name
 
 
-def compile_to_python(
-    steps: Sequence[Step], table: Table, question: str, passage: str, style: ProgramStyle = "named"
+def to_python(
+    program: str | Sequence[Step], table: Table, question: str, passage: str = "", style: ProgramStyle = "named"
 ) -> str:
-    """See finqa.task.programs.to_python."""
+    """Compile a program to the Python that a careful teacher would write.
+
+    Args:
+        program: The gold program, or its steps.
+        table: The page's table; operands found there are named after their row and column.
+        question: Decides between several places that hold the same number.
+        passage: The text around the table; operands found there are named after the words before them.
+        style: How the program is written.
+
+    Returns source code that leaves its result in `ans`. Raises ProgramError for what `parse` refuses.
+    """
+    steps = parse(program) if isinstance(program, str) else program
     names, located = _Names(), style != "plain"
     variables: dict[str, str] = {}  # operand as written -> variable
     rows: dict[str, str] = {}  # row name of a table operation -> variable; a row may be called 2009

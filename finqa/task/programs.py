@@ -12,12 +12,8 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from finqa.task.records import Table
-
-if TYPE_CHECKING:
-    from finqa.task.program_compiler import ProgramStyle
 
 ARITHMETIC = ("add", "subtract", "multiply", "divide", "exp", "greater")
 TABLE_OPERATIONS = ("table_max", "table_min", "table_sum", "table_average")
@@ -162,23 +158,3 @@ def row_values(table: Table, name: str) -> list[float]:
     if not values or None in values:
         raise ProgramError(f"row {name!r} has a cell that is no number")
     return [value for value in values if value is not None]
-
-
-def to_python(
-    program: str | Sequence[Step], table: Table, question: str, passage: str = "", style: ProgramStyle = "named"
-) -> str:
-    """Compile a program to the Python that a careful teacher would write; see finqa.task.program_compiler.
-
-    Args:
-        program: The gold program.
-        table: The page's table; operands found there are named after their row and column.
-        question: Decides between several places that hold the same number.
-        passage: The text around the table; operands found there are named after the words before them.
-        style: How the program is written.
-
-    Returns source code that leaves its result in `ans`. Raises ProgramError for what `parse` refuses.
-    """
-    from finqa.task.program_compiler import compile_to_python
-
-    steps = parse(program) if isinstance(program, str) else program
-    return compile_to_python(steps, table, question, passage, style)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from finqa.task.program_compiler import ProgramStyle
-from finqa.task.programs import ProgramError, to_python
+from finqa.task.program_compiler import ProgramStyle, to_python
+from finqa.task.programs import ProgramError
 from finqa.task.records import Question
 
 
@@ -64,7 +64,7 @@ class Teacher(Protocol):
 
 
 class ProgramTeacher:
-    """Compiles the gold program of each question to Python (finqa.task.programs.to_python)."""
+    """Compiles the gold program of each question to Python (finqa.task.program_compiler.to_python)."""
 
     stopped = ""
 

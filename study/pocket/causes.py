@@ -116,7 +116,7 @@ def _config(work: Work, experiment: Experiment) -> CausalConfig:
 
 def _questions(work: Work, pair: Pair, n: int, only_added: bool) -> tuple[list[Any], list[Document]]:
     """The first `n` of known and added families, which are scored, and later ones of added families to choose on."""
-    from crosscoder.interventions.causal_report import Asked
+    from crosscoder.interventions.causal_rows import Asked
 
     kinds = pair.added if only_added else ("known", *pair.added)
     rows, documents = test_rows(work), all_documents(work)

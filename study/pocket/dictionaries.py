@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from crosscoder.activations.readers import Target
+from crosscoder.dictionaries.checkpoint import load_dictionary
 from finqa.runtime.manifest import write_json
 from study.pocket.ceilings import published_target
 from study.pocket.pairs import activations, site_name
@@ -138,9 +139,8 @@ def open_store(work: Work, dictionary: Dictionary) -> ActivationStore:
 
 
 def load(work: Work, dictionary: Dictionary) -> BatchTopKCrosscoder:
-    from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
-    return BatchTopKCrosscoder.from_pretrained(work.dictionary(dictionary.name))
+    return load_dictionary(work.dictionary(dictionary.name))
 
 
 def quality_rows(work: Work, wanted: Iterable[Dictionary]) -> list[dict[str, Any]]:

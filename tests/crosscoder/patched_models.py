@@ -18,7 +18,7 @@ from crosscoder.activations.readers import Target
 from crosscoder.dictionaries.config import CrosscoderConfig
 from crosscoder.dictionaries.methods import new_dictionary
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
-from crosscoder.interventions.causal_report import Asked
+from crosscoder.interventions.causal_rows import Asked
 
 WIDTH, SITE = 32, Target(2, "mlp")
 SCALES = (0.5, 1.25)

@@ -26,6 +26,7 @@ from crosscoder.activations.collection import Document
 from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis import measures as analysis
 from crosscoder.analysis.latent_scaling import latent_scaling
+from crosscoder.dictionaries.checkpoint import load_dictionary, save_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig
 from crosscoder.dictionaries.methods import new_dictionary
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
@@ -82,7 +83,7 @@ class Made:
         self.store = write_documents(self.set_folder, documents, tokenizer.bos_token_id, activations)
         for method in METHODS:
             about = {"activations": self.store.config.recorded}
-            dictionary(method).save_pretrained(self.checkpoint(method), **about)
+            save_dictionary(dictionary(method), self.checkpoint(method), **about)
 
     def name(self, method: str) -> str:
         return name_of_method(self.choice.crosscoder_name, method)
@@ -165,7 +166,7 @@ def test_the_numbers_are_those_of_the_library_over_the_held_out_documents(made, 
     found = numbers(analysed(method))
     store = ActivationStore(made.set_folder)
     held_out = store.split(0.1, 0).held_out
-    model = BatchTopKCrosscoder.from_pretrained(made.checkpoint(method))
+    model = load_dictionary(made.checkpoint(method))
     raw = store.read(held_out)
     expected = analysis.explained_variance(model, [raw])._asdict()
     assert found["explained_variance"] == pytest.approx({k: v for k, v in expected.items() if v is not None})
@@ -210,7 +211,7 @@ def test_classes_norms_and_scaling_are_counted_over_the_latents_that_are_alive(m
 def test_the_table_of_latents_has_the_values_of_latent_scaling(made, analysed):
     rows = table(analysed("batchtopk") / "latents.csv")
     store = ActivationStore(made.set_folder)
-    model = BatchTopKCrosscoder.from_pretrained(made.checkpoint("batchtopk"))
+    model = load_dictionary(made.checkpoint("batchtopk"))
     scaling = latent_scaling(model, [store.read(store.split(0.1, 0).held_out)])
     assert [row["kind"] for row in rows[2:4]] == ["fine-tuned-only", "instruct-only"]
     for latent, probe in ((2, 1), (3, 0)):
@@ -428,7 +429,7 @@ def test_a_dictionary_of_another_kind_or_of_other_activations_is_no_second_seed(
     reading = open_reading(made.words())
     with pytest.raises(UserError, match="is a partition of width 64, and cannot be matched with a batchtopk"):
         open_second(reading, made.checkpoint("partition"))
-    dictionary("batchtopk").save_pretrained(tmp_path / "other", activations={"fingerprint": "another set"})
+    save_dictionary(dictionary("batchtopk"), tmp_path / "other", activations={"fingerprint": "another set"})
     with pytest.raises(UserError, match="was trained on other activations than those in"):
         open_second(reading, tmp_path / "other")
     with pytest.raises(UserError, match="no crosscoder at"):
@@ -473,7 +474,7 @@ def test_the_command_that_is_named_makes_the_dictionary_that_was_asked_for(made,
 
 def test_a_dictionary_of_other_activations_is_refused(made):
     other = crosscoder_folder(made.folders, "other")
-    dictionary("batchtopk").save_pretrained(other, activations={"fingerprint": "another set"})
+    save_dictionary(dictionary("batchtopk"), other, activations={"fingerprint": "another set"})
     error = error_of(run("analyse.py", *made.words(), "--name", "other"))
     assert "was trained on other activations than those in" in error
 

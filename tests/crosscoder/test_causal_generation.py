@@ -12,7 +12,8 @@ from patched_models import SITE, planted_crosscoder, planted_pair
 from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
 from crosscoder.interventions.causal import Cell, measure
-from crosscoder.interventions.causal_report import Asked, CausalConfig, causal_report
+from crosscoder.interventions.causal_report import CausalConfig, causal_report
+from crosscoder.interventions.causal_rows import Asked
 from crosscoder.interventions.halves import Pair, pair_of
 from crosscoder.interventions.patched_generation import answered, own_completions, patched_replies, written_tokens
 from crosscoder.interventions.sets import Latents, Nothing, Whole

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from crosscoder.dictionaries.checkpoint import load_dictionary, save_dictionary
 from crosscoder.dictionaries.convert import convert, read_tensors
-from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY
 
@@ -73,8 +73,8 @@ def test_a_published_crosscoder_is_the_same_function_after_conversion(tmp_path: 
     torch.manual_seed(0)
     original = kind()
     source = published(tmp_path / "published", original)
-    convert(source, scales=(27.5, 27.1)).save_pretrained(tmp_path / "converted")
-    model = BatchTopKCrosscoder.from_pretrained(tmp_path / "converted")
+    save_dictionary(convert(source, scales=(27.5, 27.1)), tmp_path / "converted")
+    model = load_dictionary(tmp_path / "converted")
     x = torch.randn(20, 2, D)
     assert torch.allclose(model(x), original(x), atol=1e-5)
     assert (model.config.k, model.threshold, model.activation_scales) == (K, 1.25, (27.5, 27.1))
@@ -95,7 +95,7 @@ def test_the_command_writes_a_checkpoint(tmp_path: Path):
     ]
     output = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "8 latents, k 3, 2 x 5, threshold 1.25" in output.stdout
-    assert BatchTopKCrosscoder.from_pretrained(tmp_path / "converted").activation_scales == (2, 3)
+    assert load_dictionary(tmp_path / "converted").activation_scales == (2, 3)
 
 
 def test_k_comes_from_the_configuration_where_the_weights_do_not_say(tmp_path: Path):

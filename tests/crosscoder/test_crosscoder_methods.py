@@ -12,6 +12,7 @@ from made_up_activations import planted_activations, take_steps, write_store
 
 from crosscoder.activations.store import ActivationStore
 from crosscoder.dictionaries import losses
+from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig, Method, TrainingConfig, check_together
 from crosscoder.dictionaries.methods import DifferenceSAE, L1Crosscoder, PartitionCrosscoder, new_dictionary
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
@@ -61,7 +62,7 @@ def raw_activations() -> torch.Tensor:
 @pytest.mark.parametrize(("method", "kind"), [("l1", L1Crosscoder), ("difference-sae", DifferenceSAE)])
 def test_a_checkpoint_comes_back_as_its_method(store, tmp_path: Path, method: Method, kind):
     model = trainer(store, tmp_path, method).fit()
-    loaded = BatchTopKCrosscoder.from_pretrained(tmp_path)
+    loaded = load_dictionary(tmp_path)
     assert type(loaded) is kind
     x = model.scale(store.read(torch.arange(50)))
     assert torch.equal(loaded(x), model(x))
@@ -69,7 +70,7 @@ def test_a_checkpoint_comes_back_as_its_method(store, tmp_path: Path, method: Me
 
 def test_thresholds_means_and_scales_of_a_partition_come_back(store, tmp_path: Path):
     model = trainer(store, tmp_path, "partition", centre=True).fit()
-    loaded = BatchTopKCrosscoder.from_pretrained(tmp_path)
+    loaded = load_dictionary(tmp_path)
     assert type(loaded) is PartitionCrosscoder
     assert loaded.delta_threshold == model.delta_threshold is not None
     raw = store.read(torch.arange(50))

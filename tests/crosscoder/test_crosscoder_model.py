@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from crosscoder.dictionaries.checkpoint import load_dictionary, save_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig, ScoreNorm
 from crosscoder.dictionaries.model import BatchTopKCrosscoder, batch_topk
 from finqa.runtime.errors import UserError
@@ -154,8 +155,8 @@ def test_scaling_multiplies_each_model_by_its_own_scale_and_is_undone(x):
 def test_a_saved_crosscoder_loads_as_the_same_function(tmp_path: Path):
     model = crosscoder().float()
     model.threshold = 0.1 + 0.2
-    model.save_pretrained(tmp_path, training=None)
-    loaded = BatchTopKCrosscoder.from_pretrained(tmp_path)
+    save_dictionary(model, tmp_path, training=None)
+    loaded = load_dictionary(tmp_path)
     x = torch.randn(B, 2, D)
     assert torch.equal(loaded(x), model(x))
     assert (loaded.config, loaded.threshold, loaded.activation_scales) == (model.config, 0.1 + 0.2, (2.0, 3.0))
@@ -171,16 +172,16 @@ def test_casting_the_module_leaves_the_threshold_alone():
 
 def test_a_missing_checkpoint_says_how_one_is_made(tmp_path: Path):
     with pytest.raises(UserError, match=r"neither a local folder nor a Hub repository; make it with train\.py"):
-        BatchTopKCrosscoder.from_pretrained(tmp_path / "nowhere")
+        load_dictionary(tmp_path / "nowhere")
 
 
 def test_weights_of_another_shape_than_the_configuration_are_refused(tmp_path: Path):
-    crosscoder().float().save_pretrained(tmp_path)
+    save_dictionary(crosscoder().float(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["crosscoder"]["n_latents"] = F + 1
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="does not hold the crosscoder"):
-        BatchTopKCrosscoder.from_pretrained(tmp_path)
+        load_dictionary(tmp_path)
 
 
 def test_encoding_before_training_has_set_a_threshold_is_an_error(x):

@@ -15,8 +15,8 @@ import pytest
 import torch
 from made_up_activations import planted_activations, write_store
 
+from crosscoder.dictionaries.ranks import Ranks
 from crosscoder.dictionaries.selection import batch_topk
-from crosscoder.training.ranks import Ranks
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY
 
@@ -36,7 +36,7 @@ def note_threads():
 import torch
 from crosscoder.activations.store import ActivationStore
 from crosscoder.dictionaries.methods import new_dictionary
-from crosscoder.training.ranks import ranks_from_environment
+from crosscoder.dictionaries.ranks import ranks_from_environment
 from crosscoder.training.sizing import sized_configs
 from crosscoder.training.trainer import Trainer
 
@@ -193,7 +193,7 @@ def test_a_selection_over_two_processes_is_that_over_all_rows(n_keep: int, ties:
 
 
 def test_a_batch_that_does_not_divide_is_refused(worker, tmp_path: Path):
-    from crosscoder.training.ranks import check_batch
+    from crosscoder.dictionaries.ranks import check_batch
 
     with pytest.raises(UserError, match="does not divide among 3 processes"):
         check_batch(100, Ranks(0, 3))

@@ -16,7 +16,7 @@ from hub_contents import Account
 from hub_server import hub_server
 
 from crosscoder.activations.store import ActivationStore
-from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.checkpoint import load_dictionary
 from finqa.runtime.paths import REPOSITORY
 
 FOLDER = REPOSITORY / "crosscoder-model-diff"
@@ -147,7 +147,7 @@ def test_training_leaves_a_crosscoder_and_its_figures(diff, data_folder):
     assert metrics["held_out"]["l0"] > 0
     assert metrics["n_held_out_documents"] == 1
     assert {"training.png", "training.svg", "log.jsonl", "run.json"} <= {path.name for path in results.iterdir()}
-    model = BatchTopKCrosscoder.from_pretrained(data_folder / "models" / "crosscoders" / results.name)
+    model = load_dictionary(data_folder / "models" / "crosscoders" / results.name)
     assert model.threshold == metrics["threshold"]
 
 
@@ -170,7 +170,7 @@ def test_every_method_has_a_checkpoint_and_metrics_of_its_own(diff, data_folder,
     metrics = json.loads((results.parent / name / "metrics.json").read_text())
     assert metrics["method"] == method
     assert (metrics["latent_scaling"] is None) == (method == "difference-sae")
-    model = BatchTopKCrosscoder.from_pretrained(data_folder / "models" / "crosscoders" / name)
+    model = load_dictionary(data_folder / "models" / "crosscoders" / name)
     assert model.config.method == method
 
 

@@ -21,7 +21,7 @@ from crosscoder.analysis.stability import (
     subspace_overlap,
     vectors_of,
 )
-from crosscoder.dictionaries.checkpoint import load_model
+from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig, Method
 from crosscoder.dictionaries.methods import new_dictionary
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
@@ -230,7 +230,7 @@ def test_planted_features_survive_a_change_of_seed_and_other_data_do_not_share_t
     assert found.subspace_overlap > 0.9 > 2 * found.overlap_by_chance
     folders = [tmp_path / f"run-0-{seed}" for seed in (0, 1)]
     store = ActivationStore(tmp_path / "data-0-0")
-    rows = stability_rows(*(features(load_model(folder), store, torch.arange(len(store))) for folder in folders))
+    rows = stability_rows(*(features(load_dictionary(folder), store, torch.arange(len(store))) for folder in folders))
     by_set = {row["set"]: row for row in rows}
     assert by_set["fine-tuned-only"]["matched_0.8"] > 0.6 > 0.1 >= by_set["fine-tuned-only"]["chance_0.8"]
     assert by_set["fine-tuned-only"]["subspace_overlap"] > 2 * by_set["fine-tuned-only"]["chance_overlap"]

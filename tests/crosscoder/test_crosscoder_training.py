@@ -13,15 +13,15 @@ from made_up_activations import planted_activations, take_steps, write_store
 
 from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis import measures as analysis
-from crosscoder.dictionaries.checkpoint import STATE_FILE, read_config
+from crosscoder.dictionaries.checkpoint import STATE_FILE, load_dictionary, read_config
 from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.dictionaries.objective import objective
+from crosscoder.dictionaries.ranks import ALONE, Ranks
 from crosscoder.dictionaries.threshold import RunningThreshold, calibrated_threshold
 from crosscoder.training import plan
 from crosscoder.training.liveness import Liveness, draw_anew
-from crosscoder.training.ranks import ALONE, Ranks
-from crosscoder.training.step import not_by_hand
+from crosscoder.training.step_choice import not_by_hand
 from crosscoder.training.trainer import StepRecord, Trainer
 from finqa.runtime.errors import UserError
 from finqa.runtime.needs import Need
@@ -124,7 +124,7 @@ def test_a_finished_run_leaves_a_checkpoint_with_scales_threshold_and_settings(s
     scales = store.config.activation_scales
     assert config == (SHAPE, scales, model.threshold, None, SETTINGS, store.config.recorded)
     assert not (tmp_path / STATE_FILE).exists()
-    loaded = BatchTopKCrosscoder.from_pretrained(tmp_path)
+    loaded = load_dictionary(tmp_path)
     x = model.scale(store.read(torch.arange(5)))
     assert torch.equal(loaded(x), model(x))
 

@@ -33,6 +33,7 @@ from crosscoder.dashboard.examples import BANDS, quantise
 from crosscoder.dashboard.firings import gather_firings, groups_within
 from crosscoder.dashboard.page import packed, render, write_dashboard
 from crosscoder.dashboard.records import LEVELS, Dashboard, DashboardConfig, Example
+from crosscoder.dictionaries.checkpoint import save_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig
 from crosscoder.dictionaries.methods import new_dictionary
 from crosscoder.names import ActivationChoice, crosscoder_folder
@@ -419,7 +420,7 @@ def test_the_command_builds_the_dashboard_of_a_crosscoder_on_disk(tiny_student, 
     )
     dictionary = new_dictionary(CrosscoderConfig(64, 12, 2), generator=generator(2))
     dictionary.threshold = 0.05
-    dictionary.save_pretrained(crosscoder_folder(folders, choice.crosscoder_name))
+    save_dictionary(dictionary, crosscoder_folder(folders, choice.crosscoder_name))
     names = ("FinQA-mini", tiny_student, "--data-dir", folders.data, "--results-dir", tmp_path / "results")
     done = command(*names, "--examples-for", 5)
     assert done.returncode == 0, done.stderr

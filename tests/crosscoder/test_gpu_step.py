@@ -14,6 +14,7 @@ import torch
 from made_up_activations import take_steps
 
 from crosscoder.activations.store import ActivationStore
+from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.dictionaries.objective import Weights
@@ -148,6 +149,6 @@ def test_a_whole_run_stopped_and_gone_on_with_has_the_losses_of_autograd(store, 
     assert expected[-1].drawn_anew >= 6
     assert_same_run(found, expected)
     assert model.threshold == pytest.approx(wanted.threshold, rel=1e-3)
-    read_back = BatchTopKCrosscoder.from_pretrained(tmp_path / "by-hand")
+    read_back = load_dictionary(tmp_path / "by-hand")
     for ours, theirs in zip(read_back.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs.cpu())

@@ -18,7 +18,7 @@ from finqa.models import students
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import SHIPPED_DATA
 from finqa.task.datasets import load_finqa
-from finqa.task.programs import to_python
+from finqa.task.program_compiler import to_python
 from finqa.task.prompts import training_prompt
 from finqa.task.records import Question, TeacherRow
 from mini.families import FAMILIES

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 
+from finqa.evaluation.adapter_check import AGREEMENT, compare
 from finqa.evaluation.engines.hugging_face_engine import GumbelNoise, hugging_face
 from finqa.evaluation.engines.serving import MODELS, check_backend, served_models
 from finqa.evaluation.engines.vllm_engine import EngineArguments, vllm_engine
 from finqa.evaluation.evaluate import EvaluationConfig
 from finqa.evaluation.generation import Generate, GenerationConfig, Reply, all_replies, cut_at_stop
-from finqa.models.adapter_check import AGREEMENT, compare
 from finqa.models.settings import StudentSettings, settings_for
 from finqa.models.students import StudentRun, load_base, load_tokenizer, prompt_ids
 from finqa.models.weights import weights_hash
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import Folders
 from finqa.task.datasets import dataset
-from finqa.task.programs import to_python
+from finqa.task.program_compiler import to_python
 from finqa.task.prompts import training_prompt
 from finqa.task.records import TeacherRow, write_teacher_rows
 from finqa.training.fine_tuning import TrainingConfig, fine_tune

@@ -45,7 +45,8 @@ def ask(
     The client waits longer and longer before it tries again; here it does not wait.
     """
     script = (
-        "import time\nfrom pathlib import Path\nfrom finqa.runtime.errors import UserError\nfrom finqa.models import hub\n"
+        "import time\nfrom pathlib import Path\n"
+        "from finqa.models import hub\nfrom finqa.runtime.errors import UserError\n"
         "time.sleep = lambda seconds: None\n"
         f"try: print('gave', {call})\nexcept UserError as error: print('refused', error)\n"
     )

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from finqa.runtime.paths import SPLITS
 from finqa.task.answers import match
 from finqa.task.datasets import load_finqa
-from finqa.task.program_compiler import PROGRAM_STYLES, ProgramStyle
-from finqa.task.programs import ARITHMETIC, TABLE_OPERATIONS, ProgramError, Step, cell_number, execute, parse, to_python
+from finqa.task.program_compiler import PROGRAM_STYLES, ProgramStyle, to_python
+from finqa.task.programs import ARITHMETIC, TABLE_OPERATIONS, ProgramError, Step, cell_number, execute, parse
 from finqa.task.records import Question, Table, format_table, parse_table
 
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finqa.task.answers import match
-from finqa.task.programs import ProgramError, Step, execute, number, parse, to_python
+from finqa.task.program_compiler import to_python
+from finqa.task.programs import ProgramError, Step, execute, number, parse
 
 TABLE = [
     ["( in millions )", "2009", "2008", "2007"],

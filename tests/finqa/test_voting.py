@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from finqa.evaluation.voting import majority
+from finqa.evaluation.judging import majority
 
 
 @pytest.mark.parametrize(

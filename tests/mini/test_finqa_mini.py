@@ -11,7 +11,8 @@ import pytest
 from finqa.runtime.paths import SHIPPED_DATA, SPLITS
 from finqa.task.answers import match
 from finqa.task.datasets import load_finqa
-from finqa.task.programs import ARITHMETIC, TABLE_OPERATIONS, execute, parse, to_python
+from finqa.task.program_compiler import to_python
+from finqa.task.programs import ARITHMETIC, TABLE_OPERATIONS, execute, parse
 from finqa.task.prompts import training_prompt
 from finqa.task.records import Question
 from mini.families import FAMILIES, families

@@ -18,7 +18,7 @@ from typing import Any
 
 from batch_server import BatchStore
 
-from finqa.task.programs import to_python
+from finqa.task.program_compiler import to_python
 from finqa.task.prompts import QUESTION, page_from_prompt
 
 HINT = "Hint: these steps give the right answer: "

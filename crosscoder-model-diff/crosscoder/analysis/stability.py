@@ -3,7 +3,7 @@
 A feature that another seed does not find is a property of the run, not of the models. Matching is the assignment of the
 largest summed cosine (Hungarian), so that no latent answers for two; a share matched is always given with its cosine.
 
-    first, second = (features(load_model(folder), store, store.split(0.1, 0).train) for folder in folders)
+    first, second = (features(load_dictionary(folder), store, store.split(0.1, 0).train) for folder in folders)
     rows = stability_rows(first, second)
 
 What chance gives stands in every row: the second dictionary turned by random rotations, the same one in both models, so

@@ -42,10 +42,11 @@ class CheckpointConfig(NamedTuple):
     """config.json of the activation set it was trained on; empty where the checkpoint does not say."""
 
 
-def save_model(model: BatchTopKCrosscoder, folder: Path, about: dict[str, object]) -> Path:
-    """Write a checkpoint; see BatchTopKCrosscoder.save_pretrained."""
+def save_dictionary(model: BatchTopKCrosscoder, folder: Path | str, **about: object) -> Path:
+    """Write model.safetensors and config.json (shape, scales, threshold; `about` holds further JSON sections)."""
     from dataclasses import asdict
 
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().float() for name, p in model.named_parameters()}
     if model.activation_means is not None:
@@ -62,8 +63,8 @@ def save_model(model: BatchTopKCrosscoder, folder: Path, about: dict[str, object
     return folder
 
 
-def load_model(name: Path | str, revision: str | None = None) -> BatchTopKCrosscoder:
-    """Read a checkpoint from a folder or the Hub; see BatchTopKCrosscoder.from_pretrained."""
+def load_dictionary(name: Path | str, revision: str | None = None) -> BatchTopKCrosscoder:
+    """Load from a local folder, or from the Hub where no such folder is. On the CPU, in fp32, of its method's class."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

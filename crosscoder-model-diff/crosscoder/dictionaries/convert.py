@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from crosscoder.dictionaries.checkpoint import save_dictionary
 from crosscoder.dictionaries.config import N_MODELS, CrosscoderConfig, ScoreNorm
 from finqa.runtime.errors import UserError, report_errors
 
@@ -51,7 +52,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     model = convert(args.source, tuple(args.scales), args.k, args.threshold, args.score_norm)
-    model.save_pretrained(args.target, converted_from=args.source.name)
+    save_dictionary(model, args.target, converted_from=args.source.name)
     config = model.config
     print(
         f"{config.n_latents:,} latents, k {config.k}, 2 x {config.d_model}, threshold {model.threshold}: {args.target}"

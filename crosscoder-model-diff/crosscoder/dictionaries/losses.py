@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from crosscoder.dictionaries.config import Reconstruction
-from crosscoder.training.ranks import ALONE, Ranks
+from crosscoder.dictionaries.ranks import ALONE, Ranks
 
 
 def reconstruction_loss(x: Tensor, xhat: Tensor, kind: Reconstruction) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from crosscoder.dictionaries.config import CrosscoderConfig, Directions
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.ranks import ALONE, Ranks
 from crosscoder.dictionaries.selection import Selection, batch_topk, smallest_positive
-from crosscoder.training.ranks import ALONE, Ranks
 from finqa.runtime.errors import UserError
 
 

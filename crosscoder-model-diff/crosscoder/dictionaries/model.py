@@ -13,14 +13,12 @@ threshold, so that samples do not influence each other. crosscoder/dictionaries/
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from crosscoder.dictionaries.config import CrosscoderConfig, Directions
+from crosscoder.dictionaries.ranks import ALONE, Ranks
 from crosscoder.dictionaries.selection import Selection, batch_topk
-from crosscoder.training.ranks import ALONE, Ranks
 from finqa.runtime.errors import UserError
 
 
@@ -170,24 +168,6 @@ class BatchTopKCrosscoder(nn.Module):
     @torch.no_grad()
     def constrain(self) -> None:
         """Called after each step of the optimiser."""
-
-    # On disk
-
-    def save_pretrained(self, folder: Path | str, **about: object) -> Path:
-        """Write model.safetensors and config.json (shape, scales, threshold; `about` holds further JSON sections)."""
-        from crosscoder.dictionaries.checkpoint import save_model
-
-        return save_model(self, Path(folder), about)
-
-    @classmethod
-    def from_pretrained(cls, name: Path | str, revision: str | None = None) -> BatchTopKCrosscoder:
-        """Load from a local folder, or from the Hub where no such folder is. On the CPU, in fp32.
-
-        What comes back is of the class of the checkpoint's method, whichever class this is called on.
-        """
-        from crosscoder.dictionaries.checkpoint import load_model
-
-        return load_model(name, revision)
 
     def _scales(self, like: Tensor) -> Tensor:
         return torch.tensor(self.activation_scales, dtype=self.b_dec.dtype, device=like.device).unsqueeze(-1)

@@ -10,8 +10,8 @@ from torch import Tensor
 from crosscoder.dictionaries import losses
 from crosscoder.dictionaries.config import TrainingConfig
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.ranks import ALONE, Ranks
 from crosscoder.dictionaries.selection import Selection
-from crosscoder.training.ranks import ALONE, Ranks
 
 
 class Weights(NamedTuple):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crosscoder.training.ranks import ALONE, Ranks
+from crosscoder.dictionaries.ranks import ALONE, Ranks
 
 
 class Selection(NamedTuple):

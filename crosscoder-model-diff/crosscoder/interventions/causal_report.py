@@ -24,6 +24,7 @@ from crosscoder.analysis.latent_scaling import LatentScaling
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.interventions import causal_rows, ranking
 from crosscoder.interventions.causal import Cell, Journal, cell_key, experiment_key, measure_missing
+from crosscoder.interventions.causal_rows import Asked
 from crosscoder.interventions.halves import Pair
 from crosscoder.interventions.patching import BATCH_TOKENS, Carrier, Direction, Positions
 from crosscoder.interventions.sets import (
@@ -45,18 +46,6 @@ from finqa.runtime.paths import write_atomically
 from finqa.runtime.time_left import Say
 
 Ranking = Literal["effect", "exclusivity", "delta", "injected"]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One question with its document."""
-
-    document: Document
-    family: str = ""
-    kind: str = ""
-    """`known` or `new`; empty where the data set does not know."""
-    expected: str = ""
-    """The label."""
 
 
 @dataclass(frozen=True)

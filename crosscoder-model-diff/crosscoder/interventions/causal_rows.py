@@ -12,21 +12,32 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from crosscoder.activations.collection import Document
 from crosscoder.interventions.bootstrap import mcnemar_of, p_above, resamples, share_recovered
 from crosscoder.interventions.causal import Cell, Measured
-
-if TYPE_CHECKING:
-    from crosscoder.interventions.causal_report import Asked
 
 VERDICTS = ("exact", "accuracy")
 """Measures of right and wrong, which McNemar's test compares."""
 LOW_CEILING = 0.2
 """Share of the KL that a site must close for shares of its ceiling to say much."""
 NO_GAP = "nothing to recover: the whole site changes nothing here, within its 95% interval"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question with its document."""
+
+    document: Document
+    family: str = ""
+    kind: str = ""
+    """`known` or `new`; empty where the data set does not know."""
+    expected: str = ""
+    """The label."""
 
 
 def rows_of(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +17,13 @@ from crosscoder.dictionaries import checkpoint, losses
 from crosscoder.dictionaries.config import TrainingConfig, check_together
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.dictionaries.objective import Weights
+from crosscoder.dictionaries.ranks import ALONE, Ranks, check_batch
 from crosscoder.dictionaries.scaling import equal_difference_weight, fit_scaling, sample_of
 from crosscoder.dictionaries.threshold import RunningThreshold, calibrate
 from crosscoder.training import schedule
-from crosscoder.training import state as training_state
 from crosscoder.training.liveness import Liveness, draw_anew
-from crosscoder.training.ranks import ALONE, Ranks, check_batch
-from crosscoder.training.step import Step, StepKind, TakeStep, new_step
+from crosscoder.training.step import Step, StepKind, TakeStep
+from crosscoder.training.step_choice import new_step
 from finqa.runtime.errors import UserError
 
 MEDIAN_TOKENS = 16_384
@@ -129,14 +129,17 @@ class Trainer:
             config = self.config
             calibrate(self.model, self.store, self.split.train, config.calibration_tokens, config.seed)
             recorded = asdict(self.store.config)["recorded"]
-            self.model.save_pretrained(self.folder, training=asdict(config), activations=recorded)
+            checkpoint.save_dictionary(self.model, self.folder, training=asdict(config), activations=recorded)
             (self.folder / checkpoint.STATE_FILE).unlink(missing_ok=True)
         return self.model
 
     def begin(self) -> None:
         """Put parameters and counts where the interrupted run in the folder was, or at their start."""
-        if not training_state.resume(self):
+        state = checkpoint.load_training_state(self.folder)
+        if state is None:
             self._start()
+        else:
+            self.load_state_dict(*state)
         # Only now: a step by hand holds copies of the weights, and the optimiser's moments.
         self._take_step = new_step(self._step_kind, self.model, self.optimizer, self.config, self.ranks)
 
@@ -160,7 +163,58 @@ class Trainer:
     def save_state(self) -> None:
         """Write all that the next step depends on, unless the run has failed."""
         self._check_healthy()
-        training_state.save(self)
+        checkpoint.save_training_state(self.folder, *self.state_dict())
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a run under way is: parameters, optimiser, counts and generator as tensors, and its progress as JSON."""
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        for name, parameter in self.model.named_parameters():
+            tensors |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+        tensors |= {
+            "since_selected": self.liveness.since_selected,
+            "since_positive": self.liveness.since_positive,
+            "generator": self.generator.get_state(),
+            "first_reconstruction": self.first_reconstruction,
+        }
+        progress = {
+            "identity": self._identity(),
+            "steps_done": self.steps_done,
+            "drawn_anew": self.drawn_anew,
+            "threshold": self.threshold.value,
+        }
+        return tensors, progress
+
+    def load_state_dict(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        """Put an untouched trainer where a killed run was. Raises UserError for a run of other settings or data."""
+        if progress["identity"] != self._identity():
+            raise UserError(
+                f"{self.folder} holds a run with other settings or data; give this one another --name, or --overwrite "
+                "it"
+            )
+        for name, parameter in self.model.named_parameters():
+            parameter.data.copy_(tensors[f"model.{name}"])
+            prefix = f"adam.{name}."
+            self.optimizer.state[parameter] = {
+                # Adam keeps its step count where its kernel wants it: on the parameter's device when fused.
+                key.removeprefix(prefix): value.to(self.device)
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
+        self.liveness.since_selected = tensors["since_selected"].to(self.device)
+        self.liveness.since_positive = tensors["since_positive"].to(self.device)
+        self.first_reconstruction = tensors["first_reconstruction"].to(self.device)
+        self.generator.set_state(tensors["generator"].to(torch.uint8))
+        self.steps_done = progress["steps_done"]
+        self.drawn_anew = progress["drawn_anew"]
+        self.threshold.value = progress["threshold"]
+
+    def _identity(self) -> dict[str, Any]:
+        """What an interrupted run must share with this one to be gone on with."""
+        return {
+            "crosscoder": asdict(self.model.config),
+            "training": asdict(self.config) | {"betas": list(self.config.betas)},
+            "activations": self.store.config.recorded.get("fingerprint", ""),
+        }
 
     def _start(self) -> None:
         if self.config.decoder_bias == "median":

@@ -7,12 +7,14 @@ first; vLLM on a GPU takes it with the request; Hugging Face puts it on the load
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
+from finqa.evaluation.engines.data_parallel import parallel_engines
+from finqa.evaluation.engines.vllm_engine import EngineArguments, LogProbs, vllm_engine, vllm_generate, vllm_logprobs
 from finqa.evaluation.generation import Generate, GenerationConfig, end_ids
 from finqa.models.merging import merged
 from finqa.models.students import (
@@ -26,9 +28,6 @@ from finqa.models.students import (
 )
 from finqa.models.weights import check_base, weights_hash
 from finqa.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from finqa.evaluation.engines.vllm_engine import LogProbs
 
 Model = Literal["base", "fine-tuned"]
 MODELS: tuple[Model, ...] = get_args(Model)
@@ -111,8 +110,6 @@ def _by_vllm_with_requests(
     An adapter of rank 512 takes 2.2 times the base's time on a 7B model (benchmarks/results/evaluation_lora.md), which
     is less than merging it and starting a second engine for the thousand rows of a split.
     """
-    from finqa.evaluation.engines.vllm_engine import EngineArguments, running_engine
-
     tokenizer: Any = load_tokenizer(run.model, run.revision)
     ends = end_ids(tokenizer.eos_token_id)
     path = resolve_model(run.model, run.revision)
@@ -126,8 +123,6 @@ def _by_vllm_with_requests(
 def _by_vllm_one_at_a_time(
     run: StudentRun, student: Path | None, adapter: bool, wanted: Sequence[Model], config: GenerationConfig
 ) -> Iterator[Served]:
-    from finqa.evaluation.engines.vllm_engine import EngineArguments, running_engine
-
     tokenizer: Any = load_tokenizer(run.model, run.revision)
     ends = end_ids(tokenizer.eos_token_id)
     base = resolve_model(run.model, run.revision)
@@ -148,3 +143,32 @@ def _by_vllm_one_at_a_time(
 
 def _in_order(wanted: Sequence[Model]) -> list[Model]:
     return [model for model in MODELS if model in wanted]
+
+
+@dataclass(frozen=True)
+class RunningEngine:
+    """One engine, or several that share the prompts."""
+
+    generate: Callable[[bool, set[int]], Generate]
+    """Takes whether to reply with the adapter, and the end tokens."""
+    facts: dict[str, Any]
+    """For run.json."""
+    logprobs: Callable[[bool], LogProbs] | None
+    """Takes whether to use the adapter; None with several engines."""
+
+
+@contextmanager
+def running_engine(arguments: EngineArguments) -> Iterator[RunningEngine]:
+    """As many vLLM engines as the configuration asks for; they are gone at the end of the block."""
+    print(f"starting vLLM{'' if default_device() == 'cpu' else ', which takes a minute or two'}", flush=True)
+    if arguments.config.data_parallel > 1:
+        with parallel_engines(arguments) as (generate, facts):
+            yield RunningEngine(generate, facts, None)
+        return
+    with vllm_engine(arguments) as (engine, facts):
+        config, adapter = arguments.config, arguments.adapter
+        yield RunningEngine(
+            lambda adapted, ends: vllm_generate(engine, ends, config, adapter if adapted else None),
+            facts,
+            lambda adapted: vllm_logprobs(engine, adapter if adapted else None),
+        )

@@ -49,37 +49,6 @@ class EngineArguments:
     """Weights of the model's shapes that are made up, for measuring speed: the folder holds none."""
 
 
-@dataclass(frozen=True)
-class RunningEngine:
-    """One engine, or several that share the prompts."""
-
-    generate: Callable[[bool, set[int]], Generate]
-    """Takes whether to reply with the adapter, and the end tokens."""
-    facts: dict[str, Any]
-    """For run.json."""
-    logprobs: Callable[[bool], LogProbs] | None
-    """Takes whether to use the adapter; None with several engines."""
-
-
-@contextmanager
-def running_engine(arguments: EngineArguments) -> Iterator[RunningEngine]:
-    """As many engines as the configuration asks for; they are gone at the end of the block."""
-    print(f"starting vLLM{'' if default_device() == 'cpu' else ', which takes a minute or two'}", flush=True)
-    if arguments.config.data_parallel > 1:
-        from finqa.evaluation.engines.data_parallel import parallel_engines
-
-        with parallel_engines(arguments) as (generate, facts):
-            yield RunningEngine(generate, facts, None)
-        return
-    with vllm_engine(arguments) as (engine, facts):
-        config, adapter = arguments.config, arguments.adapter
-        yield RunningEngine(
-            lambda adapted, ends: vllm_generate(engine, ends, config, adapter if adapted else None),
-            facts,
-            lambda adapted: vllm_logprobs(engine, adapter if adapted else None),
-        )
-
-
 @contextmanager
 def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any]]]:
     """A running vLLM engine and what is worth recording of it; it is gone at the end of the block."""
