@@ -40,7 +40,7 @@ from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.paths import Folders, add_folder_flags
 from finqa.runtime.plan import plan_evaluation
 from finqa.task import datasets
-from finqa.task.prompts import EVAL_TYPES
+from finqa.task.prompts import EVAL_TYPES, EvalType
 from finqa.training.fine_tuning import TrainingConfig, fine_tune
 from finqa.training.rows import FAMILIES
 from finqa.training.trainable import Speed
@@ -185,7 +185,7 @@ def evaluation_config(args: argparse.Namespace, run: StudentRun) -> EvaluationCo
     named = EVAL_TYPES if args.eval_type == "all" else args.eval_type.split(",")
     if unknown := [name for name in named if name not in EVAL_TYPES]:
         raise UserError(f"unknown eval type {unknown[0]!r}; one of {', '.join(EVAL_TYPES)}, all")
-    types = tuple(eval_type for eval_type in EVAL_TYPES if eval_type in named)
+    types: tuple[EvalType, ...] = tuple(eval_type for eval_type in EVAL_TYPES if eval_type in named)
     splits = tuple(split for split, chosen in (("dev", args.dev), ("test", args.test)) if chosen)
     if not args.evaluate or not splits:
         return None
