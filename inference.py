@@ -23,7 +23,8 @@ from finqa.evaluation.generation import GenerationConfig, all_replies
 from finqa.models.students import add_student_flags, find_adapter, load_tokenizer, prompt_ids, student_from_args
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.paths import SPLITS, Folders, add_folder_flags
-from finqa.sandbox.running import Run, Sandbox
+from finqa.sandbox.results import Run
+from finqa.sandbox.running import Sandbox
 from finqa.task import datasets, prompts
 from finqa.task.evidence import Evidence, evidence
 from finqa.task.prompts import EvalType

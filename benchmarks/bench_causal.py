@@ -27,6 +27,7 @@ from typing import Any
 from benchmarks.bench_collect import SMALL, with_adapter
 from benchmarks.parts.mistral_7b import SHAPES, random_mistral_7b, random_rows
 from benchmarks.parts.record import RESULTS, markdown_table, write_record
+from benchmarks.parts.timing import synchronise
 from finqa.runtime.errors import report_errors
 
 BOS, NO_TOKEN = 1, -1
@@ -237,20 +238,13 @@ def plain_tokens(model: Any, documents: Sequence[Any], args: argparse.Namespace)
 
 
 def begin(device: str) -> float:
-    synchronise(device)
+    synchronise()
     return time.perf_counter()
 
 
 def ms_each(started: float, device: str, count: int) -> float:
-    synchronise(device)
+    synchronise()
     return round(1000 * (time.perf_counter() - started) / count, 3)
-
-
-def synchronise(device: str) -> None:
-    import torch
-
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def peak_memory_gb(device: str) -> float | None:

@@ -37,7 +37,6 @@ import argparse
 import gc
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -45,7 +44,9 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.parts.made_up_set import made_up_store
 from benchmarks.parts.other_dictionaries import OTHERS
-from benchmarks.parts.record import RESULTS, markdown_table, write_record
+from benchmarks.parts.record import RESULTS, write_record
+from benchmarks.parts.step_tables import explained_table, step_table
+from benchmarks.parts.timing import timed
 from finqa.runtime.errors import report_errors
 
 if TYPE_CHECKING:
@@ -270,60 +271,12 @@ def floor(n_latents: int, args: argparse.Namespace) -> dict[str, float]:
     return {"products": times["products"], "adam": adam, "both": times["products"] + adam}
 
 
-def timed(action: Callable[[], object]) -> float:
-    """Milliseconds until all that was asked of the device is done."""
-    synchronise()
-    started = time.perf_counter()
-    action()
-    synchronise()
-    return 1000 * (time.perf_counter() - started)
-
-
-def synchronise() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def take(step: Callable[[Tensor], object], raws: Iterator[Tensor], steps: int) -> None:
     for _ in range(steps):
         step(next(raws))
 
 
 # The record
-
-
-def step_table(results: dict[int, dict[str, Any]]) -> str:
-    """One row a way: milliseconds and the ratio to the floor, for every size."""
-    ways = list(dict.fromkeys(way for of in results.values() for way in of if way != "floor"))
-    header = ("ms a step (times the floor)", *(f"{n:,} latents" for n in results))
-    rows = [("floor", *(f"{of['floor']['both']:.2f}" for of in results.values()))]
-    rows += [("of it products", *(f"{of['floor']['products']:.2f}" for of in results.values()))]
-    left_out = []
-    for way in ways:
-        cells = []
-        for of in results.values():
-            result = of.get(way, "")
-            if isinstance(result, str):
-                left_out += [f"{way}: {result}"] if result else []
-                cells.append("-")
-            else:
-                cells.append(f"{result['ms']:.2f} ({result['ms'] / of['floor']['both']:.2f})")
-        rows.append((way, *cells))
-    return "\n\n".join([markdown_table(header, rows), *dict.fromkeys(left_out)])
-
-
-def explained_table(explained: dict[str, Any]) -> str:
-    if not explained:
-        return ""
-    rows = []
-    for way, of in explained.items():
-        figures = ("instruct", "fine_tuned", "difference")
-        cells = ["-"] * 4 if isinstance(of, str) else [*(f"{of[name]:.4f}" for name in figures), f"{of['l0']:.1f}"]
-        rows.append((way, *cells))
-    header = ("explained variance of held-out documents", "instruct", "fine-tuned", "difference", "L0")
-    return "\n\n" + markdown_table(header, rows)
 
 
 def parse_arguments() -> argparse.Namespace:

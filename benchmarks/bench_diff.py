@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.bench_collect import Setup, project_way, random_student, with_adapter
 from benchmarks.parts.mistral_7b import TRAIN_ROWS, TRAIN_TOKENS, finqa_like_lengths
 from benchmarks.parts.record import RESULTS, markdown_table, write_record
+from benchmarks.parts.timing import synchronise
 from finqa.runtime.errors import report_errors
 
 if TYPE_CHECKING:
@@ -156,13 +157,6 @@ def made_up_documents(count: int, mean_tokens: float, vocabulary: int) -> list[D
         ids = (1, *(rng.randrange(3, vocabulary) for _ in range(max(8, length) - 1)))
         documents.append(Document(f"row-{number}", ids, max(2, len(ids) - 100)))
     return documents
-
-
-def synchronise() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def parse_arguments() -> argparse.Namespace:

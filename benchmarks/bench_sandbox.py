@@ -28,7 +28,8 @@ from unittest import mock
 from benchmarks.parts.record import RESULTS, markdown_table, summary, write_record
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.paths import Folders, add_folder_flags
-from finqa.sandbox.running import Run, Sandbox
+from finqa.sandbox.results import Run
+from finqa.sandbox.running import Sandbox
 from finqa.task.datasets import dataset
 from preprocessing.teacher.teachers import ProgramTeacher
 

@@ -22,7 +22,8 @@ from typing import Any
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.paths import SHIPPED_DATA, write_atomically
 from finqa.task.programs import execute
-from mini.families import FAMILIES, Family, Kind, Slots, ask, choose_slots, families
+from mini.asking import ask, choose_slots
+from mini.families import FAMILIES, Family, Kind, Slots, families
 from mini.pages import Page, make_page
 
 SEED = 1

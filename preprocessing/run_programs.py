@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from finqa.runtime.progress import Progress
-from finqa.sandbox.running import Run, Sandbox
+from finqa.sandbox.results import Run
+from finqa.sandbox.running import Sandbox
 from finqa.task.records import TeacherRow
 
 

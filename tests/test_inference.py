@@ -11,7 +11,7 @@ import pytest
 from finqa.models.weights import weights_hash
 from finqa.runtime.errors import report_errors
 from finqa.runtime.paths import REPOSITORY, Folders
-from finqa.sandbox.running import Run
+from finqa.sandbox.results import Run
 from finqa.task.evidence import evidence
 from finqa.task.records import Question, write_questions
 

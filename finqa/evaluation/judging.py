@@ -8,7 +8,8 @@ from dataclasses import replace
 from finqa.evaluation.generation import Reply
 from finqa.evaluation.predictions import PROMPT_TOO_LONG, Prediction, Sample, prompt_hash
 from finqa.evaluation.rows import EvalRow
-from finqa.sandbox.running import Run, Sandbox
+from finqa.sandbox.results import Run
+from finqa.sandbox.running import Sandbox
 from finqa.task import answers, prompts
 
 Answer = float | str | bool | None

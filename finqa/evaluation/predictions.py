@@ -11,7 +11,7 @@ from pathlib import Path
 from finqa.evaluation.generation import FinishReason
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import write_atomically
-from finqa.sandbox.running import ERROR_KINDS
+from finqa.sandbox.results import ERROR_KINDS
 from finqa.task.answers import Rule
 
 FILE = "predictions.jsonl"

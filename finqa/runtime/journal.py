@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from finqa.runtime.errors import UserError
-from finqa.sandbox.running import Run
+from finqa.sandbox.results import Run
 
 
 @dataclass(frozen=True)

@@ -50,28 +50,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from finqa.runtime.errors import UserError
-from finqa.sandbox import helper as sandbox_helper
+from finqa.runtime.paths import REPOSITORY
 from finqa.sandbox.filter import compiled_filter
-from finqa.sandbox.helper import FROM_PROGRAM, HEADER, PROTECTIONS, REQUEST, SYSTEM_CALLS
-
-ERROR_KINDS = (
-    "syntax",  # the program does not compile
-    "runtime",  # it raised: the message has the exception's name, its text and the line, in this order
-    "no-answer",  # it ended without setting ans
-    "bad-answer",  # ans is neither a number, a bool nor a short text, or it is NaN, infinite or too large for a float
-    "cpu-time",  # it used up its CPU time
-    "wall-time",  # it was not done in a time far above the CPU limit (it waits for something)
-    "memory",  # it needs more memory than allowed
-    "forbidden",  # it made a system call that the filter does not let through
-    "crashed",  # a signal, an end without a result, garbage in the pipe, or the helper died under it, twice
-)
-_KINDS_OF_A_PROGRAM = ("syntax", "runtime", "no-answer", "bad-answer", "memory")
+from finqa.sandbox.helper import HEADER, REQUEST
+from finqa.sandbox.program import RESULT_FD
+from finqa.sandbox.protections import PROTECTIONS, SYSTEM_CALLS
+from finqa.sandbox.results import Run, read_reply
 
 DEFAULT_WORKERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 LONGEST_PROGRAM = 1_000_000
 """Characters of source; a longer program is not run, its error kind is memory."""
 _GRACE_S = 30.0
 _TRIES = 2
+_START_HELPER = (
+    "import sys; sys.path.append(sys.argv[1]); from finqa.sandbox.helper import main; sys.exit(main(sys.argv[2]))"
+)
+"""The standard library comes first on the path, so that no file of ours is taken for one of its own."""
 
 
 @dataclass(frozen=True)
@@ -93,18 +87,6 @@ class SandboxLimits:
                 raise UserError(f"SandboxLimits.{name} must be above 0, not {value}")
         if self.wall_s < self.cpu_s:
             raise UserError(f"SandboxLimits.wall_s ({self.wall_s:g}) must not be under cpu_s ({self.cpu_s:g})")
-
-
-@dataclass(frozen=True)
-class Run:
-    """What became of a program."""
-
-    answer: float | str | bool | None
-    """The value of `ans`: every kind of number as a float; None on an error."""
-    error_kind: str | None
-    """One of ERROR_KINDS; None when the program gave an answer."""
-    message: str
-    """One line about the error; empty without one."""
 
 
 _TOO_LONG = Run(None, "memory", f"the program is longer than {LONGEST_PROGRAM:,} characters")
@@ -223,11 +205,11 @@ class _Helper:
         self._start()
 
     def _start(self) -> None:
-        system_calls = compiled_filter(sandbox_helper.RESULT_FD).hex()
+        system_calls = compiled_filter(RESULT_FD).hex()
         with tempfile.TemporaryDirectory(prefix="finqa-sandbox-") as folder, tempfile.TemporaryFile() as errors:
             settings = json.dumps({**asdict(self._limits), "folder": folder, "filter": system_calls})
             self._process = subprocess.Popen(
-                [sys.executable, "-s", "-S", "-P", "-B", sandbox_helper.__file__, settings],
+                [sys.executable, "-s", "-S", "-P", "-B", "-c", _START_HELPER, str(REPOSITORY), settings],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -308,33 +290,6 @@ class _Helper:
         self._process.wait()
         self._requests.close()
         self._replies.close()
-
-
-def read_reply(tag: bytes, content: bytes) -> Run:
-    """The result in a helper's message, of which only what the helper itself wrote can be relied on."""
-    try:
-        record = json.loads(content.decode("ascii"))
-        if not isinstance(record, dict):
-            raise ValueError("no record")
-        if "answer" not in record:
-            kind, message = record["error_kind"], record["message"]
-            if kind not in (_KINDS_OF_A_PROGRAM if tag == FROM_PROGRAM else ERROR_KINDS):
-                raise ValueError("not an error that a program's process reports")
-            return Run(None, kind, _one_line(message))
-        answer = record["answer"]
-        if isinstance(answer, str):
-            return Run(answer.encode("utf-8", "replace").decode(), None, "")
-        if isinstance(answer, bool):
-            return Run(answer, None, "")
-        if not math.isfinite(number := float(answer)):
-            raise ValueError("not finite")
-        return Run(number, None, "")
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-        return Run(None, "crashed", "the program wrote to the pipe that carries its result")
-
-
-def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from finqa.runtime.journal import Answer, Journal, request_key
-from finqa.sandbox.running import Run
+from finqa.sandbox.results import Run
 from finqa.task.answers import Rule, match
 from finqa.task.prompts import extract_code, teacher_messages
 from finqa.task.records import Question

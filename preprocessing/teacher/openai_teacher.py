@@ -18,7 +18,8 @@ from pathlib import Path
 from finqa.runtime.errors import UserError
 from finqa.runtime.journal import Answer, Journal, answers_in
 from finqa.runtime.progress import Progress
-from finqa.sandbox.running import Run, Sandbox
+from finqa.sandbox.results import Run
+from finqa.sandbox.running import Sandbox
 from finqa.task.answers import Rule
 from finqa.task.records import Question
 from finqa.task.worked_examples import WorkedExample

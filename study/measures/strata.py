@@ -20,7 +20,7 @@ from finqa.models.students import prompt_ids
 from finqa.runtime.errors import UserError
 from finqa.task import prompts
 from finqa.task.records import TeacherRow
-from study.measures.wording import Wording, cue, operation
+from study.wording import Wording, cue, operation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -111,11 +111,11 @@ class Context:
 @lru_cache(maxsize=1)
 def context(work: Work, pair: Pair, target: Target) -> Context:
     from crosscoder.activations.store import ActivationStore
-    from mini.wording import finqa_mini_wording
     from study.measures.probe import probe_ceilings
     from study.measures.selectivity import halves
     from study.measures.strata import questions_of
     from study.measures.token_truth import fixed_tokens, token_groups
+    from study.wording import finqa_mini_wording
 
     store = ActivationStore(activations(work, pair, target))
     wording = finqa_mini_wording()

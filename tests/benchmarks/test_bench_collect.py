@@ -46,15 +46,6 @@ def test_a_small_run_times_every_way_and_records_it(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["results"]  # the sets are gone
 
 
-@pytest.mark.slow
-def test_the_readers_are_compared(tmp_path: Path):
-    printed = run("bench_readers", "--repeats", "2", "--output-dir", str(tmp_path))
-    record = json.loads((tmp_path / "readers.json").read_text())
-    assert set(record["ms_a_call"]["16 x 256"]) == {"not read", "hooks", "nnsight"}
-    assert all(ms["repeats"] == 2 for way in record["ms_a_call"].values() for ms in way.values())
-    assert "nnsight / not read" in printed
-
-
 def test_every_way_writes_the_same_activations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from safetensors.torch import load_file
 

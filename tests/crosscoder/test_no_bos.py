@@ -26,8 +26,8 @@ from finqa.task.datasets import load_finqa
 from finqa.task.prompts import REQUEST, training_prompt
 from finqa.task.records import TeacherRow, write_teacher_rows
 from mini.make_finqa_mini import NAME
-from mini.wording import finqa_mini_wording
 from study.measures.strata import strata_of
+from study.wording import finqa_mini_wording
 
 FOLDER = REPOSITORY / "crosscoder-model-diff"
 

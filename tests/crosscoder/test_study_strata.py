@@ -23,9 +23,8 @@ from finqa.task.prompts import training_prompt
 from finqa.task.records import Question, TeacherRow
 from mini.families import FAMILIES
 from mini.make_finqa_mini import NAME, make_minimal_pairs
-from mini.wording import finqa_mini_wording
 from study.measures.strata import STRATA, questions_of, strata_of
-from study.measures.wording import cue, operation
+from study.wording import cue, finqa_mini_wording, operation
 
 WORDING = finqa_mini_wording()
 ROWS_OF_FAMILY = 3

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from finqa.sandbox.filter import compiled_filter
-from finqa.sandbox.helper import RESULT_FD
-from finqa.sandbox.running import Run, Sandbox, SandboxLimits
+from finqa.sandbox.program import RESULT_FD
+from finqa.sandbox.results import Run
+from finqa.sandbox.running import Sandbox, SandboxLimits
 
 QUICK = SandboxLimits(cpu_s=0.5, memory_mb=64, wall_s=3.0)
 HARMLESS = "ans = 6 * 7"

@@ -18,7 +18,8 @@ from finqa.evaluation.rows import EvalRow, read_rows
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_json
 from finqa.runtime.paths import Folders
-from finqa.sandbox.running import ERROR_KINDS, Sandbox
+from finqa.sandbox.results import ERROR_KINDS
+from finqa.sandbox.running import Sandbox
 from finqa.task.datasets import dataset
 from finqa.task.records import Question, TeacherRow, write_questions, write_teacher_rows
 

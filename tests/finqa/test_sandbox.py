@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from finqa.sandbox.running import ERROR_KINDS, LONGEST_PROGRAM, Run, Sandbox, SandboxLimits
+from finqa.sandbox.results import ERROR_KINDS, Run
+from finqa.sandbox.running import LONGEST_PROGRAM, Sandbox, SandboxLimits
 
 QUICK = SandboxLimits(cpu_s=0.3, wall_s=2.0)
 HARMLESS = "ans = 6 * 7"

@@ -6,7 +6,8 @@ import pytest
 from attacking import HARMLESS, assert_stopped, attack, needs_filter, sandbox
 
 from finqa.sandbox.helper import FROM_HELPER, FROM_PROGRAM
-from finqa.sandbox.running import ERROR_KINDS, Run, Sandbox, read_reply
+from finqa.sandbox.results import ERROR_KINDS, Run, read_reply
+from finqa.sandbox.running import Sandbox
 
 __all__ = ["sandbox"]
 

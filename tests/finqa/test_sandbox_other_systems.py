@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from finqa.sandbox.helper import PROTECTIONS
+from finqa.sandbox.protections import PROTECTIONS
 
 PROGRAMS = {
     "ans = 6 * 7": "(42.0, None)",
@@ -81,11 +81,10 @@ def test_on_macos(tmp_path: Path):
     """The helper is a process of its own: what stands in for its interpreter makes that one like macOS, too."""
     like_macos = tmp_path / "like_macos.py"
     like_macos.write_text(
-        f"{LIKE_MACOS}\nimport runpy\nsys.argv = sys.argv[1:]\nsys.orig_argv = []\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        f"{LIKE_MACOS}\ncode, sys.argv, sys.orig_argv = sys.argv[1], ['-c', *sys.argv[2:]], []\nexec(code)\n"
     )
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -s -S -P -B {like_macos} "$5" "$6"\n')
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -s -S -P -B {like_macos} "$6" "$7" "$8"\n')
     python.chmod(0o755)
     script = f"{NO_SECCOMP}{LIKE_MACOS}sys.executable = {str(python)!r}\n{RUN_TWICE}"
     missing = assert_works_and_says_once(*output_of(script))

@@ -17,7 +17,7 @@ import pytest
 
 from finqa.runtime.errors import UserError
 from finqa.sandbox.filter import compiled_filter
-from finqa.sandbox.helper import RESULT_FD
+from finqa.sandbox.program import RESULT_FD
 from finqa.sandbox.running import Sandbox, SandboxLimits
 
 QUICK = SandboxLimits(cpu_s=0.3, wall_s=2.0)

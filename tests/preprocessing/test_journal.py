@@ -10,7 +10,7 @@ import pytest
 
 from finqa.runtime.errors import UserError
 from finqa.runtime.journal import Answer, Failure, Journal, request_key
-from finqa.sandbox.running import Run
+from finqa.sandbox.results import Run
 
 ANSWER = Answer("ans = 1  # naïve \U0001f9fe \n", "stop", "gpt-5-dated", 100, 10)
 REQUEST = {"model": "gpt-5", "messages": [{"role": "user", "content": "how much?"}], "max_completion_tokens": 100}

@@ -11,7 +11,7 @@ from teacher_server import TeacherServer
 from teaching import Teach, number_in
 
 from finqa.runtime.journal import Answer, Journal
-from finqa.sandbox.running import Run
+from finqa.sandbox.results import Run
 from finqa.task.records import read_questions
 from preprocessing.teacher.config import OpenAITeacherConfig
 from preprocessing.teacher.conversation import Conversation, Wanted

@@ -1,8 +1,7 @@
 """Reads what chosen modules of a causal language model give for a batch, and runs nothing after the last of them.
 
-Two readers with one result (tested to be equal bit by bit). nnsight is the default: it adds about a
-millisecond to a call, nothing beside a batch of thousands of tokens (benchmarks/bench_readers.py measures it). Plain
-forward hooks do the same where nnsight is not installed, or with --reader hooks.
+Two readers with one result (tested to be equal bit by bit). nnsight is the default. Plain forward hooks do the same
+where nnsight is not installed, or with --reader hooks.
 
 No mask is passed: rows are padded on the right and the models are causal, so that no real token sees the padding, and
 attention can use its fastest kernels.

@@ -9,7 +9,7 @@ The encoder is held transposed, [latent, 2 * d_model], like the decoder: the mod
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]  not installed without a GPU
@@ -19,6 +19,16 @@ from crosscoder.dictionaries.config import N_MODELS, TrainingConfig
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.dictionaries.objective import Weights, auxiliary_latents
 from crosscoder.training.gpu import kernels
+from crosscoder.training.gpu.pairs import (
+    Pairs,
+    Selection,
+    index_type,
+    laid_out_like,
+    largest,
+    starts_of,
+    sum_of_squares,
+    transposed,
+)
 from crosscoder.training.step import Step
 
 CAPACITY = 4
@@ -31,13 +41,6 @@ SEARCH_STEPS = 40
 """Bounds that are tried where that one was no good, before the selection is made over all pairs."""
 SAMPLED_TOKENS = 64
 """Whose scores the search of a bound starts from."""
-DECODER_COLUMNS, DECODER_ROWS = 128, 32
-"""Of a program that decodes, of one warp: columns, so few that those of all rows lie in the cache, and rows that it has
-on their way at the same time."""
-GRADIENT_COLUMNS, GRADIENT_ROWS = 128, 8
-SPARSE_COLUMNS, SPARSE_ROWS = 256, 2
-"""The same of one that sums gradients, and where a latent has fewer pairs than MANY_PAIRS."""
-MANY_PAIRS = 16
 SMALLEST_SQUARE = 1e-30
 """Of an error's length, before it is divided by."""
 ALIGNED = 64
@@ -46,40 +49,6 @@ ROUNDING = 1e-5
 """Of a difference of sums in fp32, relative to them."""
 CLIP_EPSILON = 1e-6
 """As in torch.nn.utils.clip_grad_norm_."""
-
-
-class _Pairs(NamedTuple):
-    """The active pairs in order of their rows: tokens, or latents."""
-
-    starts: Tensor
-    """[rows + 1] int32: where each row's pairs begin."""
-    other: Tensor
-    """[pairs] int32: the latent of each pair in order of tokens, or the token in order of latents."""
-    values: Tensor
-    """[pairs] fp32."""
-
-
-class _Selection(NamedTuple):
-    """The k * batch pairs of token and latent of the largest scores. Pairs without a positive score have value 0."""
-
-    index: Tensor
-    """[pairs], ascending: token * latents + latent, 0 where the value is 0."""
-    values: Tensor
-    """[pairs] fp32."""
-    smallest: Tensor
-    """[]: the smallest positive score of them, or infinity."""
-    positive: Tensor
-    """[latent] int8: whether it is positive for a token."""
-    counter: Tensor
-    """[] int32, on its way to the CPU: the pairs above the bound. `least` to `most` of them and nothing was missed."""
-    counted: torch.cuda.Event | None
-    least: int
-    most: int
-
-    def is_whole(self) -> bool:
-        if self.counted is not None:
-            self.counted.synchronize()
-        return self.least <= int(self.counter) <= self.most
 
 
 class GpuStep:
@@ -105,7 +74,7 @@ class GpuStep:
         self.width = N_MODELS * model.config.d_model
         device = model.b_dec.device
         self.decoder = model.W_dec.data.view(self.n_latents, self.width)
-        self.encoder = _transposed(model.W_enc.data).contiguous()
+        self.encoder = transposed(model.W_enc.data).contiguous()
         model.W_enc.data = self.encoder.t().view(model.W_enc.shape)
         self.moments = {
             "encoder": self._moments(model.W_enc, transposed=True),
@@ -174,7 +143,7 @@ class GpuStep:
             return torch.ones_like(self.model.b_enc)
         return self.norms.norm(dim=-1) if self.model.config.score_norm == "l2" else self.norms.sum(dim=-1)
 
-    def _select(self, product: Tensor, norms: Tensor, k: int, bound: Tensor) -> _Selection:
+    def _select(self, product: Tensor, norms: Tensor, k: int, bound: Tensor) -> Selection:
         """The selection where the pairs above `bound` suffice for it and there is room for them; see is_whole."""
         batch = len(product)
         n_keep = min(k * batch, product.numel())
@@ -184,7 +153,7 @@ class GpuStep:
         positive = torch.zeros(self.n_latents, dtype=torch.int8, device=device)
         scores = torch.full((capacity,), -1.0, device=device)
         values = torch.empty_like(scores)
-        indices = torch.zeros(capacity, dtype=_index_type(product.numel()), device=device)
+        indices = torch.zeros(capacity, dtype=index_type(product.numel()), device=device)
         tile = (32, 128)
         grid = (triton.cdiv(batch, tile[0]), triton.cdiv(self.n_latents, tile[1]))
         kernel: Any = kernels.candidates
@@ -198,9 +167,9 @@ class GpuStep:
             counter = on_cpu.copy_(counter, non_blocking=True)
             counted = torch.cuda.Event()
             counted.record()
-        return _Selection(*_largest(scores, values, indices, n_keep), positive, counter, counted, n_keep, capacity)
+        return Selection(*largest(scores, values, indices, n_keep), positive, counter, counted, n_keep, capacity)
 
-    def _search(self, product: Tensor, norms: Tensor, k: int) -> _Selection:
+    def _search(self, product: Tensor, norms: Tensor, k: int) -> Selection:
         """The selection where nothing is known of the scores, as at the first step: tries bounds, and waits."""
         n_keep = min(k * len(product), product.numel())
         sample = product[:: max(1, len(product) // SAMPLED_TOKENS)]
@@ -216,11 +185,11 @@ class GpuStep:
             else:
                 low, bound = bound, 2 * bound + 1e-30 if high == float("inf") else (bound + high) / 2
         values = torch.relu(product.float() + self.model.b_enc)
-        indices = torch.arange(product.numel(), dtype=_index_type(product.numel()), device=product.device)
-        chosen = _largest((values * norms).flatten(), values.flatten(), indices, n_keep)
-        return _Selection(*chosen, found.positive, found.counter, None, 0, product.numel())
+        indices = torch.arange(product.numel(), dtype=index_type(product.numel()), device=product.device)
+        chosen = largest((values * norms).flatten(), values.flatten(), indices, n_keep)
+        return Selection(*chosen, found.positive, found.counter, None, 0, product.numel())
 
-    def _move_bound(self, selection: _Selection) -> None:
+    def _move_bound(self, selection: Selection) -> None:
         """Set the next step's bound from the count, which is there by now, and the smallest score, which may not be."""
         if int(selection.counter) > MANY * selection.least:
             self.bound_share = (1 + self.bound_share) / 2
@@ -229,21 +198,21 @@ class GpuStep:
         smallest = selection.smallest
         self.bound = torch.where(torch.isfinite(smallest), self.bound_share * smallest, 0.0)
 
-    def _gradients(self, x: Tensor, selection: _Selection) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _gradients(self, x: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Error and the loss's gradient at the reconstruction (both [batch, width]); b_enc's gradient [latent]; sums of
         squares of the weights' gradients, which are filled; losses [batch]."""
         batch, index, values = len(x), selection.index, selection.values
-        by_token = _Pairs(_starts(index, self.n_latents, batch), (index % self.n_latents).int(), values)
+        by_token = Pairs(starts_of(index, self.n_latents, batch), (index % self.n_latents).int(), values)
         error, gradient, value_gradients, losses = self._decode(x, by_token)
         index, order = torch.sort((index % self.n_latents) * batch + index // self.n_latents)
-        by_latent = _Pairs(_starts(index, batch, self.n_latents), (index % batch).int(), values[order])
+        by_latent = Pairs(starts_of(index, batch, self.n_latents), (index % batch).int(), values[order])
         bias_gradient, squares = self._weight_gradients(x, gradient, by_latent, value_gradients[order])
         return error, gradient, bias_gradient, squares, losses
 
-    def _decode(self, x: Tensor, pairs: _Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _decode(self, x: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Error, the loss's gradient at the reconstruction (both [batch, width]) and at the values, losses [batch]."""
         batch, d_model = len(x), self.width // N_MODELS
-        block = min(DECODER_COLUMNS, triton.next_power_of_2(d_model))
+        block = min(kernels.DECODER_COLUMNS, triton.next_power_of_2(d_model))
         parts_of_model = triton.cdiv(d_model, block)
         parts = N_MODELS * parts_of_model
         order = pairs.starts.diff().argsort(descending=True)  # a token of many pairs is not to be the last one
@@ -253,7 +222,7 @@ class GpuStep:
         kernel: Any = kernels.decode_and_differentiate
         kernel[(batch, parts)](
             pairs.starts, order, pairs.other, pairs.values, self.decoder_copy, self.model.b_dec, x, error,
-            squares, products, len(pairs.values), d_model, parts_of_model, DECODER_ROWS, block, num_warps=1,
+            squares, products, len(pairs.values), d_model, parts_of_model, kernels.DECODER_ROWS, block, num_warps=1,
         )  # fmt: skip
         if self.config.reconstruction == "mse":
             scale = 2 / batch
@@ -267,11 +236,13 @@ class GpuStep:
         return error, gradient, value_gradients * (pairs.values > 0), losses
 
     def _weight_gradients(
-        self, x: Tensor, gradient: Tensor, pairs: _Pairs, value_gradients: Tensor
+        self, x: Tensor, gradient: Tensor, pairs: Pairs, value_gradients: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Fills the gradients of encoder and decoder; returns b_enc's, and the sums of the squares of the others."""
-        many = len(pairs.values) >= MANY_PAIRS * self.n_latents
-        columns, rows = (GRADIENT_COLUMNS, GRADIENT_ROWS) if many else (SPARSE_COLUMNS, SPARSE_ROWS)
+        many = len(pairs.values) >= kernels.MANY_PAIRS * self.n_latents
+        columns, rows = (
+            (kernels.GRADIENT_COLUMNS, kernels.GRADIENT_ROWS) if many else (kernels.SPARSE_COLUMNS, kernels.SPARSE_ROWS)
+        )
         block = min(columns, triton.next_power_of_2(self.width))
         parts = triton.cdiv(self.width, block)
         bias_gradient = torch.empty(self.n_latents, device=x.device)
@@ -298,7 +269,7 @@ class GpuStep:
             values = torch.zeros_like(values).scatter(1, best, values.gather(1, best))
         rounded, decoder = values.to(x.dtype), self.decoder_copy[rows]
         left = torch.addmm(error, rounded, decoder)  # what the dead latents leave of the residual, which is -error
-        square, of_mean = _square(error), len(x) * _square(error.mean(0, dtype=torch.float32))
+        square, of_mean = sum_of_squares(error), len(x) * sum_of_squares(error.mean(0, dtype=torch.float32))
         # Where all rows are alike the variance is 0, and the difference of the two sums a rounding of them.
         scale = torch.where(square - of_mean > ROUNDING * square, 1 / (square - of_mean), 0.0)
         factor = (2 * weight * scale).to(x.dtype)
@@ -312,7 +283,7 @@ class GpuStep:
             gradient.index_copy_(0, dead, changed)
             squares += torch.linalg.vector_norm(changed, dim=1, dtype=torch.float32) ** 2
         bias_gradient.index_add_(0, dead, slope[:, :n].sum(0, dtype=torch.float32))
-        return _square(left) * scale, squares
+        return sum_of_squares(left) * scale, squares
 
     def _adam(self, learning_rate: float, clip: Tensor, bias_gradient: Tensor, decoder_bias_gradient: Tensor) -> None:
         group = self.optimizer.param_groups[0]
@@ -341,43 +312,10 @@ class GpuStep:
         state: dict[str, Any] = self.optimizer.state[parameter]
         for name in ("exp_avg", "exp_avg_sq"):
             there = state.get(name)
-            state[name] = torch.zeros_like(parameter.data) if there is None else _laid_out_like(there, parameter.data)
+            state[name] = torch.zeros_like(parameter.data) if there is None else laid_out_like(there, parameter.data)
         state.setdefault("step", torch.zeros((), device=parameter.device))
         first, second = (
-            _transposed(state[name]) if transposed else state[name].view(self.n_latents, self.width)
+            transposed(state[name]) if transposed else state[name].view(self.n_latents, self.width)
             for name in ("exp_avg", "exp_avg_sq")
         )
         return first, second, state["step"]
-
-
-def _transposed(encoder: Tensor) -> Tensor:
-    """[2, d_model, latent] -> [latent, 2 * d_model], a view."""
-    return encoder.reshape(-1, encoder.shape[-1]).t()
-
-
-def _square(tensor: Tensor) -> Tensor:
-    """[]: the sum of its squares, fp32."""
-    return torch.linalg.vector_norm(tensor, dtype=torch.float32) ** 2
-
-
-def _laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
-    return torch.empty_like(other).copy_(tensor)
-
-
-def _largest(scores: Tensor, values: Tensor, indices: Tensor, n_keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the n_keep largest scores: indices, ascending, and values, both 0 where the score is not positive; and the
-    smallest positive score."""
-    top = torch.topk(scores, n_keep, sorted=False)
-    kept = top.values > 0
-    index, order = torch.sort(indices[top.indices] * kept)
-    return index, (values[top.indices] * kept)[order], torch.where(kept, top.values, torch.inf).min()
-
-
-def _starts(index: Tensor, columns: int, rows: int) -> Tensor:
-    """[rows + 1] int32: where each row begins among sorted indices row * columns + column."""
-    bounds = torch.arange(rows + 1, device=index.device, dtype=torch.int64) * columns
-    return torch.searchsorted(index.long(), bounds, out_int32=True)
-
-
-def _index_type(count: int) -> torch.dtype:
-    return torch.int32 if count < 2**31 else torch.int64

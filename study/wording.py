@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from finqa.runtime.errors import UserError
 from finqa.task.records import Question
+from mini.families import FAMILIES
+from mini.pages import REGIONS
 
 Fillers = Mapping[str, Sequence[str]]
 
@@ -112,3 +114,13 @@ def _statements(code: str) -> list[ast.stmt]:
 def _is_constant(value: ast.expr) -> bool:
     """Whether an expression names and calls nothing: a number, a list of numbers, `26 / 100`."""
     return not any(isinstance(node, (ast.Name, ast.Call)) for node in ast.walk(value))
+
+
+def finqa_mini_wording() -> Wording:
+    """How FinQA-mini asks, of all families, those that FinQA-mini leaves to another fine-tune included."""
+    return Wording(
+        phrasings={family.name: family.phrasings for family in FAMILIES},
+        templates={family.name: family.shape for family in FAMILIES},
+        kinds={family.name: family.kind for family in FAMILIES},
+        fillers={"region": REGIONS, "count": tuple("23456")},
+    )
