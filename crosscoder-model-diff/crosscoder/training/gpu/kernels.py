@@ -13,8 +13,8 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 DECODER_COLUMNS, DECODER_ROWS = 128, 32
 """Of a program that decodes, of one warp: columns, so few that those of all rows lie in the cache, and rows that it has
 on their way at the same time."""
-GRADIENT_COLUMNS, GRADIENT_ROWS = 128, 8
-SPARSE_COLUMNS, SPARSE_ROWS = 256, 2
+GRADIENT_BLOCK = 128, 8
+SPARSE_BLOCK = 256, 2
 """The same of one that sums gradients, and where a latent has fewer pairs than MANY_PAIRS."""
 MANY_PAIRS = 16
 

@@ -65,7 +65,7 @@ def index_type(count: int) -> torch.dtype:
     return torch.int32 if count < 2**31 else torch.int64
 
 
-def transposed(encoder: Tensor) -> Tensor:
+def latents_first(encoder: Tensor) -> Tensor:
     """[2, d_model, latent] -> [latent, 2 * d_model], a view."""
     return encoder.reshape(-1, encoder.shape[-1]).t()
 

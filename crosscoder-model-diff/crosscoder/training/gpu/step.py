@@ -25,9 +25,9 @@ from crosscoder.training.gpu.pairs import (
     index_type,
     laid_out_like,
     largest,
+    latents_first,
     starts_of,
     sum_of_squares,
-    transposed,
 )
 from crosscoder.training.step import Step
 
@@ -74,7 +74,7 @@ class GpuStep:
         self.width = N_MODELS * model.config.d_model
         device = model.b_dec.device
         self.decoder = model.W_dec.data.view(self.n_latents, self.width)
-        self.encoder = transposed(model.W_enc.data).contiguous()
+        self.encoder = latents_first(model.W_enc.data).contiguous()
         model.W_enc.data = self.encoder.t().view(model.W_enc.shape)
         self.moments = {
             "encoder": self._moments(model.W_enc, transposed=True),
@@ -315,7 +315,7 @@ class GpuStep:
             state[name] = torch.zeros_like(parameter.data) if there is None else laid_out_like(there, parameter.data)
         state.setdefault("step", torch.zeros((), device=parameter.device))
         first, second = (
-            transposed(state[name]) if transposed else state[name].view(self.n_latents, self.width)
+            latents_first(state[name]) if transposed else state[name].view(self.n_latents, self.width)
             for name in ("exp_avg", "exp_avg_sq")
         )
         return first, second, state["step"]
