@@ -240,9 +240,7 @@ class GpuStep:
     ) -> tuple[Tensor, Tensor]:
         """Fills the gradients of encoder and decoder; returns b_enc's, and the sums of the squares of the others."""
         many = len(pairs.values) >= kernels.MANY_PAIRS * self.n_latents
-        columns, rows = (
-            (kernels.GRADIENT_COLUMNS, kernels.GRADIENT_ROWS) if many else (kernels.SPARSE_COLUMNS, kernels.SPARSE_ROWS)
-        )
+        columns, rows = kernels.GRADIENT_BLOCK if many else kernels.SPARSE_BLOCK
         block = min(columns, triton.next_power_of_2(self.width))
         parts = triton.cdiv(self.width, block)
         bias_gradient = torch.empty(self.n_latents, device=x.device)
