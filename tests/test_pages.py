@@ -11,6 +11,7 @@ import pytest
 from finqa.runtime.paths import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+GENERATED = [*sorted((REPOSITORY / "docs" / "reference").rglob("*.md")), *REPOSITORY.glob("data/models/*/README.md")]
 README = (REPOSITORY / "README.md").read_text()
 DOCS = REPOSITORY / "docs"
 RECORDS = REPOSITORY / "benchmarks" / "results"
@@ -58,7 +59,7 @@ def defined(dotted: str) -> bool:
     return bool(file and re.search(rf"^(?:def|class) {name}\b|^{name}\b.* =", file.read_text(), re.MULTILINE))
 
 
-@every_page
+@pytest.mark.parametrize("page", [*PAGES, *GENERATED], ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_every_link_leads_somewhere(page: Path):
     targets = re.findall(r"\]\((?!https?://)([^)#\s]*)(#[^)\s]*)?\)", page.read_text())
     missing = [target for target, _ in targets if target and not (page.parent / target).exists()]
