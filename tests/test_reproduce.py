@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 
 import pytest
 
@@ -69,12 +67,3 @@ def test_merging_takes_what_its_record_says():
         f"took {ours['seconds']:.0f} s on two CPU cores and {ours['peak_bytes'] / 1e9:.1f} GB of the machine's memory"
     )
     assert told in " ".join(PAGE.split())
-
-
-def test_the_files_and_flags_it_names_exist():
-    for name in re.findall(r"`((?:benchmarks|finqa|docs)/[\w/.]+)`", PAGE):
-        assert Path(REPOSITORY / name).exists(), name
-    sources = "".join(path.read_text() for folder in (".", "finqa", "preprocessing")
-                      for path in (REPOSITORY / folder).glob("**/*.py" if folder != "." else "*.py"))  # fmt: skip
-    for flag in set(re.findall(r"`?(--[a-z0-9][a-z0-9-]+)", PAGE)):
-        assert f'"{flag}"' in sources, flag

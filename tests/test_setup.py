@@ -1,11 +1,23 @@
-"""What make sets up, whatever the shell that it is called from."""
+"""What make sets up, whatever the shell that it is called from; the lock file and the citation."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import tomllib
+from typing import Any
+
+import pytest
 
 from finqa.runtime.paths import REPOSITORY
+
+PUBLIC_INDEXES = {"pypi.org", "files.pythonhosted.org", "download.pytorch.org"}
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 
 def test_packages_go_into_the_project_s_environment_where_another_one_is_active():
@@ -13,3 +25,30 @@ def test_packages_go_into_the_project_s_environment_where_another_one_is_active(
     elsewhere = os.environ | {"VIRTUAL_ENV": "/elsewhere"}
     told = subprocess.run(shown, cwd=REPOSITORY, env=elsewhere, capture_output=True, text=True, check=True).stdout
     assert told.strip() == str(REPOSITORY / ".venv")
+
+
+def test_every_address_in_the_lock_file_is_public():
+    hosts = set(re.findall(r"\w+://([^/\"]+)", (REPOSITORY / "uv.lock").read_text()))
+    assert hosts and hosts <= PUBLIC_INDEXES
+
+
+def test_the_lock_file_was_made_from_the_requirements_of_pyproject_toml(project: dict[str, Any]):
+    packages = tomllib.loads((REPOSITORY / "uv.lock").read_text())["package"]
+    [own] = [package for package in packages if package["name"] == project["name"]]
+    asked = {(entry["name"], entry.get("specifier", "")) for entry in own["metadata"]["requires-dist"]}
+    listed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    assert asked == {named(requirement) for requirement in listed}
+    assert own["version"] == project["version"]
+
+
+def named(requirement: str) -> tuple[str, str]:
+    """`huggingface_hub>=1.0; marker` -> its name as indexes write it, and what it says of the version."""
+    name, version = re.fullmatch(r"([\w.-]+?)((?:[<>=!~].*)?)", requirement.partition(";")[0].strip()).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    return re.sub(r"[-_.]+", "-", name).lower(), version
+
+
+def test_the_citation_has_the_project_s_version_and_licence(project: dict[str, Any]):
+    cited = dict(re.findall(r"^([\w-]+): (.+)$", (REPOSITORY / "CITATION.cff").read_text(), re.MULTILINE))
+    assert (cited["version"], cited["license"]) == (project["version"], project["license"])
+    readme = (REPOSITORY / "README.md").read_text()
+    assert f"version = {{{project['version']}}}" in readme and project["name"] in readme
