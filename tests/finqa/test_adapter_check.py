@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from finqa.evaluation.adapter_check import AGREEMENT, classes_of, compare, kl, kl_on_classes, verdict
+from finqa.evaluation.adapter_check import classes_of, compare, kl_on_classes, verdict
 from finqa.evaluation.evaluate import EvaluationConfig
 from finqa.evaluation.generation import GenerationConfig
+from finqa.models.fidelity import AGREEMENT, kl
 from finqa.models.settings import StudentSettings
 from finqa.models.students import StudentRun, load_base, load_tokenizer, prompt_ids
 from finqa.models.weights import weights_hash
