@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finqa.runtime import parallel
-from finqa.runtime.paths import write_atomically
+from finqa.runtime.journal import Journal
 
 if TYPE_CHECKING:
     from finqa.training.completion_trainer import CompletionTrainer
@@ -43,9 +43,8 @@ class TrainingLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         # A resumed run logs the steps after its checkpoint again; a line that a kill cut short goes as well.
-        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        write_atomically(self.path, "".join(line + "\n" for line in kept))
+        journal = Journal(self.path).read()
+        journal.rewrite(record for record in journal.records if record["step"] <= state.global_step)
         if sys.stdout.isatty():
             from tqdm import tqdm
 

@@ -17,7 +17,7 @@ from patched_models import (
 )
 
 from crosscoder.activations.readers import Target
-from crosscoder.interventions.causal import Cell, Journal, measure
+from crosscoder.interventions.causal import Cell, measure
 from crosscoder.interventions.causal_report import CausalConfig, causal_report
 from crosscoder.interventions.causal_rows import low_ceilings
 from crosscoder.interventions.halves import pair_of
@@ -25,6 +25,7 @@ from crosscoder.interventions.patching import batch_of, run_halves
 from crosscoder.interventions.ranking import by_effect, reading_of, survey
 from crosscoder.interventions.sets import Components, Constant, Latents, Nothing, RandomDirections, Whole, matched_set
 from finqa.runtime.errors import UserError
+from finqa.runtime.journal import KeyedJournal
 
 SMALL = CausalConfig(n_random=3, carriers=("own", "other"))
 
@@ -260,12 +261,12 @@ def test_a_cell_of_other_weights_is_another_cell(planted, documents, others, tmp
     config = CausalConfig(n_random=0, directions=("sufficiency",), carriers=("own",), sizes=(1,))
     arguments = (asked_about(documents), others, SITE, tmp_path, config)
     causal_report(planted_crosscoder(direction), pair, *arguments)
-    lines = len(Journal(tmp_path / "cells.jsonl").found)
+    lines = len(KeyedJournal(tmp_path / "cells.jsonl").read().found)
     changed = copy.deepcopy(pair.fine_tuned.model)
     with torch.no_grad():
         changed.model.layers[2].mlp.up_proj.weight[0, 0] += 1e-3
     causal_report(planted_crosscoder(direction), pair_of(pair.instruct.model, changed), *arguments)
-    assert len(Journal(tmp_path / "cells.jsonl").found) == 2 * lines
+    assert len(KeyedJournal(tmp_path / "cells.jsonl").read().found) == 2 * lines
 
 
 def test_what_cannot_be_asked_is_refused(planted, documents, tmp_path):

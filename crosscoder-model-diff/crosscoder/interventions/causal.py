@@ -15,7 +15,6 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +38,7 @@ from crosscoder.interventions.patching import (
 from crosscoder.interventions.ranking import reading_of
 from crosscoder.interventions.sets import Addition, Reading, Whole, digest, weights_digest
 from finqa.runtime.errors import UserError
+from finqa.runtime.journal import KeyedJournal
 from finqa.runtime.time_left import Say, TimeLeft
 
 
@@ -114,35 +114,6 @@ def _patched(pair: Pair, halves: Halves, target: Target, cell: Cell, reading: Re
     return patched_logits(pair, halves, target, cell.direction, cell.carrier, value), added
 
 
-class Journal:
-    """One JSONL line for each finished cell, by a key of all that shapes it; a killed run loses those under way."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.found: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            for line in path.read_bytes().split(b"\n"):
-                record = _whole_line(line)
-                if record:
-                    self.found[record["key"]] = record
-
-    def add(self, key: str, record: dict[str, Any]) -> None:
-        self.found[key] = {"key": key, **record}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        half = self.path.exists() and self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n")
-        with self.path.open("a") as file:
-            file.write(("\n" if half else "") + json.dumps(self.found[key]) + "\n")
-
-
-def _whole_line(line: bytes) -> dict[str, Any] | None:
-    """None for a line that a killed run left unfinished."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and "key" in record else None
-
-
 def experiment_key(pair: Pair, target: Target, documents: Sequence[Document], completions: str) -> str:
     """Of the two models' weights, the site and the very documents."""
     made_of = [[d.id, d.n_prompt, digest(torch.tensor(d.ids)), d.untouched] for d in documents]
@@ -163,7 +134,7 @@ def measure_missing(
     target: Target,
     documents: Sequence[Document],
     cells: Sequence[Cell],
-    journal: Journal,
+    journal: KeyedJournal,
     experiment: str,
     cells_at_once: int = 32,
     batch_tokens: int = BATCH_TOKENS,

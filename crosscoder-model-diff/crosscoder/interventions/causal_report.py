@@ -23,7 +23,7 @@ from crosscoder.analysis import measures as analysis
 from crosscoder.analysis.latent_scaling import LatentScaling
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.interventions import causal_rows, ranking
-from crosscoder.interventions.causal import Cell, Journal, cell_key, experiment_key, measure_missing
+from crosscoder.interventions.causal import Cell, cell_key, experiment_key, measure_missing
 from crosscoder.interventions.causal_rows import Asked
 from crosscoder.interventions.halves import Pair
 from crosscoder.interventions.patching import BATCH_TOKENS, Carrier, Direction, Positions
@@ -41,6 +41,7 @@ from crosscoder.interventions.sets import (
     sizes_to,
 )
 from finqa.runtime.errors import UserError
+from finqa.runtime.journal import KeyedJournal
 from finqa.runtime.manifest import write_json
 from finqa.runtime.paths import write_atomically
 from finqa.runtime.time_left import Say
@@ -130,12 +131,12 @@ def causal_report(
         for carrier in config.carriers
         for positions in config.positions
     ]
-    journal = Journal(folder / "cells.jsonl")
     experiment = experiment_key(pair, target, documents, config.completions)
-    measured = measure_missing(
-        pair, target, documents, cells, journal, experiment, config.cells_at_once, config.batch_tokens, say
-    )
-    replies = generated(pair, target, asked, cells, journal, experiment, config, tokenizer, say)
+    with KeyedJournal(folder / "cells.jsonl") as journal:
+        measured = measure_missing(
+            pair, target, documents, cells, journal, experiment, config.cells_at_once, config.batch_tokens, say
+        )
+        replies = generated(pair, target, asked, cells, journal, experiment, config, tokenizer, say)
     report = {
         "config": asdict(config),
         "target": list(target),
@@ -234,7 +235,7 @@ def generated(
     target: Target,
     asked: Sequence[Asked],
     cells: Sequence[Cell],
-    journal: Journal,
+    journal: KeyedJournal,
     experiment: str,
     config: CausalConfig,
     tokenizer: Any,

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from finqa.runtime.paths import write_atomically
+from finqa.runtime.journal import Journal
 
 if TYPE_CHECKING:
     from crosscoder.training.trainer import StepRecord
@@ -28,9 +28,8 @@ class RunLog:
         """Where records go besides the file (finqa.runtime.tracking.wandb_run); None is nowhere."""
         self._path = path
         self._total = 0
-        # What follows the last line break is a line that a killed run did not finish.
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        self._records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self._records = Journal(path).read().records
+        self._mended = False
         self._started = time.monotonic()
         self._said = float("-inf")
         self._first_tokens: int | None = None
@@ -67,12 +66,12 @@ class RunLog:
     def add(self, record: StepRecord) -> None:
         """Take one record."""
         values = record._asdict()
-        later = [old for old in self._records if old["step"] >= record.step]
-        self._records = [old for old in self._records if old["step"] < record.step] + [values]
-        if later:
-            write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self._records))
+        before = [old for old in self._records if old["step"] < record.step]
+        lost = len(before) < len(self._records) or not self._mended
+        self._records, self._mended = [*before, values], True
+        if lost:
+            Journal(self._path).rewrite(self._records)
         else:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
         if self.wandb_run is not None:
