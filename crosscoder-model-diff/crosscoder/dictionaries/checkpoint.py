@@ -63,14 +63,14 @@ def save_dictionary(model: BatchTopKCrosscoder, folder: Path | str, **about: obj
     return folder
 
 
-def load_dictionary(name: Path | str, revision: str | None = None) -> BatchTopKCrosscoder:
+def load_dictionary(name: Path | str) -> BatchTopKCrosscoder:
     """Load from a local folder, or from the Hub where no such folder is. On the CPU, in fp32, of its method's class."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from crosscoder.dictionaries.methods import new_dictionary
 
-    folder = find_checkpoint(name, revision)
+    folder = find_checkpoint(name)
     config = read_config(folder)
     model = new_dictionary(config.crosscoder)
     try:

@@ -1,4 +1,4 @@
-"""Patches by what a dictionary writes, teacher-forced: one cell is an addition, a direction, a carrier and positions.
+"""Patches by what a dictionary writes, teacher-forced: one cell is an addition, a direction and a carrier.
 
 `sufficiency` adds to the instruct model, `necessity` takes from the fine-tuned one. The carrier's layers run above:
 with `other`, an addition to the instruct model is read by the fine-tuned upper half (Minder et al. 2025), with `own`
@@ -28,7 +28,6 @@ from crosscoder.interventions.patching import (
     Carrier,
     Direction,
     Halves,
-    Positions,
     agreement,
     batches,
     patched_logits,
@@ -48,11 +47,11 @@ class Cell(NamedTuple):
     addition: Addition
     direction: Direction = "sufficiency"
     carrier: Carrier = "other"
-    positions: Positions = "all"
 
     @property
     def label(self) -> dict[str, Any]:
-        where = {"direction": self.direction, "carrier": self.carrier, "positions": self.positions}
+        # Every position is patched: the reports say so, and journals of earlier versions have it in their keys.
+        where = {"direction": self.direction, "carrier": self.carrier, "positions": "all"}
         return {**self.addition.label, **where}
 
 
@@ -106,10 +105,10 @@ def measure(
 
 def _patched(pair: Pair, halves: Halves, target: Target, cell: Cell, reading: Reading) -> tuple[Tensor, Tensor]:
     """Logits of the patched model, and what was added [patched positions, d_model]."""
-    where = halves.batch.at(cell.positions)
+    where = halves.batch.patched
     number = sides(pair, cell.direction, cell.carrier)[0]
     own, given = (halves.records[m][target.layer].site(target) for m in (number, 1 - number))
-    added = reading.added(cell.addition)[where[halves.batch.patched]]
+    added = reading.added(cell.addition)
     value = patched_value(own, given, added, where, cell)
     return patched_logits(pair, halves, target, cell.direction, cell.carrier, value), added
 

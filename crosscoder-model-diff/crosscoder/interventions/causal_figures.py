@@ -1,20 +1,17 @@
-"""Figures of patches: the ceilings of every site as a heat map, and what sets of latents recover against their size."""
+"""The figure of patches: what sets of latents recover against their size."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from crosscoder.analysis.figures import BOTH, FINE_TUNED, INSTRUCT, OTHER
-from crosscoder.interventions.patching import Ceiling
-from crosscoder.names import SITES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CeilingMeasure = Literal["divergence_closed", "exact_recovered"]
 NAMES = {
     "divergence_closed": "share of KL(fine-tuned || model)",
     "exact_recovered": "share of exact programs",
@@ -38,61 +35,6 @@ RIVALS = ("#000000", "#F0E442", "#8C564B")
 BANDS = ("random sets", "random directions")
 FLAT = ("mean difference", "bias")
 """Controls without a number of latents."""
-
-
-def ceiling_figure(found: Sequence[Ceiling], measure: CeilingMeasure = "divergence_closed") -> Figure:
-    """Sites by layers, a panel for each direction and carrier; in brackets what the carrier's layers do unpatched.
-
-    Empty where the models leave no gap.
-    """
-    from matplotlib.figure import Figure
-
-    panels = sorted({(c.direction, c.carrier) for c in found}, key=lambda panel: (panel[0] != "sufficiency", panel[1]))
-    layers = sorted({c.target.layer for c in found})
-    sites = [site for site in reversed(SITES) if any(c.target.site == site for c in found)]
-    columns = min(2, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    size = (columns * (1.6 + 0.75 * len(layers)), rows * (1.1 + 0.5 * len(sites)))
-    figure = Figure(figsize=size, layout="constrained")
-    drawn: Any = figure.subplots(rows, columns, squeeze=False)
-    image = None
-    for axes in drawn.flat[len(panels) :]:
-        axes.axis("off")
-    for (direction, carrier), axes in zip(panels, drawn.flat, strict=False):
-        by_place = {
-            (c.target.site, c.target.layer): c for c in found if (c.direction, c.carrier) == (direction, carrier)
-        }
-        values = [[_value(by_place.get((site, layer)), measure) for layer in layers] for site in sites]
-        image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        _annotate(axes, by_place, sites, layers, measure)
-        axes.set_xticks(range(len(layers)), layers)
-        axes.set_yticks(range(len(sites)), sites)
-        upper = {"own": "own layers above", "other": "the other model's layers above"}[carrier]
-        axes.set_title(f"{direction}, {upper}", fontsize="medium", loc="left")
-        axes.set_xlabel("layer")
-    if image is not None:
-        label = f"{NAMES[measure]}\n{found[0].n} programs"
-        figure.colorbar(image, ax=drawn.ravel().tolist(), label=label, shrink=0.8)
-    return figure
-
-
-def _value(ceiling: Ceiling | None, measure: CeilingMeasure) -> float:
-    return float("nan") if ceiling is None else getattr(ceiling, measure)
-
-
-def _annotate(
-    axes: Axes, by_place: Mapping[Any, Ceiling], sites: Sequence[str], layers: Sequence[int], measure: CeilingMeasure
-) -> None:
-    for (site, layer), ceiling in by_place.items():
-        value = _value(ceiling, measure)
-        if math.isnan(value):
-            continue
-        text = f"{value:.2f}"
-        if ceiling.carrier == "other" and measure == "divergence_closed":
-            text += f"\n({ceiling.unpatched_closed:.2f})"
-        colour = "black" if value > 0.6 else "white"
-        place = (layers.index(layer), sites.index(site))
-        axes.text(*place, text, ha="center", va="center", color=colour, fontsize="small")
 
 
 def recovered_figure(report: Mapping[str, Any], measure: str = "divergence", group: str = "all") -> Figure:
