@@ -260,8 +260,6 @@ def test_what_cannot_be_asked_is_refused(planted, documents, tmp_path):
     dictionary, asked = planted_crosscoder(direction), asked_about(documents)
     with pytest.raises(UserError, match="chosen on documents"):
         causal_report(dictionary, pair, asked, documents[:2], SITE, tmp_path)
-    with pytest.raises(UserError, match="needs the latent scaling"):
-        causal_report(dictionary, pair, asked[2:], documents[:2], SITE, tmp_path, CausalConfig("exclusivity"))
     with pytest.raises(UserError, match="needs the tokenizer"):
         causal_report(dictionary, pair, asked[2:], documents[:2], SITE, tmp_path, CausalConfig(generate_sizes=(1,)))
     with pytest.raises(UserError, match="at least one latent"):

@@ -85,7 +85,7 @@ def load_dictionary(name: Path | str) -> BatchTopKCrosscoder:
     return model
 
 
-def find_checkpoint(name: Path | str, revision: str | None = None) -> Path:
+def find_checkpoint(name: Path | str) -> Path:
     """A folder with a checkpoint: `name` itself, else its copy from the Hub; UserError where neither has one."""
     if (Path(name) / CONFIG_FILE).exists():
         return Path(name)
@@ -93,7 +93,7 @@ def find_checkpoint(name: Path | str, revision: str | None = None) -> Path:
     if not Path(name).is_absolute():
         from finqa.models.hub import fetch_folder
 
-        folder = fetch_folder(str(name), revision)
+        folder = fetch_folder(str(name))
     if folder is None or not (folder / CONFIG_FILE).exists():
         raise UserError(f"no crosscoder at {name}, neither a local folder nor a Hub repository; make it with train.py")
     return folder
