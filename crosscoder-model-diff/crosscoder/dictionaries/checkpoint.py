@@ -7,16 +7,13 @@ under way it also holds `training_state.safetensors`, from which the run goes on
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig, from_dict
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import write_atomically
+from finqa.runtime.paths import renamed_to, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,16 +117,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with renamed_to(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
-        raise
 
 
 def save_training_state(folder: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
