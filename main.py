@@ -38,7 +38,7 @@ from finqa.models.students import StudentRun, add_student_flags, student_from_ar
 from finqa.runtime import parallel
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.paths import Folders, add_folder_flags
-from finqa.runtime.plan import plan_evaluation
+from finqa.runtime.memory.plan import plan_evaluation
 from finqa.task import datasets
 from finqa.task.prompts import EVAL_TYPES, EvalType
 from finqa.training.fine_tuning import TrainingConfig, fine_tune

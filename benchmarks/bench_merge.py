@@ -32,8 +32,8 @@ from benchmarks.parts.mistral_7b import SHAPES, random_mistral_7b
 from benchmarks.parts.record import RESULTS, markdown_table, write_record
 from finqa.runtime.errors import report_errors
 from finqa.runtime.manifest import file_hash
+from finqa.runtime.memory.free import free_memory
 from finqa.runtime.paths import REPOSITORY
-from finqa.runtime.plan import free_memory
 
 PROJECT, PLAIN = "a matrix at a time", "the whole base in fp32"
 

@@ -177,7 +177,7 @@ def say_what_it_takes(
     """Print the memory that the models and a batch take; UserError where they cannot fit."""
     from crosscoder.activations import recording_plan
     from crosscoder.activations.recorded_inputs import adapter_bytes
-    from finqa.runtime.needs import read_config, sizes
+    from finqa.runtime.memory.needs import read_config, sizes
 
     model = sizes(read_config(base))
     value_bytes = {"fp32": 4, "bf16": 2}[dtype]

@@ -21,10 +21,10 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from crosscoder.names import add_push_flags, hub_id, require_push
-from finqa.models import hub, merging, students
+from finqa.models import fidelity, hub, merging, students
 from finqa.models.model_card import metadata
 from finqa.models.weights import weights_hash
 from finqa.runtime.errors import UserError, report_errors
@@ -32,14 +32,7 @@ from finqa.runtime.manifest import write_manifest
 from finqa.runtime.paths import SPLITS, Folders, add_folder_flags, write_atomically
 from finqa.task.records import read_teacher_rows
 
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.nn import Module
-    from transformers import PreTrainedModel
-
 CHECKED_ROWS = 8
-WORST_SHARE = 0.1
-"""Of the base model's divergence from the pair; a merge that is no nearer than this has lost the adapter."""
 OWN_PROMPT = "Read the following passage and then write python code to answer the question:\n###Python"
 """What is checked where no row is at hand."""
 
@@ -111,7 +104,7 @@ def merge(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     merging.merge(student.model, adapter, partial, student.revision)
-    divergence = compare(student, adapter, partial, checked_ids(student, folders), args.device)
+    divergence = compare(student, adapter, partial, checked_rows(student, folders), args.device)
     print(
         f"KL from base + adapter over {divergence.n_tokens} tokens: merged {divergence.merged:.2g}, base "
         f"{divergence.base:.2g} nats; {divergence.agreement:.2%} of next tokens agree"
@@ -132,67 +125,44 @@ def merge(
     print(f"merged model in {folder}")
 
 
-def checked_ids(student: students.StudentRun, folders: Folders) -> list[list[int]]:
-    """Token ids of a few training rows of whatever split is there, test first; else of one bare prompt."""
+def checked_rows(student: students.StudentRun, folders: Folders) -> fidelity.Sequences:
+    """A few training rows of whatever split is there, test first; else one bare prompt."""
     tokenizer = students.load_tokenizer(student.model, student.revision)
     for split in reversed(SPLITS):
         path = folders.filtered(student.dataset, split)
         rows = read_teacher_rows(path)[:CHECKED_ROWS] if path.exists() else []
         if rows:
-            return [students.training_ids(tokenizer, row.prompt, row.generated_code)[0] for row in rows]
-    return [students.training_ids(tokenizer, OWN_PROMPT, "ans = 1 + 1")[0]]
+            return [students.training_ids(tokenizer, row.prompt, row.generated_code) for row in rows]
+    return [students.training_ids(tokenizer, OWN_PROMPT, "ans = 1 + 1")]
 
 
 def compare(
-    student: students.StudentRun, adapter: Path, merged: Path, rows: list[list[int]], device: str | None
+    student: students.StudentRun, adapter: Path, merged: Path, sequences: fidelity.Sequences, device: str | None
 ) -> Divergence:
-    """Next-token distributions of base + adapter, base alone, and the merged model, on the same ids."""
+    """Next-token distributions of base + adapter, base alone, and the merged model, on the same completions."""
     import torch
 
     device = device or students.default_device()
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    pair = students.load_adapter(students.load_base(student.model, dtype, device, False, student.revision), adapter)
-    wanted = [log_probabilities(pair.get_base_model(), ids) for ids in rows]
-    with pair.disable_adapter():
-        base = [log_probabilities(pair.get_base_model(), ids) for ids in rows]
-    del pair
-    whole = students.load_base(str(merged), dtype, device)
-    got = [log_probabilities(whole, ids) for ids in rows]
-    agree = torch.cat([(p.argmax(-1) == q.argmax(-1)) for p, q in zip(wanted, got, strict=True)])
+    base, pair = fidelity.unmerged(student, adapter, sequences, dtype, device)
+    whole = fidelity.whole_model(merged, sequences, dtype, device)
     return Divergence(
-        merged=mean_divergence(wanted, got),
-        base=mean_divergence(wanted, base),
-        agreement=float(agree.float().mean()),
-        n_tokens=len(agree),
+        merged=fidelity.mean_kl(pair, whole),
+        base=fidelity.mean_kl(pair, base),
+        agreement=fidelity.same_first(pair, whole),
+        n_tokens=sum(map(len, pair)),
     )
-
-
-def log_probabilities(model: PreTrainedModel | Module, ids: list[int]) -> Tensor:
-    """[time, vocabulary] fp32, on the CPU."""
-    import torch
-
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids], device=device)).logits[0]
-    return torch.log_softmax(logits.float(), dim=-1).cpu()
-
-
-def mean_divergence(wanted: list[Tensor], got: list[Tensor]) -> float:
-    """Mean over all tokens of KL(wanted || got), in nats."""
-    import torch
-
-    tokens = [(p.exp() * (p - q)).sum(dim=-1) for p, q in zip(wanted, got, strict=True)]
-    return float(torch.cat(tokens).mean())
 
 
 def refuse_if_apart(divergence: Divergence, max_kl: float, partial: Path) -> None:
     """UserError, and nothing kept, where the merged model is not the pair."""
-    if divergence.merged <= max_kl and divergence.merged <= WORST_SHARE * divergence.base:
+    if divergence.merged <= max_kl and fidelity.agrees(divergence.merged, divergence.base):
         return
     shutil.rmtree(partial)
     raise UserError(
-        f"the merged model is {divergence.merged:.3g} nats from base + adapter (at most {max_kl:g}, and a tenth of "
-        f"the base's {divergence.base:.3g}, are accepted); use base + adapter, or raise --max-kl knowingly"
+        f"the merged model is {divergence.merged:.3g} nats from base + adapter (at most {max_kl:g}, and "
+        f"{fidelity.AGREEMENT:.0%} of the base's {divergence.base:.3g}, are accepted); use base + adapter, or raise "
+        "--max-kl knowingly"
     )
 
 

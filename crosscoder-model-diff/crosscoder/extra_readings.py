@@ -13,7 +13,7 @@ from crosscoder.analysis.latent_scaling import LatentScaling, latent_scaling
 from crosscoder.analysis.stability import features, stability_rows
 from crosscoder.dictionaries.checkpoint import find_checkpoint, load_dictionary, read_config
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
-from crosscoder.interventions.causal import Journal, cell_key
+from crosscoder.interventions.causal import cell_key
 from crosscoder.interventions.sets import dictionary_digest, digest
 from crosscoder.interventions.splicing import (
     loss_recovered,
@@ -27,6 +27,7 @@ from crosscoder.opening import Reading
 from finqa.models import students
 from finqa.models.weights import weights_hash
 from finqa.runtime.errors import UserError
+from finqa.runtime.journal import KeyedJournal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +68,6 @@ def stability_table(found: Findings, second: BatchTopKCrosscoder) -> list[dict[s
     """
     reading, two = found.reading, found.two_models
     store, split = reading.store, reading.split
-    journal = Journal(reading.results / "stability.jsonl")
     made_of = [
         dictionary_digest(reading.model),
         dictionary_digest(second),
@@ -75,17 +75,19 @@ def stability_table(found: Findings, second: BatchTopKCrosscoder) -> list[dict[s
         digest(split.train),
     ]
     key = cell_key(str(made_of), "stability", {})
-    if key in journal.found:
+    with KeyedJournal(reading.results / "stability.jsonl") as journal:
+        if key not in journal.found:
+            say("matching the latents of two dictionaries one to one: minutes where there are more than 8,000")
+            own: dict[str, Tensor] = {}
+            other: dict[str, Tensor] = {}
+            if two is not None:
+                held_out = (raw for _, raw in store.batches(split.held_out, found.config.batch_size))
+                own[CONFIRMED] = _confirmed(reading.model, two.scaling)
+                other[CONFIRMED] = _confirmed(second, latent_scaling(second, held_out))
+            first = features(reading.model, store, split.train, own)
+            another = features(second, store, split.train, other)
+            journal.add(key, {"what": "stability", "rows": stability_rows(first, another)})
         return journal.found[key]["rows"]
-    say("matching the latents of two dictionaries one to one: minutes where there are more than 8,000")
-    own: dict[str, Tensor] = {}
-    other: dict[str, Tensor] = {}
-    if two is not None:
-        scaling = latent_scaling(second, (raw for _, raw in store.batches(split.held_out, found.config.batch_size)))
-        own, other = {CONFIRMED: _confirmed(reading.model, two.scaling)}, {CONFIRMED: _confirmed(second, scaling)}
-    first, another = features(reading.model, store, split.train, own), features(second, store, split.train, other)
-    journal.add(key, {"what": "stability", "rows": stability_rows(first, another)})
-    return journal.found[key]["rows"]
 
 
 def _confirmed(model: BatchTopKCrosscoder, scaling: LatentScaling) -> Tensor:
@@ -104,8 +106,8 @@ def splice(reading: Reading, pair: Pair) -> list[dict[str, Any]]:
     bos_id: Any = reading.tokenizer.bos_token_id
     texts = stored_texts(store, numbers, bos_id)
     means = mean_activations(store, split.train)
-    journal = Journal(reading.results / "splicing.jsonl")
-    losses = splice_losses(reading.model, pair, texts, target_of(store), means, journal, say=say)
+    with KeyedJournal(reading.results / "splicing.jsonl") as journal:
+        losses = splice_losses(reading.model, pair, texts, target_of(store), means, journal, say=say)
     return splice_rows(loss_recovered(losses))
 
 

@@ -5,14 +5,16 @@ A full bar is accuracy under the strict rule; the pale bar behind it goes up to 
 
 from __future__ import annotations
 
-import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finqa.evaluation.finished import ANSWER_KINDS, FAMILIES, STEPS, Evaluation, Grouping
 from finqa.evaluation.metrics import METRIC_OF_RULE
+from finqa.runtime.figures import BLUE, SKY_BLUE, VERMILION, new_figure, styled
 
-COLORS = {"zero-shot": "#0072B2", "few-shot": "#56B4E9", "fine-tuned": "#D55E00"}
-"""Of the Okabe-Ito palette, which colour-blind readers can tell apart."""
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLORS = {"zero-shot": BLUE, "few-shot": SKY_BLUE, "fine-tuned": VERMILION}
 PALE = 0.35
 """Opacity of the relaxed rule's bars."""
 FEWEST = 10
@@ -21,27 +23,23 @@ TOP = 1.02
 """Of the axes: the end of an interval at 1 is seen."""
 
 
-def accuracy_figure(splits: dict[str, list[Evaluation]]) -> bytes:
-    """Accuracy by evaluation type (left) and by group of questions (right), a row of panels a split; PNG bytes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.4 * len(splits)), layout="constrained")
-    panels = figure.subplots(len(splits), 2, squeeze=False, width_ratios=[1, 3])
+@styled
+def accuracy_figure(splits: dict[str, list[Evaluation]]) -> Figure:
+    """Accuracy by evaluation type (left) and by group of questions (right), a row of panels a split."""
+    figure, panels = new_figure(2, 9, 2.8 * len(splits), len(splits), squeeze=False, width_ratios=[1, 3])
     for (overall, by_group), (split, evaluations) in zip(panels, splits.items(), strict=True):
         _draw_overall(overall, split, evaluations)
         _draw_groups(by_group, split, evaluations)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=130)
-    return image.getvalue()
+    return figure
 
 
 def _draw_overall(axes: Any, split: str, evaluations: list[Evaluation]) -> None:
     for place, e in enumerate(evaluations):
         _bars(axes, place, e.metrics, e, 0.8)
     labels = [e.eval_type + (f"\n{e.metrics['samples_per_row']} samples" if e.sampled else "") for e in evaluations]
-    axes.set_xticks(range(len(evaluations)), labels, fontsize=8)
+    axes.set_xticks(range(len(evaluations)), labels)
     axes.set_ylim(0, TOP)
-    axes.set_ylabel("accuracy (full: strict, pale: relaxed)", fontsize=8)
+    axes.set_ylabel("accuracy (full: strict, pale: relaxed)")
     counts = sorted({e.metrics["n"] for e in evaluations})
     axes.set_title(f"{split}, n = {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))}")
 
@@ -64,7 +62,7 @@ def _draw_groups(axes: Any, split: str, evaluations: list[Evaluation]) -> None:
         for number, (e, group) in enumerate(zip(evaluations, groups[index], strict=True)):
             if group:
                 _bars(axes, place + (number - (len(evaluations) - 1) / 2) * width, group, e, width)
-    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "fontsize": 7} if names else {"fontsize": 8}
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right"} if names else {}
     axes.set_xticks(range(len(places)), labels, **turned)
     axes.set_ylim(0, TOP)
     axes.set_xlim(-0.6, len(places) - 0.4)
@@ -72,9 +70,7 @@ def _draw_groups(axes: Any, split: str, evaluations: list[Evaluation]) -> None:
     handles, types = axes.get_legend_handles_labels()
     unique = dict(zip(types, handles, strict=True))
     # Above the panel: inside it would cover bars.
-    axes.legend(
-        unique.values(), unique.keys(), ncols=4, fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1)
-    )
+    axes.legend(unique.values(), unique.keys(), ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
 
 
 def _label(grouping: Grouping, name: str, evaluations: list[Evaluation]) -> str:

@@ -14,9 +14,8 @@ class of all others, for the engine and for the base alike: both are lower bound
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,16 +24,9 @@ from typing import TYPE_CHECKING, Any
 from finqa.evaluation.engines.serving import Served, served_models
 from finqa.evaluation.predictions import read_predictions
 from finqa.evaluation.rows import read_rows
-from finqa.models.students import (
-    StudentRun,
-    default_device,
-    find_adapter,
-    load_adapter,
-    load_base,
-    load_tokenizer,
-    prompt_ids,
-    quiet_libraries,
-)
+from finqa.models import fidelity, merging
+from finqa.models.fidelity import AGREEMENT, Sequences
+from finqa.models.students import StudentRun, find_adapter, load_tokenizer, prompt_ids, quiet_libraries
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_json
 from finqa.runtime.paths import Folders
@@ -45,16 +37,11 @@ if TYPE_CHECKING:
 
     from finqa.evaluation.evaluate import EvaluationConfig
 
-AGREEMENT = 0.05
-"""Largest mean KL between two ways to serve the adapter, as a share of the KL between base and adapter."""
 ROUNDING = 0.005
 """Nats a token that two ways to compute one model in 16 bits can be apart: 0.0017 was measured on a CPU."""
 QUESTIONS = 8
 LONGEST_REPLY = 128
 """Tokens of a reply that are read."""
-
-Sequences = Sequence[tuple[list[int], int]]
-"""Token ids, and how many of them are prompt."""
 
 
 @dataclass(frozen=True)
@@ -140,30 +127,29 @@ def compare(
     quiet_libraries()
     if config.generation.vllm and reading is None:
         reading = _by_an_engine(run, student, sequences, config)
-    base, adapted = _unmerged(run, student, sequences)
-    kl_base = _mean(map(kl, adapted, base))
+    base, adapted = fidelity.unmerged(run, student, sequences)
+    kl_base = fidelity.mean_kl(adapted, base)
     found: dict[str, Any] = {"questions": len(sequences), "tokens": sum(map(len, adapted)), "kl_base": kl_base}
-    found["same_first"] = _mean(
-        (one.argmax(-1) == other.argmax(-1)).double() for one, other in zip(adapted, base, strict=True)
-    )
-    shares = []
+    found["same_first"] = fidelity.same_first(adapted, base)
+    agree = []
     if not run.load_in_4bit:  # a merged model is not 4-bit: nothing serves it so
         try:
-            found["kl_merged"] = _mean(map(kl, adapted, _merged(run, student, sequences)))
+            with merging.merged(run.model, student, run.revision) as folder:
+                found["kl_merged"] = fidelity.mean_kl(adapted, fidelity.whole_model(folder, sequences))
         except UserError as error:  # there is no room for it
             print(f"the merged model is not checked: {error}", flush=True)
         else:
             found["share_merged"] = _share(found["kl_merged"], kl_base)
-            shares.append(found["share_merged"])
+            agree.append(fidelity.agrees(found["kl_merged"], kl_base))
     if reading is not None:
         served = reading.logprobs
-        found["kl_vllm"] = _mean(map(kl_on_classes, adapted, served))
+        found["kl_vllm"] = fidelity.mean(map(kl_on_classes, adapted, served))
         on_classes = [classes_of(one, classes) for one, classes in zip(base, served, strict=True)]
-        found["kl_base_on_vllm_tokens"] = _mean(map(kl_on_classes, adapted, on_classes))
+        found["kl_base_on_vllm_tokens"] = fidelity.mean(map(kl_on_classes, adapted, on_classes))
         found["share_vllm"] = _share(found["kl_vllm"], found["kl_base_on_vllm_tokens"])
         found["vllm_adapter"] = reading.adapter
-        shares.append(found["share_vllm"])
-    return found | {"active": kl_base > 0, "agrees": all(s is not None and s <= AGREEMENT for s in shares)}
+        agree.append(fidelity.agrees(found["kl_vllm"], found["kl_base_on_vllm_tokens"]))
+    return found | {"active": kl_base > 0, "agrees": all(agree)}
 
 
 def verdict(found: dict[str, Any]) -> str:
@@ -178,12 +164,6 @@ def verdict(found: dict[str, Any]) -> str:
         if 0 < max(found.get("kl_merged", 0), found.get("kl_vllm", 0)) < ROUNDING:
             doubt = f": rounding is over {AGREEMENT:.0%} of so small a change, which tells nothing; train for longer"
     return f"adapter {state}: {', '.join(parts)}{doubt}"
-
-
-def kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p | q) of log-probabilities [tokens, vocabulary], a number a token [tokens], in fp64."""
-    p, q = p.double(), q.double()
-    return (p.exp() * (p - q)).sum(-1)
 
 
 def kl_on_classes(p: Tensor, q: Sequence[dict[int, float]]) -> Tensor:
@@ -211,55 +191,6 @@ def _by_an_engine(run: StudentRun, student: Path, sequences: Sequences, config: 
         model = next(models)
         assert model.logprobs
         return EngineReading(model.logprobs(sequences), model.facts["adapter"])
-
-
-def _unmerged(run: StudentRun, student: Path, sequences: Sequences) -> tuple[list[Tensor], list[Tensor]]:
-    """Log-probabilities by the base, and by the base with its adapter."""
-    model: Any = load_base(run.model, None, None, run.load_in_4bit, run.revision)
-    base = logprobs(model, sequences)
-    model = load_adapter(model, student).eval()
-    adapted = logprobs(model, sequences)
-    del model
-    _free()
-    return base, adapted
-
-
-def _merged(run: StudentRun, student: Path, sequences: Sequences) -> list[Tensor]:
-    from finqa.models.merging import merged
-
-    with merged(run.model, student, run.revision) as folder:
-        model: Any = load_base(str(folder))
-        found = logprobs(model, sequences)
-    del model
-    _free()
-    return found
-
-
-def logprobs(model: Any, sequences: Sequences) -> list[Tensor]:
-    """Of every sequence the log-probabilities [completion tokens, vocabulary] fp32 on the CPU."""
-    import torch
-
-    found = []
-    with torch.inference_mode():
-        for ids, n_prompt in sequences:
-            logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, n_prompt - 1 : -1]
-            found.append(logits.float().log_softmax(-1).cpu())
-    return found
-
-
-def _free() -> None:
-    import torch
-
-    gc.collect()
-    if default_device() != "cpu":
-        torch.cuda.empty_cache()
-
-
-def _mean(tokens: Iterable[Tensor]) -> float:
-    """Mean over the tokens of all sequences."""
-    import torch
-
-    return float(torch.cat(list(tokens)).mean())
 
 
 def _share(part: float, whole: float) -> float | None:

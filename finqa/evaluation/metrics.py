@@ -37,9 +37,10 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
     The arguments count the rows that only one of them has right; under the null each is a fair coin.
     """
+    from scipy.stats import binomtest
+
     n = only_first + only_second
-    tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1))
-    return min(1.0, 2 * tail / 2**n)
+    return float(binomtest(only_first, n).pvalue) if n else 1.0
 
 
 def compare(

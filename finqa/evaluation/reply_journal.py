@@ -20,7 +20,7 @@ from typing import Any
 from finqa.evaluation.generation import Reply
 from finqa.evaluation.predictions import prompt_hash, read_predictions
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import write_atomically
+from finqa.runtime.journal import Journal
 
 Slot = tuple[str, int]
 """sha256 of a prompt's token ids, and which of the replies to it."""
@@ -31,7 +31,7 @@ def settings_key(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class ReplyJournal:
+class ReplyJournal(Journal):
     """The replies of one evaluation: those of earlier runs under the same settings, and those that are added.
 
     Args:
@@ -42,37 +42,42 @@ class ReplyJournal:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.settings = dict(settings)
         self.key = settings_key(settings)
-        self.path = folder / f"replies-{self.key}.jsonl"
+        super().__init__(folder / f"replies-{self.key}.jsonl")
         self.replies: dict[Slot, Reply] = {}
         self.served: dict[str, Any] = {}
         """What run.json will say of the engine."""
         self.seconds = 0.0
         """Spent on the replies, by all runs so far."""
-        self.found = self._read_results(folder) | self._read_journal()
+        self.found = self._read_results(folder)
+        self.read()
 
     def begin(self, served: Mapping[str, Any]) -> None:
         """Open the journal for `add`; `served` says which engine replies."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.served = dict(served)
-        self._file = self.path.open("a", encoding="ascii")
+        self.open()
         self._started, self._before = time.monotonic(), self.seconds
-        self._write({"served": self.served})
+        self.append({"served": dict(served)})
 
     def add(self, slot: Slot, reply: Reply) -> None:
         """Append a reply; it is on its way to the disk when this returns."""
         self.seconds = self._before + time.monotonic() - self._started
-        self.replies[slot] = reply
-        self._write(self._record(slot, reply))
+        self.append(self._record(slot, reply))
 
     def end(self) -> None:
         """Close the journal."""
         self.seconds = self._before + time.monotonic() - self._started
-        self._file.close()
+        self.close()
+
+    def take(self, record: dict[str, Any]) -> None:
+        if "served" in record:
+            self.served = record["served"]
+            return
+        fields = dict(record)
+        slot, self.seconds = (fields.pop("prompt"), fields.pop("number")), fields.pop("seconds")
+        self.replies[slot] = Reply(**fields)
 
     def secure(self) -> None:
         """Have every reply in the journal, so that the results can be replaced."""
-        records = [{"served": self.served}, *(self._record(slot, reply) for slot, reply in self.replies.items())]
-        write_atomically(self.path, "".join(_line(record) for record in records))
+        self.rewrite([{"served": self.served}, *(self._record(slot, reply) for slot, reply in self.replies.items())])
 
     def hand_over(self, slots: Sequence[Slot]) -> None:
         """The results have these replies now; others stay in the journal (of rows that --limit left out)."""
@@ -85,11 +90,6 @@ class ReplyJournal:
 
     def _record(self, slot: Slot, reply: Reply) -> dict[str, Any]:
         return {"prompt": slot[0], "number": slot[1], **asdict(reply), "seconds": round(self.seconds, 2)}
-
-    def _write(self, record: dict[str, Any]) -> None:
-        # One write a line: a kill leaves whole lines, and at most one that is torn.
-        self._file.write(_line(record))
-        self._file.flush()
 
     def _read_results(self, folder: Path) -> dict[str, Any]:
         """What run.json says, where it is of these settings; its predictions become replies."""
@@ -108,30 +108,6 @@ class ReplyJournal:
         for slot, (n_prompt_tokens, sample) in zip(slots, written, strict=True):
             self.replies[slot] = Reply(sample.reply, n_prompt_tokens, sample.n_new_tokens, sample.finish_reason)
         return manifest
-
-    def _read_journal(self) -> dict[str, Any]:
-        if not self.path.exists():
-            return {}
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            with self.path.open("r+b") as file:  # a torn last line; what is added next must not join it
-                file.truncate(len(whole))
-        for line in whole.splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # damaged: that reply is written again
-            if "served" in record:
-                self.served = record["served"]
-                continue
-            slot, self.seconds = (record.pop("prompt"), record.pop("number")), record.pop("seconds")
-            self.replies[slot] = Reply(**record)
-        return {}
-
-
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, default=str) + "\n"  # ASCII, since a reply can hold half a surrogate pair
 
 
 def prompt_slots(prompts: Sequence[list[int]], samples: int) -> list[Slot]:

@@ -9,6 +9,7 @@ from typing import Any
 from finqa.evaluation.accuracy_figure import accuracy_figure
 from finqa.evaluation.finished import GROUPINGS, Evaluation, Grouping, read_evaluations
 from finqa.evaluation.metrics import HEADLINES, METRIC_OF_RULE, compare
+from finqa.runtime.figures import image_of
 from finqa.runtime.paths import SPLITS, write_atomically
 
 FIGURE = "accuracy.png"
@@ -17,7 +18,7 @@ FIGURE = "accuracy.png"
 def write_report(folder: Path) -> Path:
     """Write metrics.md and accuracy.png into `R/<dataset>/<model-id>` from the split folders in it."""
     splits = {split: found for split in SPLITS if (found := read_evaluations(folder / split))}
-    write_atomically(folder / FIGURE, accuracy_figure(splits))
+    write_atomically(folder / FIGURE, image_of(accuracy_figure(splits)))
     text = "\n".join([f"# {folder.name} on {folder.parent.name}", "", *_body(splits)])
     write_atomically(folder / "metrics.md", text)
     return folder / "metrics.md"

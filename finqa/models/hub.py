@@ -101,7 +101,6 @@ def push_folder(
     repo_id: str | None,
     push: bool | None,
     private: bool = False,
-    ignore: tuple[str, ...] = LEFT_OUT,
 ) -> str | None:
     """Upload `folder` as the model repository `repo_id`; the address, or None where nothing was pushed.
 
@@ -114,7 +113,7 @@ def push_folder(
     missing = why_no_push(repo_id)
     if missing is None and repo_id is not None:
         try:
-            return _push(folder, repo_id, private, ignore)
+            return _push(folder, repo_id, private)
         except UserError as error:
             if push:
                 raise
@@ -125,7 +124,7 @@ def push_folder(
     return None
 
 
-def _push(folder: Path, repo_id: str, private: bool, ignore: tuple[str, ...]) -> str:
+def _push(folder: Path, repo_id: str, private: bool) -> str:
     import huggingface_hub
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -139,7 +138,7 @@ def _push(folder: Path, repo_id: str, private: bool, ignore: tuple[str, ...]) ->
             api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
-                ignore_patterns=list(ignore),
+                ignore_patterns=list(LEFT_OUT),
                 commit_message=f"Upload {folder.name}",
             )
     except RepositoryNotFoundError as error:

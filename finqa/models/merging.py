@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from finqa.models.students import load_adapter, load_base, load_tokenizer, resolve_model
-from finqa.runtime.needs import MERGED_FILE_GB
-from finqa.runtime.plan import plan_merging
+from finqa.runtime.memory.needs import MERGED_FILE_GB
+from finqa.runtime.memory.plan import plan_merging
 
 
 @contextmanager

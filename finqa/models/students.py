@@ -248,12 +248,12 @@ def is_student(folder: Path) -> bool:
     return adapter or ((folder / "config.json").exists() and any(folder.glob("model*.safetensors")))
 
 
-def load_adapter(base: PreTrainedModel, student: Path, trainable: bool = False) -> PeftModel:
+def load_adapter(base: PreTrainedModel, student: Path) -> PeftModel:
     """Put the adapter in folder `student` on its base model; UserError on another base than its own."""
     from peft import PeftModel
 
     check_base(student, weights_hash(str(base.name_or_path)))
-    return PeftModel.from_pretrained(base, student, is_trainable=trainable)
+    return PeftModel.from_pretrained(base, student)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import Any, TextIO
 
 PLAIN_EVERY_S = 15.0
 TERMINAL_EVERY_S = 0.2
+STEPS_EVERY_S = 10.0
 
 
 @dataclass
@@ -45,3 +46,27 @@ class Progress:
         if self.terminal:
             self.out.write("\r\033[K")
             self.out.flush()
+
+
+class StepProgress:
+    """Where a training run is: a bar in a terminal, else a line now and then, and one for the last step."""
+
+    def __init__(self, total: int, initial: int = 0) -> None:
+        self._total, self._said = total, float("-inf")
+        self._bar: Any = None
+        if sys.stdout.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True)
+
+    def show(self, step: int, figures: str) -> None:
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(figures)
+        elif step == self._total or time.monotonic() - self._said > STEPS_EVERY_S:
+            self._said = time.monotonic()
+            print(f"step {step} of {self._total}: {figures}", flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

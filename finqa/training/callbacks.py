@@ -7,7 +7,6 @@ callbacks are built on: import it where training starts.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finqa.runtime import parallel
-from finqa.runtime.paths import write_atomically
+from finqa.runtime.journal import Journal
+from finqa.runtime.progress import StepProgress
 
 if TYPE_CHECKING:
     from finqa.training.completion_trainer import CompletionTrainer
-
-LINE_EVERY_S = 10.0
 
 
 class TrainingLog(TrainerCallback):
@@ -33,23 +31,19 @@ class TrainingLog(TrainerCallback):
         self.path = path
         self.trainer = trainer
         self.wandb_run = wandb_run
-        self._bar: Any = None
+        self._progress: StepProgress | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._started = self._said = self._recorded = time.monotonic()
+        self._started = self._recorded = time.monotonic()
         self._tokens = 0
         if not state.is_world_process_zero:
             return
         # A resumed run logs the steps after its checkpoint again; a line that a kill cut short goes as well.
-        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        write_atomically(self.path, "".join(line + "\n" for line in kept))
-        if sys.stdout.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+        journal = Journal(self.path).read()
+        journal.rewrite(record for record in journal.records if record["step"] <= state.global_step)
+        self._progress = StepProgress(state.max_steps, state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -89,25 +83,15 @@ class TrainingLog(TrainerCallback):
             file.write(json.dumps(record) + "\n")
         if self.wandb_run is not None:
             self.wandb_run.log(record, step=state.global_step)
-        self._show(record, state)
-
-    def _show(self, record: dict[str, Any], state: TrainerState) -> None:
-        line = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
-            self._bar.set_postfix_str(line)
-        elif time.monotonic() - self._said > LINE_EVERY_S or state.global_step == state.max_steps:
-            self._said = time.monotonic()
-            seconds, memory = record["seconds"], record["memory_gb"]
-            print(
-                f"step {state.global_step} of {state.max_steps}: {line}, {seconds:.0f} s, {memory:.1f} GB", flush=True
-            )
+        if self._progress is not None:
+            speed = f"{rate:,.0f} tokens/s, {record['seconds']:.0f} s, {record['memory_gb']:.1f} GB"
+            self._progress.show(state.global_step, f"loss {record['loss']:.4f}, {speed}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        if self._progress is not None:
+            self._progress.close()
 
 
 class EpochOrder(TrainerCallback):

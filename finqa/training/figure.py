@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finqa.runtime.paths import write_atomically
+from finqa.runtime.figures import BLUE, HEIGHT, WIDTH, new_figure, save_figure, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PANELS = (
     ("loss", "loss", "nats a token"),
@@ -25,46 +28,33 @@ def draw_training(log: Path, title: str) -> None:
     records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     if not records:
         return
-    from io import BytesIO
-
-    figure = _figure(records, title)
-    for suffix in ("png", "svg"):
-        drawn = BytesIO()
-        figure.savefig(drawn, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
-        write_atomically(log.with_name(f"training.{suffix}"), drawn.getvalue())
+    save_figure(_figure(records, title), log.with_name("training"))
 
 
-def _figure(records: Sequence[dict[str, Any]], title: str) -> Any:
-    # Without pyplot, which would choose a window system and keep every figure.
-    from matplotlib.figure import Figure
+@styled
+def _figure(records: Sequence[dict[str, Any]], title: str) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9, 5.6), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure, axes = new_figure(2, 2 * WIDTH, 2 * HEIGHT, 2, sharex=True)
+    figure.suptitle(title)
     steps = [record["step"] for record in records]
-    axes: Any = figure.subplots(2, 2, sharex=True)
     for axis, (key, name, unit) in zip(axes.flat, PANELS, strict=True):
         values = [record[key] for record in records]
         many = len(values) > 1
         faint = key == "loss" and len(values) > 20
-        axis.plot(
-            steps, values, color="tab:blue", linewidth=1.2, alpha=0.35 if faint else 1, marker="" if many else "o"
-        )
+        axis.plot(steps, values, color=BLUE, alpha=0.35 if faint else 1, marker="" if many else "o")
         if faint:
-            axis.plot(steps, running_mean(values), color="tab:blue", linewidth=1.6, label="running mean")
-            axis.legend(frameon=False, fontsize=8)
-        axis.set_title(f"{name}, {unit}" if unit else name, fontsize=9, loc="left")
+            axis.plot(steps, running_mean(values), color=BLUE, lw=1.4, label="running mean")
+            axis.legend()
+        axis.set_title(f"{name}, {unit}" if unit else name, loc="left")
         axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if key != "learning_rate":
             axis.set_ylim(bottom=0, top=1.08 * max(values) or 1)
         else:
             axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-            axis.yaxis.get_offset_text().set_fontsize(8)
     for axis in axes[1]:
-        axis.set_xlabel("updates", fontsize=9)
+        axis.set_xlabel("updates")
     return figure
 
 

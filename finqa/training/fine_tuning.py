@@ -27,7 +27,7 @@ from finqa.runtime import parallel
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import file_hash, write_json, write_manifest
 from finqa.runtime.paths import Folders
-from finqa.runtime.plan import plan_training
+from finqa.runtime.memory.plan import plan_training
 from finqa.runtime.tracking import wandb_run
 from finqa.training.checkpoints import UNFINISHED, drop_damaged, last_checkpoint, told_when_full
 from finqa.training.figure import draw_training

@@ -30,7 +30,7 @@ class Speed:
     """The frozen base in 8-bit floats (finqa.training.fp8_base)."""
     checkpointing: bool | None = None
     """Activations of a layer are computed again in the backward pass: less memory, a third more time. None: where
-    the memory asks for it (finqa.runtime.plan)."""
+    the memory asks for it (finqa.runtime.memory.plan)."""
 
 
 def trainable(run: StudentRun, device: str, bf16: bool, speed: Speed) -> PreTrainedModel:

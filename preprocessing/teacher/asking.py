@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finqa.runtime.errors import UserError
-from finqa.runtime.journal import Answer, Journal
+from preprocessing.teacher.answer_journal import Answer, AnswerJournal
 from preprocessing.teacher.chat_request import Fault, Request, send
 from preprocessing.teacher.config import OpenAITeacherConfig, api_key
 from preprocessing.teacher.prices import Spending
@@ -57,7 +57,7 @@ class Asker:
         self,
         client: AsyncOpenAI,
         config: OpenAITeacherConfig,
-        journal: Journal,
+        journal: AnswerJournal,
         spending: Spending,
         answered_before: bool = False,
     ) -> None:

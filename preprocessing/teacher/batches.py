@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finqa.runtime.errors import UserError
-from finqa.runtime.journal import Answer, Failure, Journal
 from finqa.runtime.paths import write_atomically
+from preprocessing.teacher.answer_journal import Answer, AnswerJournal, Failure
 from preprocessing.teacher.chat_request import answer_from, one_line, status_fault, status_kind
 from preprocessing.teacher.config import OpenAITeacherConfig, api_key
 from preprocessing.teacher.conversation import Wanted
@@ -108,7 +108,7 @@ class Batches:
         journal: Takes the answers; its lock covers the file of batches too.
     """
 
-    def __init__(self, config: OpenAITeacherConfig, journal: Journal) -> None:
+    def __init__(self, config: OpenAITeacherConfig, journal: AnswerJournal) -> None:
         self.config = config
         self.journal = journal
         self.path = batches_file(journal.path)

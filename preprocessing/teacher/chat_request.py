@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finqa.runtime.errors import UserError
-from finqa.runtime.journal import Answer, Failure
+from preprocessing.teacher.answer_journal import Answer, Failure
 
 if TYPE_CHECKING:
     import openai

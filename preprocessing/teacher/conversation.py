@@ -10,13 +10,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from finqa.runtime.journal import Answer, Journal, request_key
 from finqa.sandbox.results import Run
 from finqa.task.answers import Rule, match
 from finqa.task.prompts import extract_code, teacher_messages
 from finqa.task.records import Question
 from finqa.task.worked_examples import WorkedExample
 from preprocessing.run_programs import answer_text
+from preprocessing.teacher.answer_journal import Answer, AnswerJournal, request_key
 from preprocessing.teacher.chat_request import Request, one_line
 from preprocessing.teacher.config import OpenAITeacherConfig
 from preprocessing.teacher.teachers import Reply
@@ -70,7 +70,7 @@ class Conversation:
         config: OpenAITeacherConfig,
         examples: tuple[WorkedExample, ...],
         rule: Rule,
-        journal: Journal,
+        journal: AnswerJournal,
         run: Callable[[str], Run],
     ) -> None:
         self.config = config
@@ -141,7 +141,7 @@ class Conversation:
         run = self.journal.run(key)
         if run is None:
             run = self._run_program(code)
-            if not self.journal.read_only:
+            if self.journal.is_open:
                 self.journal.add_run(key, run)
         return run
 

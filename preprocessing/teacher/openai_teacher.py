@@ -16,13 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from finqa.runtime.errors import UserError
-from finqa.runtime.journal import Answer, Journal, answers_in
 from finqa.runtime.progress import Progress
 from finqa.sandbox.results import Run
 from finqa.sandbox.running import Sandbox
 from finqa.task.answers import Rule
 from finqa.task.records import Question
 from finqa.task.worked_examples import WorkedExample
+from preprocessing.teacher.answer_journal import Answer, AnswerJournal, answers_in
 from preprocessing.teacher.asking import Asker, make_client, run_together
 from preprocessing.teacher.batches import batches_file, under_way
 from preprocessing.teacher.config import OpenAITeacherConfig, api_key
@@ -37,7 +37,7 @@ class OpenAITeacher:
     Args:
         config: How to ask.
         examples: Worked examples, shown before each question.
-        journal_path: Where answers are kept (see finqa.runtime.journal).
+        journal_path: Where answers are kept (see preprocessing.teacher.answer_journal).
         rule: When a program's result is the label, for a second attempt.
         paid_in: Journals whose answers count against `max_cost`; this one's alone where it is left out.
 
@@ -120,7 +120,7 @@ class OpenAITeacher:
 
     def dry_run(self, questions: Sequence[Question], show_prompt: bool = True, batch: bool = False) -> str:
         """The first prompt and the estimate. Sends and writes nothing, and needs no key."""
-        with Journal(self.journal_path, read_only=True) as journal, self.conversation(journal) as talk:
+        with self.conversation(AnswerJournal(self.journal_path).read()) as talk:
             steps = (talk.next_step(question) for question in questions)
             first = next((step for step in steps if isinstance(step, Wanted)), None)
             planned = self.plan(talk, questions, batch)
@@ -161,14 +161,14 @@ class OpenAITeacher:
             )
 
     @contextlib.contextmanager
-    def open_journal(self) -> Iterator[Journal]:
-        with Journal(self.journal_path) as journal:
+    def open_journal(self) -> Iterator[AnswerJournal]:
+        with AnswerJournal(self.journal_path) as journal:
             if journal.damaged_lines:
                 print(f"{journal.path}: {journal.damaged_lines} damaged lines left out", flush=True)
             yield journal
 
     @contextlib.contextmanager
-    def conversation(self, journal: Journal) -> Iterator[Conversation]:
+    def conversation(self, journal: AnswerJournal) -> Iterator[Conversation]:
         """The talk about each question; with a sandbox where programs decide whether to ask again."""
         with contextlib.ExitStack() as stack:
             sandbox = stack.enter_context(Sandbox(workers=1)) if self.config.attempts > 1 else None

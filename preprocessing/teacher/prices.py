@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finqa.runtime.errors import UserError
-from finqa.runtime.journal import Answer
+from preprocessing.teacher.answer_journal import Answer
 
 SHIPPED_PRICES = Path(__file__).with_name("prices.json")
 CHARACTERS_A_TOKEN = 3.3

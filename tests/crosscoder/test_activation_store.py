@@ -36,11 +36,13 @@ def test_memory_mapped_shards_read_the_same_as_memory(store):
     assert mapped.read(indices[:0]).shape == (0, 2, D_MODEL)
 
 
-def test_a_set_is_held_where_it_fits_and_else_left_on_disk(store):
+def test_a_set_is_held_where_it_takes_at_most_half_of_what_is_free_and_else_left_on_disk(store, monkeypatch):
     size = 2 * 2 * D_MODEL * len(store)
-    assert ActivationStore(store.folder, memory_limit_bytes=size).in_memory
-    assert not ActivationStore(store.folder, memory_limit_bytes=size - 1).in_memory
-    held = ActivationStore(store.folder, memory_limit_bytes=0, place="memory")
+    monkeypatch.setattr("crosscoder.activations.store.free_memory", lambda device: 2 * size)
+    assert ActivationStore(store.folder).in_memory
+    monkeypatch.setattr("crosscoder.activations.store.free_memory", lambda device: 2 * size - 1)
+    assert not ActivationStore(store.folder).in_memory
+    held = ActivationStore(store.folder, place="memory")
     assert held.in_memory
     before = held.read(torch.arange(900))
     held.move("disk")

@@ -31,11 +31,11 @@ from crosscoder.dictionaries.config import CrosscoderConfig
 from crosscoder.dictionaries.methods import new_dictionary
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.extra_readings import load_pair, open_second
-from crosscoder.interventions.causal import Journal
 from crosscoder.names import ActivationChoice, crosscoder_folder, name_of_method
 from crosscoder.opening import ReadingConfig, open_reading
 from finqa.models import students
 from finqa.runtime.errors import UserError
+from finqa.runtime.journal import KeyedJournal
 from finqa.runtime.paths import REPOSITORY, Folders
 from finqa.task.records import TeacherRow
 
@@ -385,7 +385,7 @@ def test_a_killed_run_has_all_that_is_cheap_and_goes_on_to_the_report_of_an_unin
     assert run_here(*words) == 0
     assert f"of {n_cells} cells are there" in capsys.readouterr().out
     assert survey.stat().st_mtime_ns == surveyed
-    assert len(Journal(killed / "causal" / "cells.jsonl").found) == n_cells
+    assert len(KeyedJournal(killed / "causal" / "cells.jsonl").read().found) == n_cells
     for name in ("analysis.json", "causal/causal.json", "causal.csv", "splicing.csv", "causal.svg"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
 

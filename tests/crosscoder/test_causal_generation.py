@@ -15,7 +15,7 @@ from crosscoder.interventions.causal import Cell, measure
 from crosscoder.interventions.causal_report import CausalConfig, causal_report
 from crosscoder.interventions.causal_rows import Asked
 from crosscoder.interventions.halves import Pair, pair_of
-from crosscoder.interventions.patched_generation import answered, own_completions, patched_replies, written_tokens
+from crosscoder.interventions.patched_generation import answered, patched_replies, written_tokens
 from crosscoder.interventions.sets import Latents, Nothing, Whole
 from finqa.evaluation.engines.hugging_face_engine import hugging_face
 from finqa.evaluation.generation import GenerationConfig, Reply, all_replies
@@ -105,17 +105,14 @@ def test_an_adapter_is_switched_for_each_side(planted, tokenizer, prompts):
 
 
 def test_what_is_written_token_by_token_is_what_teacher_forcing_says(planted, tokenizer, prompts):
-    """At every set of positions: the reply, read back as a document under the same patch, is exact."""
+    """The reply, read back as a document under the same patch, is exact."""
     pair, direction = planted
     addition = Latents(planted_crosscoder(direction), [0])
-    found = []
-    for where in ("all", "prompt", "completion", "last prompt token"):
-        cell = Cell(addition, "sufficiency", "own", where)
-        written = written_tokens(pair, SITE, cell, prompts, tokenizer, 12, ())
-        documents = [Document(str(i), (*p, *w), len(p)) for i, (p, w) in enumerate(zip(prompts, written, strict=True))]
-        assert all(measure(pair, SITE, documents, [cell])[0].exact)
-        found.append(written)
-    assert all(a != b for i, a in enumerate(found) for b in found[:i])
+    cell = Cell(addition, "sufficiency", "own")
+    written = written_tokens(pair, SITE, cell, prompts, tokenizer, 12, ())
+    assert written != written_tokens(pair, SITE, Cell(Nothing(), "sufficiency", "own"), prompts, tokenizer, 12, ())
+    documents = [Document(str(i), (*p, *w), len(p)) for i, (p, w) in enumerate(zip(prompts, written, strict=True))]
+    assert all(measure(pair, SITE, documents, [cell])[0].exact)
 
 
 def test_a_reply_ends_at_its_end_token_or_stop_string(planted, tokenizer, prompts):
@@ -135,14 +132,6 @@ def test_a_reply_ends_at_its_end_token_or_stop_string(planted, tokenizer, prompt
     assert texts(found) == texts(expected)
     assert [reply.finish_reason for reply in found] == [reply.finish_reason for reply in expected]
     assert {"stop", "length"} == {reply.finish_reason for reply in found}
-
-
-def test_own_completions_are_what_the_fine_tuned_model_writes(planted, tokenizer, prompts):
-    pair, _ = planted
-    documents = [Document(str(i), (*prompt, 9, 9, 9), len(prompt)) for i, prompt in enumerate(prompts)]
-    made = own_completions(pair, documents, tokenizer, max_new_tokens=10)
-    assert [d.ids[: d.n_prompt] for d in made] == [tuple(prompt) for prompt in prompts]
-    assert all(measure(pair, SITE, made, [Cell(Nothing(), "necessity", "own")])[0].exact)
 
 
 def test_programs_are_run_and_their_answers_held_against_the_labels():

@@ -24,7 +24,7 @@ from crosscoder.training.liveness import Liveness, draw_anew
 from crosscoder.training.step_choice import not_by_hand
 from crosscoder.training.trainer import StepRecord, Trainer
 from finqa.runtime.errors import UserError
-from finqa.runtime.needs import Need
+from finqa.runtime.memory.needs import Need
 from finqa.runtime.paths import REPOSITORY
 
 SHAPE = CrosscoderConfig(d_model=12, n_latents=24, k=4)

@@ -97,17 +97,6 @@ def test_an_adapter_is_a_pair_of_models(models, documents):
     assert 0 < of_two[0].divergence_closed < 1
 
 
-def test_positions_are_the_parts_of_a_document(models, documents):
-    batch = batch_of(documents)
-    parts = {name: batch.at(name) for name in ("all", "prompt", "completion", "last prompt token")}
-    assert (parts["all"] == parts["prompt"] ^ parts["completion"]).all()
-    assert parts["last prompt token"].sum(1).tolist() == [1] * len(documents)
-    assert not (parts["last prompt token"] & ~parts["prompt"]).any()
-    # The program is predicted from the last prompt token on, and patched at its own tokens.
-    assert (parts["last prompt token"] & ~batch.predicting).sum() == 0
-    assert parts["completion"].sum(1).tolist() == [5] * len(documents)
-
-
 def test_documents_come_in_batches_of_like_length_and_each_once(documents):
     found = list(batches(documents, batch_tokens=40))
     assert sorted(int(i) for chosen, _ in found for i in chosen) == list(range(len(documents)))

@@ -22,7 +22,6 @@ from crosscoder.dictionaries.config import CrosscoderConfig
 from crosscoder.dictionaries.methods import new_dictionary
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.interventions import splicing
-from crosscoder.interventions.causal import Journal
 from crosscoder.interventions.halves import pair_of
 from crosscoder.interventions.splicing import (
     ABLATIONS,
@@ -37,6 +36,7 @@ from crosscoder.interventions.splicing import (
     target_of,
 )
 from finqa.runtime.errors import UserError
+from finqa.runtime.journal import KeyedJournal
 
 WIDTH = 32
 SITES = ("mlp", "attention", "residual")
@@ -94,11 +94,17 @@ def nothing(method: str = "batchtopk") -> BatchTopKCrosscoder:
     return model
 
 
+def opened(path: Path) -> KeyedJournal:
+    journal = KeyedJournal(path)
+    journal.open()
+    return journal
+
+
 def recovered(model, models, store, site: Any = "mlp") -> dict[tuple[str, str, str], LossRecovered]:
     texts = stored_texts(store, range(len(store.documents)), BOS)
     means = mean_activations(store, torch.arange(len(store)))
     with TemporaryDirectory() as folder:
-        journal = Journal(Path(folder) / "splicing.jsonl")
+        journal = opened(Path(folder) / "splicing.jsonl")
         losses = splice_losses(model, pair_of(*models), texts, Target(2, site), means, journal, batch_tokens=40)
     found = loss_recovered(losses, n_resamples=200)
     return {(each.model, each.tokens, each.ablation): each for each in found}
@@ -150,7 +156,7 @@ def test_losses_are_the_models_own_cross_entropies(models, documents, store, mon
     monkeypatch.setattr("crosscoder.interventions.splicing.ROWS_AT_ONCE", rows_at_once)
     texts = stored_texts(store, range(len(documents)), BOS)
     means = mean_activations(store, torch.arange(len(store)))
-    journal = Journal(tmp_path / "splicing.jsonl")
+    journal = opened(tmp_path / "splicing.jsonl")
     losses = splice_losses(identity(), pair_of(*models), texts, target_of(store), means, journal, batch_tokens=30)
     # The dictionary is the identity, so that what is spliced is what was there.
     spliced, clean = (losses.sums[:, :, CONDITIONS.index(name)] for name in ("spliced", "clean"))
@@ -176,7 +182,7 @@ def test_a_model_and_its_adapter_are_the_two_models(models, documents, store, tm
     texts = stored_texts(store, range(len(documents)), BOS)
     means = torch.zeros(2, WIDTH)
     switched, apart = (
-        splice_losses(nothing(), pair, texts, Target(2, "mlp"), means, Journal(tmp_path / name))
+        splice_losses(nothing(), pair, texts, Target(2, "mlp"), means, opened(tmp_path / name))
         for name, pair in (("switched", pair_of(adapted)), ("apart", pair_of(models[0], whole)))
     )
     torch.testing.assert_close(switched.sums, apart.sums, rtol=1e-4, atol=1e-3)
@@ -186,7 +192,7 @@ def test_what_the_set_does_not_read_keeps_its_activation(models, documents, stor
     """Of the first document the set reads the second token alone, as if the others were outliers."""
     (text,) = stored_texts(store, [0], BOS)
     only = replace(text, untouched=tuple(place for place in range(len(text.ids)) if place != 1))
-    means, journal = torch.full((2, WIDTH), 100.0), Journal(tmp_path / "splicing.jsonl")
+    means, journal = torch.full((2, WIDTH), 100.0), opened(tmp_path / "splicing.jsonl")
     losses = splice_losses(nothing(), pair_of(*models), [only], Target(2, "mlp"), means, journal)
     ids = torch.tensor([documents[0].ids])
     mean = CONDITIONS.index("mean")
@@ -208,7 +214,7 @@ def test_what_the_set_does_not_read_keeps_its_activation(models, documents, stor
 
 def test_splicing_that_was_killed_goes_on_and_gives_the_same(models, documents, store, monkeypatch, tmp_path):
     arguments = (identity(), pair_of(*models), documents, Target(2, "mlp"), torch.ones(2, WIDTH))
-    whole = splice_losses(*arguments, Journal(tmp_path / "whole"), batch_tokens=30)
+    whole = splice_losses(*arguments, opened(tmp_path / "whole"), batch_tokens=30)
     true_losses, calls = splicing._losses_of_batch, []
 
     def killed(*of_batch):
@@ -218,10 +224,10 @@ def test_splicing_that_was_killed_goes_on_and_gives_the_same(models, documents, 
         return true_losses(*of_batch)
 
     monkeypatch.setattr(splicing, "_losses_of_batch", killed)
-    with pytest.raises(KeyboardInterrupt):
-        splice_losses(*arguments, Journal(tmp_path / "killed"), batch_tokens=30)
-    again = splice_losses(*arguments, Journal(tmp_path / "killed"), batch_tokens=30)
-    assert len(calls) == 1 + len(Journal(tmp_path / "whole").found)
+    with pytest.raises(KeyboardInterrupt), KeyedJournal(tmp_path / "killed") as journal:
+        splice_losses(*arguments, journal, batch_tokens=30)
+    again = splice_losses(*arguments, opened(tmp_path / "killed"), batch_tokens=30)
+    assert len(calls) == 1 + len(KeyedJournal(tmp_path / "whole").read().found)
     assert not torch.equal(whole.sums, whole.sums.float().double())  # nothing is rounded on the way
     for name in ("sums", "divergences", "counts"):
         assert torch.equal(getattr(again, name), getattr(whole, name))

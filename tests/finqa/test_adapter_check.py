@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from finqa.evaluation.adapter_check import AGREEMENT, classes_of, compare, kl, kl_on_classes, verdict
+from finqa.evaluation.adapter_check import classes_of, compare, kl_on_classes, verdict
 from finqa.evaluation.evaluate import EvaluationConfig
 from finqa.evaluation.generation import GenerationConfig
+from finqa.models.fidelity import AGREEMENT, kl
 from finqa.models.settings import StudentSettings
 from finqa.models.students import StudentRun, load_base, load_tokenizer, prompt_ids
 from finqa.models.weights import weights_hash
@@ -94,7 +95,7 @@ def test_a_merge_that_loses_the_adapter_is_seen(
 def test_where_there_is_no_room_to_merge_the_rest_is_checked(
     run: StudentRun, tiny_student: Path, sequences: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    monkeypatch.setattr("finqa.runtime.plan.free_memory", lambda device: 1e6)
+    monkeypatch.setattr("finqa.runtime.memory.plan.free_memory", lambda device: 1e6)
     found = compare(run, adapter(tiny_student, tmp_path, random=True), sequences, CONFIG)
     assert found["active"] and "share_merged" not in found
     assert "the merged model is not checked: merging needs" in capsys.readouterr().out

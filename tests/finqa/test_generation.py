@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from finqa.evaluation.adapter_check import AGREEMENT, compare
+from finqa.evaluation.adapter_check import compare
 from finqa.evaluation.engines.hugging_face_engine import GumbelNoise, hugging_face
 from finqa.evaluation.engines.serving import MODELS, check_backend, served_models
 from finqa.evaluation.engines.vllm_engine import EngineArguments, vllm_engine
 from finqa.evaluation.evaluate import EvaluationConfig
 from finqa.evaluation.generation import Generate, GenerationConfig, Reply, all_replies, cut_at_stop
+from finqa.models.fidelity import AGREEMENT
 from finqa.models.settings import StudentSettings, settings_for
 from finqa.models.students import StudentRun, load_base, load_tokenizer, prompt_ids
 from finqa.models.weights import weights_hash

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,9 @@ from benchmarks.parts.record import RESULTS
 from finqa.evaluation.generation import GenerationConfig
 from finqa.models.settings import DEFAULTS
 from finqa.models.students import StudentRun, load_base
-from finqa.runtime import plan
+from finqa.runtime import memory, plan
 from finqa.runtime.errors import UserError
-from finqa.runtime.needs import (
+from finqa.runtime.memory.needs import (
     GB,
     Load,
     Sizes,
@@ -258,16 +259,18 @@ def test_a_disk_that_is_too_full_is_one_line_before_anything_is_loaded(on_a_gpu:
         on_a_gpu(79, examples(2276), disk_gb=9)
 
 
-def test_evaluation_needs_weights_adapter_and_keys_and_values(mistral_7b: Sizes):
+def test_evaluation_needs_weights_adapter_and_keys_and_values(mistral_7b: Sizes, monkeypatch: pytest.MonkeyPatch):
     config = GenerationConfig(vllm=False, max_new_tokens=1000, batch_size=8)
     need = evaluation_need(mistral_7b, config, longest=4096)
     sizes_of = {name: size for name, size, _ in need.parts}
     assert sizes_of["keys and values"] == 2 * 2 * 8 * 128 * 32 * 8 * 4096
     assert sizes_of["weights"] == 2 * mistral_7b.parameters
     run = StudentRun("FinQA-mini", "pocket-mistral", DEFAULTS)
-    plan.plan_evaluation(run, config, free=79 * GB)
+    monkeypatch.setattr(plan, "free_memory", lambda device: 79 * GB)
+    plan.plan_evaluation(run, config)
+    monkeypatch.setattr(plan, "free_memory", lambda device: 0.1 * GB)
     with pytest.raises(UserError, match="a smaller -EBS"):
-        plan.plan_evaluation(run, config, free=0.1 * GB)
+        plan.plan_evaluation(run, config)
 
 
 def test_merging_needs_the_weights_of_base_and_adapter_and_as_much_disk(
@@ -277,21 +280,35 @@ def test_merging_needs_the_weights_of_base_and_adapter_and_as_much_disk(
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(bytes(size))
     folders = (tmp_path / "base", tmp_path / "adapter", tmp_path / "data" / "merged")
-    plan.plan_merging(*folders, free=GB)
+    monkeypatch.setattr(plan, "free_memory", lambda device: GB)
+    plan.plan_merging(*folders)
     printed = capsys.readouterr().out
     assert "plan: merging needs 508 MB; 1.0 GB are free in the machine's memory" in printed
     assert f"  {'disk':<23}{'3 MB':>9}  the merged model; " in printed
+    monkeypatch.setattr(plan, "free_memory", lambda device: 507e6)
     with pytest.raises(UserError, match="merging needs 508 MB of the machine's memory and 507 MB are free"):
-        plan.plan_merging(*folders, free=507e6)
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=2_500_000))
+        plan.plan_merging(*folders)
+    monkeypatch.setattr(plan, "free_memory", lambda device: GB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2_500_000))
     with pytest.raises(UserError, match="merged needs 3 MB of disk for a merged model and 2 MB are free"):
-        plan.plan_merging(*folders, free=GB)
+        plan.plan_merging(*folders)
 
 
 def test_the_memory_that_is_free_is_less_than_the_machine_has():
     import psutil
 
-    assert 0 < plan.free_memory("cpu") <= psutil.virtual_memory().total
+    assert 0 < memory.free_memory("cpu") <= psutil.virtual_memory().total
+
+
+def test_in_a_container_what_is_free_is_its_limit_less_what_cannot_be_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    for name, content in (("memory.max", "3000"), ("memory.current", "1000"), ("memory.stat", "inactive_file 400")):
+        (tmp_path / name).write_text(content + "\n")
+    assert memory.free_memory("cpu") == 2400
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_memory("cpu") > 3000
 
 
 @pytest.fixture
@@ -304,7 +321,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def planned(free_gb: float, rows: Dataset, speed: Speed = ALL_THAT_IS_FAST, **changed: Any) -> Speed:
         monkeypatch.setattr(plan, "free_memory", lambda device: free_gb * GB)
         disk = Disk(int(changed.get("disk_gb", 100) * GB))
-        monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: disk)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
         settings = replace(DEFAULTS, batch_size=changed.get("batch_size", 1))
         run = StudentRun("FinQA", "a-7b-model", settings, peft=changed.get("peft", True))
         return plan.plan_training(run, speed, rows, 3, tmp_path / "student", "cuda", 16)

@@ -18,7 +18,7 @@ from finqa.models.settings import SETTINGS as STUDENTS
 from finqa.models.settings import StudentSettings, settings_for
 from finqa.models.students import StudentRun, load_base, load_tokenizer, prompt_ids, training_ids
 from finqa.runtime.errors import UserError
-from finqa.runtime.needs import read_config, sizes
+from finqa.runtime.memory.needs import read_config, sizes
 from finqa.training.fine_tuning import TrainingConfig, fine_tune
 from finqa.training.rows import NO_LOSS, collator
 from finqa.training.trainable import Speed, compile_layers, made_trainable

@@ -9,65 +9,65 @@ from pathlib import Path
 import pytest
 
 from finqa.runtime.errors import UserError
-from finqa.runtime.journal import Answer, Failure, Journal, request_key
 from finqa.sandbox.results import Run
+from preprocessing.teacher.answer_journal import Answer, AnswerJournal, Failure, request_key
 
 ANSWER = Answer("ans = 1  # naïve \U0001f9fe \n", "stop", "gpt-5-dated", 100, 10)
 REQUEST = {"model": "gpt-5", "messages": [{"role": "user", "content": "how much?"}], "max_completion_tokens": 100}
 
 
 def test_an_answer_is_read_back_as_it_was(tmp_path: Path) -> None:
-    with Journal(tmp_path / "j.jsonl") as journal:
+    with AnswerJournal(tmp_path / "j.jsonl") as journal:
         journal.add_answer("a", ANSWER)
-    with Journal(tmp_path / "j.jsonl") as journal:
+    with AnswerJournal(tmp_path / "j.jsonl") as journal:
         assert journal.answer("a") == ANSWER and journal.answer("b") is None
 
 
 def test_an_answer_is_in_the_file_when_add_returns(tmp_path: Path) -> None:
-    with Journal(tmp_path / "j.jsonl") as journal:
+    with AnswerJournal(tmp_path / "j.jsonl") as journal:
         journal.add_answer("a", ANSWER)
         assert (tmp_path / "j.jsonl").read_bytes().count(b"\n") == 1
 
 
 def test_a_torn_last_line_is_cut_off_at_every_length(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
-    with Journal(path) as journal:
+    with AnswerJournal(path) as journal:
         journal.add_answer("a", ANSWER)
         journal.add_answer("b", ANSWER)
     content = path.read_bytes()
     first = content.index(b"\n") + 1
     for length in range(first, len(content) - 1):
         path.write_bytes(content[:length])
-        with Journal(path) as journal:
+        with AnswerJournal(path) as journal:
             assert journal.answer("a") == ANSWER and journal.answer("b") is None and journal.damaged_lines == 0
             journal.add_answer("c", ANSWER)
-        with Journal(path) as journal:
+        with AnswerJournal(path) as journal:
             assert journal.answer("c") == ANSWER and len(journal) == 2
 
 
 def test_a_last_line_that_lacks_only_its_break_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
-    with Journal(path) as journal:
+    with AnswerJournal(path) as journal:
         journal.add_answer("a", ANSWER)
     path.write_bytes(path.read_bytes()[:-1])
-    with Journal(path) as journal:
+    with AnswerJournal(path) as journal:
         assert journal.answer("a") == ANSWER and journal.damaged_lines == 0
         journal.add_answer("b", ANSWER)
-    with Journal(path) as journal:
+    with AnswerJournal(path) as journal:
         assert len(journal) == 2
 
 
 def test_failures_and_runs_are_read_back_and_an_answer_ends_them(tmp_path: Path) -> None:
     path, run, failure = tmp_path / "j.jsonl", Run("yes", None, ""), Failure("teacher-timeout", "slow")
-    with Journal(path) as journal:
+    with AnswerJournal(path) as journal:
         journal.add_failure("a", failure)
         journal.add_answer("b", ANSWER)
         journal.add_run("b", run)
-    with Journal(path) as journal:
+    with AnswerJournal(path) as journal:
         assert journal.failure("a") == failure and journal.run("b") == run
         journal.add_answer("a", ANSWER)
         journal.add_answer("b", replace(ANSWER, text="another"))
-    with Journal(path) as journal:
+    with AnswerJournal(path) as journal:
         assert journal.failure("a") is None and journal.run("b") is None
         assert len(journal) == 2 and len(journal.paid) == 3
 
@@ -75,23 +75,21 @@ def test_failures_and_runs_are_read_back_and_an_answer_ends_them(tmp_path: Path)
 def test_a_journal_of_the_first_form_is_read(tmp_path: Path) -> None:
     line = {"key": "a", "text": "ans = 1", "finish_reason": "stop", "model": "m", "prompt_tokens": 1, "limit": 9}
     (tmp_path / "j.jsonl").write_text(json.dumps(line) + "\n")
-    with Journal(tmp_path / "j.jsonl") as journal:
+    with AnswerJournal(tmp_path / "j.jsonl") as journal:
         assert journal.answer("a") == Answer("ans = 1", "stop", "m", 1, 0, 9)
 
 
 def test_reading_only_makes_no_file_and_leaves_a_torn_line(tmp_path: Path) -> None:
-    with Journal(tmp_path / "none" / "j.jsonl", read_only=True) as journal:
-        assert len(journal) == 0
+    assert len(AnswerJournal(tmp_path / "none" / "j.jsonl").read()) == 0
     assert not (tmp_path / "none").exists()
     (tmp_path / "j.jsonl").write_bytes(b'{"key": "a", "te')
-    with Journal(tmp_path / "j.jsonl", read_only=True) as journal:
-        assert len(journal) == 0
+    assert len(AnswerJournal(tmp_path / "j.jsonl").read()) == 0
     assert (tmp_path / "j.jsonl").read_bytes() == b'{"key": "a", "te'
 
 
 def test_a_full_disk_is_one_line_and_tears_nothing(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
-    with Journal(path) as journal:
+    with AnswerJournal(path) as journal:
         journal.add_answer("a", ANSWER)
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -103,7 +101,7 @@ def test_a_full_disk_is_one_line_and_tears_nothing(tmp_path: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
             signal.signal(signal.SIGXFSZ, handler)
         journal.add_answer("c", ANSWER)
-    with Journal(path) as journal:
+    with AnswerJournal(path) as journal:
         assert len(journal) == 2 and journal.answer("c") == ANSWER and journal.damaged_lines == 0
 
 
@@ -113,17 +111,21 @@ def test_a_full_disk_is_one_line_and_tears_nothing(tmp_path: Path) -> None:
 )
 def test_a_damaged_line_is_counted_and_costs_no_other(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "j.jsonl"
-    with Journal(path) as journal:
+    with AnswerJournal(path) as journal:
         journal.add_answer("a", ANSWER)
     path.write_bytes(line + b"\n" + path.read_bytes())
-    with Journal(path) as journal:
+    with AnswerJournal(path) as journal:
         assert journal.answer("a") == ANSWER and journal.damaged_lines == 1
 
 
 def test_two_runs_cannot_write_to_one_journal(tmp_path: Path) -> None:
-    with Journal(tmp_path / "j.jsonl"), pytest.raises(UserError, match="another run"), Journal(tmp_path / "j.jsonl"):
+    with (
+        AnswerJournal(tmp_path / "j.jsonl"),
+        pytest.raises(UserError, match="another run"),
+        AnswerJournal(tmp_path / "j.jsonl"),
+    ):
         pass
-    with Journal(tmp_path / "j.jsonl"):
+    with AnswerJournal(tmp_path / "j.jsonl"):
         pass
 
 

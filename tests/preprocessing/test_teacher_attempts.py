@@ -10,9 +10,9 @@ import pytest
 from teacher_server import TeacherServer
 from teaching import Teach, number_in
 
-from finqa.runtime.journal import Answer, Journal
 from finqa.sandbox.results import Run
 from finqa.task.records import read_questions
+from preprocessing.teacher.answer_journal import Answer, AnswerJournal
 from preprocessing.teacher.config import OpenAITeacherConfig
 from preprocessing.teacher.conversation import Conversation, Wanted
 
@@ -111,7 +111,7 @@ def test_what_a_program_gave_once_is_not_found_out_again(teach: Teach, tmp_path:
     teach.clean_rows(1)
     question = read_questions(teach.command.data_dir / "clean/FinQA/train.csv")[0]
     config = OpenAITeacherConfig(attempts=2)
-    with Journal(tmp_path / "j.jsonl") as journal:
+    with AnswerJournal(tmp_path / "j.jsonl") as journal:
         ran: list[str] = []
         talk = Conversation(config, (), "strict", journal, lambda code: ran.append(code) or Run(7.0, None, ""))
         opening = talk.next_step(question)
@@ -119,7 +119,7 @@ def test_what_a_program_gave_once_is_not_found_out_again(teach: Teach, tmp_path:
         journal.add_answer(opening.key, Answer("ans = 7", "stop", "m", limit=config.max_completion_tokens))
         followed = talk.next_step(question)
         assert ran == ["ans = 7"]
-    with Journal(tmp_path / "j.jsonl") as journal:
+    with AnswerJournal(tmp_path / "j.jsonl") as journal:
         talk = Conversation(config, (), "strict", journal, lambda code: Run(None, "cpu-time", "slow today"))
         assert talk.next_step(question) == followed
 

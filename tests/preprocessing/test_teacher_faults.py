@@ -13,7 +13,7 @@ from command_fixture import the_one_line
 from teacher_server import Fault, TeacherServer
 from teaching import KEY, Teach, number_in
 
-from finqa.runtime.journal import request_key
+from preprocessing.teacher.answer_journal import request_key
 from preprocessing.teacher.chat_request import retry_after_s, storable
 
 

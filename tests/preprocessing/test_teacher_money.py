@@ -12,7 +12,7 @@ from teacher_server import TeacherServer
 from teaching import Teach, only_for, write_clean
 
 from finqa.runtime.errors import UserError
-from finqa.runtime.journal import Answer
+from preprocessing.teacher.answer_journal import Answer
 from preprocessing.teacher.prices import Price, Spending, estimate, price_of
 
 USAGE = {

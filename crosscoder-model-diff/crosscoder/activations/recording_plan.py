@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,12 +9,11 @@ from typing import NamedTuple
 from crosscoder.activations.writer import BATCHES_BEHIND
 from crosscoder.dictionaries.config import N_MODELS
 from finqa.runtime.errors import UserError
-from finqa.runtime.needs import Need, Sizes
-from finqa.runtime.plan import amount, free_memory, tell
+from finqa.runtime.memory.free import free_disk, free_memory
+from finqa.runtime.memory.needs import NF4, Need, Sizes
+from finqa.runtime.memory.plan import amount, tell
 
 BYTES_PER_GB = 1e9
-BYTES_IN_4BIT = 0.53
-"""Of a parameter in NF4 with doubly quantized scales."""
 
 
 class ModelShape(NamedTuple):
@@ -52,7 +50,7 @@ def recording_need(
     """
     weights = float(model.parameters * value_bytes)
     if in_4bit:
-        weights = (model.parameters - model.in_layers) * value_bytes + model.in_layers * BYTES_IN_4BIT
+        weights = (model.parameters - model.in_layers) * value_bytes + model.in_layers * NF4
     at_work = batch_tokens * (3 * model.intermediate + 10 * model.hidden) * value_bytes
     under_way = (BATCHES_BEHIND + 1) * n_sets * batch_tokens * N_MODELS * model.hidden * 2
     return Need(
@@ -65,9 +63,9 @@ def recording_need(
     )
 
 
-def check_memory(need: Need, device: str, free: float | None = None) -> None:
+def check_memory(need: Need, device: str) -> None:
     """Print what recording takes against what is free; UserError where it cannot fit."""
-    there = free_memory(device) if free is None else free
+    there = free_memory(device)
     tell("collecting activations", need, there, device)
     if need.total > there:
         raise UserError(
@@ -80,12 +78,11 @@ def print_plan(n_documents: int, n_tokens: int, shape: ModelShape, partial_folde
     """Say what the sets take on disk; UserError where they do not fit beside what an earlier run has left of them."""
     needed = len(partial_folders) * n_tokens * N_MODELS * shape.d_model * 2
     there = sum(file.stat().st_size for folder in partial_folders for file in folder.glob("shard-*"))
-    existing = next(parent for parent in partial_folders[0].absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_disk(partial_folders[0])
     sets = f", {len(partial_folders)} sets" if len(partial_folders) > 1 else ""
     print(f"{n_documents} documents, {n_tokens:,} tokens{sets}: {needed / BYTES_PER_GB:.2f} GB on disk", flush=True)
     if needed - there > 0.95 * free:
         raise UserError(
-            f"the activations need {(needed - there) / BYTES_PER_GB:.1f} GB and {existing} has "
+            f"the activations need {(needed - there) / BYTES_PER_GB:.1f} GB and {partial_folders[0].parent} has "
             f"{free / BYTES_PER_GB:.1f} GB free; take fewer documents (--num-samples) or another --data-dir"
         )

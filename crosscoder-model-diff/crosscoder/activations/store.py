@@ -15,7 +15,6 @@ Index 0 is the instruct model, index 1 the fine-tuned one.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,6 +28,7 @@ from crosscoder.activations.feed import BATCHES_AHEAD, Feed
 from crosscoder.activations.feed import ShuffledOrder as ShuffledOrder
 from crosscoder.dictionaries.config import N_MODELS
 from finqa.runtime.errors import UserError
+from finqa.runtime.memory.free import free_memory
 
 Place = Literal["auto", "gpu", "memory", "disk"]
 SHARE_OF_FREE_MEMORY = 0.5
@@ -76,7 +76,6 @@ class ActivationStore:
     def __init__(
         self,
         folder: Path,
-        memory_limit_bytes: int | None = None,
         place: Place = "auto",
         device: torch.device | str = "cpu",
     ):
@@ -84,7 +83,6 @@ class ActivationStore:
 
         Args:
             folder: Of the set.
-            memory_limit_bytes: What may be held in memory; None is half of what is free.
             place: `disk` leaves the activations on disk, where pages are read when they are touched; `memory` and
                 `gpu` hold all of them. `auto` takes the GPU if `device` is one and the set fits, else memory if it
                 fits, else leaves it on disk.
@@ -110,7 +108,7 @@ class ActivationStore:
         self.place: Place = "disk"
         """Where the activations are: `gpu`, `memory` or `disk`."""
         self._held: Tensor | None = None
-        self.move(place, device, memory_limit_bytes)
+        self.move(place, device)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -125,10 +123,10 @@ class ActivationStore:
         """Of all activations."""
         return 2 * N_MODELS * self.config.d_model * self.config.n_tokens
 
-    def move(self, place: Place, device: torch.device | str = "cpu", memory_limit_bytes: int | None = None) -> None:
+    def move(self, place: Place, device: torch.device | str = "cpu") -> None:
         """Hold the activations elsewhere; arguments and errors as of the class. Nothing may be reading meanwhile."""
         self._held = None
-        self.place = _chosen_place(place, self.size_bytes, memory_limit_bytes, torch.device(device), self.folder)
+        self.place = _chosen_place(place, self.size_bytes, torch.device(device), self.folder)
         if self.in_memory:
             self._held = self._hold(torch.device(device if self.place == "gpu" else "cpu"))
 
@@ -212,21 +210,12 @@ def _map_shard(path: Path) -> Tensor:
         raise UserError(f"{path} cannot be read ({error}); collect the activations again") from None
 
 
-def _chosen_place(place: Place, size: int, limit: int | None, device: torch.device, folder: Path) -> Place:
+def _chosen_place(place: Place, size: int, device: torch.device, folder: Path) -> Place:
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
     if place == "gpu" and not on_gpu:
         raise UserError(f"{folder} cannot be held on a GPU: none is in use here; choose memory or disk")
     if place != "auto":
         return place
-    if on_gpu and size <= SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0]:
+    if on_gpu and size <= SHARE_OF_FREE_MEMORY * free_memory(str(device)):
         return "gpu"
-    return "memory" if size <= (SHARE_OF_FREE_MEMORY * _free_memory() if limit is None else limit) else "disk"
-
-
-def _free_memory() -> int:
-    """Bytes that programs can still take; all of the memory where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return "memory" if size <= SHARE_OF_FREE_MEMORY * free_memory("cpu") else "disk"

@@ -181,9 +181,9 @@ class BackgroundWriter:
     `put`, or at the end of the `with` block.
     """
 
-    def __init__(self, device: torch.device | str, batches_behind: int = BATCHES_BEHIND):
+    def __init__(self, device: torch.device | str):
         self._stream: Any = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
-        self._room = threading.Semaphore(batches_behind)
+        self._room = threading.Semaphore(BATCHES_BEHIND)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._error: Exception | None = None
         self._open: dict[int, ShardFile] = {}

@@ -1,20 +1,17 @@
 """Figures of a crosscoder, as matplotlib figures; `save_figure` writes them as PNG and SVG.
 
-As wide as a column of a paper, with type that can be read there. Colours are Okabe and Ito's, which colour-blind
-readers can tell apart; where two kinds of thing share an axis their markers or lines differ too. latent_figures.py has
+Where two kinds of thing share an axis, their markers or lines differ as well as their colours. latent_figures.py has
 those of latents.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
-from functools import wraps
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from crosscoder.analysis.measures import ExplainedVariance
-from finqa.runtime.paths import write_atomically
+from finqa.runtime.figures import BLUE, GREEN, GREY, VERMILION, WIDTH, new_figure, styled
+from finqa.runtime.figures import save_figure as save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,65 +19,9 @@ if TYPE_CHECKING:
 
     from crosscoder.analysis.token_kinds import KindExplained
 
-INSTRUCT, FINE_TUNED, BOTH, OTHER = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
-WIDTH, HEIGHT = 3.4, 2.5
-"""Inches."""
-PNG_DPI = 300
-STYLE: dict[Any, Any] = {
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "axes.titlesize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "axes.linewidth": 0.6,
-    "lines.linewidth": 1.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.hashsalt": "crosscoder",
-    "svg.fonttype": "path",
-}
+INSTRUCT, FINE_TUNED, BOTH, OTHER = BLUE, VERMILION, GREEN, GREY
 LOWEST_SHOWN = -0.5
 """An explained variance below this is drawn at the edge, with its value beside it."""
-
-Arguments = ParamSpec("Arguments")
-
-
-def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
-    """Draw in STYLE, whatever the settings of the process are."""
-
-    @wraps(draw)
-    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
-        import matplotlib
-
-        with matplotlib.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return wrapped
-
-
-def save_figure(figure: Figure, path: Path) -> list[Path]:
-    """Write `<path>.png` and `<path>.svg`; the SVG is the same for the same data."""
-    import matplotlib
-
-    written = []
-    # Ticks are made when a figure is drawn, so the style holds here too.
-    with matplotlib.rc_context(STYLE):
-        for kind in ("png", "svg"):
-            image = io.BytesIO()
-            figure.savefig(image, format=kind, dpi=PNG_DPI, metadata={"Date": None} if kind == "svg" else None)
-            written.append(path.with_name(f"{path.name}.{kind}"))
-            write_atomically(written[-1], image.getvalue())
-    return written
-
-
-def new_figure(panels: int = 1, width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Any]:
-    """A figure and its axes, a list of them where there are several panels."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, panels)
 
 
 @styled

@@ -113,7 +113,7 @@ def in_numbers(found: Findings) -> dict[str, Any]:
         "explained_variance": _without_none(found.explained._asdict()),
         "explained_variance_by_kind": [_without_none(row) for row in kind_rows(found.by_kind)],
         "latents": {"n": len(found.rows), "alive": n_alive, "dead": len(found.rows) - n_alive},
-        "frequency": {"n": n_alive, "median": _median(statistics.frequency[found.alive])}
+        "frequency": {"n": n_alive, "median": analysis.median(statistics.frequency[found.alive])}
         | _histograms(frequencies(found)),
         "most_changed": {
             "ordered_by": "difference_share" if found.two_models is None else "distance of relative norm from 1/2",
@@ -142,15 +142,15 @@ def _of_two_models(found: Findings) -> dict[str, Any]:
         "classes": {"n": len(kinds)} | {kind: kinds.count(kind) for kind in analysis.CLASSES},
         "relative_decoder_norm": {
             "n": len(relative),
-            "median": _median(relative),
+            "median": analysis.median(relative),
             "regions": [count._asdict() for count in figure_data.class_counts(norms)],
             "histogram": figure_data.relative_norms(norms)._asdict(),
         },
         "decoder_cosine": {
             "n": len(have_cosine),
             "without_length": len(cosines) - len(have_cosine),
-            "median": _median(have_cosine),
-            "of_shared": _median(cosines[torch.tensor([kind == "shared" for kind in kinds], dtype=torch.bool)]),
+            "median": analysis.median(have_cosine),
+            "of_shared": analysis.median(cosines[torch.tensor([kind == "shared" for kind in kinds], dtype=torch.bool)]),
         },
         "latent_scaling": {kind: asdict(counts) for kind, counts in found.exclusive.items()}
         | {
@@ -171,8 +171,3 @@ def _histograms(by_class: Mapping[LatentClass | None, figure_data.Histogram]) ->
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _median(values: Tensor) -> float | None:
-    numbers = values[values.isfinite()]
-    return float(numbers.median()) if len(numbers) else None

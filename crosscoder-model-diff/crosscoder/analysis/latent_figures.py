@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from crosscoder.analysis import figure_data
 from crosscoder.analysis import measures as analysis
-from crosscoder.analysis.figures import BOTH, FINE_TUNED, INSTRUCT, OTHER, new_figure, styled
+from crosscoder.analysis.figures import BOTH, FINE_TUNED, INSTRUCT, OTHER
 from crosscoder.analysis.latent_scaling import MIN_FIRINGS, NU_ERR_BELOW, NU_RANGE, NU_REC_BELOW
+from finqa.runtime.figures import new_figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

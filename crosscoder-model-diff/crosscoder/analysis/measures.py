@@ -144,3 +144,9 @@ def decoder_cosines(model: BatchTopKCrosscoder) -> Tensor:
         cosines = torch.cosine_similarity(model.W_dec[:, 0], model.W_dec[:, 1], dim=-1).clamp(-1, 1)
         without_length = (model.W_dec.norm(dim=-1) == 0).any(dim=-1)
         return cosines.masked_fill(without_length, torch.nan).cpu()
+
+
+def median(values: Tensor) -> float | None:
+    """Of the values that are numbers; None where there are none."""
+    numbers = values[values.isfinite()]
+    return float(numbers.median()) if len(numbers) else None

@@ -12,7 +12,7 @@ that norms, classes and all cosines inside it stay what they are and only its di
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -47,30 +47,6 @@ class Matching(NamedTuple):
     """[pairs]: of the pairs."""
 
 
-class Stability(NamedTuple):
-    """Of two sets of latents."""
-
-    n_first: int
-    n_second: int
-    matched: dict[float, float]
-    """Share of the larger set whose partner has at least this cosine; not a number where both are empty."""
-    median_cosine: float
-    """Of the pairs; not a number where there is none."""
-    subspace_overlap: float
-    """See `subspace_overlap`; not a number where a set is empty."""
-    overlap_by_chance: float
-    """What two random subspaces of these ranks have on average."""
-
-
-def vectors_of(model: BatchTopKCrosscoder, latents: Tensor | None = None) -> Tensor:
-    """[n, inputs * d_model]: both decoder vectors of a latent as one, in scaled space, where both models weigh alike.
-
-    `latents` is a mask or their numbers; all where none are given.
-    """
-    decoder = model.W_dec.detach().flatten(1)
-    return decoder if latents is None else decoder[latents]
-
-
 def match(first: Tensor, second: Tensor) -> Matching:
     """[n, d] and [m, d] vectors -> the one-to-one matching of the largest summed cosine.
 
@@ -93,22 +69,6 @@ def subspace_overlap(first: Tensor, second: Tensor) -> float:
     """
     a, b = _basis(first), _basis(second)
     return float((a @ b.T).pow(2).sum() / min(len(a), len(b))) if len(a) and len(b) else float("nan")
-
-
-def stability(first: Tensor, second: Tensor, cosines: Sequence[float] = COSINES) -> Stability:
-    """Of two sets of vectors [n, d] and [m, d], such as the fine-tuned-only latents of two seeds (`vectors_of`)."""
-    matching = match(first, second)
-    larger = max(len(first), len(second))
-    nan = float("nan")
-    ranks = (len(_basis(first)), len(_basis(second)))
-    return Stability(
-        n_first=len(first),
-        n_second=len(second),
-        matched={c: float((matching.cosines >= c).sum()) / larger if larger else nan for c in cosines},
-        median_cosine=float(matching.cosines.median()) if len(matching.cosines) else nan,
-        subspace_overlap=subspace_overlap(first, second),
-        overlap_by_chance=max(ranks) / first.shape[1] if min(ranks) else nan,
-    )
 
 
 class Features(NamedTuple):
@@ -148,7 +108,6 @@ def features(
 def stability_rows(
     first: Features,
     second: Features,
-    cosines: Sequence[float] = COSINES,
     n_rotations: int = 3,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
@@ -181,7 +140,7 @@ def stability_rows(
         larger = max(len(a), len(b))
         in_set, partner = own[everything.first], other[everything.second]
         row: dict[str, Any] = {"set": name, "n_first": len(a), "n_second": len(b)}
-        for c in cosines:
+        for c in COSINES:
             there = in_set & (everything.cosines >= c)
             row[f"matched_{c}"] = _share(matching.cosines >= c, larger)
             row[f"chance_{c}"] = _share(best >= c, len(best))

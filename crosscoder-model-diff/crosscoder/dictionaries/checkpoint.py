@@ -7,16 +7,13 @@ under way it also holds `training_state.safetensors`, from which the run goes on
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig, from_dict
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import write_atomically
+from finqa.runtime.paths import renamed_to, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,14 +60,14 @@ def save_dictionary(model: BatchTopKCrosscoder, folder: Path | str, **about: obj
     return folder
 
 
-def load_dictionary(name: Path | str, revision: str | None = None) -> BatchTopKCrosscoder:
+def load_dictionary(name: Path | str) -> BatchTopKCrosscoder:
     """Load from a local folder, or from the Hub where no such folder is. On the CPU, in fp32, of its method's class."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from crosscoder.dictionaries.methods import new_dictionary
 
-    folder = find_checkpoint(name, revision)
+    folder = find_checkpoint(name)
     config = read_config(folder)
     model = new_dictionary(config.crosscoder)
     try:
@@ -85,7 +82,7 @@ def load_dictionary(name: Path | str, revision: str | None = None) -> BatchTopKC
     return model
 
 
-def find_checkpoint(name: Path | str, revision: str | None = None) -> Path:
+def find_checkpoint(name: Path | str) -> Path:
     """A folder with a checkpoint: `name` itself, else its copy from the Hub; UserError where neither has one."""
     if (Path(name) / CONFIG_FILE).exists():
         return Path(name)
@@ -93,7 +90,7 @@ def find_checkpoint(name: Path | str, revision: str | None = None) -> Path:
     if not Path(name).is_absolute():
         from finqa.models.hub import fetch_folder
 
-        folder = fetch_folder(str(name), revision)
+        folder = fetch_folder(str(name))
     if folder is None or not (folder / CONFIG_FILE).exists():
         raise UserError(f"no crosscoder at {name}, neither a local folder nor a Hub repository; make it with train.py")
     return folder
@@ -120,16 +117,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with renamed_to(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
-        raise
 
 
 def save_training_state(folder: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:

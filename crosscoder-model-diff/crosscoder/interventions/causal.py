@@ -1,4 +1,4 @@
-"""Patches by what a dictionary writes, teacher-forced: one cell is an addition, a direction, a carrier and positions.
+"""Patches by what a dictionary writes, teacher-forced: one cell is an addition, a direction and a carrier.
 
 `sufficiency` adds to the instruct model, `necessity` takes from the fine-tuned one. The carrier's layers run above:
 with `other`, an addition to the instruct model is read by the fine-tuned upper half (Minder et al. 2025), with `own`
@@ -15,7 +15,6 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +28,6 @@ from crosscoder.interventions.patching import (
     Carrier,
     Direction,
     Halves,
-    Positions,
     agreement,
     batches,
     patched_logits,
@@ -39,6 +37,7 @@ from crosscoder.interventions.patching import (
 from crosscoder.interventions.ranking import reading_of
 from crosscoder.interventions.sets import Addition, Reading, Whole, digest, weights_digest
 from finqa.runtime.errors import UserError
+from finqa.runtime.journal import KeyedJournal
 from finqa.runtime.time_left import Say, TimeLeft
 
 
@@ -48,11 +47,11 @@ class Cell(NamedTuple):
     addition: Addition
     direction: Direction = "sufficiency"
     carrier: Carrier = "other"
-    positions: Positions = "all"
 
     @property
     def label(self) -> dict[str, Any]:
-        where = {"direction": self.direction, "carrier": self.carrier, "positions": self.positions}
+        # Every position is patched: the reports say so, and journals of earlier versions have it in their keys.
+        where = {"direction": self.direction, "carrier": self.carrier, "positions": "all"}
         return {**self.addition.label, **where}
 
 
@@ -106,41 +105,12 @@ def measure(
 
 def _patched(pair: Pair, halves: Halves, target: Target, cell: Cell, reading: Reading) -> tuple[Tensor, Tensor]:
     """Logits of the patched model, and what was added [patched positions, d_model]."""
-    where = halves.batch.at(cell.positions)
+    where = halves.batch.patched
     number = sides(pair, cell.direction, cell.carrier)[0]
     own, given = (halves.records[m][target.layer].site(target) for m in (number, 1 - number))
-    added = reading.added(cell.addition)[where[halves.batch.patched]]
+    added = reading.added(cell.addition)
     value = patched_value(own, given, added, where, cell)
     return patched_logits(pair, halves, target, cell.direction, cell.carrier, value), added
-
-
-class Journal:
-    """One JSONL line for each finished cell, by a key of all that shapes it; a killed run loses those under way."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.found: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            for line in path.read_bytes().split(b"\n"):
-                record = _whole_line(line)
-                if record:
-                    self.found[record["key"]] = record
-
-    def add(self, key: str, record: dict[str, Any]) -> None:
-        self.found[key] = {"key": key, **record}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        half = self.path.exists() and self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n")
-        with self.path.open("a") as file:
-            file.write(("\n" if half else "") + json.dumps(self.found[key]) + "\n")
-
-
-def _whole_line(line: bytes) -> dict[str, Any] | None:
-    """None for a line that a killed run left unfinished."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and "key" in record else None
 
 
 def experiment_key(pair: Pair, target: Target, documents: Sequence[Document], completions: str) -> str:
@@ -163,7 +133,7 @@ def measure_missing(
     target: Target,
     documents: Sequence[Document],
     cells: Sequence[Cell],
-    journal: Journal,
+    journal: KeyedJournal,
     experiment: str,
     cells_at_once: int = 32,
     batch_tokens: int = BATCH_TOKENS,

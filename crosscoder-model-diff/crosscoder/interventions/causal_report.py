@@ -13,20 +13,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
-from crosscoder.analysis import measures as analysis
 from crosscoder.analysis.latent_scaling import LatentScaling
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.interventions import causal_rows, ranking
-from crosscoder.interventions.causal import Cell, Journal, cell_key, experiment_key, measure_missing
+from crosscoder.interventions.causal import Cell, cell_key, experiment_key, measure_missing
 from crosscoder.interventions.causal_rows import Asked
 from crosscoder.interventions.halves import Pair
-from crosscoder.interventions.patching import BATCH_TOKENS, Carrier, Direction, Positions
+from crosscoder.interventions.patching import BATCH_TOKENS, Carrier, Direction
 from crosscoder.interventions.sets import (
     Addition,
     Components,
@@ -41,26 +40,22 @@ from crosscoder.interventions.sets import (
     sizes_to,
 )
 from finqa.runtime.errors import UserError
+from finqa.runtime.journal import KeyedJournal
 from finqa.runtime.manifest import write_json
 from finqa.runtime.paths import write_atomically
 from finqa.runtime.time_left import Say
-
-Ranking = Literal["effect", "exclusivity", "delta", "injected"]
 
 
 @dataclass(frozen=True)
 class CausalConfig:
     """What is patched, and how often."""
 
-    ranking: Ranking = "effect"
-    """By what latents are put in order (study.ranking); `exclusivity` needs the latent scaling."""
     sizes: tuple[int, ...] | None = None
     """Latents in a set; None is 1, 2, 4, ... and all that are alive."""
     control_sizes: tuple[int, ...] | None = None
     """Sizes of the controls; None is `sizes`, or every third of 1, 2, 4, ...: the random ones are most of the work."""
     directions: tuple[Direction, ...] = ("sufficiency", "necessity")
     carriers: tuple[Carrier, ...] = ("own", "other")
-    positions: tuple[Positions, ...] = ("all",)
     n_random: int = 20
     """Matched random sets, and sets of random directions, of each size."""
     generate_sizes: tuple[int, ...] = ()
@@ -77,7 +72,7 @@ class CausalConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("directions", "carriers", "positions"):
+        for name in ("directions", "carriers"):
             if not getattr(self, name):
                 raise UserError(f"a causal report needs at least one of {name}")
         if any(size < 1 for size in (*(self.sizes or ()), *(self.control_sizes or ()), *self.generate_sizes)):
@@ -103,7 +98,7 @@ def causal_report(
         asked: What is scored; latents are ranked on `choose_on`, which must share no document with it.
         rivals: Other dictionaries of the same site (a difference SAE, one trained on the sham), by name; sets of as
             many of their latents, ranked by effect, are patched into the same pair.
-        scaling: Of the dictionary; for the ranking by exclusivity, and for the worst half by nu where it is given.
+        scaling: Of the dictionary; for the worst half by nu, where it is given.
         tokenizer: To write replies (config.generate_sizes).
         say: Hears how long it will take.
     """
@@ -117,25 +112,24 @@ def causal_report(
         return kept_survey(folder, of, pair, choose_on, target, config.batch_tokens, say)
 
     found = surveyed(dictionary)
-    order = ordered(dictionary, config.ranking, found, scaling)
+    order = ranking.by_effect(found)
     additions = additions_of(dictionary, order, found, config, scaling)
     for name, rival in (rivals or {}).items():
         its = ranking.by_effect(surveyed(rival))
         sizes = [size for size in control_sizes(config, order) if size <= len(its)]
         additions += [Latents(rival, its[:size], name) for size in sizes]
     cells = [
-        Cell(addition, direction, carrier, positions)
+        Cell(addition, direction, carrier)
         for addition in additions
         for direction in config.directions
         for carrier in config.carriers
-        for positions in config.positions
     ]
-    journal = Journal(folder / "cells.jsonl")
     experiment = experiment_key(pair, target, documents, config.completions)
-    measured = measure_missing(
-        pair, target, documents, cells, journal, experiment, config.cells_at_once, config.batch_tokens, say
-    )
-    replies = generated(pair, target, asked, cells, journal, experiment, config, tokenizer, say)
+    with KeyedJournal(folder / "cells.jsonl") as journal:
+        measured = measure_missing(
+            pair, target, documents, cells, journal, experiment, config.cells_at_once, config.batch_tokens, say
+        )
+        replies = generated(pair, target, asked, cells, journal, experiment, config, tokenizer, say)
     report = {
         "config": asdict(config),
         "target": list(target),
@@ -172,23 +166,6 @@ def kept_survey(
     tensors = {each.name: torch.as_tensor(getattr(found, each.name)) for each in fields(found)}
     write_atomically(path, save(tensors))
     return found
-
-
-def ordered(
-    dictionary: BatchTopKCrosscoder, by: Ranking, found: ranking.Survey, scaling: LatentScaling | None
-) -> list[int]:
-    """Alive latents, best first."""
-    match by:
-        case "effect":
-            return ranking.by_effect(found)
-        case "injected":
-            return ranking.by_injected(found)
-        case "delta":
-            return ranking.by_delta(analysis.delta(analysis.decoder_norms(dictionary)), found)
-        case "exclusivity":
-            if scaling is None:
-                raise UserError("ranking by exclusivity needs the latent scaling of the dictionary")
-            return ranking.by_exclusivity(scaling, found)
 
 
 def set_sizes(config: CausalConfig, order: Sequence[int]) -> list[int]:
@@ -234,7 +211,7 @@ def generated(
     target: Target,
     asked: Sequence[Asked],
     cells: Sequence[Cell],
-    journal: Journal,
+    journal: KeyedJournal,
     experiment: str,
     config: CausalConfig,
     tokenizer: Any,

@@ -141,7 +141,7 @@ def _row(
         "seed": label.get("seed", 0),
         "direction": cell.direction,
         "carrier": cell.carrier,
-        "positions": cell.positions,
+        "positions": label["positions"],
         "group": group,
         "measure": measure,
         "n": share.n,

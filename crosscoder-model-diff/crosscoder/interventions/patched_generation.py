@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
 from crosscoder.interventions.causal import Cell, patched_value
 from crosscoder.interventions.halves import Pair, edited, site_module
@@ -118,15 +117,11 @@ def written_tokens(
     attended = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in asked], device=device).bool()
     place = attended.long().cumsum(-1) - 1
     where = attended & (place > 0)
-    if cell.positions == "completion":
-        where = torch.zeros_like(where)
-    elif cell.positions == "last prompt token":
-        where = where & (torch.arange(longest, device=device) == longest - 1)
     writer, ends = _Writer(pair, target, cell), _ends(pair, tokenizer)
     logits = writer.step(ids, attended, place.clamp_min(0), where)
     written: list[list[int]] = [[] for _ in asked]
     done = [False] * len(asked)
-    later = torch.full((len(asked), 1), cell.positions in ("all", "completion"), device=device)
+    later = torch.ones_like(where[:, :1])
     for number in range(max_new_tokens):
         best = logits.argmax(-1)
         for row, token in enumerate(best.tolist()):
@@ -166,24 +161,3 @@ def answered(replies: Sequence[Reply], expected: Sequence[str], sandbox: Sandbox
         right=[answers.match(run.answer, label) for run, label in zip(runs, expected, strict=True)],
         runs=[run.error_kind is None for run in runs],
     )
-
-
-def own_completions(
-    pair: Pair, documents: Sequence[Document], tokenizer: Any, max_new_tokens: int = 200, batch_size: int = 32
-) -> list[Document]:
-    """The documents with what the fine-tuned model writes in place of their completions, its end token included.
-
-    One that writes no end token is as long as `max_new_tokens` allows.
-    """
-    from crosscoder.interventions.sets import Nothing
-
-    cell = Cell(Nothing(), "necessity", "own")
-    order = sorted(range(len(documents)), key=lambda place: -len(documents[place].ids))
-    made: dict[int, Document] = {}
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        asked = [list(documents[p].ids[: documents[p].n_prompt]) for p in places]
-        written = written_tokens(pair, Target(1, "residual"), cell, asked, tokenizer, max_new_tokens, ())
-        for place, prompt, tokens in zip(places, asked, written, strict=True):
-            made[place] = Document(documents[place].id, (*prompt, *tokens), len(prompt))
-    return [made[place] for place in range(len(documents))]

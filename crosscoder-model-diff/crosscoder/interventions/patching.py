@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from crosscoder.interventions.halves import Frame, LayerRecord, Pair, Side, afte
 
 Direction = Literal["sufficiency", "necessity"]
 Carrier = Literal["own", "other"]
-Positions = Literal["all", "prompt", "completion", "last prompt token"]
 Key = tuple[Target, Direction, Carrier]
 BATCH_TOKENS = 2_048
 """Padded; small batches stay in a processor's cache."""
@@ -40,23 +39,8 @@ class Batch:
     """[documents, time] bool: positions whose next token is of the program or its end."""
     patched: Tensor
     """[documents, time] bool: positions that a patch may change; neither padding nor untouched."""
-    n_prompt: Tensor
-    """[documents] int64."""
     length: Tensor
     """[documents] int64: ids, padding left out."""
-
-    def at(self, positions: Positions) -> Tensor:
-        """[documents, time] bool: the positions that a patch of this name changes."""
-        place, first = torch.arange(self.ids.shape[1], device=self.ids.device)[None], self.n_prompt[:, None]
-        match positions:
-            case "all":
-                return self.patched
-            case "prompt":
-                return self.patched & (place < first)
-            case "completion":
-                return self.patched & (place >= first)
-            case "last prompt token":
-                return self.patched & (place == first - 1)
 
 
 @dataclass(frozen=True)
@@ -102,9 +86,8 @@ def batch_of(documents: Sequence[Document], device: Any = "cpu") -> Batch:
         predicting[row, document.n_prompt - 1 : length - 1] = True
         patched[row, :length] = True
         patched[row, list(document.untouched)] = False
-    n_prompt = torch.tensor([document.n_prompt for document in documents])
     lengths = torch.tensor([len(document.ids) for document in documents])
-    return Batch(*(tensor.to(device) for tensor in (ids, predicting, patched, n_prompt, lengths)))
+    return Batch(*(tensor.to(device) for tensor in (ids, predicting, patched, lengths)))
 
 
 def batches(
@@ -186,16 +169,14 @@ def ceilings(
     fine_tuned: Any,
     documents: Sequence[Document],
     targets: Sequence[Target],
-    directions: Sequence[Direction] = ("sufficiency", "necessity"),
-    carriers: Sequence[Carrier] = ("own", "other"),
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[Ceiling]:
-    """Every combination over all documents, both models in eval mode.
+    """Every target, direction and carrier over all documents, both models in eval mode.
 
     `fine_tuned` None: `instruct` is a PeftModel, whose adapter is switched off and on.
     """
     pair = pair_of(instruct, fine_tuned)
-    keys: list[Key] = [(t, d, c) for t in targets for d in directions for c in carriers]
+    keys: list[Key] = [(t, d, c) for t in targets for d in get_args(Direction) for c in get_args(Carrier)]
     base, full = _blank(len(documents)), _blank(len(documents))
     patched = {key: _blank(len(documents)) for key in keys}
     # By layer alone: with nothing patched a site is as good as another.

@@ -120,21 +120,11 @@ def by_effect(found: Survey) -> list[int]:
     return _falling(found.effect, found.alive)
 
 
-def by_injected(found: Survey) -> list[int]:
-    """Alive latents, those that add most first."""
-    return _falling(found.injected, found.alive)
-
-
 def by_exclusivity(scaling: LatentScaling, found: Survey) -> list[int]:
     """Alive latents by 1 - nu_err of the fine-tuned probe; those without a slope to trust last."""
     nu, beta = scaling.nu_err[:, 1], scaling.beta_err[:, 1, 1]
     trusted = (scaling.n >= MIN_FIRINGS) & (beta > 0) & (nu >= NU_RANGE[0]) & (nu <= NU_RANGE[1])
     return _falling(torch.where(trusted, 1 - nu, -torch.inf), found.alive)
-
-
-def by_delta(deltas: Tensor, found: Survey) -> list[int]:
-    """Alive latents by Delta [latent], the most fine-tuned-only first."""
-    return _falling(deltas, found.alive)
 
 
 def _falling(scores: Tensor, among: Sequence[int]) -> list[int]:

@@ -36,11 +36,12 @@ from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis.token_kinds import recorded_tokens
 from crosscoder.dictionaries.config import N_MODELS
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
-from crosscoder.interventions.causal import Journal, cell_key, experiment_key
+from crosscoder.interventions.causal import cell_key, experiment_key
 from crosscoder.interventions.halves import Frame, LayerRecord, Pair, Side, after_patch, record_layers
 from crosscoder.interventions.patching import BATCH_TOKENS, Batch, batches
 from crosscoder.interventions.sets import dictionary_digest, digest
 from finqa.runtime.errors import UserError
+from finqa.runtime.journal import KeyedJournal
 from finqa.runtime.time_left import Say, TimeLeft
 
 Ablation = Literal["zero", "mean", "other"]
@@ -147,7 +148,7 @@ def splice_losses(
     texts: Sequence[Document],
     target: Target,
     means: Tensor,
-    journal: Journal,
+    journal: KeyedJournal,
     batch_tokens: int = BATCH_TOKENS,
     say: Say = lambda line: None,
 ) -> SpliceLosses:

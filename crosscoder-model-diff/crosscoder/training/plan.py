@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from crosscoder.activations.store import Place
 from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
 from finqa.runtime.errors import UserError
-from finqa.runtime.needs import Need
-from finqa.runtime.plan import USABLE, amount, free_memory, tell
+from finqa.runtime.memory.free import free_memory
+from finqa.runtime.memory.needs import Need
+from finqa.runtime.memory.plan import USABLE, amount, tell
 
 if TYPE_CHECKING:
     import torch

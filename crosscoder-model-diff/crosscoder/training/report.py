@@ -89,14 +89,9 @@ def _of_two_models(
     return {
         "classes": {kind: of_alive.count(kind) for kind in analysis.CLASSES},
         "latent_scaling": exclusive_counts(latent_scaling(model, _raw(store, split.held_out)), kinds, alive),
-        "median_relative_decoder_norm": _median(analysis.relative_decoder_norm(norms)[alive]),
-        "median_decoder_cosine": _median(analysis.decoder_cosines(model)[alive]),
+        "median_relative_decoder_norm": analysis.median(analysis.relative_decoder_norm(norms)[alive]),
+        "median_decoder_cosine": analysis.median(analysis.decoder_cosines(model)[alive]),
     }
-
-
-def _median(values: torch.Tensor) -> float | None:
-    numbers = values[values.isfinite()]
-    return float(numbers.median()) if len(numbers) else None
 
 
 def _raw(store: ActivationStore, indices: torch.Tensor) -> Iterator[torch.Tensor]:

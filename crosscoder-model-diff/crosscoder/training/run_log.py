@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from finqa.runtime.paths import write_atomically
+from finqa.runtime.journal import Journal
+from finqa.runtime.progress import StepProgress
 
 if TYPE_CHECKING:
     from crosscoder.training.trainer import StepRecord
-
-LINE_EVERY_S = 5.0
 
 
 class RunLog:
@@ -27,23 +25,16 @@ class RunLog:
         self.wandb_run: Any = None
         """Where records go besides the file (finqa.runtime.tracking.wandb_run); None is nowhere."""
         self._path = path
-        self._total = 0
-        # What follows the last line break is a line that a killed run did not finish.
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        self._records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self._records = Journal(path).read().records
+        self._mended = False
         self._started = time.monotonic()
-        self._said = float("-inf")
         self._first_tokens: int | None = None
-        self._bar: Any = None
+        self._progress: StepProgress | None = None
 
     def start_progress(self, total_steps: int) -> None:
         """Begin to show progress: a bar in a terminal, else a line now and then."""
-        self._total = total_steps
         self._started = time.monotonic()
-        if sys.stdout.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
+        self._progress = StepProgress(total_steps)
 
     def __enter__(self) -> RunLog:
         return self
@@ -51,8 +42,8 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        if self._progress is not None:
+            self._progress.close()
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -67,27 +58,19 @@ class RunLog:
     def add(self, record: StepRecord) -> None:
         """Take one record."""
         values = record._asdict()
-        later = [old for old in self._records if old["step"] >= record.step]
-        self._records = [old for old in self._records if old["step"] < record.step] + [values]
-        if later:
-            write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self._records))
+        before = [old for old in self._records if old["step"] < record.step]
+        lost = len(before) < len(self._records) or not self._mended
+        self._records, self._mended = [*before, values], True
+        if lost:
+            Journal(self._path).rewrite(self._records)
         else:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
         if self.wandb_run is not None:
             self.wandb_run.log(_flat(values), step=record.step)
-        self._show(record)
-
-    def _show(self, record: StepRecord) -> None:
-        line = progress_line(record, self._tokens_per_second(record))
-        if self._bar is not None:
-            self._bar.update(record.step - self._bar.n)
-            self._bar.set_postfix_str(line)
-            return
-        if record.step == self._total or time.monotonic() - self._said > LINE_EVERY_S:
-            self._said = time.monotonic()
-            print(f"step {record.step} of {self._total}: {line}", flush=True)
+        speed = self._tokens_per_second(record)
+        if self._progress is not None:
+            self._progress.show(record.step, progress_line(record, speed))
 
     def _tokens_per_second(self, record: StepRecord) -> float | None:
         if self._first_tokens is None:

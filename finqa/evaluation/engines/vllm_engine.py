@@ -18,6 +18,7 @@ from typing import Any, get_args
 from finqa.evaluation.generation import FinishReason, Generate, GenerationConfig, Reply, cut_at_stop, prompt_too_long
 from finqa.models.students import default_device
 from finqa.runtime.errors import UserError
+from finqa.runtime.memory.free import free_memory
 
 CONTEXT = 8192
 """Tokens of context that are planned for at most unless told otherwise: a 128k model would ask for a huge cache."""
@@ -239,8 +240,7 @@ def _limit_of(model: Path, config: GenerationConfig) -> int:
 def _cpu_cache_bytes(model: Path, max_model_len: int, engines: int) -> int:
     """Cache for all sequences at full length, but for all engines at most a third of the memory that is free."""
     wanted = _token_bytes(model) * max_model_len * CPU_SEQUENCES
-    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 1 << 20
-    return max(1 << 26, min(wanted, pages * os.sysconf("SC_PAGE_SIZE") // (3 * engines)))
+    return max(1 << 26, min(wanted, int(free_memory("cpu")) // (3 * engines)))
 
 
 def _token_bytes(model: Path) -> int:

@@ -5,7 +5,6 @@ A stage that cannot fit stops here, with one line that names the flag that helps
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from finqa.runtime import parallel
 from finqa.runtime.errors import UserError
-from finqa.runtime.needs import (
+from finqa.runtime.memory.free import free_disk, free_memory
+from finqa.runtime.memory.needs import (
     GB,
     MERGED_FILE_GB,
     WORKSPACE,
@@ -124,7 +124,7 @@ def training_need_with_adapter(run: StudentRun, way: Speed, load: Load) -> Need:
     return training_need(model, load, run.settings.optim, way)
 
 
-def plan_evaluation(run: StudentRun, config: GenerationConfig, free: float | None = None) -> None:
+def plan_evaluation(run: StudentRun, config: GenerationConfig) -> None:
     """Print what generation needs and what there is; UserError where the weights and one batch cannot fit."""
     from finqa.models.students import default_device
 
@@ -133,7 +133,7 @@ def plan_evaluation(run: StudentRun, config: GenerationConfig, free: float | Non
     longest = config.max_model_len or run.settings.max_seq_length + config.max_new_tokens
     need = evaluation_need(model, config, longest, run.load_in_4bit)
     device = default_device()
-    there = free_memory(device) if free is None else free
+    there = free_memory(device)
     if config.vllm and device != "cpu":
         there = min(there, config.gpu_memory_utilization * there * config.tensor_parallel)
     tell("evaluation", need, there, device)
@@ -147,12 +147,11 @@ def plan_evaluation(run: StudentRun, config: GenerationConfig, free: float | Non
         )
 
 
-def plan_merging(base: Path, adapter: Path, folder: Path, free: float | None = None) -> None:
+def plan_merging(base: Path, adapter: Path, folder: Path) -> None:
     """Print what merging an adapter into its base takes; UserError where memory or the disk of `folder` is too small.
 
     Args:
         base, adapter: Folders with safetensors files; what they hold is held in memory too.
-        free: Bytes of memory, where they are not to be asked of the machine.
     """
     weights, added = (
         float(sum(file.stat().st_size for file in path.glob("*.safetensors"))) for path in (base, adapter)
@@ -166,7 +165,7 @@ def plan_merging(base: Path, adapter: Path, folder: Path, free: float | None = N
             ("workspace", WORKSPACE, "a matrix in fp32"),
         )
     )
-    there = free_memory("cpu") if free is None else free
+    there = free_memory("cpu")
     tell("merging", need, there, "cpu")
     disk = free_disk(folder)
     print(f"  {'disk':<23}{amount(weights):>9}  the merged model; {amount(disk)} are free", flush=True)
@@ -202,24 +201,3 @@ def _check_disk(model: Sizes, optim: str, folder: Path) -> None:
             f"{folder} needs {amount(need)} of disk and {amount(free)} are free; make room there or choose "
             "another --data-dir"
         )
-
-
-def free_disk(folder: Path) -> int:
-    """Bytes that are free where a folder is, or will be."""
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    return shutil.disk_usage(existing).free
-
-
-def free_memory(device: str) -> float:
-    """Bytes that are free now: of the GPU, or of the machine within its container's limit."""
-    if device.startswith("cuda"):
-        import torch
-
-        return float(torch.cuda.mem_get_info(torch.device(device))[0])
-    import psutil
-
-    free = float(psutil.virtual_memory().available)
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
-        free = min(free, float(most) - float(used.read_text()))
-    return free

@@ -1,0 +1,1 @@
+"""What a stage needs, against what there is."""
