@@ -7,11 +7,14 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 """Root of the repository; the default folders lie below it, whatever the current folder is."""
 
-SPLITS = ("train", "dev", "test")
+Split = Literal["train", "dev", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+SplitOrAll = Literal["train", "dev", "test", "all"]
 SHIPPED_DATA = REPOSITORY / "data"
 """Holds FinQA-mini and pocket-mistral, which are valid names with any --data-dir."""
 
