@@ -63,18 +63,13 @@ def main() -> int:
 class Request:
     """The question, and how it is answered."""
 
-    split: Split = flag("test")
-    """Split of --id."""
-    id: str | None = flag(None)
-    """Id of a row of the split."""
-    question: str | None = flag(None)
-    """A question of your own, about the page in --passage-file."""
-    passage_file: Path | None = flag(None)
-    """Text or JSON file of the page."""
+    split: Split = flag("test", help="Split of --id")
+    id: str | None = flag(None, help="Id of a row of the split")
+    question: str | None = flag(None, help="A question of your own, about the page in --passage-file")
+    passage_file: Path | None = flag(None, help="Text or JSON file of the page")
     max_new_tokens: int | None = flag(None, metavar="TOKENS", shown="the student's settings")
     """Tokens of a reply, at most."""
-    vllm: bool = flag(False, "--VLLM", "--vllm")
-    """Generate by vLLM, not by Hugging Face."""
+    vllm: bool = flag(False, "--VLLM", "--vllm", help="Generate by vLLM, not by Hugging Face")
 
 
 def parse_arguments() -> argparse.Namespace:

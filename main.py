@@ -83,10 +83,10 @@ def evaluate_and_check(run: StudentRun, evaluation: EvaluationConfig, folders: F
 class Task:
     """What to do, beside the configurations of each part."""
 
-    train: bool = flag(True, "-NT", "--NO-TRAIN", "--no-train", help="evaluate only")
-    evaluate: bool = flag(True, "-NE", "--NO-EVAL", "--no-eval", help="fine-tune only")
-    dev: bool = flag(False, "-D", "--DEV_SET", "--dev-set", help="evaluate on dev")
-    test: bool = flag(False, "-T", "--TEST_SET", "--test-set", help="evaluate on test")
+    train: bool = flag(True, "-NT", "--NO-TRAIN", "--no-train", help="Evaluate only")
+    evaluate: bool = flag(True, "-NE", "--NO-EVAL", "--no-eval", help="Fine-tune only")
+    dev: bool = flag(False, "-D", "--DEV_SET", "--dev-set", help="Evaluate on dev")
+    test: bool = flag(False, "-T", "--TEST_SET", "--test-set", help="Evaluate on test")
     preset: Preset | None = flag(None)
     """`published`: the settings of the published run, whatever the model; flags that are given beside it win."""
     eval_type: str = flag("fine-tuned", "-ET", "--EVAL_TYPE", "--eval-type", group="evaluation", metavar="TYPE")
@@ -96,8 +96,7 @@ class Task:
     comes first)."""
     push: bool | None = flag(None, group="Hub", both_ways=True, shown="where a token and HF_NAME are there")
     """Push the adapter to the Hub; with --push a failure is an error."""
-    private: bool = flag(False, group="Hub")
-    """Make the repository private."""
+    private: bool = flag(False, group="Hub", help="Make the repository private")
 
 
 def parse_arguments() -> argparse.Namespace:

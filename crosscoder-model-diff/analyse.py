@@ -60,11 +60,10 @@ if TYPE_CHECKING:
 class Extras:
     """What is made beside the figures and tables of the dictionary alone."""
 
-    dashboard: bool = flag(True, help="leave the dashboard out")
+    dashboard: bool = flag(True, help="Leave the dashboard out")
     second_seed: str | None = flag(None, metavar="FOLDER")
     """Checkpoint of another dictionary of the same activations, to see which latents it finds too."""
-    splice: bool = flag(False)
-    """Load both models, and measure what their loss is with reconstructions."""
+    splice: bool = flag(False, help="Load both models, and measure what their loss is with reconstructions")
     causal: int | None = flag(None, metavar="N", const=0, shown="not; without N: all")
     """Load both models, and patch sets of latents into them on N held-out documents; latents are chosen on as many
     training documents."""

@@ -59,8 +59,7 @@ INSTRUCT_ADAPTER = "instruct"
 class Recording:
     """How activations are recorded."""
 
-    device: str | None = flag(None, shown="a GPU where there is one")
-    """Torch device."""
+    device: str | None = flag(None, shown="a GPU where there is one", help="Torch device")
     dtype: Literal["fp32", "bf16"] | None = flag(None, shown="bf16 on a GPU, else fp32")
     """Number format of the models."""
     batch_tokens: int | None = flag(
@@ -71,10 +70,8 @@ class Recording:
     """Tokens in a shard, the unit of resuming."""
     reader: Literal["nnsight", "hooks"] | None = flag(None, shown="nnsight where it is installed")
     """What reads the activations; both read the same."""
-    allow_identical: bool = flag(False)
-    """Accept two models that do not differ."""
-    overwrite: bool = flag(False)
-    """Replace a set that was made from other inputs."""
+    allow_identical: bool = flag(False, help="Accept two models that do not differ")
+    overwrite: bool = flag(False, help="Replace a set that was made from other inputs")
 
 
 def parse_args() -> argparse.Namespace:

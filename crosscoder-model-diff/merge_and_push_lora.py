@@ -62,12 +62,9 @@ class Divergence(NamedTuple):
 class Merging:
     """How a merge is checked, and what it may replace."""
 
-    max_kl: float = flag(0.01, metavar="NATS")
-    """Largest mean KL divergence from base + adapter, in nats a token."""
-    device: str | None = flag(None, shown="a GPU where there is one")
-    """Torch device of the check."""
-    overwrite: bool = flag(False)
-    """Replace a merged model of another adapter."""
+    max_kl: float = flag(0.01, metavar="NATS", help="Largest mean KL divergence from base + adapter, in nats a token")
+    device: str | None = flag(None, shown="a GPU where there is one", help="Torch device of the check")
+    overwrite: bool = flag(False, help="Replace a merged model of another adapter")
 
 
 def parse_args() -> argparse.Namespace:

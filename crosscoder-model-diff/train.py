@@ -64,24 +64,18 @@ if TYPE_CHECKING:
 class Running:
     """How a run is carried out; none of it changes the dictionary that is meant, but for a preset."""
 
-    preset: Literal["published"] | None = flag(None)
-    """Settings of the published run, where no flag gives others."""
-    device: str | None = flag(None, shown="a GPU where there is one")
-    """Torch device."""
-    store: Literal["auto", "gpu", "memory", "disk"] = flag("auto")
-    """Where the activations are held."""
+    preset: Literal["published"] | None = flag(None, help="Settings of the published run, where no flag gives others")
+    device: str | None = flag(None, shown="a GPU where there is one", help="Torch device")
+    store: Literal["auto", "gpu", "memory", "disk"] = flag("auto", help="Where the activations are held")
     step: Literal["auto", "autograd", "by-hand"] = flag("auto", shown="by hand on a GPU")
     """How gradients are computed: by torch's autograd, or by the fused backward pass."""
-    log_every: int = flag(50, metavar="STEPS")
-    """Steps between two records of the log."""
+    log_every: int = flag(50, metavar="STEPS", help="Steps between two records of the log")
     checkpoint_every_s: float = flag(60.0, "--checkpoint-every", metavar="SECONDS")
     """Time between two checkpoints of the training state."""
-    overwrite: bool = flag(False)
-    """Replace a crosscoder of other settings or data."""
+    overwrite: bool = flag(False, help="Replace a crosscoder of other settings or data")
     wandb_project: str = flag("crosscoder", metavar="NAME")
     """Project on wandb (WANDB_MODE=offline|online|disabled decides where it logs)."""
-    wandb_entity: str | None = flag(None, metavar="NAME")
-    """User or team on wandb."""
+    wandb_entity: str | None = flag(None, metavar="NAME", help="User or team on wandb")
 
 
 @dataclass(frozen=True)
@@ -122,18 +116,20 @@ def main() -> None:
     choice, named, folders = choice_from_args(args), from_args(CrosscoderChoice, args), Folders.from_args(args)
     name, running = named.name_on(choice), from_args(Running, args)
     require_push(args, choice.student, name)
-    recorded = find_folder(
-        folders.activations(choice.name),
-        choice.student,
-        "config.json",
-        "activation set",
-        choice.command("collect_activations.py"),
-    )
-    store = open_store(recorded)
+    command = choice.command("collect_activations.py")
+    recorded = find_folder(folders.activations(choice.name), choice.student, "config.json", "activation set", command)
+
+    # Only now, so that what is missing is said at once.
+    from crosscoder.activations.store import ActivationStore
+    from crosscoder.dictionaries.ranks import ranks_from_environment
+    from crosscoder.training.report import crosscoder_report
+
+    store = ActivationStore(recorded, place="disk")
+    print(f"{len(store):,} tokens of {len(store.documents)} documents from {recorded}", flush=True)
     crosscoder, training = configs(args, named.method, running, store)
     device = running.device or students.default_device()
     folder, results = crosscoder_folder(folders, name), named.results_dir / name
-    run = Run(name, crosscoder, training, running, store, folder, results, device, process_ranks(device))
+    run = Run(name, crosscoder, training, running, store, folder, results, device, ranks_from_environment(device))
     hold(run)
     if running.overwrite and run.ranks.is_main:
         shutil.rmtree(folder, ignore_errors=True)
@@ -142,26 +138,11 @@ def main() -> None:
         model = trained_already(run) or train(run, log)
     if not run.ranks.is_main:
         return
-    report = evaluate(model.to(device), run, log)
+    split = store.split(training.held_out_fraction, training.split_seed)
+    report = crosscoder_report(model.to(device), store, split, log.records)
     write_results(run, report, log, settings_of(choice, named, running))
     print(summary(run, report))
     hub.push_folder(folder, hub_id(choice.student, name) if args.push else None, args.push, args.private)
-
-
-def open_store(folder: Path) -> ActivationStore:
-    """The set as it lies on disk; a plan decides where it is held."""
-    from crosscoder.activations.store import ActivationStore
-
-    store = ActivationStore(folder, place="disk")
-    print(f"{len(store):,} tokens of {len(store.documents)} documents from {folder}", flush=True)
-    return store
-
-
-def process_ranks(device: str) -> Ranks:
-    """This process among those of torchrun."""
-    from crosscoder.dictionaries.ranks import ranks_from_environment
-
-    return ranks_from_environment(device)
 
 
 def configs(
@@ -244,13 +225,6 @@ def train(run: Run, log: RunLog) -> BatchTopKCrosscoder:
     with tracked as log.wandb_run:
         log.start_progress(trainer.total_steps)
         return trainer.fit()
-
-
-def evaluate(model: BatchTopKCrosscoder, run: Run, log: RunLog) -> CrosscoderReport:
-    from crosscoder.training.report import crosscoder_report
-
-    split = run.store.split(run.training.held_out_fraction, run.training.split_seed)
-    return crosscoder_report(model, run.store, split, log.records)
 
 
 def write_results(run: Run, report: CrosscoderReport, log: RunLog, flags: dict[str, Any]) -> None:

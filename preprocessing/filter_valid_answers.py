@@ -38,10 +38,8 @@ from preprocessing.summary import Summary, count, manifest_of, table_of_reasons
 class Filter:
     """How rows are judged."""
 
-    rule: Rule | None = flag(None, shown="the data set's")
-    """Answer rule."""
-    rerun: bool = flag(False)
-    """Run every program again instead of believing the file."""
+    rule: Rule | None = flag(None, shown="the data set's", help="Answer rule")
+    rerun: bool = flag(False, help="Run every program again instead of believing the file")
 
 
 def main() -> None:

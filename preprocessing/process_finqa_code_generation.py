@@ -76,16 +76,12 @@ def share(text: str) -> float:
 class Asking:
     """Which teacher writes the programs, and how far it goes."""
 
-    teacher: Literal["openai", "program"] = flag("openai")
-    """Who writes the programs."""
-    style: ProgramStyle | None = flag(None, shown="named")
-    """How the programs of --teacher program are written."""
-    limit: int | None = flag(None, type=at_least_one)
-    """Only the first N questions of each split."""
+    teacher: Literal["openai", "program"] = flag("openai", help="Who writes the programs")
+    style: ProgramStyle | None = flag(None, shown="named", help="How the programs of --teacher program are written")
+    limit: int | None = flag(None, type=at_least_one, help="Only the first N questions of each split")
     max_failed_share: float = flag(0.2, type=share, metavar="SHARE")
     """Rows without a program, as a share, above which the exit code is not zero."""
-    dry_run: bool = flag(False)
-    """Print the first prompt and the estimate; send and write nothing."""
+    dry_run: bool = flag(False, help="Print the first prompt and the estimate; send and write nothing")
     batch: Literal["submit", "status", "fetch"] | None = flag(None)
     """Go through the Batch API instead of single requests."""
     batch_requests: int = flag(REQUESTS_A_BATCH, type=at_least_one, metavar="REQUESTS")

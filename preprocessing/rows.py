@@ -13,10 +13,8 @@ from finqa.task.datasets import Dataset, dataset
 class Rows:
     """A data set and its splits."""
 
-    dataset: str = flag("FinQA", metavar="NAME")
-    """FinQA or FinQA-mini."""
-    split: SplitOrAll = flag("all")
-    """The split, or all of them."""
+    dataset: str = flag("FinQA", metavar="NAME", help="FinQA or FinQA-mini")
+    split: SplitOrAll = flag("all", help="The split, or all of them")
 
     @property
     def chosen(self) -> tuple[Dataset, tuple[str, ...]]:

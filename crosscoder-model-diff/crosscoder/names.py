@@ -19,7 +19,7 @@ from typing import Literal, get_args
 from crosscoder.dictionaries.config import CrosscoderConfig, Method
 from finqa.models import hub
 from finqa.models.students import StudentRun, add_student_flags, local_model, student_from_args
-from finqa.runtime.command_line import add_flags, flag, from_args, given
+from finqa.runtime.command_line import add_flags, flag, from_args, given, words_of
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY, Folders, SplitOrAll, add_folder_flags
 
@@ -106,27 +106,16 @@ class ActivationChoice:
         student = self.student
         words = [f"python {script}", student.dataset, student.model]
         words += [student.given_hf_name] if student.given_hf_name else []
-        words += [f"--run-name {student.run_name}"] if student.run_name else []
-        words += [f"--split {self.split}"] if self.split != "test" else []
-        words += [f"--num-samples {self.num_samples}"] if self.num_samples != 1024 else []
-        words += [f"--layer {self.layer}"] if self.layer is not None else []
-        words += [f"--site {self.site}"] if self.site != "mlp" else []
-        words += [f"--{word}" for word, chosen in (("raw", self.raw), ("merged", self.merged)) if chosen]
-        words += ["--keep-bos"] if self.keep_bos else []
-        words += [f"--against {self.against or repr('')}"] if self.against is not None else []
-        return " ".join(words)
+        return " ".join([*words, *student.flags(), *words_of(self)])
 
 
 @dataclass(frozen=True)
 class CrosscoderChoice:
     """Which crosscoder of an activation set, and where its results are."""
 
-    method: Method = flag(CrosscoderConfig.method)
-    """What kind of dictionary it is."""
-    name: str | None = flag(None, shown="<short model name>_<n>_samples_<method>")
-    """Name of the crosscoder."""
-    results_dir: Path = flag(DEFAULT_RESULTS)
-    """Folder of its figures and tables, each crosscoder's below its name."""
+    method: Method = flag(CrosscoderConfig.method, help="What kind of dictionary it is")
+    name: str | None = flag(None, shown="<short model name>_<n>_samples_<method>", help="Name of the crosscoder")
+    results_dir: Path = flag(DEFAULT_RESULTS, help="Folder of its figures and tables, each crosscoder's below its name")
 
     def name_on(self, activations: ActivationChoice) -> str:
         """The name that was given, else the default one on these activations."""
@@ -147,9 +136,9 @@ def add_activation_flags(parser: argparse.ArgumentParser, several: bool = False)
 def add_push_flags(parser: argparse.ArgumentParser, what: str) -> None:
     """--push, --no-push and --private; what these scripts make is pushed only when asked for."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--push", action="store_true", help=f"upload the {what} to the Hub")
-    group.add_argument("--no-push", dest="push", action="store_false", help="keep it here (the default)")
-    parser.add_argument("--private", action="store_true", help="make the Hub repository private")
+    group.add_argument("--push", action="store_true", help=f"Upload the {what} to the Hub")
+    group.add_argument("--no-push", dest="push", action="store_false", help="Keep it here (the default)")
+    parser.add_argument("--private", action="store_true", help="Make the Hub repository private")
 
 
 def require_push(args: argparse.Namespace, student: StudentRun, name: str) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.names import (
-    ActivationChoice,
     CrosscoderChoice,
     add_activation_flags,
     choice_from_args,
@@ -18,7 +17,7 @@ from crosscoder.names import (
     find_folder,
 )
 from finqa.models import students
-from finqa.runtime.command_line import add_flags, flag, from_args
+from finqa.runtime.command_line import add_flags, flag, from_args, words_of
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import Folders
 
@@ -85,7 +84,7 @@ def open_reading_of(args: argparse.Namespace) -> Reading:
     """
     choice, crosscoder, folders = choice_from_args(args), from_args(CrosscoderChoice, args), Folders.from_args(args)
     name = crosscoder.name_on(choice)
-    command = _training_command(crosscoder, choice)
+    command = " ".join([choice.command("train.py"), *words_of(crosscoder, results_dir=crosscoder.results_dir)])
     folder = find_folder(crosscoder_folder(folders, name), choice.student, "config.json", "crosscoder", command)
     command = choice.command("collect_activations.py")
     recorded = find_folder(folders.activations(choice.name), choice.student, "config.json", "activation set", command)
@@ -110,10 +109,3 @@ def open_reading_of(args: argparse.Namespace) -> Reading:
         unembedding=read_unembedding(choice.student.model, len(tokenizer), choice.student.revision),
         results=crosscoder.results_dir / name,
     )
-
-
-def _training_command(crosscoder: CrosscoderChoice, choice: ActivationChoice) -> str:
-    """The command that makes the crosscoder."""
-    method = f" --method {crosscoder.method}" if crosscoder.method != "batchtopk" else ""
-    name = f" --name {crosscoder.name}" if crosscoder.name else ""
-    return choice.command("train.py") + method + name

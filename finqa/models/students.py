@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from finqa.models import hub
 from finqa.models.settings import StudentSettings, settings_for
 from finqa.models.weights import check_base, weights_hash
-from finqa.runtime.command_line import add_flags, flag, given, option
+from finqa.runtime.command_line import add_flags, flag, given, option, words_of
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY, Folders
 from finqa.task import prompts
@@ -36,15 +36,15 @@ class StudentRun:
     """A base model with the choices that name its fine-tuned form on one data set."""
 
     dataset: str = field(metadata=option("DATASET_NAME", shown=DEFAULT_DATASET))
-    """Data set it is fine-tuned on."""
+    """Data set that the student is fine-tuned on."""
     model: str = field(metadata=option("MODEL_ID", shown=DEFAULT_MODEL))
     """Base model as the user gave it: a Hub id, a local folder, or `pocket-mistral`."""
     settings: StudentSettings
     """Settings of the model with the flags applied."""
     peft: bool = flag(True, "-P", "--PEFT", "--peft", group="name", both_ways=True)
-    """Whether an adapter (LoRA) is trained, not the whole model."""
+    """An adapter (LoRA) is trained, not the whole model; -P for main.py, everywhere else the default."""
     load_in_4bit: bool = flag(False, "-F", "--LOAD_IN_4BIT", "--load-in-4bit", group="name")
-    """4-bit base model (NF4)."""
+    """Load the base model in 4 bits (NF4)."""
     grad_accum: int = flag(1, "-GA", "--GRAD_ACCUM", "--grad-accum", group="name", metavar="BATCHES")
     """Batches per update."""
     run_name: str = flag("", group="name", metavar="NAME")
@@ -90,19 +90,12 @@ class StudentRun:
     def training_command(self) -> str:
         """The command that makes this student."""
         words = ["python main.py", self.dataset, self.model, self.given_hf_name or "<HF_NAME>"]
-        words += ["-P"] if self.peft else []
-        words += ["-F"] if self.load_in_4bit else []
-        words += [f"-GA {self.grad_accum}"] if self.grad_accum > 1 else []
-        defaults = settings_for(self.model)
-        if self.settings.lora_modules != defaults.lora_modules:
-            words += ["-LM", *self.settings.lora_modules]
-        if self.settings.batch_size != defaults.batch_size:
-            words.append(f"-BS {self.settings.batch_size}")
-        if self.settings.num_epochs != defaults.num_epochs:
-            words.append(f"--NUM_EPOCHS {self.settings.num_epochs}")
-        words += [f"--run-name {self.run_name}"] if self.run_name else []
-        words += [f"--revision {self.revision}"] if self.revision else []
-        return " ".join(words)
+        return " ".join([*words, *self.flags(peft=False)])
+
+    def flags(self, **defaults: Any) -> list[str]:
+        """The flags that name this student; `defaults` are those of the script that takes them."""
+        own = vars(settings_for(self.model))
+        return words_of(self, "name", **defaults) + words_of(self.settings, "name", **own)
 
 
 def add_student_flags(parser: argparse.ArgumentParser, peft_default: bool = True) -> None:

@@ -16,7 +16,8 @@ from __future__ import annotations
 import argparse
 import ast
 import re
-from collections.abc import Callable, Collection
+import shlex
+from collections.abc import Collection
 from dataclasses import MISSING, Field, asdict, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -24,35 +25,26 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config")
+OPTIONS: dict[str, Any] = {"help": "", "shown": None, "group": "", "metavar": "", "type": None, "values": None}
+OPTIONS |= {"both_ways": False, "const": MISSING}
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
-def option(
-    *names: str,
-    help: str = "",
-    shown: str | None = None,
-    group: str = "",
-    metavar: str = "",
-    type: Callable[[str], Any] | None = None,
-    values: dict[str, Any] | None = None,
-    both_ways: bool = False,
-    const: Any = MISSING,
-) -> dict[str, Any]:
+def option(*names: str, **options: Any) -> dict[str, Any]:
     """Metadata that makes a field a flag.
 
     Args:
-        names: Flags, or one word without a hyphen for a positional argument. None: the field's name with hyphens;
+        names: Flags, or one word without a hyphen for a positional argument. None: the field's name with hyphens,
             after `--no-` where it is a bool that is true by default.
-        help: In place of the first sentence of the field's docstring.
-        shown: What the help says of the default; None is the default itself, where it says something.
-        group: What `add_flags` can choose fields by.
-        metavar: What stands for the value in the help: best its unit.
-        type: Reads the value, in place of the annotation.
-        values: Words that the user chooses from, and what each stands for.
-        both_ways: Whether a bool has a flag and its opposite, `--x` and `--no-x`.
-        const: What the flag without a value means.
+        options: `help`, in place of the docstring's first sentence; `shown`, what the help says of the default, where
+            that is not its value; `group`, by which `add_flags` chooses fields; `metavar`, best the unit; `type`, which
+            reads the value in place of the annotation; `values`, words to choose from with what each stands for;
+            `both_ways`, for a bool with a flag and its opposite; `const`, what the flag means without a value.
     """
-    return locals()
+    unknown = options.keys() - OPTIONS.keys()
+    if unknown:
+        raise TypeError(f"no option of a flag: {', '.join(sorted(unknown))}")
+    return OPTIONS | options | {"names": names}
 
 
 def flag(default: Any, *names: str, **options: Any) -> Any:
@@ -99,8 +91,7 @@ def _add_flag(
     settings = one.metadata
     if get_origin(hint) in (Union, UnionType):
         hint = next(part for part in get_args(hint) if part is not NoneType)
-    off = hint is bool and one.default is True and not settings["both_ways"]
-    names = settings["names"] or (f"--{'no-' if off else ''}{one.name.replace('_', '-')}",)
+    off, names = one.default is True and not settings["both_ways"], _names(one)
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(one, docstring)}
     if settings["values"]:
         options |= {"choices": tuple(settings["values"])}
@@ -121,6 +112,11 @@ def _add_flag(
         into.add_argument(*names, dest=destination, **options)
     else:
         into.add_argument(destination, **options | {"nargs": "?", "metavar": names[0]})
+
+
+def _names(one: Field[Any]) -> tuple[str, ...]:
+    off = one.default is True and not one.metadata["both_ways"]
+    return one.metadata["names"] or (f"--{'no-' if off else ''}{one.name.replace('_', '-')}",)
 
 
 def _help(one: Field[Any], docstring: str) -> str:
@@ -157,6 +153,19 @@ def given(kind: type, args: argparse.Namespace) -> dict[str, Any]:
             values = one.metadata["values"]
             found[one.name] = values[value] if values else tuple(value) if isinstance(value, list) else value
     return found
+
+
+def words_of(config: Any, group: str | None = None, **defaults: Any) -> list[str]:
+    """The flags, with their values, of the fields that differ from their default or from the one in `defaults`."""
+    words: list[str] = []
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if one.metadata and group in (None, one.metadata["group"]) and value != defaults.get(one.name, one.default):
+            off = value is False and one.metadata["both_ways"]
+            words.append(_names(one)[-1].replace("--", "--no-") if off else _names(one)[0])
+            values = () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
+            words += [shlex.quote(str(each)) for each in values]
+    return words
 
 
 def settings_of(*configs: Any) -> dict[str, Any]:

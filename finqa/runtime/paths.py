@@ -68,10 +68,10 @@ class Folders:
 
 def add_folder_flags(parser: argparse.ArgumentParser, results: bool = True) -> None:
     """Add --data-dir and, with `results`, --results-dir; what the user gives is relative to the current folder."""
-    parser.add_argument("--data-dir", type=Path, default=Folders.data, help="data folder (default: %(default)s)")
+    parser.add_argument("--data-dir", type=Path, default=Folders.data, help="Data folder (default: %(default)s)")
     if results:
         parser.add_argument(
-            "--results-dir", type=Path, default=Folders.results, help="results folder (default: %(default)s)"
+            "--results-dir", type=Path, default=Folders.results, help="Results folder (default: %(default)s)"
         )
     else:
         parser.set_defaults(results_dir=Folders.results)

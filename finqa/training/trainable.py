@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 class Speed:
     """How a training step is computed; none of it changes the recipe, `fp8_base` changes its arithmetic."""
 
-    packed: bool = flag(True, "--no-packing", help="pad the rows of a batch in place of packing them (GPU)")
+    packed: bool = flag(True, "--no-packing", help="Pad the rows of a batch in place of packing them (GPU)")
     """Rows end to end without padding, where GPU and model allow it."""
-    compiled: bool = flag(True, "--no-compile", help="do not compile the decoder layers (GPU)")
+    compiled: bool = flag(True, "--no-compile", help="Do not compile the decoder layers (GPU)")
     """Decoder layers through torch.compile, on a GPU."""
-    captured: bool = flag(True, "--no-cuda-graphs", help="do not record short steps as CUDA graphs (GPU)")
+    captured: bool = flag(True, "--no-cuda-graphs", help="Do not record short steps as CUDA graphs (GPU)")
     """Short steps as CUDA graphs, on one GPU with packed rows."""
     fp8_base: bool = flag(False)
     """The frozen base in 8-bit floats, which is faster on recent GPUs (finqa.training.fp8_base)."""
