@@ -111,7 +111,8 @@ def _add_flag(
     if names[0].startswith("-"):
         into.add_argument(*names, dest=destination, **options)
     else:
-        into.add_argument(destination, **options | {"nargs": "?", "metavar": names[0]})
+        options |= {"nargs": "?", "metavar": names[0]}
+        into.add_argument(destination, **options)
 
 
 def _names(one: Field[Any]) -> tuple[str, ...]:
