@@ -15,14 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from finqa.evaluation.engines.serving import check_backend, served_models
 from finqa.evaluation.evaluate import MODEL_OF_TYPE
 from finqa.evaluation.generation import GenerationConfig, all_replies
 from finqa.models.students import add_student_flags, find_adapter, load_tokenizer, prompt_ids, student_from_args
+from finqa.runtime.command_line import add_flags, flag, from_args, script_parser
 from finqa.runtime.errors import UserError, report_errors
-from finqa.runtime.paths import SPLITS, Folders, add_folder_flags
+from finqa.runtime.paths import Folders, Split, add_folder_flags
 from finqa.sandbox.results import Run
 from finqa.sandbox.running import Sandbox
 from finqa.task import datasets, prompts
@@ -38,14 +40,14 @@ ASKED: tuple[EvalType, ...] = ("zero-shot", "fine-tuned")
 
 def main() -> int:
     args = parse_arguments()
-    run, folders = student_from_args(args), Folders.from_args(args)
+    run, folders, request = student_from_args(args), Folders.from_args(args), from_args(Request, args)
     data = datasets.dataset(run.dataset)
-    question = chosen_question(args, data, folders)
-    check_backend(run, args.vllm)
+    question = chosen_question(request, data, folders)
+    check_backend(run, request.vllm)
     student = find_adapter(run, folders)
 
     tokenizer = load_tokenizer(run.model, run.revision)
-    config = GenerationConfig(args.vllm, args.max_new_tokens or run.settings.max_new_tokens, batch_size=1)
+    config = GenerationConfig(request.vllm, request.max_new_tokens or run.settings.max_new_tokens, batch_size=1)
     print(f"question: {question.question}")
     if question.answer:
         print(f"answer in the data set: {question.answer}")
@@ -58,39 +60,47 @@ def main() -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Request:
+    """The question, and how it is answered."""
+
+    split: Split = flag("test", help="Split of --id")
+    id: str | None = flag(None, help="Id of a row of the split")
+    question: str | None = flag(None, help="A question of your own, about the page in --passage-file")
+    passage_file: Path | None = flag(None, help="Text or JSON file of the page")
+    max_new_tokens: int | None = flag(None, metavar="TOKENS", shown="the student's settings")
+    """Tokens of a reply, at most."""
+    vllm: bool = flag(False, "--VLLM", "--vllm", help="Generate by vLLM, not by Hugging Face")
+
+
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add_student_flags(parser)
     add_folder_flags(parser)
-    parser.add_argument("--split", choices=SPLITS, default="test", help="split of --id (default: %(default)s)")
-    parser.add_argument("--id", help="id of a row of the split")
-    parser.add_argument("--question", help="a question of your own, about the page in --passage-file")
-    parser.add_argument("--passage-file", type=Path, metavar="FILE")
-    parser.add_argument("--max-new-tokens", type=int, help="default: the student's settings")
-    parser.add_argument("--VLLM", "--vllm", dest="vllm", action="store_true", help="generate by vLLM")
+    add_flags(parser, Request)
     return parser.parse_args()
 
 
-def chosen_question(args: argparse.Namespace, data: datasets.Dataset, folders: Folders) -> Question:
+def chosen_question(request: Request, data: datasets.Dataset, folders: Folders) -> Question:
     """The question of the flags. Raises UserError where there is no such row or file."""
-    if args.question or args.passage_file:
-        if not (args.question and args.passage_file):
+    if request.question or request.passage_file:
+        if not (request.question and request.passage_file):
             raise UserError("--question and --passage-file go together")
-        return page(args.passage_file, args.question)
-    clean, raw = folders.clean(data.name, args.split), folders.raw(data.name, args.split)
+        return page(request.passage_file, request.question)
+    clean, raw = folders.clean(data.name, request.split), folders.raw(data.name, request.split)
     if clean.exists():
         questions = read_questions(clean)
     elif raw.exists():
         questions = data.load(raw).questions
-    elif args.id:
+    elif request.id:
         raise UserError(
-            f"no {args.split} split of {data.name}: neither {clean} nor {raw}; get it with: {data.how_to_get}"
+            f"no {request.split} split of {data.name}: neither {clean} nor {raw}; get it with: {data.how_to_get}"
         )
     else:
         questions = [example.question for example in data.worked_examples]
-    found = next((q for q in questions if args.id in (None, q.id)), None)
+    found = next((q for q in questions if request.id in (None, q.id)), None)
     if found is None:
-        raise UserError(f"no row {args.id!r} in the {args.split} split of {data.name}; --split chooses another")
+        raise UserError(f"no row {request.id!r} in the {request.split} split of {data.name}; --split chooses another")
     return found
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import dataclass
 
 from finqa.evaluation.adapter_check import check_adapter, engine_reading
 from finqa.evaluation.engines.serving import check_backend
@@ -33,39 +33,39 @@ from finqa.evaluation.generation import DEFAULT_TEMPERATURE, GenerationConfig
 from finqa.evaluation.rows import read_rows
 from finqa.models import hub
 from finqa.models.model_card import write_student_card
-from finqa.models.presets import PRESETS, with_preset
-from finqa.models.students import StudentRun, add_student_flags, student_from_args
+from finqa.models.presets import Preset, published_settings
+from finqa.models.settings import StudentSettings
+from finqa.models.students import DEFAULT_MODEL, StudentRun, add_student_flags, student_from_args
 from finqa.runtime import parallel
+from finqa.runtime.command_line import add_flags, flag, from_args, given, script_parser
 from finqa.runtime.errors import UserError, report_errors
-from finqa.runtime.paths import Folders, add_folder_flags
 from finqa.runtime.memory.plan import plan_evaluation
+from finqa.runtime.paths import Folders, add_folder_flags
 from finqa.task import datasets
 from finqa.task.prompts import EVAL_TYPES, EvalType
 from finqa.training.fine_tuning import TrainingConfig, fine_tune
-from finqa.training.rows import FAMILIES
-from finqa.training.trainable import Speed
 
 
 def main() -> int:
     args = parse_arguments()
-    run, folders = student(args), Folders.from_args(args)
-    training, evaluation = training_config(args), evaluation_config(args, run)
+    task, run, folders = from_args(Task, args), student(args), Folders.from_args(args)
+    training, evaluation = from_args(TrainingConfig, args), evaluation_config(args, run)
     with parallel.first_goes_first():
-        check(args, run, folders, evaluation)
+        check(task, run, folders, evaluation)
 
-    if args.train:
+    if task.train:
         folder = fine_tune(run, training, folders)
         if not parallel.is_first():
             return 0
         write_student_card(run, folder)
-        hub.push_folder(folder, None if args.push is False else run.hub_id, args.push, args.private)
+        hub.push_folder(folder, None if task.push is False else run.hub_id, task.push, task.private)
         if evaluation:
             # From the start again: the engine finds the memory and the threads that training held.
             parallel.go_on_alone([sys.executable, __file__, *sys.argv[1:], "--no-train", "--check-adapter"])
     elif evaluation and parallel.is_first():
-        if not args.vllm:
+        if not evaluation.generation.vllm:
             plan_evaluation(run, evaluation.generation)
-        if args.check_adapter:
+        if task.check_adapter:
             evaluate_and_check(run, evaluation, folders)
         else:
             evaluate(run, evaluation, folders)
@@ -79,146 +79,79 @@ def evaluate_and_check(run: StudentRun, evaluation: EvaluationConfig, folders: F
     check_adapter(run, evaluation, folders, readings[0] if readings else None)
 
 
+@dataclass(frozen=True)
+class Task:
+    """What to do, beside the configurations of each part."""
+
+    train: bool = flag(True, "-NT", "--NO-TRAIN", "--no-train", help="Evaluate only")
+    evaluate: bool = flag(True, "-NE", "--NO-EVAL", "--no-eval", help="Fine-tune only")
+    dev: bool = flag(False, "-D", "--DEV_SET", "--dev-set", help="Evaluate on dev")
+    test: bool = flag(False, "-T", "--TEST_SET", "--test-set", help="Evaluate on test")
+    preset: Preset | None = flag(None)
+    """`published`: the settings of the published run, whatever the model; flags that are given beside it win."""
+    eval_type: str = flag("fine-tuned", "-ET", "--EVAL_TYPE", "--eval-type", group="evaluation", metavar="TYPE")
+    """fine-tuned, zero-shot, few-shot, several with a comma, or all."""
+    check_adapter: bool = flag(False, group="evaluation")
+    """Hold base, adapter, merged model and vLLM against each other after evaluating (done by itself where training
+    comes first)."""
+    push: bool | None = flag(None, group="Hub", both_ways=True, shown="where a token and HF_NAME are there")
+    """Push the adapter to the Hub; with --push a failure is an error."""
+    private: bool = flag(False, group="Hub", help="Make the repository private")
+
+
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add_student_flags(parser, peft_default=False)
     add_folder_flags(parser)
-
-    what = parser.add_argument_group("what to do")
-    add = what.add_argument
-    add("-NT", "--NO-TRAIN", "--no-train", dest="train", action="store_false", help="evaluate only")
-    add("-NE", "--NO-EVAL", "--no-eval", dest="evaluate", action="store_false", help="fine-tune only")
-    add("-D", "--DEV_SET", "--dev-set", dest="dev", action="store_true", help="evaluate on dev")
-    add("-T", "--TEST_SET", "--test-set", dest="test", action="store_true", help="evaluate on test")
-    add("--preset", choices=PRESETS, help="published: the settings of the published run, whatever the model; flags "
-        "that are given beside it win")  # fmt: skip
-    add("-S", "--SEED", "--seed", dest="seed", type=int, default=TrainingConfig.seed, help="default: %(default)s")
-
-    train = parser.add_argument_group("fine-tuning (defaults: the student's settings)")
-    add = train.add_argument
-    add(
-        "-MSL", "--MAX_SEQ_LENGTH", "--max-seq-length", dest="max_seq_length", type=int, help="longer rows are left out"
-    )
-    add("--learning-rate", type=float)
-    add("--lr-scheduler", help="name of a transformers scheduler")
-    add("--warmup-steps", type=int)
-    add("--weight-decay", type=float)
-    add("--optim", help="name of a transformers optimiser")
-    add("--lora-r", type=int)
-    add("--lora-alpha", type=int)
-    add("--lora-dropout", type=float)
-    add("--families", choices=FAMILIES, default="all", help="known: the sham fine-tune (data sets that have families)")
-    add("--max-rows", type=int, help="train on the first so many rows")
-    add("--save-steps", type=int, help="updates between checkpoints (default: ten checkpoints a run)")
-    add("--gradient-checkpointing", choices=CHECKPOINTING, default="auto",
-        help="compute activations twice to save memory (auto: where they would not fit)")  # fmt: skip
-    add("--fp8-base", action="store_true", help="the frozen base in 8-bit floats: faster on recent GPUs")
-    add("--no-compile", action="store_true", help="do not compile the decoder layers (GPU)")
-    add("--no-packing", action="store_true", help="pad the rows of a batch in place of packing them (GPU)")
-    add("--no-cuda-graphs", action="store_true", help="do not record short steps as CUDA graphs (GPU)")
-    add("--wandb-project", default=TrainingConfig.wandb_project)
-    add("--wandb-entity")
-
+    add_flags(parser.add_argument_group("what to do"), Task, group="")
+    train = parser.add_argument_group(f"fine-tuning (defaults are those of {DEFAULT_MODEL})")
+    add_flags(train, StudentSettings, group="training")
+    add_flags(train, TrainingConfig)
     evaluation = parser.add_argument_group("evaluation")
-    add = evaluation.add_argument
-    add("-ET", "--EVAL_TYPE", "--eval-type", dest="eval_type", default="fine-tuned", metavar="TYPE",
-        help="fine-tuned (default), zero-shot, few-shot, several with a comma, or all")  # fmt: skip
-    add("--VLLM", "--vllm", dest="vllm", action="store_true", help="generate by vLLM, not by Hugging Face")
-    add("-EBS", "--EVAL_BATCH_SIZE", "--eval-batch-size", dest="eval_batch_size", type=int)
-    add("--max-new-tokens", type=int)
-    add("--instruction", metavar="TEXT", help="what is said before a zero-shot or few-shot prompt (default: the data "
-        "set's own)")  # fmt: skip
-    add("--limit", type=int, help="evaluate on the first so many rows")
-    add("--max-model-len", type=int, help="longest prompt and reply together, in tokens")
-    add("--gpu-memory-utilization", type=float, default=GenerationConfig.gpu_memory_utilization)
-    add("--kv-cache-gb", type=float, metavar="GB", help="memory of vLLM's keys and values: for a GPU that other "
-        "processes use, whose memory vLLM would take for its own (default: what its share leaves)")  # fmt: skip
-    add("--enforce-eager", action="store_true", help="vLLM compiles nothing: a shorter start, slower replies")
-    add("--tensor-parallel", type=int, default=1, help="GPUs that share the model (vLLM)")
-    add("--data-parallel", type=int, default=1, help="engines that share the rows, each with GPUs of its own (vLLM)")
-    add("--samples", type=int, default=1, help="replies to each question, whose answers are voted on")
-    add("--temperature", type=float, help=f"0 is greedy (default: 0, with several samples {DEFAULT_TEMPERATURE})")
-    add("--check-adapter", action="store_true", help="hold base, adapter, merged model and vLLM against each other "
-        "after evaluating (done by itself where training comes first)")  # fmt: skip
-
-    push = parser.add_argument_group("Hub (default: push after training where a token and HF_NAME are there)")
-    push.add_argument("--push", action="store_true", default=None, help="a push that fails is an error")
-    push.add_argument("--no-push", dest="push", action="store_false")
-    push.add_argument("--private", action="store_true", help="make the repository private")
+    add_flags(evaluation, Task, group="evaluation")
+    for kind in (StudentSettings, EvaluationConfig, GenerationConfig):
+        add_flags(evaluation, kind, group="evaluation" if kind is StudentSettings else None)
+    add_flags(parser.add_argument_group("Hub"), Task, group="Hub")
     return parser.parse_args()
-
-
-CHECKPOINTING: dict[str, bool | None] = {"auto": None, "yes": True, "no": False}
-SETTINGS_FLAGS = (
-    "max_seq_length", "learning_rate", "lr_scheduler", "warmup_steps", "weight_decay", "optim",
-    "lora_r", "lora_alpha", "lora_dropout", "eval_batch_size", "max_new_tokens",
-)  # fmt: skip
 
 
 def student(args: argparse.Namespace) -> StudentRun:
     """The student with the preset, and over it the flags that change its settings, applied."""
-    run = with_preset(args.preset, student_from_args(args), args)
-    given = {name: value for name in SETTINGS_FLAGS if (value := getattr(args, name)) is not None}
-    return replace(run, settings=replace(run.settings, **given))
-
-
-def training_config(args: argparse.Namespace) -> TrainingConfig:
-    return TrainingConfig(
-        seed=args.seed,
-        families=args.families,
-        max_rows=args.max_rows,
-        save_steps=args.save_steps,
-        speed=Speed(
-            packed=not args.no_packing,
-            compiled=not args.no_compile,
-            captured=not args.no_cuda_graphs,
-            fp8_base=args.fp8_base,
-            checkpointing=CHECKPOINTING[args.gradient_checkpointing],
-        ),
-        wandb_project=args.wandb_project,
-        wandb_entity=args.wandb_entity,
-    )
+    run = student_from_args(args)
+    return student_from_args(args, published_settings(run.model)) if from_args(Task, args).preset else run
 
 
 def evaluation_config(args: argparse.Namespace, run: StudentRun) -> EvaluationConfig | None:
     """What to evaluate; None for nothing. Raises UserError for an unknown eval type."""
-    named = EVAL_TYPES if args.eval_type == "all" else args.eval_type.split(",")
+    task = from_args(Task, args)
+    named = EVAL_TYPES if task.eval_type == "all" else task.eval_type.split(",")
     if unknown := [name for name in named if name not in EVAL_TYPES]:
         raise UserError(f"unknown eval type {unknown[0]!r}; one of {', '.join(EVAL_TYPES)}, all")
     types: tuple[EvalType, ...] = tuple(eval_type for eval_type in EVAL_TYPES if eval_type in named)
-    splits = tuple(split for split, chosen in (("dev", args.dev), ("test", args.test)) if chosen)
-    if not args.evaluate or not splits:
+    splits = tuple(split for split, chosen in (("dev", task.dev), ("test", task.test)) if chosen)
+    if not task.evaluate or not splits:
         return None
-    temperature = args.temperature
-    if temperature is None:
-        temperature = DEFAULT_TEMPERATURE if args.samples > 1 else 0.0
+    asked = given(GenerationConfig, args)
+    several = asked.get("samples", 1) > 1
     generation = GenerationConfig(
-        vllm=args.vllm,
+        **{"vllm": False, "temperature": DEFAULT_TEMPERATURE if several else 0.0} | asked,
         max_new_tokens=run.settings.max_new_tokens,
         batch_size=run.settings.eval_batch_size,
-        max_model_len=args.max_model_len,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        kv_cache_gb=args.kv_cache_gb,
-        enforce_eager=args.enforce_eager,
-        tensor_parallel=args.tensor_parallel,
-        data_parallel=args.data_parallel,
-        samples=args.samples,
-        temperature=temperature,
-        seed=args.seed,
+        seed=from_args(TrainingConfig, args).seed,
     )
-    return EvaluationConfig(splits, types, generation, args.limit, args.instruction)
+    return from_args(EvaluationConfig, args, splits=splits, eval_types=types, generation=generation)
 
 
-def check(args: argparse.Namespace, run: StudentRun, folders: Folders, evaluation: EvaluationConfig | None) -> None:
+def check(task: Task, run: StudentRun, folders: Folders, evaluation: EvaluationConfig | None) -> None:
     """Fail now on what would fail after hours of training."""
     data = datasets.dataset(run.dataset)
-    if not args.train and not evaluation:
+    if not task.train and not evaluation:
         raise UserError("nothing to do: no training (-NT) and no split to evaluate on; give -D, -T or both")
     if evaluation:
         check_backend(run, evaluation.generation.vllm)
         for split in evaluation.splits:
             read_rows(folders, data, split)
-    if args.train and args.push and (missing := hub.why_no_push(run.hub_id)):
+    if task.train and task.push and (missing := hub.why_no_push(run.hub_id)):
         raise UserError(f"--push is not possible: {missing}")
 
 

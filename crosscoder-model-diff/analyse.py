@@ -38,11 +38,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from crosscoder.dashboard.records import DashboardConfig
-from crosscoder.names import choice_from_args
+from crosscoder.names import CrosscoderChoice, choice_from_args
 from crosscoder.opening import ReadingConfig, add_reading_flags, open_reading_of
+from finqa.runtime.command_line import add_flags, flag, from_args, script_parser, settings_of
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.manifest import write_manifest
 from finqa.runtime.paths import Folders
@@ -54,54 +56,37 @@ if TYPE_CHECKING:
     from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What is made beside the figures and tables of the dictionary alone."""
+
+    dashboard: bool = flag(True, help="Leave the dashboard out")
+    second_seed: str | None = flag(None, metavar="FOLDER")
+    """Checkpoint of another dictionary of the same activations, to see which latents it finds too."""
+    splice: bool = flag(False, help="Load both models, and measure what their loss is with reconstructions")
+    causal: int | None = flag(None, metavar="N", const=0, shown="not; without N: all")
+    """Load both models, and patch sets of latents into them on N held-out documents; latents are chosen on as many
+    training documents."""
+
+    def __post_init__(self) -> None:
+        if self.causal is not None and self.causal < 0:
+            raise UserError(f"--causal {self.causal}: a number of documents, or nothing for all")
+
+
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add_reading_flags(parser)
-    add = parser.add_argument_group("reading").add_argument
-    add(
-        "--most-changed",
-        type=int,
-        default=ReadingConfig.n_most_changed,
-        metavar="N",
-        help="latents in that table (%(default)s)",
-    )
-    add(
-        "--min-frequency",
-        type=float,
-        default=ReadingConfig.min_frequency,
-        metavar="SHARE",
-        help="of tokens, at or below which a latent is left out of that table (default: %(default)s)",
-    )
-    add(
-        "--examples-for",
-        type=int,
-        default=DashboardConfig.n_with_examples,
-        metavar="N",
-        help="latents that get examples in the dashboard, the most interesting first (default: %(default)s)",
-    )
-    add("--no-dashboard", action="store_true", help="leave the dashboard out")
-    add(
-        "--second-seed",
-        metavar="FOLDER",
-        help="checkpoint of another dictionary of the same activations, to see which latents it finds too",
-    )
-    add("--splice", action="store_true", help="load both models, and measure what their loss is with reconstructions")
-    add(
-        "--causal",
-        type=int,
-        nargs="?",
-        const=0,
-        metavar="N",
-        help="load both models, and patch sets of latents into them on N held-out documents (default: all); latents "
-        "are chosen on as many training documents",
-    )
+    group = parser.add_argument_group("analysis")
+    for kind in (ReadingConfig, DashboardConfig, Extras):
+        add_flags(group, kind)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     started = time.perf_counter()
-    config, dashboard = configs(args)
+    extras, config = from_args(Extras, args), from_args(ReadingConfig, args)
+    dashboard, crosscoder = from_args(DashboardConfig, args), from_args(CrosscoderChoice, args)
     reading = open_reading_of(args)
     model, store = reading.model, reading.store
 
@@ -109,37 +94,32 @@ def main() -> None:
     from crosscoder.extra_readings import open_second
     from crosscoder.results import write_figures, write_numbers, write_page, write_tables
 
-    second = open_second(reading, args.second_seed) if args.second_seed else None
+    second = open_second(reading, extras.second_seed) if extras.second_seed else None
     print(f"{reading.name}: {model.config.n_latents:,} latents on {len(store):,} tokens", flush=True)
     found = find(reading, config)
     folder = reading.results
+    settings = settings_of(choice_from_args(args), crosscoder, extras) | {"reading": config, "pages": dashboard}
 
     def manifest() -> None:
         seconds = round(time.perf_counter() - started, 1)
-        write_manifest(folder / "analysis.run.json", vars(args), activations=store.config.recorded, seconds=seconds)
+        write_manifest(folder / "analysis.run.json", settings, activations=store.config.recorded, seconds=seconds)
 
     n_figures = len(write_figures(found, folder)) // 2
     n_tables = len(write_tables(found, folder))
     write_numbers(found, folder)
-    if dashboard is not None:
+    if extras.dashboard:
         print(write_page(found, dashboard), flush=True)
     manifest()
     print(summary(found))
     print(f"{n_figures} figures, {n_tables} tables and analysis.json in {folder}", flush=True)
-    for name in extra_tables(args, found, second):
+    for name in extra_tables(args, extras, found, second):
         print(f"{name}.csv in {folder}", flush=True)
         manifest()
 
 
-def configs(args: argparse.Namespace) -> tuple[ReadingConfig, DashboardConfig | None]:
-    """What the flags ask for, checked before anything is read."""
-    if args.causal is not None and args.causal < 0:
-        raise UserError(f"--causal {args.causal}: a number of documents, or nothing for all")
-    dashboard = None if args.no_dashboard else DashboardConfig(n_with_examples=args.examples_for)
-    return ReadingConfig(n_most_changed=args.most_changed, min_frequency=args.min_frequency), dashboard
-
-
-def extra_tables(args: argparse.Namespace, found: Findings, second: BatchTopKCrosscoder | None) -> Iterator[str]:
+def extra_tables(
+    args: argparse.Namespace, extras: Extras, found: Findings, second: BatchTopKCrosscoder | None
+) -> Iterator[str]:
     """Make the tables of --second-seed, --splice and --causal, and name each once it is written."""
     from crosscoder.extra_readings import causal_rows, cause, load_pair, splice, stability_table
     from crosscoder.results import write_causal_figure, write_extra
@@ -148,14 +128,14 @@ def extra_tables(args: argparse.Namespace, found: Findings, second: BatchTopKCro
     if second is not None:
         write_extra("stability", stability_table(found, second), folder)
         yield "stability"
-    if not args.splice and args.causal is None:
+    if not extras.splice and extras.causal is None:
         return
     pair = load_pair(found.reading, choice_from_args(args), Folders.from_args(args))
-    if args.splice:
+    if extras.splice:
         write_extra("splicing", splice(found.reading, pair), folder)
         yield "splicing"
-    if args.causal is not None:
-        report = cause(found, pair, args.causal or None)
+    if extras.causal is not None:
+        report = cause(found, pair, extras.causal or None)
         write_causal_figure(report, folder)
         write_extra("causal", causal_rows(report), folder)
         yield "causal"

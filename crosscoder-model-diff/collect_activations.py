@@ -26,7 +26,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from crosscoder.names import (
     ActivationChoice,
@@ -39,6 +39,7 @@ from crosscoder.names import (
 from finqa.models import hub, students
 from finqa.models.weights import check_base, weights_hash
 from finqa.runtime import parallel
+from finqa.runtime.command_line import add_flags, at_least_one, flag, from_args, script_parser, settings_of
 from finqa.runtime.errors import report_errors
 from finqa.runtime.manifest import write_manifest
 from finqa.runtime.paths import Folders, chosen_splits
@@ -54,33 +55,43 @@ BATCH_TOKENS = {"cuda": 16_384, "cpu": 4096}
 INSTRUCT_ADAPTER = "instruct"
 
 
+@dataclass(frozen=True)
+class Recording:
+    """How activations are recorded."""
+
+    device: str | None = flag(None, shown="a GPU where there is one", help="Torch device")
+    dtype: Literal["fp32", "bf16"] | None = flag(None, shown="bf16 on a GPU, else fp32")
+    """Number format of the models."""
+    batch_tokens: int | None = flag(
+        None, type=at_least_one, metavar="TOKENS", shown="{cuda} on a GPU, else {cpu}".format(**BATCH_TOKENS)
+    )
+    """Tokens in a batch, padding included."""
+    shard_tokens: int = flag(65_536, type=at_least_one, metavar="TOKENS")
+    """Tokens in a shard, the unit of resuming."""
+    reader: Literal["nnsight", "hooks"] | None = flag(None, shown="nnsight where it is installed")
+    """What reads the activations; both read the same."""
+    allow_identical: bool = flag(False, help="Accept two models that do not differ")
+    overwrite: bool = flag(False, help="Replace a set that was made from other inputs")
+
+
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add_activation_flags(parser, several=True)
     add_push_flags(parser, "activation sets")
-    add = parser.add_argument
-    add("--device", help="torch device (default: a GPU where there is one)")
-    add("--dtype", choices=("fp32", "bf16"), help="of the models (default: bf16 on a GPU, else fp32)")
-    add("--batch-tokens", type=int, help="tokens a batch, padded (default: 16384 on a GPU, else 4096)")
-    add("--shard-tokens", type=int, default=65_536, help="tokens a shard, the unit of resuming (default: %(default)s)")
-    add("--reader", choices=("nnsight", "hooks"), help="(default: nnsight where it is installed; both read the same)")
-    add("--allow-identical", action="store_true", help="accept two models that do not differ")
-    add("--overwrite", action="store_true", help="replace a set that was made from other inputs")
-    args = parser.parse_args()
-    for flag in ("batch_tokens", "shard_tokens"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} must be at least 1")
-    return args
+    add_flags(parser.add_argument_group("recording"), Recording)
+    return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     with parallel.one_voice():
-        choices, folders = choices_from_args(args), Folders.from_args(args)
+        choices, folders, recording = choices_from_args(args), Folders.from_args(args), from_args(Recording, args)
         with parallel.first_goes_first():
-            plan = make_plan(args, choices, folders)
+            for choice in choices:
+                require_push(args, choice.student, choice.name)
+            plan = make_plan(recording, choices, folders)
         if plan.choices:
-            collect(args, plan)
+            collect(recording, plan)
         parallel.part()
         if parallel.is_first():
             for choice in choices:
@@ -110,7 +121,7 @@ class Plan:
     reader: Any
 
 
-def make_plan(args: argparse.Namespace, choices: list[ActivationChoice], folders: Folders) -> Plan:
+def make_plan(recording: Recording, choices: list[ActivationChoice], folders: Folders) -> Plan:
     """Check all that can be checked without a model, say what is needed, and make ready the folders."""
     from crosscoder.activations import recorded_inputs, recording_plan
     from crosscoder.activations.collection import planned_shards
@@ -118,8 +129,6 @@ def make_plan(args: argparse.Namespace, choices: list[ActivationChoice], folders
     from crosscoder.activations.writer import SetWriter
 
     first = choices[0]
-    for choice in choices:
-        require_push(args, choice.student, choice.name)
     rows_files = [folders.filtered(first.student.dataset, split) for split in chosen_splits(first.split)]
     rows_of = [read_teacher_rows(file) for file in rows_files]
     recorded_inputs.check_every_split_is_reached(first, [len(rows) for rows in rows_of])
@@ -131,24 +140,24 @@ def make_plan(args: argparse.Namespace, choices: list[ActivationChoice], folders
     shape.check_layers([choice.resolved_layer for choice in choices])
     documents, bos_id = recorded_inputs.tokenize(rows, first, fine_tuned)
 
-    device = args.device or students.default_device()
-    dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
+    device = recording.device or students.default_device()
+    dtype = recording.dtype or ("bf16" if device.startswith("cuda") else "fp32")
     facts = recorded_inputs.describe_inputs(first, base, fine_tuned, rows_files, instruct) | {"dtype": dtype}
-    batch_tokens = args.batch_tokens or BATCH_TOKENS.get(device.partition(":")[0], BATCH_TOKENS["cpu"])
+    batch_tokens = recording.batch_tokens or BATCH_TOKENS.get(device.partition(":")[0], BATCH_TOKENS["cpu"])
     skip_id = None if first.keep_bos else bos_id
     missing, inputs, writers = [], [], []
     for choice in choices:
         made_from = recorded_inputs.inputs_of(choice, facts, documents)
         made_from |= {"device": device, "batch_tokens": batch_tokens}
         folder = folders.activations(choice.name)
-        if recorded_inputs.is_collected(folder, made_from["fingerprint"], args.overwrite):
+        if recorded_inputs.is_collected(folder, made_from["fingerprint"], recording.overwrite):
             print(f"{folder} is complete and was made from these inputs")
             continue
-        shards_of = {**made_from, "shard_tokens": args.shard_tokens}
+        shards_of = {**made_from, "shard_tokens": recording.shard_tokens}
         missing.append(choice)
         inputs.append(made_from)
         writers.append(SetWriter(folder, shape.d_model, shards_of, drop_outliers=choice.site == "residual"))
-    shards = planned_shards(documents, skip_id, args.shard_tokens, batch_tokens)
+    shards = planned_shards(documents, skip_id, recording.shard_tokens, batch_tokens)
     if missing and parallel.is_first():
         n_tokens = sum(shard.n_tokens for shard in shards)
         say_what_it_takes(first, base, fine_tuned, device, dtype, batch_tokens, len(missing))
@@ -167,7 +176,7 @@ def make_plan(args: argparse.Namespace, choices: list[ActivationChoice], folders
         instruct=instruct,
         device=parallel.own_device(device),
         dtype=dtype,
-        reader=args.reader or default_reader(),
+        reader=recording.reader or default_reader(),
     )
 
 
@@ -187,7 +196,7 @@ def say_what_it_takes(
     recording_plan.check_memory(need, device)
 
 
-def collect(args: argparse.Namespace, plan: Plan) -> None:
+def collect(recording: Recording, plan: Plan) -> None:
     """Record this process's share of the shards; the first process then makes the sets of them."""
     from crosscoder.activations.collection import record, stored_documents, token_table
 
@@ -208,7 +217,7 @@ def collect(args: argparse.Namespace, plan: Plan) -> None:
             plan.writers,
             plan.skip_id,
             plan.device,
-            allow_identical=args.allow_identical,
+            allow_identical=recording.allow_identical,
             on_batch=progress.add,
         )
     parallel.wait_for_all()
@@ -219,10 +228,10 @@ def collect(args: argparse.Namespace, plan: Plan) -> None:
     shard_tokens = [shard.n_tokens for shard in plan.shards]
     for choice, inputs, writer in zip(plan.choices, plan.inputs, plan.writers, strict=True):
 
-        def manifest(folder: Path, inputs: dict[str, Any] = inputs) -> None:
+        def manifest(folder: Path, choice: ActivationChoice = choice, inputs: dict[str, Any] = inputs) -> None:
             write_manifest(
                 folder / "run.json",
-                vars(args),
+                settings_of(choice, recording),
                 inputs=inputs,
                 reader=plan.reader,
                 processes=parallel.world_size(),

@@ -20,6 +20,7 @@ import json
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from crosscoder.names import add_push_flags, hub_id, require_push
 from finqa.models import fidelity, hub, merging, students
 from finqa.models.model_card import metadata
 from finqa.models.weights import weights_hash
+from finqa.runtime.command_line import add_flags, flag, from_args, script_parser, settings_of
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.manifest import write_manifest
 from finqa.runtime.paths import SPLITS, Folders, add_folder_flags, write_atomically
@@ -49,20 +51,27 @@ class Divergence(NamedTuple):
     n_tokens: int
 
 
+@dataclass(frozen=True)
+class Merging:
+    """How a merge is checked, and what it may replace."""
+
+    max_kl: float = flag(0.01, metavar="NATS", help="Largest mean KL divergence from base + adapter, in nats a token")
+    device: str | None = flag(None, shown="a GPU where there is one", help="Torch device of the check")
+    overwrite: bool = flag(False, help="Replace a merged model of another adapter")
+
+
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     students.add_student_flags(parser)
     add_folder_flags(parser, results=False)
     add_push_flags(parser, "merged model")
-    parser.add_argument("--max-kl", type=float, default=0.01, help="nats a token (default: %(default)s)")
-    parser.add_argument("--device", help="torch device of the check (default: a GPU where there is one)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a merged model of another adapter")
+    add_flags(parser, Merging)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    student, folders = students.student_from_args(args), Folders.from_args(args)
+    student, folders, config = students.student_from_args(args), Folders.from_args(args), from_args(Merging, args)
     require_push(args, student, f"{student.model_id}-merged")
     adapter = students.find_adapter(student, folders)
     if not (adapter / "adapter_config.json").exists():
@@ -71,10 +80,10 @@ def main() -> None:
         raise UserError("an adapter of a 4-bit base cannot be merged into it; serve the pair, or train without -F")
     folder = folders.model(student.dataset, f"{student.model_id}-merged")
     adapter_hash = weights_hash(adapter)
-    if is_merged(folder, adapter_hash, args.overwrite):
+    if is_merged(folder, adapter_hash, config.overwrite):
         print(f"{folder} is complete and was made from this adapter")
     else:
-        merge(args, student, adapter, adapter_hash, folder, folders)
+        merge(config, student, adapter, adapter_hash, folder, folders)
     repository = hub_id(student, folder.name) if args.push else None
     hub.push_folder(folder, repository, args.push, args.private)
 
@@ -92,7 +101,7 @@ def is_merged(folder: Path, adapter_hash: str, overwrite: bool) -> bool:
 
 
 def merge(
-    args: argparse.Namespace,
+    config: Merging,
     student: students.StudentRun,
     adapter: Path,
     adapter_hash: str,
@@ -104,16 +113,16 @@ def merge(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     merging.merge(student.model, adapter, partial, student.revision)
-    divergence = compare(student, adapter, partial, checked_rows(student, folders), args.device)
+    divergence = compare(student, adapter, partial, checked_rows(student, folders), config.device)
     print(
         f"KL from base + adapter over {divergence.n_tokens} tokens: merged {divergence.merged:.2g}, base "
         f"{divergence.base:.2g} nats; {divergence.agreement:.2%} of next tokens agree"
     )
-    refuse_if_apart(divergence, args.max_kl, partial)
+    refuse_if_apart(divergence, config.max_kl, partial)
     write_atomically(partial / "README.md", model_card(student, divergence))
     write_manifest(
         partial / "run.json",
-        vars(args),
+        settings_of(student, config),
         adapter_hash=adapter_hash,
         base_hash=weights_hash(students.resolve_model(student.model, student.revision)),
         check=divergence._asdict(),

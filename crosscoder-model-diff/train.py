@@ -28,27 +28,26 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from crosscoder.dictionaries.checkpoint import load_dictionary
-from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
-from crosscoder.flags import add_method_flags, given_settings
+from crosscoder.dictionaries.config import CrosscoderConfig, Method, TrainingConfig
 from crosscoder.names import (
+    CrosscoderChoice,
     add_activation_flags,
-    add_crosscoder_flags,
     add_push_flags,
     choice_from_args,
     crosscoder_folder,
     find_folder,
     hub_id,
-    name_of_method,
     require_push,
 )
 from crosscoder.training.run_log import RunLog
 from crosscoder.training.sizing import NOT_REPRODUCED, PUBLISHED, sized_configs
 from finqa.models import hub, students
+from finqa.runtime.command_line import add_flags, flag, from_args, given, script_parser, settings_of
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.manifest import write_json, write_manifest
 from finqa.runtime.paths import Folders
@@ -61,95 +60,105 @@ if TYPE_CHECKING:
     from crosscoder.training.report import CrosscoderReport
 
 
+@dataclass(frozen=True)
+class Running:
+    """How a run is carried out; none of it changes the dictionary that is meant, but for a preset."""
+
+    preset: Literal["published"] | None = flag(None, help="Settings of the published run, where no flag gives others")
+    device: str | None = flag(None, shown="a GPU where there is one", help="Torch device")
+    store: Literal["auto", "gpu", "memory", "disk"] = flag("auto", help="Where the activations are held")
+    step: Literal["auto", "autograd", "by-hand"] = flag("auto", shown="by hand on a GPU")
+    """How gradients are computed: by torch's autograd, or by the fused backward pass."""
+    log_every: int = flag(50, metavar="STEPS", help="Steps between two records of the log")
+    checkpoint_every_s: float = flag(60.0, "--checkpoint-every", metavar="SECONDS")
+    """Time between two checkpoints of the training state."""
+    overwrite: bool = flag(False, help="Replace a crosscoder of other settings or data")
+    wandb_project: str = flag("crosscoder", metavar="NAME")
+    """Project on wandb (WANDB_MODE=offline|online|disabled decides where it logs)."""
+    wandb_entity: str | None = flag(None, metavar="NAME", help="User or team on wandb")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: what is trained, on what, how, and where it is written."""
+
+    name: str
+    crosscoder: CrosscoderConfig
+    training: TrainingConfig
+    running: Running
+    store: ActivationStore
+    folder: Path
+    """Of the checkpoint."""
+    results: Path
+    device: str
+    ranks: Ranks
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        return {"crosscoder": asdict(self.crosscoder), "training": asdict(self.training)}
+
+
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add_activation_flags(parser)
-    add_crosscoder_flags(parser)
     add_push_flags(parser, "crosscoder")
-    add_method_flags(parser)
-    group = parser.add_argument_group("running")
-    add = group.add_argument
-    add("--device", help="torch device (default: a GPU where there is one)")
-    add("--store", choices=("auto", "gpu", "memory", "disk"), default="auto", help="where activations are held")
-    add("--step", choices=("auto", "autograd", "by-hand"), default="auto", help="(default: by hand on a GPU)")
-    add("--log-every", type=int, default=50, metavar="STEPS")
-    add("--checkpoint-every", type=float, default=60.0, metavar="SECONDS")
-    add("--overwrite", action="store_true", help="replace a crosscoder of other settings or data")
-    add("--wandb-project", default="crosscoder", help="(WANDB_MODE=offline|online|disabled decides where it logs)")
-    add("--wandb-entity")
+    dictionary, loss = parser.add_argument_group("dictionary"), parser.add_argument_group("loss")
+    add_flags(dictionary, CrosscoderChoice)
+    add_flags(dictionary, CrosscoderConfig)
+    add_flags(loss, TrainingConfig, group="loss")
+    add_flags(parser.add_argument_group("training"), TrainingConfig, group="")
+    add_flags(parser.add_argument_group("running"), Running)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    choice, folders = choice_from_args(args), Folders.from_args(args)
-    name = args.name or name_of_method(choice.crosscoder_name, args.method)
-    folder, results = crosscoder_folder(folders, name), args.results_dir / name
-
+    choice, named, folders = choice_from_args(args), from_args(CrosscoderChoice, args), Folders.from_args(args)
+    name, running = named.name_on(choice), from_args(Running, args)
     require_push(args, choice.student, name)
-    recorded = find_folder(
-        folders.activations(choice.name),
-        choice.student,
-        "config.json",
-        "activation set",
-        choice.command("collect_activations.py"),
-    )
-    store = open_store(recorded)
-    crosscoder, training = configs(args, store)
-    device = args.device or students.default_device()
-    ranks = process_ranks(device)
-    hold(store, crosscoder, training, args, device, ranks)
-    if args.overwrite and ranks.is_main:
+    command = choice.command("collect_activations.py")
+    recorded = find_folder(folders.activations(choice.name), choice.student, "config.json", "activation set", command)
+
+    # Only now, so that what is missing is said at once.
+    from crosscoder.activations.store import ActivationStore
+    from crosscoder.dictionaries.ranks import ranks_from_environment
+    from crosscoder.training.report import crosscoder_report
+
+    store = ActivationStore(recorded, place="disk")
+    print(f"{len(store):,} tokens of {len(store.documents)} documents from {recorded}", flush=True)
+    crosscoder, training = configs(args, named.method, running, store)
+    device = running.device or students.default_device()
+    folder, results = crosscoder_folder(folders, name), named.results_dir / name
+    run = Run(name, crosscoder, training, running, store, folder, results, device, ranks_from_environment(device))
+    hold(run)
+    if running.overwrite and run.ranks.is_main:
         shutil.rmtree(folder, ignore_errors=True)
-    ranks.wait()
+    run.ranks.wait()
     with RunLog(results / "log.jsonl") as log:
-        model = trained_already(folder, crosscoder, training, store)
-        if model is None:
-            model = train(args, crosscoder, training, store, folder, log, name, device, ranks)
-    if not ranks.is_main:
+        model = trained_already(run) or train(run, log)
+    if not run.ranks.is_main:
         return
-    model = model.to(device)
-    report = evaluate(model, store, training, log)
-    write_results(args, results, report, crosscoder, training, store, log)
-    print(summary(report, crosscoder, folder, results))
+    split = store.split(training.held_out_fraction, training.split_seed)
+    report = crosscoder_report(model.to(device), store, split, log.records)
+    write_results(run, report, log, settings_of(choice, named, running))
+    print(summary(run, report))
     hub.push_folder(folder, hub_id(choice.student, name) if args.push else None, args.push, args.private)
 
 
-def open_store(folder: Path) -> ActivationStore:
-    """The set as it lies on disk; a plan decides where it is held."""
-    from crosscoder.activations.store import ActivationStore
-
-    store = ActivationStore(folder, place="disk")
-    print(f"{len(store):,} tokens of {len(store.documents)} documents from {folder}", flush=True)
-    return store
-
-
-def process_ranks(device: str) -> Ranks:
-    """This process among those of torchrun."""
-    from crosscoder.dictionaries.ranks import ranks_from_environment
-
-    return ranks_from_environment(device)
-
-
-def configs(args: argparse.Namespace, store: ActivationStore) -> tuple[CrosscoderConfig, TrainingConfig]:
+def configs(
+    args: argparse.Namespace, method: Method, running: Running, store: ActivationStore
+) -> tuple[CrosscoderConfig, TrainingConfig]:
     """What the flags say, then the preset, and for the rest what suits the width and number of the activations."""
-    given = given_settings(args)
-    if args.preset == "published":
-        given = PUBLISHED | given
+    settings = given(CrosscoderConfig, args) | given(TrainingConfig, args)
+    if running.preset == "published":
+        settings = PUBLISHED | settings
         print("not as in the published run: " + "; ".join(NOT_REPRODUCED), flush=True)
-    held_out = given.get("held_out_fraction", TrainingConfig.held_out_fraction)
+    held_out = settings.get("held_out_fraction", TrainingConfig.held_out_fraction)
     n_tokens = len(store.split(held_out, TrainingConfig.split_seed).train)
-    return sized_configs(store.config.d_model, n_tokens, args.method, **given)
+    return sized_configs(store.config.d_model, n_tokens, method, **settings)
 
 
-def hold(
-    store: ActivationStore,
-    crosscoder: CrosscoderConfig,
-    training: TrainingConfig,
-    args: argparse.Namespace,
-    device: str,
-    ranks: Ranks,
-) -> None:
+def hold(run: Run) -> None:
     """Print the plan, and hold the activations where it puts them; UserError where the run does not fit."""
     import torch
 
@@ -157,53 +166,54 @@ def hold(
     from crosscoder.training.step import product_dtype
     from crosscoder.training.step_choice import not_by_hand
 
-    by_hand = args.step != "autograd" and not_by_hand(crosscoder, training, torch.device(device), ranks) is None
-    product_bytes = product_dtype(training, torch.device(device)).itemsize
-    need = training_need(crosscoder, training, by_hand, product_bytes, ranks.world)
-    store.move(plan_training(store, need, device, args.store, ranks.world), device)
+    device = torch.device(run.device)
+    reason = not_by_hand(run.crosscoder, run.training, device, run.ranks)
+    by_hand = run.running.step != "autograd" and reason is None
+    product_bytes = product_dtype(run.training, device).itemsize
+    need = training_need(run.crosscoder, run.training, by_hand, product_bytes, run.ranks.world)
+    run.store.move(plan_training(run.store, need, run.device, run.running.store, run.ranks.world), run.device)
 
 
-def trained_already(
-    folder: Path, crosscoder: CrosscoderConfig, training: TrainingConfig, store: ActivationStore
-) -> BatchTopKCrosscoder | None:
-    """The finished crosscoder of these settings and data; UserError where `folder` holds another."""
+def trained_already(run: Run) -> BatchTopKCrosscoder | None:
+    """The finished crosscoder of these settings and data; UserError where the folder holds another."""
     from crosscoder.dictionaries.checkpoint import CONFIG_FILE, read_config
 
-    if not (folder / CONFIG_FILE).exists():
+    if not (run.folder / CONFIG_FILE).exists():
         return None
-    found = read_config(folder)
-    same_data = found.activations.get("fingerprint") == store.config.recorded.get("fingerprint")
-    if (found.crosscoder, found.training) != (crosscoder, training) or not same_data:
-        raise UserError(f"{folder} holds a crosscoder of other settings or data; give --name, or --overwrite it")
-    print(f"{folder} is trained with these settings already")
-    return load_dictionary(folder)
+    found = read_config(run.folder)
+    same_data = found.activations.get("fingerprint") == run.store.config.recorded.get("fingerprint")
+    if (found.crosscoder, found.training) != (run.crosscoder, run.training) or not same_data:
+        raise UserError(f"{run.folder} holds a crosscoder of other settings or data; give --name, or --overwrite it")
+    print(f"{run.folder} is trained with these settings already")
+    return load_dictionary(run.folder)
 
 
-def train(
-    args: argparse.Namespace,
-    crosscoder: CrosscoderConfig,
-    training: TrainingConfig,
-    store: ActivationStore,
-    folder: Path,
-    log: RunLog,
-    name: str,
-    device: str,
-    ranks: Ranks,
-) -> BatchTopKCrosscoder:
+def train(run: Run, log: RunLog) -> BatchTopKCrosscoder:
     import torch
 
     from crosscoder.dictionaries.methods import new_dictionary
     from crosscoder.training.step_choice import not_by_hand
     from crosscoder.training.trainer import Trainer
 
+    crosscoder, training, running, ranks = run.crosscoder, run.training, run.running, run.ranks
     generator = torch.Generator().manual_seed(training.seed)
     model = new_dictionary(crosscoder, training.decoder_norm, generator, training.directions)
-    options = {"log_every": args.log_every, "checkpoint_every_s": args.checkpoint_every, "step": args.step}
-    trainer = Trainer(model, store, training, folder, log.add, **options, device=device, ranks=ranks)
+    trainer = Trainer(
+        model,
+        run.store,
+        training,
+        run.folder,
+        log.add,
+        running.log_every,
+        running.checkpoint_every_s,
+        run.device,
+        ranks,
+        running.step,
+    )
     if not ranks.is_main:
         return trainer.fit()
     processes = f", {ranks.world} processes" if ranks.world > 1 else ""
-    reason = "as asked" if args.step == "autograd" else not_by_hand(crosscoder, training, trainer.device, ranks)
+    reason = "as asked" if running.step == "autograd" else not_by_hand(crosscoder, training, trainer.device, ranks)
     steps = f"steps by autograd ({reason})" if reason else "steps by hand"
     print(
         f"{crosscoder.method}: {crosscoder.n_latents:,} latents, k {crosscoder.k}, {crosscoder.n_inputs} x "
@@ -211,61 +221,45 @@ def train(
         f"({training.epochs:g} passes) on {trainer.device}{processes}; {steps}",
         flush=True,
     )
-    both = {"crosscoder": asdict(crosscoder), "training": asdict(training)}
-    with wandb_run(args.wandb_project, args.wandb_entity, name, both, args.results_dir / name) as log.wandb_run:
+    tracked = wandb_run(running.wandb_project, running.wandb_entity, run.name, run.settings, run.results)
+    with tracked as log.wandb_run:
         log.start_progress(trainer.total_steps)
         return trainer.fit()
 
 
-def evaluate(
-    model: BatchTopKCrosscoder, store: ActivationStore, training: TrainingConfig, log: RunLog
-) -> CrosscoderReport:
-    from crosscoder.training.report import crosscoder_report
-
-    return crosscoder_report(model, store, store.split(training.held_out_fraction, training.split_seed), log.records)
-
-
-def write_results(
-    args: argparse.Namespace,
-    results: Path,
-    report: CrosscoderReport,
-    crosscoder: CrosscoderConfig,
-    training: TrainingConfig,
-    store: ActivationStore,
-    log: RunLog,
-) -> None:
+def write_results(run: Run, report: CrosscoderReport, log: RunLog, flags: dict[str, Any]) -> None:
     """metrics.json, the figure of the log, and the run manifest."""
     from crosscoder.analysis.figures import save_figure, training_figure
 
     held_out, on_training = report.held_out._asdict(), report.training._asdict()
-    write_json(results / "metrics.json", asdict(report) | {"held_out": held_out, "training": on_training})
-    save_figure(training_figure(log.records), results / "training")
+    write_json(run.results / "metrics.json", asdict(report) | {"held_out": held_out, "training": on_training})
+    save_figure(training_figure(log.records), run.results / "training")
     write_manifest(
-        results / "run.json",
-        vars(args),
-        seed=training.seed,
-        crosscoder=asdict(crosscoder),
-        training=asdict(training),
-        activations=store.config.recorded,
+        run.results / "run.json",
+        flags,
+        seed=run.training.seed,
+        **run.settings,
+        activations=run.store.config.recorded,
         seconds=round(log.seconds, 1),
     )
 
 
-def summary(report: CrosscoderReport, crosscoder: CrosscoderConfig, folder: Path, results: Path) -> str:
+def summary(run: Run, report: CrosscoderReport) -> str:
     """The last lines of the run."""
     from crosscoder.analysis.latent_scaling import meet_lines
 
     held_out = report.held_out
     parts = {"instruct": held_out.instruct, "fine-tuned": held_out.fine_tuned, "difference": held_out.difference}
     explained = ", ".join(f"{part} {value:.4f}" for part, value in parts.items() if value is not None)
+    k = run.crosscoder.k + run.crosscoder.k_delta
     lines = [
-        f"held-out explained variance: {explained}, at L0 {held_out.l0:.1f} (k {crosscoder.k + crosscoder.k_delta}), "
+        f"held-out explained variance: {explained}, at L0 {held_out.l0:.1f} (k {k}), "
         f"on {report.n_held_out_documents} documents",
         f"latents: {report.dead_share:.1%} dead"
         + "".join(f", {count} {kind}" for kind, count in (report.classes or {}).items()),
     ]
     lines += meet_lines(report.latent_scaling or {})
-    return "\n".join([*lines, f"checkpoint in {folder}, results in {results}"])
+    return "\n".join([*lines, f"checkpoint in {run.folder}, results in {run.results}"])
 
 
 if __name__ == "__main__":

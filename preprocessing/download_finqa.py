@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from finqa.runtime.command_line import script_parser
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.paths import SPLITS, Folders, add_folder_flags, chosen_splits
 
@@ -160,9 +161,9 @@ def fetch_once(url: str, part: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--split", choices=(*SPLITS, "all"), default="all")
-    parser.add_argument("--url-base", default=URL_BASE, help="folder on the web that holds the three files")
+    parser = script_parser(__doc__)
+    parser.add_argument("--split", choices=(*SPLITS, "all"), default="all", help="(default: %(default)s)")
+    parser.add_argument("--url-base", default=URL_BASE, help="folder on the web with the three files (%(default)s)")
     add_folder_flags(parser, results=False)
     return parser.parse_args()
 

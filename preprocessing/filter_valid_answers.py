@@ -18,26 +18,39 @@ kind (`runtime`, `cpu-time`, ...) where the program failed; `teacher-...` where 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from finqa.runtime.command_line import add_flags, flag, from_args, script_parser
 from finqa.runtime.errors import report_errors
 from finqa.runtime.manifest import file_hash, write_manifest
-from finqa.runtime.paths import SPLITS, Folders, add_folder_flags, chosen_splits
-from finqa.task.answers import RULES, Rule, match
-from finqa.task.datasets import dataset
+from finqa.runtime.paths import Folders, add_folder_flags
+from finqa.task.answers import Rule, match
 from finqa.task.records import TeacherRow, read_teacher_rows, write_rejected, write_teacher_rows
+from preprocessing.rows import Rows
 from preprocessing.run_programs import with_answers
 from preprocessing.summary import Summary, count, manifest_of, table_of_reasons
 
 
+@dataclass(frozen=True)
+class Filter:
+    """How rows are judged."""
+
+    rule: Rule | None = flag(None, shown="the data set's", help="Answer rule")
+    rerun: bool = flag(False, help="Run every program again instead of believing the file")
+
+
 def main() -> None:
-    args = parse_arguments()
-    data, folders = dataset(args.dataset), Folders.from_args(args)
-    for split in chosen_splits(args.split):
-        summary = filter_split(data.name, split, folders, args.rule or data.answer_rule, args.rerun)
+    parser = script_parser(__doc__)
+    add_flags(parser, Rows)
+    add_flags(parser, Filter)
+    add_folder_flags(parser, results=False)
+    args = parser.parse_args()
+    judging, folders, (data, splits) = from_args(Filter, args), Folders.from_args(args), from_args(Rows, args).chosen
+    for split in splits:
+        summary = filter_split(data.name, split, folders, judging.rule or data.answer_rule, judging.rerun)
         print(summary, table_of_reasons(summary), sep="\n", flush=True)
 
 
@@ -79,16 +92,6 @@ def rejection(row: TeacherRow, rule: Rule) -> str:
     if match(row.actual_answer, row.expected_answer, rule):
         return ""
     return row.error_kind or ("wrong-answer" if row.actual_answer else "no-answer")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="FinQA", help="FinQA or FinQA-mini (default: %(default)s)")
-    parser.add_argument("--split", choices=(*SPLITS, "all"), default="all", help="(default: %(default)s)")
-    parser.add_argument("--rule", choices=RULES, help="answer rule (default: the data set's)")
-    parser.add_argument("--rerun", action="store_true", help="run every program again instead of believing the file")
-    add_folder_flags(parser, results=False)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -13,22 +13,26 @@ manifest names them. A second row of one id is kept as `<id>#2`.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
+from finqa.runtime.command_line import add_flags, from_args, script_parser
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.manifest import file_hash, write_manifest
-from finqa.runtime.paths import SPLITS, Folders, add_folder_flags, chosen_splits
-from finqa.task.datasets import Dataset, dataset
+from finqa.runtime.paths import Folders, add_folder_flags
+from finqa.task.datasets import Dataset
 from finqa.task.records import write_questions
+from preprocessing.rows import Rows
 from preprocessing.summary import Summary, by_reason, count, manifest_of
 
 
 def main() -> None:
-    args = parse_arguments()
-    data, folders, splits = dataset(args.dataset), Folders.from_args(args), chosen_splits(args.split)
+    parser = script_parser(__doc__)
+    add_flags(parser, Rows)
+    add_folder_flags(parser, results=False)
+    args = parser.parse_args()
+    folders, (data, splits) = Folders.from_args(args), from_args(Rows, args).chosen
     check_raw_files(data, folders, splits)
     for split in splits:
         print(preprocess_split(data, split, folders), flush=True)
@@ -62,14 +66,6 @@ def preprocess_split(data: Dataset, split: str, folders: Folders) -> Summary:
         **summary.facts(),
     )
     return summary
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="FinQA", help="FinQA or FinQA-mini (default: %(default)s)")
-    parser.add_argument("--split", choices=(*SPLITS, "all"), default="all", help="(default: %(default)s)")
-    add_folder_flags(parser, results=False)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -43,60 +43,88 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from finqa.runtime.command_line import add_flags, at_least_one, flag, from_args, script_parser
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.manifest import file_hash, write_manifest
-from finqa.runtime.paths import SPLITS, Folders, add_folder_flags, chosen_splits
-from finqa.task.datasets import Dataset, dataset
-from finqa.task.program_compiler import PROGRAM_STYLES
+from finqa.runtime.paths import Folders, add_folder_flags
+from finqa.task.datasets import Dataset
+from finqa.task.program_compiler import ProgramStyle
 from finqa.task.prompts import training_prompt
 from finqa.task.records import Question, TeacherRow, read_questions, read_teacher_rows, write_teacher_rows
+from preprocessing.rows import Rows
 from preprocessing.run_programs import with_answers
 from preprocessing.summary import Summary, by_reason, count, manifest_of
-from preprocessing.teacher.batch_teacher import BatchTeacher
-from preprocessing.teacher.batches import REQUESTS_A_BATCH
-from preprocessing.teacher.config import add_teacher_flags, config_from
+from preprocessing.teacher.batch.batches import REQUESTS_A_BATCH
+from preprocessing.teacher.batch.teacher import BatchTeacher
+from preprocessing.teacher.config import OpenAITeacherConfig, config_from
 from preprocessing.teacher.openai_teacher import OpenAITeacher
 from preprocessing.teacher.teachers import ProgramTeacher, Reply, Teacher
 
 
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {value:g}")
+    return value
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Which teacher writes the programs, and how far it goes."""
+
+    teacher: Literal["openai", "program"] = flag("openai", help="Who writes the programs")
+    style: ProgramStyle | None = flag(None, shown="named", help="How the programs of --teacher program are written")
+    limit: int | None = flag(None, type=at_least_one, help="Only the first N questions of each split")
+    max_failed_share: float = flag(0.2, type=share, metavar="SHARE")
+    """Rows without a program, as a share, above which the exit code is not zero."""
+    dry_run: bool = flag(False, help="Print the first prompt and the estimate; send and write nothing")
+    batch: Literal["submit", "status", "fetch"] | None = flag(None)
+    """Go through the Batch API instead of single requests."""
+    batch_requests: int = flag(REQUESTS_A_BATCH, type=at_least_one, metavar="REQUESTS")
+    """Requests in one batch, at most."""
+
+
 def main() -> None:
     args = parse_arguments()
-    config_from(args)  # A flag out of range is said before anything else.
-    data, folders, splits = dataset(args.dataset), Folders.from_args(args), chosen_splits(args.split)
+    asking, config = from_args(Asking, args), config_from(args)
+    folders, (data, splits) = Folders.from_args(args), from_args(Rows, args).chosen
     questions = {split: read_questions(folders.clean(data.name, split)) for split in splits}
+    journals = {split: journal_of(folders.generated(data.name, split)) for split in splits}
     errors: list[UserError] = []
     for split in splits:
-        chosen, whole = questions[split][: args.limit], len(questions[split])
-        teacher = make_teacher(args, data, split, folders)
-        if args.dry_run:
+        chosen, whole = questions[split][: asking.limit], len(questions[split])
+        teacher = make_teacher(asking, config, data, split, journals)
+        if asking.dry_run:
             print(f"{data.name} {split}: {teacher.dry_run(chosen, show_prompt=split == splits[0])}", flush=True)
-        elif isinstance(teacher, BatchTeacher) and args.batch == "submit":
-            print(f"{data.name} {split}: {teacher.submit(chosen, args.batch_requests)}", flush=True)
-        elif isinstance(teacher, BatchTeacher) and args.batch == "status":
+        elif isinstance(teacher, BatchTeacher) and asking.batch == "submit":
+            print(f"{data.name} {split}: {teacher.submit(chosen, asking.batch_requests)}", flush=True)
+        elif isinstance(teacher, BatchTeacher) and asking.batch == "status":
             print(f"{data.name} {split}: {teacher.status()}", flush=True)
         else:
             try:
                 check_not_shortened(folders.generated(data.name, split), len(chosen), whole)
-                process_finqa_samples(data, split, folders, chosen, teacher, args.max_failed_share, of_rows=whole)
+                process_finqa_samples(data, split, folders, chosen, teacher, asking.max_failed_share, of_rows=whole)
             except UserError as error:
-                if not args.batch:
+                if not asking.batch:
                     raise
                 errors.append(error)  # The batches of the other splits can be fetched all the same.
     if errors:
         raise UserError("; ".join(map(str, errors)))
 
 
-def make_teacher(args: argparse.Namespace, data: Dataset, split: str, folders: Folders) -> Teacher:
-    """The teacher that the flags name; an OpenAI teacher keeps its journal beside the split's output."""
-    if args.teacher == "program":
-        return ProgramTeacher(args.style or "named")
-    journals = {s: journal_of(folders.generated(data.name, s)) for s in chosen_splits(args.split)}
-    teacher = OpenAITeacher(
-        config_from(args), data.worked_examples, journals[split], data.answer_rule, paid_in=journals.values()
-    )
-    return BatchTeacher(teacher) if args.batch else teacher
+def make_teacher(
+    asking: Asking, config: OpenAITeacherConfig, data: Dataset, split: str, journals: dict[str, Path]
+) -> Teacher:
+    """The teacher that is asked for; an OpenAI teacher has a journal for each of the chosen splits."""
+    if asking.teacher == "program":
+        return ProgramTeacher(asking.style or "named")
+    paid_in = journals.values()
+    teacher = OpenAITeacher(config, data.worked_examples, journals[split], data.answer_rule, paid_in=paid_in)
+    return BatchTeacher(teacher) if asking.batch else teacher
 
 
 def journal_of(output: Path) -> Path:
@@ -187,46 +215,18 @@ def teacher_row(question: Question, reply: Reply) -> TeacherRow:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="FinQA", help="FinQA or FinQA-mini (default: %(default)s)")
-    parser.add_argument("--split", choices=(*SPLITS, "all"), default="all", help="(default: %(default)s)")
-    parser.add_argument("--teacher", choices=("openai", "program"), default="openai", help="(default: %(default)s)")
-    parser.add_argument("--style", choices=PROGRAM_STYLES, help="of --teacher program (default: named)")
-    parser.add_argument("--limit", type=at_least_one, help="only the first N questions of each split")
-    parser.add_argument(
-        "--max-failed-share", type=share, default=0.2, help="of rows without a program (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the first prompt and the estimate; send and write nothing"
-    )
-    parser.add_argument(
-        "--batch", choices=("submit", "status", "fetch"), help="go through the Batch API instead of single requests"
-    )
-    parser.add_argument(
-        "--batch-requests", type=at_least_one, default=REQUESTS_A_BATCH, help="of one batch (default: %(default)s)"
-    )
-    add_teacher_flags(parser)
+    parser = script_parser(__doc__)
+    add_flags(parser, Rows)
+    add_flags(parser, Asking)
+    add_flags(parser.add_argument_group("the OpenAI teacher"), OpenAITeacherConfig)
     add_folder_flags(parser, results=False)
     args = parser.parse_args()
-    if args.batch and args.teacher != "openai":
+    asking = from_args(Asking, args)
+    if asking.batch and asking.teacher != "openai":
         parser.error("--batch needs --teacher openai")
-    if args.style and args.teacher != "program":
+    if asking.style and asking.teacher != "program":
         parser.error("--style needs --teacher program")
     return args
-
-
-def at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {value:g}")
-    return value
 
 
 if __name__ == "__main__":

@@ -14,12 +14,14 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
+from crosscoder.dictionaries.config import CrosscoderConfig, Method
 from finqa.models import hub
 from finqa.models.students import StudentRun, add_student_flags, local_model, student_from_args
+from finqa.runtime.command_line import add_flags, flag, from_args, given, words_of
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import REPOSITORY, SPLITS, Folders, add_folder_flags
+from finqa.runtime.paths import REPOSITORY, Folders, SplitOrAll, add_folder_flags
 
 Site = Literal["attention", "mlp", "residual"]
 SITES: tuple[Site, ...] = get_args(Site)
@@ -36,21 +38,22 @@ class ActivationChoice:
     """Which activations of a student and its base: decides an activation set's name."""
 
     student: StudentRun
-    split: str = "test"
+    split: SplitOrAll = flag("test")
     """One of the splits, or `all` of them."""
-    num_samples: int = 1024
+    num_samples: int = flag(1024, metavar="DOCUMENTS")
     """Documents, from the top of the filtered rows."""
-    layer: int | None = None
-    """Counted from 1; None is the default for the model's depth (`default_layer`)."""
-    site: Site = "mlp"
+    layer: int | None = flag(None, shown="17 of 32, or nearest to that share")
+    """Layer that is read, counted from 1."""
+    site: Site = flag("mlp")
     """Output of the MLP, of the attention block, or of the whole layer."""
-    raw: bool = False
-    """Prompt and program are joined without the chat template."""
-    merged: bool = False
-    """The fine-tuned model is the merged one, not base + adapter."""
-    keep_bos: bool = False
-    against: str | None = None
-    """Run name of another fine-tune of the same base that takes the instruct model's place; None is the base."""
+    raw: bool = flag(False)
+    """Join prompt and program without the chat template."""
+    merged: bool = flag(False)
+    """Use the merged model in place of base + adapter."""
+    keep_bos: bool = flag(False)
+    """Keep the first token, whose activation is an outlier."""
+    against: str | None = flag(None, metavar="RUN_NAME", shown="the base model itself")
+    """Run name of another fine-tune that takes the base model's place ('': the one without a name)."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 2:
@@ -103,15 +106,20 @@ class ActivationChoice:
         student = self.student
         words = [f"python {script}", student.dataset, student.model]
         words += [student.given_hf_name] if student.given_hf_name else []
-        words += [f"--run-name {student.run_name}"] if student.run_name else []
-        words += [f"--split {self.split}"] if self.split != "test" else []
-        words += [f"--num-samples {self.num_samples}"] if self.num_samples != 1024 else []
-        words += [f"--layer {self.layer}"] if self.layer is not None else []
-        words += [f"--site {self.site}"] if self.site != "mlp" else []
-        words += [f"--{word}" for word, chosen in (("raw", self.raw), ("merged", self.merged)) if chosen]
-        words += ["--keep-bos"] if self.keep_bos else []
-        words += [f"--against {self.against or repr('')}"] if self.against is not None else []
-        return " ".join(words)
+        return " ".join([*words, *student.flags(), *words_of(self)])
+
+
+@dataclass(frozen=True)
+class CrosscoderChoice:
+    """Which crosscoder of an activation set, and where its results are."""
+
+    method: Method = flag(CrosscoderConfig.method, help="What kind of dictionary it is")
+    name: str | None = flag(None, shown="<short model name>_<n>_samples_<method>", help="Name of the crosscoder")
+    results_dir: Path = flag(DEFAULT_RESULTS, help="Folder of its figures and tables, each crosscoder's below its name")
+
+    def name_on(self, activations: ActivationChoice) -> str:
+        """The name that was given, else the default one on these activations."""
+        return self.name or name_of_method(activations.crosscoder_name, self.method)
 
 
 def add_activation_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -121,36 +129,16 @@ def add_activation_flags(parser: argparse.ArgumentParser, several: bool = False)
     """
     add_student_flags(parser)
     group = parser.add_argument_group("activations (these shape the name of the activation set)")
-    add = group.add_argument
-    add("--split", choices=(*SPLITS, "all"), default="test", help="(default: %(default)s)")
-    add("--num-samples", type=int, default=1024, help="documents, from the top of the filtered rows (default: 1024)")
-    many: dict[str, Any] = {"nargs": "+"} if several else {}
-    one_or_more = "one or more, " if several else ""
-    add("--layer", type=int, **many, help=f"{one_or_more}counted from 1 (default: 17 of 32, or nearest to that share)")
-    add("--site", choices=SITES, default="mlp", **many, help=f"{one_or_more}of whose output is read (default: mlp)")
-    add("--raw", action="store_true", help="join prompt and program without the chat template")
-    add("--merged", action="store_true", help="use the merged model instead of base + adapter")
-    add("--keep-bos", action="store_true", help="keep the first token, whose activation is an outlier")
-    add(
-        "--against", metavar="RUN_NAME", help="another fine-tune in the base model's place ('': the one without a name)"
-    )
+    add_flags(group, ActivationChoice, several=("layer", "site") if several else ())
     add_folder_flags(parser, results=False)
-
-
-def add_crosscoder_flags(parser: argparse.ArgumentParser) -> None:
-    """The name of a crosscoder and the folder of its results."""
-    parser.add_argument("--name", help="of the crosscoder (default: <short model name>_<n>_samples_batchtopk)")
-    parser.add_argument(
-        "--results-dir", type=Path, default=DEFAULT_RESULTS, help="figures and tables (default: %(default)s)"
-    )
 
 
 def add_push_flags(parser: argparse.ArgumentParser, what: str) -> None:
     """--push, --no-push and --private; what these scripts make is pushed only when asked for."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--push", action="store_true", help=f"upload the {what} to the Hub")
-    group.add_argument("--no-push", dest="push", action="store_false", help="keep it here (the default)")
-    parser.add_argument("--private", action="store_true", help="make the Hub repository private")
+    group.add_argument("--push", action="store_true", help=f"Upload the {what} to the Hub")
+    group.add_argument("--no-push", dest="push", action="store_false", help="Keep it here (the default)")
+    parser.add_argument("--private", action="store_true", help="Make the Hub repository private")
 
 
 def require_push(args: argparse.Namespace, student: StudentRun, name: str) -> None:
@@ -162,26 +150,15 @@ def require_push(args: argparse.Namespace, student: StudentRun, name: str) -> No
 
 def choice_from_args(args: argparse.Namespace) -> ActivationChoice:
     """The choice that the flags of `add_activation_flags` describe."""
-    return ActivationChoice(
-        student=student_from_args(args),
-        split=args.split,
-        num_samples=args.num_samples,
-        layer=args.layer,
-        site=args.site,
-        raw=args.raw,
-        merged=args.merged,
-        keep_bos=args.keep_bos,
-        against=args.against,
-    )
+    return from_args(ActivationChoice, args, student=student_from_args(args))
 
 
 def choices_from_args(args: argparse.Namespace) -> list[ActivationChoice]:
     """A choice for every combination of the layers and sites that are given, each once."""
-    layers = args.layer if isinstance(args.layer, list) else [args.layer]
-    sites = args.site if isinstance(args.site, list) else [args.site]
-    first = choice_from_args(argparse.Namespace(**{**vars(args), "layer": layers[0], "site": sites[0]}))
+    asked, student = given(ActivationChoice, args), student_from_args(args)
+    layers, sites = asked.pop("layer", (None,)), asked.pop("site", ("mlp",))
     pairs = dict.fromkeys((layer, site) for layer in layers for site in sites)
-    return [replace(first, layer=layer, site=site) for layer, site in pairs]
+    return [ActivationChoice(student, **asked, layer=layer, site=site) for layer, site in pairs]
 
 
 def default_layer(depth: int) -> int:

@@ -6,20 +6,18 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from crosscoder.dictionaries.checkpoint import load_dictionary
-from crosscoder.dictionaries.config import Method
 from crosscoder.names import (
-    ActivationChoice,
+    CrosscoderChoice,
     add_activation_flags,
-    add_crosscoder_flags,
     choice_from_args,
     crosscoder_folder,
     find_folder,
-    name_of_method,
 )
 from finqa.models import students
+from finqa.runtime.command_line import add_flags, flag, from_args, words_of
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import Folders
 
@@ -52,9 +50,10 @@ class Reading:
 class ReadingConfig:
     """How a dictionary is read, and what goes into the table of its most changed latents."""
 
-    n_most_changed: int = 20
-    min_frequency: float = 1e-4
-    """A latent that is active on a smaller share of the tokens is left out of that table: too few examples to read."""
+    n_most_changed: int = flag(20, "--most-changed", metavar="LATENTS")
+    """Latents in that table."""
+    min_frequency: float = flag(1e-4, metavar="SHARE")
+    """Share of the tokens, at or below which a latent is left out of that table: too few examples to read."""
     batch_size: int = 4096
 
     def __post_init__(self) -> None:
@@ -67,8 +66,7 @@ class ReadingConfig:
 def add_reading_flags(parser: argparse.ArgumentParser) -> None:
     """The names and flags of train.py that say which dictionary is read."""
     add_activation_flags(parser)
-    add_crosscoder_flags(parser)
-    parser.add_argument("--method", choices=get_args(Method), default="batchtopk", help="(default: batchtopk)")
+    add_flags(parser.add_argument_group("crosscoder"), CrosscoderChoice)
 
 
 def open_reading(arguments: Sequence[str] = ()) -> Reading:
@@ -84,11 +82,10 @@ def open_reading_of(args: argparse.Namespace) -> Reading:
     Crosscoder and activation set come from their local folders, else from the Hub. UserError where one is missing,
     or where the crosscoder was trained on other activations.
     """
-    choice, folders = choice_from_args(args), Folders.from_args(args)
-    name = args.name or name_of_method(choice.crosscoder_name, args.method)
-    folder = find_folder(
-        crosscoder_folder(folders, name), choice.student, "config.json", "crosscoder", _training_command(args, choice)
-    )
+    choice, crosscoder, folders = choice_from_args(args), from_args(CrosscoderChoice, args), Folders.from_args(args)
+    name = crosscoder.name_on(choice)
+    command = " ".join([choice.command("train.py"), *words_of(crosscoder, results_dir=crosscoder.results_dir)])
+    folder = find_folder(crosscoder_folder(folders, name), choice.student, "config.json", "crosscoder", command)
     command = choice.command("collect_activations.py")
     recorded = find_folder(folders.activations(choice.name), choice.student, "config.json", "activation set", command)
     # Only now, so that what is missing is said at once.
@@ -110,12 +107,5 @@ def open_reading_of(args: argparse.Namespace) -> Reading:
         split=store.split(training.held_out_fraction, training.split_seed),
         tokenizer=tokenizer,
         unembedding=read_unembedding(choice.student.model, len(tokenizer), choice.student.revision),
-        results=args.results_dir / name,
+        results=crosscoder.results_dir / name,
     )
-
-
-def _training_command(args: argparse.Namespace, choice: ActivationChoice) -> str:
-    """The command that makes the crosscoder."""
-    method = f" --method {args.method}" if args.method != "batchtopk" else ""
-    name = f" --name {args.name}" if args.name else ""
-    return choice.command("train.py") + method + name

@@ -28,6 +28,7 @@ from finqa.models.students import (
     resolve_model,
 )
 from finqa.models.weights import weights_hash
+from finqa.runtime.command_line import flag
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import file_hash, write_json, write_manifest
 from finqa.runtime.paths import Folders
@@ -47,10 +48,10 @@ class EvaluationConfig:
     splits: tuple[str, ...]
     eval_types: tuple[EvalType, ...]
     generation: GenerationConfig
-    max_rows: int | None = None
-    """The first so many rows of a split only."""
-    instruction: str | None = None
-    """What a model that was not fine-tuned is told before the prompt; None is the data set's own instruction."""
+    max_rows: int | None = flag(None, "--limit", metavar="ROWS")
+    """Evaluate on the first so many rows of a split only."""
+    instruction: str | None = flag(None, shown="the data set's own")
+    """What a model that was not fine-tuned is told before the prompt."""
     sandbox: SandboxLimits = field(default_factory=SandboxLimits)
 
     def __post_init__(self) -> None:

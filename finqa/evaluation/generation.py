@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from finqa.runtime.command_line import flag, option
 from finqa.runtime.errors import UserError
 from finqa.task.prompts import STOP
 
@@ -49,26 +50,28 @@ DEFAULT_TEMPERATURE = 0.7
 class GenerationConfig:
     """How replies are generated."""
 
-    vllm: bool
-    """vLLM, or Hugging Face generate."""
+    vllm: bool = field(metadata=option("--VLLM", "--vllm"))
+    """Generate by vLLM, not by Hugging Face."""
     max_new_tokens: int
     batch_size: int
     """Prompts in a call of Hugging Face generate; vLLM takes all at once."""
     stop: tuple[str, ...] = STOP
-    max_model_len: int | None = None
-    """Longest prompt and reply together, in tokens; None takes the model's own limit, vLLM at most 8,192."""
-    gpu_memory_utilization: float = 0.9
-    kv_cache_gb: float | None = None
-    """Keys and values that vLLM keeps, in 1e9 bytes; None: on a GPU what `gpu_memory_utilization` leaves."""
-    enforce_eager: bool = False
+    max_model_len: int | None = flag(None, metavar="TOKENS", shown="the model's own limit, with vLLM at most 8,192")
+    """Longest prompt and reply together, in tokens."""
+    gpu_memory_utilization: float = flag(0.9, metavar="SHARE")
+    """Share of the GPU's memory that vLLM may take."""
+    kv_cache_gb: float | None = flag(None, metavar="GB", shown="on a GPU what --gpu-memory-utilization leaves")
+    """Keys and values that vLLM keeps, in 1e9 bytes: for a GPU that other processes use, whose memory vLLM would take
+    for its own."""
+    enforce_eager: bool = flag(False)
     """vLLM compiles nothing and records no CUDA graphs: a shorter start, slower replies. On a CPU it is always so."""
-    tensor_parallel: int = 1
+    tensor_parallel: int = flag(1, metavar="GPUS")
     """GPUs that share one model (vLLM)."""
-    data_parallel: int = 1
-    """Engines that share the prompts, each with `tensor_parallel` GPUs of its own (vLLM)."""
-    samples: int = 1
-    """Replies to each prompt; their answers are voted on."""
-    temperature: float = 0.0
+    data_parallel: int = flag(1, metavar="ENGINES")
+    """Engines that share the prompts, each with GPUs of its own (vLLM)."""
+    samples: int = flag(1)
+    """Replies to each question, whose answers are voted on."""
+    temperature: float = flag(0.0, shown=f"0, with several samples {DEFAULT_TEMPERATURE}")
     """0 takes the likeliest token (greedy)."""
     seed: int = 3
     """Of sampling; greedy replies know none."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
+from typing import Literal
 
 from finqa.models.settings import StudentSettings, settings_for
-from finqa.models.students import StudentRun
 
-PRESETS = ("published",)
+Preset = Literal["published"]
 
 PUBLISHED = StudentSettings(
     lora_r=512,
@@ -31,21 +30,14 @@ PUBLISHED_LEARNING_RATES = {"microsoft/Orca-2-7b": 5e-5, "microsoft/Orca-2-13b":
     "microsoft/Phi-3-mini-128k-instruct": 1e-4, "microsoft/Phi-3-medium-128k-instruct": 1e-4}  # fmt: skip
 
 
-def with_preset(preset: str | None, run: StudentRun, args: argparse.Namespace) -> StudentRun:
-    """The student under a preset; what the flags of `finqa.models.students` say of it (layers, batch, epochs) stays.
-
-    What belongs to the architecture (which layers exist, the chat template) is the model's own.
-    """
-    if preset is None:
-        return run
-    own = settings_for(run.model)
-    settings = replace(
+def published_settings(model: str) -> StudentSettings:
+    """The published settings of a model. What belongs to its architecture (which layers exist, the chat template) and
+    the rows that are evaluated together are the model's own."""
+    own = settings_for(model)
+    return replace(
         PUBLISHED,
-        learning_rate=PUBLISHED_LEARNING_RATES.get(run.model, PUBLISHED.learning_rate),
-        lora_modules=run.settings.lora_modules,
+        learning_rate=PUBLISHED_LEARNING_RATES.get(model, PUBLISHED.learning_rate),
+        lora_modules=own.lora_modules,
         chat_template=own.chat_template,
-        batch_size=args.BATCH_SIZE or PUBLISHED.batch_size,
-        num_epochs=args.NUM_EPOCHS or PUBLISHED.num_epochs,
         eval_batch_size=own.eval_batch_size,
     )
-    return replace(run, settings=settings)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from finqa.runtime.command_line import flag
 from finqa.runtime.errors import UserError
 
 CHATML = (
@@ -16,6 +17,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+OWN = "the model's own"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -23,26 +25,38 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 class StudentSettings:
     """Fine-tuning and evaluation settings of one student."""
 
-    lora_modules: tuple[str, ...] = ATTENTION
+    lora_modules: tuple[str, ...] = flag(
+        ATTENTION, "-LM", "--LORA_MODULES", "--lora-modules", group="name", metavar="NAME", shown=OWN
+    )
     """Names of the linear layers that get an adapter."""
-    lora_r: int = 512
-    lora_alpha: int = 1024
-    lora_dropout: float = 0.1
-    learning_rate: float = 2.5e-5
-    lr_scheduler: str = "linear"
+    lora_r: int = flag(512, group="training")
+    """Rank of the adapter."""
+    lora_alpha: int = flag(1024, group="training")
+    """The adapter's output is multiplied by this over the rank."""
+    lora_dropout: float = flag(0.1, group="training", metavar="SHARE")
+    """Share of the adapter's inputs that are dropped in training."""
+    learning_rate: float = flag(2.5e-5, group="training")
+    """Learning rate after the warm-up."""
+    lr_scheduler: str = flag("linear", group="training", metavar="NAME")
     """Name of a transformers scheduler, run from `learning_rate` to 0 after the warm-up."""
-    warmup_steps: int = 5
-    weight_decay: float = 0.01
-    optim: str = "adamw_8bit"
+    warmup_steps: int = flag(5, group="training", metavar="UPDATES")
+    """Updates in which the learning rate rises from 0."""
+    weight_decay: float = flag(0.01, group="training")
+    """Weight decay of the optimiser."""
+    optim: str = flag("adamw_8bit", group="training", metavar="NAME")
     """Optimiser by its transformers name."""
     max_grad_norm: float = 1.0
-    batch_size: int = 1
+    batch_size: int = flag(1, "-BS", "--BATCH_SIZE", "--batch-size", group="name", metavar="ROWS", shown=OWN)
     """Rows per update and process, before gradient accumulation."""
-    num_epochs: int = 1
-    max_seq_length: int = 4096
+    num_epochs: int = flag(1, "--NUM_EPOCHS", "--num-epochs", group="name", shown=OWN)
+    """Passes over the training rows."""
+    max_seq_length: int = flag(4096, "-MSL", "--MAX_SEQ_LENGTH", "--max-seq-length", group="training", metavar="TOKENS")
     """Tokens of prompt and completion together; a longer training row is dropped."""
-    max_new_tokens: int = 1000
-    eval_batch_size: int = 8
+    max_new_tokens: int = flag(1000, group="evaluation", metavar="TOKENS", shown=OWN)
+    """Tokens of a reply, at most."""
+    eval_batch_size: int = flag(
+        8, "-EBS", "--EVAL_BATCH_SIZE", "--eval-batch-size", group="evaluation", metavar="ROWS", shown=OWN
+    )
     """Rows per generate call of the Hugging Face backend; vLLM takes all rows at once."""
     chat_template: str | None = None
     """Used only where the tokenizer brings no chat template of its own."""

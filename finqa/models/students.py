@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finqa.models import hub
 from finqa.models.settings import StudentSettings, settings_for
 from finqa.models.weights import check_base, weights_hash
+from finqa.runtime.command_line import add_flags, flag, given, option, words_of
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY, Folders
 from finqa.task import prompts
@@ -34,18 +35,24 @@ POCKET = "pocket-mistral"
 class StudentRun:
     """A base model with the choices that name its fine-tuned form on one data set."""
 
-    dataset: str
-    model: str
+    dataset: str = field(metadata=option("DATASET_NAME", shown=DEFAULT_DATASET))
+    """Data set that the student is fine-tuned on."""
+    model: str = field(metadata=option("MODEL_ID", shown=DEFAULT_MODEL))
     """Base model as the user gave it: a Hub id, a local folder, or `pocket-mistral`."""
     settings: StudentSettings
     """Settings of the model with the flags applied."""
-    peft: bool = True
-    load_in_4bit: bool = False
-    grad_accum: int = 1
-    run_name: str = ""
-    revision: str | None = None
+    peft: bool = flag(True, "-P", "--PEFT", "--peft", group="name", both_ways=True)
+    """An adapter (LoRA) is trained, not the whole model; -P for main.py, everywhere else the default."""
+    load_in_4bit: bool = flag(False, "-F", "--LOAD_IN_4BIT", "--load-in-4bit", group="name")
+    """Load the base model in 4 bits (NF4)."""
+    grad_accum: int = flag(1, "-GA", "--GRAD_ACCUM", "--grad-accum", group="name", metavar="BATCHES")
+    """Batches per update."""
+    run_name: str = flag("", group="name", metavar="NAME")
+    """Suffix that keeps runs of other settings apart."""
+    revision: str | None = flag(None, group="name")
     """Revision of the base model on the Hub."""
-    given_hf_name: str | None = None
+    given_hf_name: str | None = flag(None, "HF_NAME", shown="HF_NAME, then the logged-in user")
+    """Hub account."""
 
     def __post_init__(self) -> None:
         if self.grad_accum < 1:
@@ -83,19 +90,12 @@ class StudentRun:
     def training_command(self) -> str:
         """The command that makes this student."""
         words = ["python main.py", self.dataset, self.model, self.given_hf_name or "<HF_NAME>"]
-        words += ["-P"] if self.peft else []
-        words += ["-F"] if self.load_in_4bit else []
-        words += [f"-GA {self.grad_accum}"] if self.grad_accum > 1 else []
-        defaults = settings_for(self.model)
-        if self.settings.lora_modules != defaults.lora_modules:
-            words += ["-LM", *self.settings.lora_modules]
-        if self.settings.batch_size != defaults.batch_size:
-            words.append(f"-BS {self.settings.batch_size}")
-        if self.settings.num_epochs != defaults.num_epochs:
-            words.append(f"--NUM_EPOCHS {self.settings.num_epochs}")
-        words += [f"--run-name {self.run_name}"] if self.run_name else []
-        words += [f"--revision {self.revision}"] if self.revision else []
-        return " ".join(words)
+        return " ".join([*words, *self.flags(peft=False)])
+
+    def flags(self, **defaults: Any) -> list[str]:
+        """The flags that name this student; `defaults` are those of the script that takes them."""
+        own = vars(settings_for(self.model))
+        return words_of(self, "name", **defaults) + words_of(self.settings, "name", **own)
 
 
 def add_student_flags(parser: argparse.ArgumentParser, peft_default: bool = True) -> None:
@@ -103,45 +103,21 @@ def add_student_flags(parser: argparse.ArgumentParser, peft_default: bool = True
 
     `peft_default`: whether the student is an adapter without -P; only the training script says no.
     """
-    parser.add_argument("dataset", nargs="?", default=DEFAULT_DATASET, metavar="DATASET_NAME")
-    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL_ID", help="base model")
-    parser.add_argument(
-        "hf_name",
-        nargs="?",
-        metavar="HF_NAME",
-        help="Hub account (default: HF_NAME, then the logged-in user)",
-    )
+    add_flags(parser, StudentRun, group="")
     group = parser.add_argument_group("student (these shape the name of the fine-tuned model)")
-    add = group.add_argument
-    add("-P", "--PEFT", "--peft", action="store_true", default=peft_default, help="an adapter (LoRA)")
-    if peft_default:
-        add("--no-peft", dest="PEFT", action="store_false", help="the whole model was fine-tuned")
-    add("-LM", "--LORA_MODULES", "--lora-modules", nargs="+", metavar="NAME", help="layers with an adapter")
-    add("-BS", "--BATCH_SIZE", "--batch-size", type=int, help="rows per update and process")
-    add("--NUM_EPOCHS", "--num-epochs", type=int, help="passes over the training rows")
-    add("-F", "--LOAD_IN_4BIT", "--load-in-4bit", action="store_true", help="4-bit base model (NF4)")
-    add("-GA", "--GRAD_ACCUM", "--grad-accum", type=int, default=1, help="batches per update")
-    add("--run-name", default="", help="suffix that keeps runs of other settings apart")
-    add("--revision", help="revision of the base model on the Hub")
+    add_flags(group, StudentRun, group="name")
+    add_flags(group, StudentSettings, group="name")
+    if not peft_default:
+        parser.set_defaults(**{"StudentRun.peft": False})
 
 
-def student_from_args(args: argparse.Namespace) -> StudentRun:
-    """The student that the flags of `add_student_flags` describe."""
-    changes: dict[str, Any] = {"batch_size": args.BATCH_SIZE, "num_epochs": args.NUM_EPOCHS}
-    if args.LORA_MODULES:
-        changes["lora_modules"] = tuple(name for word in args.LORA_MODULES for name in word.split(",") if name)
-    settings = settings_for(args.model)
-    return StudentRun(
-        dataset=args.dataset,
-        model=args.model,
-        settings=replace(settings, **{name: value for name, value in changes.items() if value is not None}),
-        peft=args.PEFT,
-        load_in_4bit=args.LOAD_IN_4BIT,
-        grad_accum=args.GRAD_ACCUM,
-        run_name=args.run_name,
-        revision=args.revision,
-        given_hf_name=args.hf_name,
-    )
+def student_from_args(args: argparse.Namespace, base: StudentSettings | None = None) -> StudentRun:
+    """The student that the flags describe; what they say of its settings is applied to `base`, or the model's own."""
+    changes = given(StudentSettings, args)
+    if "lora_modules" in changes:
+        changes["lora_modules"] = tuple(name for word in changes["lora_modules"] for name in word.split(",") if name)
+    names: dict[str, Any] = {"dataset": DEFAULT_DATASET, "model": DEFAULT_MODEL} | given(StudentRun, args)
+    return StudentRun(**names, settings=replace(base or settings_for(names["model"]), **changes))
 
 
 def local_model(name: str) -> Path | None:

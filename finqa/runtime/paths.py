@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 """Root of the repository; the default folders lie below it, whatever the current folder is."""
 
-SPLITS = ("train", "dev", "test")
+Split = Literal["train", "dev", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+SplitOrAll = Literal["train", "dev", "test", "all"]
 SHIPPED_DATA = REPOSITORY / "data"
 """Holds FinQA-mini and pocket-mistral, which are valid names with any --data-dir."""
 
@@ -67,10 +70,10 @@ class Folders:
 
 def add_folder_flags(parser: argparse.ArgumentParser, results: bool = True) -> None:
     """Add --data-dir and, with `results`, --results-dir; what the user gives is relative to the current folder."""
-    parser.add_argument("--data-dir", type=Path, default=Folders.data, help="data folder (default: %(default)s)")
+    parser.add_argument("--data-dir", type=Path, default=Folders.data, help="Data folder (default: %(default)s)")
     if results:
         parser.add_argument(
-            "--results-dir", type=Path, default=Folders.results, help="results folder (default: %(default)s)"
+            "--results-dir", type=Path, default=Folders.results, help="Results folder (default: %(default)s)"
         )
     else:
         parser.set_defaults(results_dir=Folders.results)

@@ -24,10 +24,11 @@ from finqa.models.students import (
 )
 from finqa.models.weights import weights_hash
 from finqa.runtime import parallel
+from finqa.runtime.command_line import flag
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import file_hash, write_json, write_manifest
-from finqa.runtime.paths import Folders
 from finqa.runtime.memory.plan import plan_training
+from finqa.runtime.paths import Folders
 from finqa.runtime.tracking import wandb_run
 from finqa.training.checkpoints import UNFINISHED, drop_damaged, last_checkpoint, told_when_full
 from finqa.training.figure import draw_training
@@ -51,16 +52,19 @@ LOG_FILE = "training_log.jsonl"
 class TrainingConfig:
     """What shapes a fine-tuning run beside the student's own settings."""
 
-    seed: int = 3
-    families: Families = "all"
-    """Rows of which question families are learnt; `known` is the sham fine-tune."""
-    max_rows: int | None = None
-    """The first so many rows only."""
-    save_steps: int | None = None
-    """Updates between two checkpoints; None makes ten in a run."""
+    seed: int = flag(3, "-S", "--SEED", "--seed")
+    """Seed of the adapter's start, the order of the rows, and of sampled replies."""
+    families: Families = flag("all")
+    """Rows of which question families are learnt; `known` is the control (sham) fine-tune."""
+    max_rows: int | None = flag(None, metavar="ROWS")
+    """Train on the first so many rows only."""
+    save_steps: int | None = flag(None, metavar="UPDATES", shown="ten checkpoints in a run")
+    """Updates between two checkpoints."""
     speed: Speed = Speed()  # noqa: RUF009  frozen
-    wandb_project: str = "finqa-lora"
-    wandb_entity: str | None = None
+    wandb_project: str = flag("finqa-lora", metavar="NAME")
+    """Project on wandb."""
+    wandb_entity: str | None = flag(None, metavar="NAME")
+    """User or team on wandb."""
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "save_steps"):

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from finqa.models import students
 from finqa.models.students import training_ids
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Families = Literal["all", "known", "new"]
-FAMILIES: tuple[Families, ...] = get_args(Families)
 
 NO_LOSS = -100
 """Label of a token that carries no loss, by torch's convention."""

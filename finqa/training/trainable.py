@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finqa.models.students import StudentRun, load_base
+from finqa.runtime.command_line import flag
 from finqa.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,17 +21,19 @@ if TYPE_CHECKING:
 class Speed:
     """How a training step is computed; none of it changes the recipe, `fp8_base` changes its arithmetic."""
 
-    packed: bool = True
+    packed: bool = flag(True, "--no-packing", help="Pad the rows of a batch in place of packing them (GPU)")
     """Rows end to end without padding, where GPU and model allow it."""
-    compiled: bool = True
+    compiled: bool = flag(True, "--no-compile", help="Do not compile the decoder layers (GPU)")
     """Decoder layers through torch.compile, on a GPU."""
-    captured: bool = True
+    captured: bool = flag(True, "--no-cuda-graphs", help="Do not record short steps as CUDA graphs (GPU)")
     """Short steps as CUDA graphs, on one GPU with packed rows."""
-    fp8_base: bool = False
-    """The frozen base in 8-bit floats (finqa.training.fp8_base)."""
-    checkpointing: bool | None = None
-    """Activations of a layer are computed again in the backward pass: less memory, a third more time. None: where
-    the memory asks for it (finqa.runtime.memory.plan)."""
+    fp8_base: bool = flag(False)
+    """The frozen base in 8-bit floats, which is faster on recent GPUs (finqa.training.fp8_base)."""
+    checkpointing: bool | None = flag(
+        None, "--gradient-checkpointing", values={"auto": None, "yes": True, "no": False}, shown="auto"
+    )
+    """Activations of a layer are computed again in the backward pass: less memory, a third more time. None (auto):
+    where the memory asks for it (finqa.runtime.memory.plan)."""
 
 
 def trainable(run: StudentRun, device: str, bf16: bool, speed: Speed) -> PreTrainedModel:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from finqa.runtime.command_line import flag, given
 from finqa.runtime.errors import UserError
 
 SystemRole = Literal["system", "developer", "user"]
@@ -20,35 +21,36 @@ ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 class OpenAITeacherConfig:
     """How to ask. The fields down to `system_role` shape the replies; the rest does not."""
 
-    model: str = "gpt-5"
-    hint: bool = True
+    model: str = flag("gpt-5", metavar="NAME")
+    """The model that is asked."""
+    hint: bool = flag(True, both_ways=True, shown="--hint")
     """Whether the prompt ends with the question's gold program."""
-    attempts: int = 1
+    attempts: int = flag(1)
     """Times a question is put to the teacher, with what its last program gave, until the program gives the label.
 
     Once by default, as in the published run: with the hint most programs that miss the label meet a doubtful label,
     and without it more attempts cost more and keep programs that came out right by luck (see Conversation)."""
-    max_completion_tokens: int = 16_000
+    max_completion_tokens: int = flag(16_000, metavar="TOKENS")
     """Limit on what the model writes, its reasoning included: thousands of tokens in a reasoning model. A reply that
     it cuts off is asked for once more with twice the limit."""
-    temperature: float | None = None
+    temperature: float | None = flag(None)
     """Sent only where it is set: reasoning models refuse it."""
-    reasoning_effort: ReasoningEffort | None = None
+    reasoning_effort: ReasoningEffort | None = flag(None)
     """Sent only where it is set: it decides how much a reasoning model writes, and costs."""
-    system_role: SystemRole = "system"
+    system_role: SystemRole = flag("system")
     """Who gives the instruction; `user` puts it before the first question, for models without a system role."""
-    base_url: str | None = None
+    base_url: str | None = flag(None, metavar="URL", shown="OPENAI_BASE_URL, or OpenAI")
     """Address of a compatible server, e.g. http://localhost:8000/v1; OpenAI's own where it is None."""
-    max_concurrent: int = 32
+    max_concurrent: int = flag(32, metavar="REQUESTS")
     """Requests under way at a time, at most; fewer where the server asks to slow down."""
-    max_retries: int = 10
+    max_retries: int = flag(10)
     """Times a request is sent again after 408, 409, 429, 5xx, a broken connection or a time-out: over four minutes."""
-    timeout_s: float = 600.0
+    timeout_s: float = flag(600.0, metavar="SECONDS")
     """Time for one reply."""
-    max_cost: float | None = None
+    max_cost: float | None = flag(None, metavar="DOLLARS")
     """Dollars after which no request is sent, what earlier runs paid for the same output included."""
-    prices: Path | None = None
-    """A table of prices beside the shipped one (preprocessing.teacher.prices)."""
+    prices: Path | None = flag(None)
+    """A table of prices beside the shipped one (preprocessing/teacher/prices.json)."""
 
     def __post_init__(self) -> None:
         for name in ("attempts", "max_completion_tokens", "max_concurrent"):
@@ -90,62 +92,7 @@ def api_key() -> str:
     return key
 
 
-def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for each field of OpenAITeacherConfig."""
-    default = OpenAITeacherConfig()
-    group = parser.add_argument_group("the OpenAI teacher")
-    group.add_argument("--model", default=default.model, help="(default: %(default)s)")
-    group.add_argument(
-        "--base-url",
-        default=os.environ.get("OPENAI_BASE_URL") or None,
-        help="address of a compatible server, e.g. http://localhost:8000/v1 (default: OPENAI_BASE_URL, or OpenAI)",
-    )
-    group.add_argument(
-        "--hint",
-        action=argparse.BooleanOptionalAction,
-        default=default.hint,
-        help="put the gold program into the prompt (default: yes)",
-    )
-    group.add_argument(
-        "--attempts",
-        type=int,
-        default=default.attempts,
-        help="ask again where the program fails or misses the label, up to N times in all (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-completion-tokens",
-        type=int,
-        default=default.max_completion_tokens,
-        help="limit of a reply, its reasoning included; once doubled where it cuts a reply off (default: %(default)s)",
-    )
-    group.add_argument("--temperature", type=float, help="sent only if given: reasoning models refuse it")
-    group.add_argument("--reasoning-effort", choices=get_args(ReasoningEffort), help="sent only if given")
-    group.add_argument(
-        "--system-role",
-        choices=get_args(SystemRole),
-        default=default.system_role,
-        help="who gives the instruction; user for models without a system role (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-concurrent",
-        type=int,
-        default=default.max_concurrent,
-        help="requests at a time, at most (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-retries", type=int, default=default.max_retries, help="of one request (default: %(default)s)"
-    )
-    group.add_argument(
-        "--timeout-s", type=float, default=default.timeout_s, help="seconds for one reply (default: %(default)s)"
-    )
-    group.add_argument(
-        "--max-cost", type=float, metavar="DOLLARS", help="stop before more is spent, earlier runs included"
-    )
-    group.add_argument(
-        "--prices", type=Path, metavar="FILE", help="prices beside those of preprocessing/teacher/prices.json"
-    )
-
-
 def config_from(args: argparse.Namespace) -> OpenAITeacherConfig:
     """The configuration that the flags give; raises UserError for a value out of range."""
-    return OpenAITeacherConfig(**{field.name: getattr(args, field.name) for field in fields(OpenAITeacherConfig)})
+    server: dict[str, Any] = {"base_url": os.environ.get("OPENAI_BASE_URL") or None}
+    return OpenAITeacherConfig(**server | given(OpenAITeacherConfig, args))

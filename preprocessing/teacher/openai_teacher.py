@@ -24,7 +24,7 @@ from finqa.task.records import Question
 from finqa.task.worked_examples import WorkedExample
 from preprocessing.teacher.answer_journal import Answer, AnswerJournal, answers_in
 from preprocessing.teacher.asking import Asker, make_client, run_together
-from preprocessing.teacher.batches import batches_file, under_way
+from preprocessing.teacher.batch.batches import batches_file, under_way
 from preprocessing.teacher.config import OpenAITeacherConfig, api_key
 from preprocessing.teacher.conversation import Conversation, Wanted
 from preprocessing.teacher.prices import Estimate, Price, Spending, estimate, price_of

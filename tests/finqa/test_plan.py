@@ -20,8 +20,9 @@ from benchmarks.parts.record import RESULTS
 from finqa.evaluation.generation import GenerationConfig
 from finqa.models.settings import DEFAULTS
 from finqa.models.students import StudentRun, load_base
-from finqa.runtime import memory, plan
 from finqa.runtime.errors import UserError
+from finqa.runtime.memory import free as memory
+from finqa.runtime.memory import plan
 from finqa.runtime.memory.needs import (
     GB,
     Load,

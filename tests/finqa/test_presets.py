@@ -6,7 +6,9 @@ import sys
 import pytest
 
 from finqa.models.students import StudentRun
+from finqa.runtime.command_line import from_args
 from finqa.runtime.paths import REPOSITORY
+from finqa.training.fine_tuning import TrainingConfig
 
 MISTRAL = "mistralai/Mistral-7B-Instruct-v0.3"
 
@@ -28,7 +30,7 @@ def test_the_published_set_up_is_the_reported_one(monkeypatch: pytest.MonkeyPatc
     assert s.max_new_tokens == 1000
     main = runpy.run_path(str(REPOSITORY / "main.py"))
     args = main["parse_arguments"]()
-    assert main["training_config"](args).seed == 3
+    assert from_args(TrainingConfig, args).seed == 3
     monkeypatch.setattr(sys, "argv", [*sys.argv, "-T"])
     generation = main["evaluation_config"](main["parse_arguments"](), run).generation
     assert (generation.temperature, generation.samples) == (0.0, 1)

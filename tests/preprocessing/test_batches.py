@@ -11,7 +11,7 @@ from teacher_server import TeacherServer
 from teaching import KEY, Teach, number_in, only_for
 
 from finqa.runtime.errors import UserError
-from preprocessing.teacher.batches import read_line, read_records, split_into_files
+from preprocessing.teacher.batch.batches import read_line, read_records, split_into_files
 from preprocessing.teacher.conversation import Wanted
 
 

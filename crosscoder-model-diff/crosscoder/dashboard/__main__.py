@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from crosscoder.dashboard.records import DashboardConfig
+from finqa.runtime.command_line import add_flags, from_args
 from finqa.runtime.errors import report_errors
 
 BATCH = 4096
@@ -25,20 +26,14 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m crosscoder.dashboard", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument(
-        "--examples-for",
-        type=int,
-        default=DashboardConfig.n_with_examples,
-        metavar="N",
-        help="latents that get examples, the most interesting first (default: %(default)s)",
-    )
+    add_flags(parser, DashboardConfig)
     parser.add_argument("--out", type=Path, help="the file (default: dashboard.html in the folder of the results)")
     return parser.parse_known_args()
 
 
 def main() -> None:
     args, names = parse_args()
-    config = DashboardConfig(n_with_examples=args.examples_for)
+    config = from_args(DashboardConfig, args)
     import torch
 
     from crosscoder.analysis import tables

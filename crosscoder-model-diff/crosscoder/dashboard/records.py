@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from finqa.runtime.command_line import flag
 from finqa.runtime.errors import UserError
 
 Value = float | int | str | None
@@ -18,8 +19,8 @@ LEVELS = 255
 class DashboardConfig:
     """What a dashboard shows, and what building it may hold in memory."""
 
-    n_with_examples: int = 1024
-    """Latents that get examples, the most interesting first (builder.by_interest); the page says how many."""
+    n_with_examples: int = flag(1024, "--examples-for", metavar="LATENTS")
+    """Latents that get examples in the dashboard, the most interesting first (builder.by_interest)."""
     n_strongest: int = 10
     """Maximally activating examples of a latent, each from a document of its own."""
     n_per_band: int = 4

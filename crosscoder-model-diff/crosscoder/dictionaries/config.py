@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
+from finqa.runtime.command_line import flag, option
 from finqa.runtime.errors import UserError
 
 Method = Literal["batchtopk", "l1", "partition", "difference-sae"]
@@ -20,17 +21,25 @@ N_MODELS = 2
 Config = TypeVar("Config", "CrosscoderConfig", "TrainingConfig")
 
 
+BY_SIZE = "by the size of the data, crosscoder/training/sizing.py"
+
+
+def number_or_equal(text: str) -> float | str:
+    """A weight, or `equal`."""
+    return text if text == "equal" else float(text)
+
+
 @dataclass(frozen=True)
 class CrosscoderConfig:
     """Shape of a dictionary, and how it selects latents."""
 
     d_model: int
     """Width of one model's activation."""
-    n_latents: int
+    n_latents: int = field(metadata=option("--latents", shown=BY_SIZE))
     """Latents F in the dictionary."""
-    k: int
+    k: int = field(metadata=option("--k", shown=BY_SIZE))
     """Mean number of active latents a token; in a partition, of shared ones."""
-    score_norm: ScoreNorm = "sum"
+    score_norm: ScoreNorm = flag("sum")
     """What a latent's value is multiplied by for selection: the sum of its two decoder norms, as published, or
     the joint norm. At equal energy the sum ranks a shared latent sqrt(2) above an exclusive one. `none` is what the
     published run did: there a drift of the norms changes what is selected."""
@@ -38,9 +47,9 @@ class CrosscoderConfig:
     """`batchtopk`: the k * batch largest scores of a batch are active. `l1`: every positive latent is, and the loss
     has a price on values (Lindsey et al. 2024). `partition`: most latents have one decoder vector for both models,
     the last `n_delta` one for each. `difference-sae`: a BatchTopK autoencoder of x[1] - x[0], decoder of unit norm."""
-    n_delta: int = 0
+    n_delta: int = flag(0, "--delta-latents", shown="a quarter, in a partition")
     """Latents of a partition that tell the models apart; they are the last ones."""
-    k_delta: int = 0
+    k_delta: int = flag(0, "--delta-k", shown="a quarter of k, in a partition")
     """Mean number of active delta latents a token."""
 
     def __post_init__(self) -> None:
@@ -77,32 +86,36 @@ class CrosscoderConfig:
 class TrainingConfig:
     """One training run over an activation store."""
 
-    batch_size: int = 4096
+    batch_size: int = flag(4096, "--step-tokens", metavar="TOKENS", shown=BY_SIZE)
     """Tokens a step, each with the activations of both models; over all processes."""
-    epochs: float = 1.0
+    epochs: float = flag(1.0, shown=BY_SIZE)
     """Passes over the training tokens; what does not fill a last batch is left out."""
-    learning_rate: float = 5e-5
-    warmup_fraction: float = 0.0
+    learning_rate: float = flag(5e-5, shown=BY_SIZE)
+    """Learning rate between warm-up and decay."""
+    warmup_fraction: float = flag(0.0, "--warmup", metavar="SHARE")
     """Share of the steps over which the learning rate rises linearly at the start: a share, so never longer than the
     run."""
-    decay_fraction: float = 0.2
+    decay_fraction: float = flag(0.2, "--decay", metavar="SHARE")
     """Share of the steps, at the end, over which the learning rate falls towards 0; 0 keeps it constant."""
-    decay: Decay = "linear"
+    decay: Decay = flag("linear", "--decay-shape")
+    """Shape of that fall."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates."""
     max_grad_norm: float = 1.0
-    reconstruction: Reconstruction = "mse"
+    reconstruction: Reconstruction = flag("mse", group="loss")
     """`mse`: squared error, summed over features and both models, mean over tokens; the quantity that explained
     variance is about. `l2`: its square root for each token and model, mean over both; tokens of a large norm
     weigh less. The two differ by a factor that changes what clipping at 1 and an auxiliary weight of 1/32 mean."""
-    difference_weight: float | Literal["equal"] = 0.0
+    difference_weight: float | Literal["equal"] = flag(
+        0.0, group="loss", metavar="LAMBDA", type=number_or_equal, shown="0; partition: equal"
+    )
     """lambda on the squared error of the difference, |e[1] - e[0]|^2 (sum over features, mean over tokens). `equal`:
     the weight at which the models' sum and difference count alike, taken from the data."""
-    l1_weight: float = 0.0
+    l1_weight: float = flag(0.0, group="loss", shown="0; l1: 0.7")
     """Price of sum over latents of value * (norm W_dec[j,0] + norm W_dec[j,1]), mean over tokens."""
     l1_warmup_fraction: float = 0.05
     """Share of the steps over which that price rises from 0."""
-    aux_weight: float = 1 / 32
+    aux_weight: float = flag(1 / 32, group="loss", shown="1/32")
     """Weight of the auxiliary loss, which is about 1 at most; only dead latents receive its gradient."""
     aux_k: int | None = None
     """Dead latents a token that try to explain what is left over; None is half of d_model."""
@@ -110,17 +123,17 @@ class TrainingConfig:
     """A latent that was not selected for this many tokens is dead; None is a tenth of the run, 10 million at most."""
     draw_anew: bool = True
     """Whether latents that are never positive, which no loss can reach, are re-initialised."""
-    anneal_k_from: int | None = None
-    """k of the first step, where it is to fall linearly to the configuration's k."""
-    anneal_fraction: float = 0.0
-    """Share of the steps over which it falls; both are needed, so that k always arrives."""
-    centre: bool = False
+    anneal_k_from: int | None = flag(None)
+    """k of the first step, from which it falls linearly to --k; needs --anneal."""
+    anneal_fraction: float = flag(0.0, "--anneal", metavar="SHARE", shown="")
+    """Share of the steps over which k falls from --anneal-k-from to --k; both are needed, so that k always arrives."""
+    centre: bool = flag(False)
     """Whether each model's mean over the training tokens is taken off before scaling."""
-    decoder_norm: float = 1.0
+    decoder_norm: float = flag(1.0)
     """Norm of every decoder vector at the start, for each model."""
-    directions: Directions = "alike"
+    directions: Directions = flag("alike")
     """Whether a latent starts with the same direction for both models, or with one drawn for each."""
-    decoder_bias: Literal["zero", "median"] = "median"
+    decoder_bias: Literal["zero", "median"] = flag("median")
     """Start of the decoder bias: 0, or the geometric median of each model's activations."""
     threshold_from_step: int = 10
     """Step after which the threshold follows the smallest selected score."""
@@ -128,14 +141,15 @@ class TrainingConfig:
     """Of the running average of that score."""
     calibration_tokens: int = 131_072
     """Training tokens, at most, on which the threshold is set after the last step."""
-    precision: Precision = "auto"
-    """Of the matrix products: `auto` is bf16 on a GPU, fp32 on a CPU. Parameters and optimiser are fp32 always."""
-    held_out_fraction: float = 0.1
+    precision: Precision = flag("auto")
+    """Number format of the matrix products: `auto` is bf16 on a GPU, fp32 on a CPU. Parameters and
+    optimiser are fp32 always."""
+    held_out_fraction: float = flag(0.1, "--held-out", metavar="SHARE")
     """Share of the documents, at least one, that are kept out of training for every reported figure."""
     split_seed: int = 0
     """Decides which documents are held out; apart from `seed`, so that seeds are compared on the same ones."""
-    seed: int = 0
-    """Of the initial weights, the order of the tokens, and what is drawn anew."""
+    seed: int = flag(0)
+    """Seed of the initial weights, the order of the tokens, and what is drawn anew."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "threshold_from_step", "calibration_tokens"):
@@ -201,7 +215,7 @@ def check_together(crosscoder: CrosscoderConfig, training: TrainingConfig) -> No
 
 def from_dict(kind: type[Config], values: dict[str, Any], source: str) -> Config:
     """Read a config back from JSON; UserError for a field that this version does not know, or one that lacks."""
-    names = {field.name for field in fields(kind)}
+    names = {one.name for one in fields(kind)}
     unknown = sorted(set(values) - names)
     _require(not unknown, f"{source} has settings that this version does not know: {', '.join(unknown)}")
     arguments: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from finqa.runtime.errors import UserError
 from finqa.task.records import Question
-from preprocessing.teacher.batches import FINISHED, REQUESTS_A_BATCH, Batches, reason, under_way
+from preprocessing.teacher.batch.batches import FINISHED, REQUESTS_A_BATCH, Batches, reason, under_way
 from preprocessing.teacher.conversation import Conversation, Wanted
 from preprocessing.teacher.openai_teacher import OpenAITeacher
 from preprocessing.teacher.teachers import Reply

@@ -1,0 +1,1 @@
+"""The teacher by the batch API: half the price, within a day."""
