@@ -1,1 +1,1 @@
-"""What every stage shares: records, programs, prompts, the sandbox, answers, students, generation, evaluation."""
+"""What every stage shares: the task, the sandbox, models, training, evaluation, and what they all run on."""

@@ -1,4 +1,4 @@
-"""The figures of study.known_answer as records: JSON in full, CSV a row a stratum."""
+"""The figures of study.measures.known_answer as records: JSON in full, CSV a row a stratum."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class StratumAnswer:
     """Items that beat the null for an added family (nulls.PermutationNull.significant)."""
     significant_for_known: int
     probe: dict[str, dict[str, float | None]]
-    """instruct, fine-tuned, difference -> family -> AUROC of a linear probe (study.probe)."""
+    """instruct, fine-tuned, difference -> family -> AUROC of a linear probe (study.measures.probe)."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class PartitionCrosscoder(BatchTopKCrosscoder):
     """Latents up to config.n_shared are shared, the others delta latents.
 
     The two decoder vectors of a shared latent are kept as two equal ones, so that a partition reads like any
-    crosscoder; they start equal and get the same gradient. Both models have one scale (crosscoder.scaling), so what
+    crosscoder; they start equal and get the same gradient. Both models have one scale (dictionaries.scaling), so what
     the shared latents add to both cancels in the difference exactly.
     """
 

@@ -4,7 +4,7 @@
                   lower KL(fine-tuned || patched), to first order in the site's activation (attribution patching), all
                   positions that a patch changes, summed over documents. One backward pass a batch serves every latent
     exclusivity   1 - nu_err with the fine-tuned decoder vector as the probe; the latents whose slopes cannot be trusted
-                  (reading.latent_scaling) come after the others
+                  (analysis.latent_scaling) come after the others
     delta         by decoder norms alone
     injected      by the mean square that a latent adds; for a difference SAE, what it says there is
 

@@ -155,7 +155,7 @@ def splice_losses(
     """Losses of both models on `texts`, under every condition.
 
     Args:
-        pair: study.halves.pair_of; on any device, which need not be the dictionary's.
+        pair: interventions.halves.pair_of; on any device, which need not be the dictionary's.
         target: The site that the dictionary reads.
         means: [2, d_model] for the mean ablation, raw (`mean_activations`).
         journal: Has the batches that are done already; those that are not are added.
