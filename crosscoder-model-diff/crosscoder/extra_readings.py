@@ -112,7 +112,7 @@ def splice(reading: Reading, pair: Pair) -> list[dict[str, Any]]:
 
 
 def cause(found: Findings, pair: Pair, n_documents: int | None = None) -> dict[str, Any]:
-    """interventions.causal_report on the first so many held-out documents (None: all), its files in the results' causal/.
+    """causal_report on the first so many held-out documents (None: all), its files in the results' causal/.
 
     Latents are ranked by their estimated effect on as many training documents. What is patched is teacher-forced: the
     set has no labels, so no replies are written.

@@ -1,7 +1,7 @@
 """How exclusive to the fine-tuned model an item is, by each measure that is defined for it.
 
 `delta`        Delta of the two decoder norms (analysis.measures.delta): what the dictionary writes into each model
-`1 - nu_err`   latent scaling with the fine-tuned model's vector as the probe (analysis.latent_scaling), where its slopes
+`1 - nu_err`   latent scaling with the fine-tuned model's vector as the probe (latent_scaling.py), where its slopes
                can be trusted: enough firings, a positive slope in the fine-tuned model, a ratio that means something
 `delta_slope`  Delta with slopes in place of norms: how far each model's activation goes along the item's direction
                where the item is active

@@ -4,7 +4,7 @@
     answer = known_answer(dictionary_subject(model), store, questions, pair="base -> fine-tuned")
     write_atomically(path, json.dumps(answer.as_json()))
 
-The subject is a dictionary of any method or a baseline (study.measures.readouts); the set is one that names its families.
+The subject is a dictionary of any method or a baseline (readouts.py); the set is one that names its families.
 """
 
 from __future__ import annotations
