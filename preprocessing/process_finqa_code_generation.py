@@ -77,7 +77,8 @@ class Asking:
     """Which teacher writes the programs, and how far it goes."""
 
     teacher: Literal["openai", "program"] = flag("openai", help="Who writes the programs")
-    style: ProgramStyle | None = flag(None, shown="named", help="How the programs of --teacher program are written")
+    style: ProgramStyle | None = flag(None, shown="plain; named for FinQA-mini")
+    """How the programs of --teacher program are written."""
     limit: int | None = flag(None, type=at_least_one, help="Only the first N questions of each split")
     max_failed_share: float = flag(0.2, type=share, metavar="SHARE")
     """Rows without a program, as a share, above which the exit code is not zero."""
@@ -121,7 +122,7 @@ def make_teacher(
 ) -> Teacher:
     """The teacher that is asked for; an OpenAI teacher has a journal for each of the chosen splits."""
     if asking.teacher == "program":
-        return ProgramTeacher(asking.style or "named")
+        return ProgramTeacher(asking.style or data.program_style)
     paid_in = journals.values()
     teacher = OpenAITeacher(config, data.worked_examples, journals[split], data.answer_rule, paid_in=paid_in)
     return BatchTeacher(teacher) if asking.batch else teacher

@@ -14,6 +14,7 @@ from typing import Any
 
 from finqa.runtime.errors import UserError
 from finqa.task.answers import Rule
+from finqa.task.program_compiler import ProgramStyle
 from finqa.task.prompts import FINQA_INSTRUCTION, INSTRUCTION
 from finqa.task.records import Question
 from finqa.task.worked_examples import FINQA_EXAMPLES, FINQA_MINI_EXAMPLES, WorkedExample
@@ -51,6 +52,8 @@ class Dataset:
     """The examples of few-shot prompts, for student and teacher."""
     instruction: str = FINQA_INSTRUCTION
     """What a model that was not fine-tuned is told before the prompt."""
+    program_style: ProgramStyle = "plain"
+    """How compiled programs are written: students learn plain ones better (docs/finqa.md)."""
 
 
 def load_finqa(path: Path) -> LoadedSplit:
@@ -160,6 +163,7 @@ DATASETS = {
             how_to_get="python -m mini.make_finqa_mini",
             instruction=INSTRUCTION,  # as pocket-mistral was pretrained on it; it gives fractions anyway
             worked_examples=FINQA_MINI_EXAMPLES,
+            program_style="named",
         ),
     )
 }

@@ -68,7 +68,7 @@ class ProgramTeacher:
 
     stopped = ""
 
-    def __init__(self, style: ProgramStyle = "named"):
+    def __init__(self, style: ProgramStyle = "plain"):
         self.style: ProgramStyle = style
 
     @property

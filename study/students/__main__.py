@@ -1,8 +1,8 @@
 """Real students on real FinQA: everything of docs/finqa.md, by the project's own commands.
 
     make data && python -m study.students            all of it
-    python -m study.students search                  the search for settings alone; also student, seed, vote, curve,
-                                                     wording, collect, train, analyse, or a job's whole name
+    python -m study.students search                  the search for settings alone; also student, seed, named, vote,
+                                                     curve, wording, collect, train, analyse, or a job's whole name
     python -m study.students --list                  the commands for a GPU of their own, and what must come before
     python -m study.students --tables                tables, figures and the page from what is there, nothing run
 
@@ -19,18 +19,19 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Sequence
 from pathlib import Path
 
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.paths import SPLITS, Folders, add_folder_flags
 from finqa.task.datasets import dataset
+from finqa.task.program_compiler import PROGRAM_STYLES
 from finqa.task.records import read_questions
 from preprocessing.filter_valid_answers import filter_split
 from preprocessing.process_finqa_code_generation import process_finqa_samples
 from preprocessing.teacher.teachers import ProgramTeacher
-from study.students.jobs import SHARE, gpus_of_this_machine, run_jobs
-from study.students.plan import DATASET, SEARCH, Plan, chosen, job_name, logs_of
+from study.students.jobs import SHARE, Job, gpus_of_this_machine, run_jobs
+from study.students.plan import DATASET, Plan, chosen, logs_of
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
         for path in (kind(DATASET, split) for split in SPLITS for kind in (folders.clean, folders.filtered)):
             if not path.exists():
                 raise UserError(f"{path} is missing; make it with: make data")
-        make_styled_rows(plan, {job.name for job in jobs})
+        make_styled_rows(plan, jobs)
         run_jobs(jobs, logs_of(folders), gpus_of_this_machine())
         print(f"{len(jobs)} commands in {time.monotonic() - started:.0f} s (this call); logs in {logs_of(folders)}")
     if args.tables or not args.jobs:
@@ -57,27 +58,26 @@ def main() -> None:
         print(write_reference(plan))
 
 
-def make_styled_rows(plan: Plan, jobs: Collection[str]) -> None:
-    """Rows in the styles of these jobs of the search that are not the default; what is there is made anew only where
-    the clean rows have changed."""
+def make_styled_rows(plan: Plan, jobs: Sequence[Job]) -> None:
+    """Rows in the styles of these jobs that are not the data set's own; what is there is made anew only where the
+    clean rows have changed."""
     data = dataset(DATASET)
-    for setting in SEARCH:
-        folders = plan.styled(setting.style)
+    for style in PROGRAM_STYLES:
+        folders = plan.styled(style)
         last = folders.filtered(data.name, "train")
-        if setting.style == "named" or job_name(setting) not in jobs:
+        if folders == plan.folders or not any(str(folders.data) in job.command for job in jobs):
             continue
         if last.exists() and all(
-            same_file(plan.folders.clean(data.name, split), folders.clean(data.name, split))
-            for split in ("dev", "train")
+            same_file(plan.folders.clean(data.name, split), folders.clean(data.name, split)) for split in SPLITS
         ):
             continue
         last.unlink(missing_ok=True)
-        for split in ("dev", "train"):
+        for split in SPLITS:
             clean = folders.clean(data.name, split)
             clean.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(plan.folders.clean(data.name, split), clean)
             questions = read_questions(clean)
-            process_finqa_samples(data, split, folders, questions, ProgramTeacher(setting.style))
+            process_finqa_samples(data, split, folders, questions, ProgramTeacher(style))
             filter_split(data.name, split, folders, data.answer_rule)
 
 

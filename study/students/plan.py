@@ -1,7 +1,8 @@
 """Every command behind docs/finqa.md, and what must come before it.
 
-Settings are searched on dev with the smaller Qwen: one is changed at a time, from a common middle. The three students
-are then trained by the settings that stand in finqa/models/settings.py, with no flag.
+Settings are searched on dev with the smaller Qwen: one is changed at a time, from a common middle, whose programs name
+their variables. The three students are then trained by the settings that stand in finqa/models/settings.py and the
+data set's style of programs, with no flag. The learning curve, and seeds to compare the styles, have named variables.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from finqa.models.settings import ATTENTION
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import Folders
+from finqa.task.datasets import dataset
 from finqa.task.program_compiler import ProgramStyle
 from finqa.task.prompts import FINQA_INSTRUCTION, INSTRUCTION
 from study.students.jobs import SHARE, Job
@@ -26,7 +28,9 @@ STUDENTS = (MAIN, SEARCHED, "HuggingFaceTB/SmolLM2-135M-Instruct")
 SEEDS = (3, 4, 5)
 """The first is the default of main.py."""
 CURVE = (250, 500, 1000)
-"""Training rows, from the top of the file; all of them are the student itself."""
+"""Training rows, from the top of the file; all of them are the first run of NAMED."""
+NAMED = {"named": 3, "named-again": 3, "named-seed4": 4, "named-seed5": 5}
+"""Run names and seeds of fine-tunes on programs that name their variables; one seed twice, for what a GPU adds."""
 SAMPLES = 8
 FRACTIONS = "Give ratios and percentages as fractions (0.25, not 25)."
 _REPLY = " Reply with one ```python block and nothing else"
@@ -90,8 +94,8 @@ class Plan:
     folders: Folders
 
     def styled(self, style: ProgramStyle) -> Folders:
-        """A data folder whose training programs are written in a style of their own."""
-        same = style == "named"
+        """A data folder whose training programs are written in a style, which need not be the data set's own."""
+        same = style == dataset(DATASET).program_style
         return self.folders if same else Folders(self.folders.data / "styles" / style, self.folders.results)
 
     def jobs(self) -> list[Job]:
@@ -125,16 +129,17 @@ class Plan:
         ]
 
     def more_of_the_main_student(self) -> list[Job]:
-        """Seeds, votes and a learning curve."""
+        """Seeds, the other style of programs, a learning curve in it, and votes."""
         trained = TRAINING_GB[MAIN]
         student = f"student-{short(MAIN)}"
         jobs = [
             Job(f"seed-{seed}", self.main(MAIN, f"-D -T --VLLM -S {seed} --run-name seed{seed}"), trained)
             for seed in SEEDS[1:]
         ]
+        named = [(run, f"-S {seed} --run-name {run}") for run, seed in NAMED.items()]
+        named += [(f"curve-{rows}", f"--max-rows {rows} --run-name rows{rows}") for rows in CURVE]
         jobs += [
-            Job(f"curve-{rows}", self.main(MAIN, f"-D -T --VLLM --max-rows {rows} --run-name rows{rows}"), trained)
-            for rows in CURVE
+            Job(job, self.main(MAIN, f"-D -T --VLLM {flags}", self.styled("named")), trained) for job, flags in named
         ]
         vote = f"-NT -T --VLLM --samples {SAMPLES}"
         jobs += [

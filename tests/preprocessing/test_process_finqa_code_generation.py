@@ -167,7 +167,7 @@ def test_the_manifest_says_who_taught_what_from_which_input(command: Command, tm
 
     folder = tmp_path / "clean_with_code/FinQA"
     manifest = json.loads((folder / "finqa_train_generated.run.json").read_text())
-    assert manifest["config"] == {"dataset": "FinQA", "split": "train", "teacher": "program", "style": "named"}
+    assert manifest["config"] == {"dataset": "FinQA", "split": "train", "teacher": "program", "style": "plain"}
     assert manifest["rows"] == manifest["kept"] == len(PROGRAMS)
     assert len(manifest["inputs"]["train.csv"]) == 64
     assert (folder / "finqa_dev_generated.run.json").exists()

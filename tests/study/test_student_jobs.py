@@ -129,19 +129,21 @@ def test_two_studies_do_not_run_their_jobs_in_one_folder(tmp_path: Path):
 
 def test_styled_rows_are_made_for_the_jobs_that_need_them_and_again_where_the_rows_have_changed(tmp_path: Path):
     plan = Plan(Folders(tmp_path / "data", tmp_path / "results"))
-    plain, first = plan.styled("plain"), plan.styled("formula-first")
-    table = [["", "2009"], ["sales", "4"]]
+    named, first = plan.styled("named"), plan.styled("formula-first")
+    assert plan.styled("plain") == plan.folders
+    jobs = chosen(plan.jobs(), ["search-plain-names", "search-middle"])
+    table = [["", "2009"], ["sales", "1"]]
     for label in ("0.25", "0.125"):
         question = Question("a", "", "", table, "what share?", label, f"divide(1, {1 / float(label):g})")
-        for split in ("dev", "train"):
+        for split in SPLITS:
             write_questions(plan.folders.clean("FinQA", split), [question])
-        make_styled_rows(plan, {"search-plain-names", "search-middle"})
-        [row] = read_teacher_rows(plain.filtered("FinQA", "train"))
-        assert (row.expected_answer, row.generated_code.split()[0]) == (label, "value")
+        make_styled_rows(plan, jobs)
+        [row] = read_teacher_rows(named.filtered("FinQA", "train"))
+        assert (row.expected_answer, row.generated_code.split()[0]) == (label, "sales_2009")
     assert not first.filtered("FinQA", "train").exists()
-    made = plain.filtered("FinQA", "train").stat().st_mtime_ns
-    make_styled_rows(plan, {"search-plain-names"})
-    assert plain.filtered("FinQA", "train").stat().st_mtime_ns == made
+    made = named.filtered("FinQA", "train").stat().st_mtime_ns
+    make_styled_rows(plan, jobs)
+    assert named.filtered("FinQA", "train").stat().st_mtime_ns == made
 
 
 def test_a_log_may_hold_any_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
