@@ -29,7 +29,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     share, z2 = right / n, Z_95**2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return (middle - half if right else 0.0), (middle + half if right < n else 1.0)  # exact at the ends
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finqa.evaluation.accuracy_figure import COLORS
-from study.students.plan import MAIN, SAMPLES, SEEDS, STUDENTS, short
+from study.students.plan import MAIN, NAMED, SAMPLES, SEEDS, STUDENTS, short
 
 BARS = {
     "zero-shot": "zero-shot",
@@ -41,7 +41,10 @@ def draw_accuracy(path: Path, figures: dict[str, Any]) -> None:
                 axes.bar(at, share, 0.19, color=color, hatch=hatch, edgecolor="white", lw=0.5, label=BARS[evaluation])
                 axes.errorbar(at, share, [[share - low], [high - share]], color="black", lw=0.8, capsize=2)
                 axes.plot(at, metrics["accuracy_relaxed"], "D", color="black", ms=3.5, label="relaxed rule")
-                axes.text(at, 0.01, f"{100 * share:.1f}", ha="center", va="bottom", fontsize=7, color="white")
+                inside = share > 0.04
+                place_of_number = (at, 0.01 if inside else high + 0.01)
+                axes.text(*place_of_number, f"{100 * share:.1f}", ha="center", va="bottom", fontsize=7,
+                          color="white" if inside else "black")  # fmt: skip
     axes.set_xticks(range(len(students)), students)
     axes.set_ylim(0, max([0.7, *(m["accuracy_relaxed"] + 0.05 for m in found.values())]))
     axes.set_ylabel("execution accuracy")
@@ -49,13 +52,14 @@ def draw_accuracy(path: Path, figures: dict[str, Any]) -> None:
     axes.set_title(f"FinQA test, n = {n:,}; bars: strict rule with 95% interval", fontsize=9, loc="left")
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    axes.legend(unique.values(), unique.keys(), fontsize=8, frameon=False, loc="upper left", ncols=2)
+    axes.legend(unique.values(), unique.keys(), fontsize=8, frameon=False, loc="upper right", ncols=2)
     figure.savefig(path, dpi=130)
 
 
 def draw_curve(path: Path, figures: dict[str, Any], rows: Sequence[tuple[int, str]]) -> None:
-    """Accuracy of the main student over the number of training rows, on a logarithmic axis; other seeds as dashes.
+    """Accuracy of the main student over the number of training rows, on a logarithmic axis.
 
+    Its programs name their variables; dashes are other fine-tunes of that, stars those on all rows of plain programs.
     `rows` has the number of training rows and the run name of each point, the fewest first.
     """
     from matplotlib.figure import Figure
@@ -74,13 +78,14 @@ def draw_curve(path: Path, figures: dict[str, Any], rows: Sequence[tuple[int, st
         high = [m["accuracy_interval"][1] - m["accuracy"] for _, m in there]
         axes.errorbar([n for n, _ in there], shares, [low, high], color=color, marker="o", ms=4, lw=1.2, capsize=2,
                       label=f"{split}, n = {there[0][1]['n']:,}" if there else split)  # fmt: skip
-        others = [found[f"seed{s}", split]["accuracy"] for s in SEEDS if (f"seed{s}", split) in found]
-        axes.plot([rows[-1][0]] * len(others), others, "_", color=color, ms=10)
+        for runs, mark in ((list(NAMED)[1:], "_"), (["", *(f"seed{seed}" for seed in SEEDS[1:])], "*")):
+            others = [found[run, split]["accuracy"] for run in runs if (run, split) in found]
+            axes.plot([rows[-1][0]] * len(others), others, mark, color=color, ms=9)
     axes.set_xscale("log")
     axes.set_xticks([n for n, _ in rows], [f"{n:,}" for n, _ in rows])
     axes.minorticks_off()
     axes.set_xlabel("training rows")
     axes.set_ylabel("execution accuracy (strict)")
-    axes.set_title(f"{short(MAIN)}; dashes: other seeds", fontsize=9, loc="left")
+    axes.set_title(f"{short(MAIN)}; dashes: other fine-tunes, stars: plain programs", fontsize=8, loc="left")
     axes.legend(fontsize=8, frameon=False, loc="upper left")
     figure.savefig(path, dpi=130)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from crosscoder.names import DEFAULT_RESULTS
 from finqa.models.settings import ATTENTION
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import Folders
@@ -43,11 +44,11 @@ WORDINGS = {
     "end": INSTRUCTION.replace(f"{_REPLY}.", f" {FRACTIONS}{_REPLY}; its last line sets ans."),
 }
 """Instructions tried for zero-shot and few-shot prompts, by where they speak of fractions."""
+AMOUNTS = {"1k": "", "all": "--split all --num-samples 10000"}
+"""Documents of a diff, and the flags for them: the published number of test rows; all there are, which are fewer."""
 SITES = ("mlp", "residual")
 METHODS = ("batchtopk", "difference-sae")
 LATENTS = 16_384
-ALL_ROWS = 10_000
-"""More documents than there are: all are taken."""
 TRAINING_GB = {MAIN: 68.0, SEARCHED: 30.0}
 """GPU memory of a fine-tune, in 1e9 bytes: the largest planned need of these students, and some more."""
 GENERATION_GB = 22.0
@@ -72,6 +73,7 @@ class Setting:
 
 MIDDLE = "--lora-r 64 --lora-alpha 128 --lora-dropout 0.05 --learning-rate 2e-4 --NUM_EPOCHS 3 -BS 8 --warmup-steps 20"
 """Where every search begins; a later flag of the same name wins."""
+MIDDLE_SETTING = Setting("middle")
 SEARCH = (
     Setting("all linear layers", f"-LM {' '.join(ATTENTION)} gate_proj up_proj down_proj", gb=42.0),
     Setting("5 epochs", "--NUM_EPOCHS 5"),
@@ -82,7 +84,7 @@ SEARCH = (
     Setting("learning rate 1e-4", "--learning-rate 1e-4"),
     Setting("formula first", style="formula-first"),
     Setting("plain names", style="plain"),
-    Setting("middle"),
+    MIDDLE_SETTING,
 )
 """The longest come first."""
 
@@ -92,6 +94,8 @@ class Plan:
     """Where the study reads and writes, and by what it names things."""
 
     folders: Folders
+    dictionaries: Path = DEFAULT_RESULTS
+    """Where train.py and analyse.py write."""
 
     def styled(self, style: ProgramStyle) -> Folders:
         """A data folder whose training programs are written in a style, which need not be the data set's own."""
@@ -164,7 +168,7 @@ class Plan:
     def diff(self) -> list[Job]:
         """Record, train and analyse: both sites, both methods, on the published number of documents and on all."""
         jobs, student = [], f"student-{short(MAIN)}"
-        for amount, which in (("1k", ""), ("all", f"--split all --num-samples {ALL_ROWS}")):
+        for amount, which in AMOUNTS.items():
             sites = " ".join(SITES)
             collect = self.script("collect_activations.py", f"--no-push {which} --site {sites}")
             jobs.append(Job(f"collect-{amount}", collect, GENERATION_GB, (student,)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,19 @@ from finqa.runtime.errors import UserError
 from finqa.runtime.paths import SPLITS
 from finqa.task import datasets
 from finqa.task.answers import RULES, match
-from study.students.plan import DATASET, STUDENTS, Plan, short
+from study.students.plan import (
+    AMOUNTS,
+    DATASET,
+    METHODS,
+    MIDDLE_SETTING,
+    SEARCH,
+    SITES,
+    STUDENTS,
+    Plan,
+    dictionary_name,
+    job_name,
+    short,
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,41 @@ def figures_of(found: Sequence[Evaluated]) -> dict[str, Any]:
             names = {"first": first.evaluation, "second": second.evaluation, "rule": rule}
             paired.append({**first.key, **names, **counts})
             del paired[-1]["evaluation"]
-    return {"evaluations": [{**one.key, "metrics": metrics(one.predictions)} for one in found], "paired": paired}
+    evaluations = [{**one.key, "metrics": metrics(one.predictions)} for one in found]
+    return {"evaluations": evaluations, "paired": paired, "search": against_middle(found)}
+
+
+def diff_figures(plan: Plan) -> list[dict[str, Any]]:
+    """What train.py measured of each dictionary of the model diff that is there, on held-out documents.
+
+    `meets` counts the latents that meet latent scaling's conditions for a class, whatever class Delta gives them.
+    """
+    figures = []
+    for amount, site, method in product(AMOUNTS, SITES, METHODS):
+        name = dictionary_name(amount, site, method)
+        path = plan.dictionaries / name / "metrics.json"
+        if path.exists():
+            made = json.loads(path.read_text())
+            scaling = made["latent_scaling"] or {}
+            meets = {kind: sum(map(len, its["meet"].values())) for kind, its in scaling.items()}
+            of = {key: made[key] for key in ("held_out", "n_held_out_documents", "dead_share", "classes")}
+            figures.append({"name": name, "documents": amount, "site": site, "method": method, **of, "meets": meets})
+    return figures
+
+
+def against_middle(found: Sequence[Evaluated]) -> dict[str, dict[str, float]]:
+    """By setting of the search: dev questions that only its student has right, that only the middle's has, and p.
+
+    Strict rule, exact McNemar test; empty where the middle was not evaluated.
+    """
+    on_dev = {one.run: one.predictions for one in found if one.split == "dev" and one.run.startswith("search-")}
+    tests = {}
+    for setting in SEARCH:
+        run, middle = job_name(setting), on_dev.get(job_name(MIDDLE_SETTING))
+        if middle and run in on_dev and setting != MIDDLE_SETTING:
+            _, only_this, only_middle, p = compare(on_dev[run], middle, "strict")
+            tests[setting.name] = {"only_this": only_this, "only_middle": only_middle, "p": p}
+    return tests
 
 
 def manifests(plan: Plan) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from study.students.figures import draw_accuracy, draw_curve
 from study.students.plan import (
     CURVE,
     MAIN,
+    NAMED,
     SAMPLES,
     SEARCH,
     SEEDS,
@@ -30,7 +31,7 @@ from study.students.plan import (
     short,
     wording_run,
 )
-from study.students.results import Evaluated, figures_of, manifests, read_results
+from study.students.results import Evaluated, diff_figures, figures_of, manifests, read_results
 
 REFERENCE = REPOSITORY / "docs" / "reference" / "finqa"
 PAGE = REPOSITORY / "docs" / "finqa.md"
@@ -52,7 +53,7 @@ def write_reference(plan: Plan, folder: Path = REFERENCE, page: Path = PAGE) -> 
     folder.mkdir(parents=True, exist_ok=True)
     made = manifests(plan)
     rows = {run: its["fine-tune"]["rows"] for run, its in made.items() if "fine-tune" in its}
-    write_json(folder / "metrics.json", figures_of(found) | {"training_rows": rows})
+    write_json(folder / "metrics.json", figures_of(found) | {"training_rows": rows, "diff": diff_figures(plan)})
     write_json(folder / "manifests.json", made)
     for split in dict.fromkeys(one.split for one in found):
         write_predictions(folder / f"predictions_{split}.csv.gz", [one for one in found if one.split == split])
@@ -98,7 +99,7 @@ def fill(page: str, folder: Path) -> str:
 
 def curve_points(figures: Figures) -> list[tuple[int, str]]:
     """Number of training rows and run name of each point of the learning curve that is there, the fewest first."""
-    runs = [f"rows{n}" for n in CURVE] + [""]
+    runs = [f"rows{n}" for n in CURVE] + [next(iter(NAMED))]
     rows = figures["training_rows"]
     named = [(rows.get(f"{short(MAIN)} {run}".strip()), run) for run in runs]
     return [(n, run) for n, run in named if n is not None]
@@ -160,18 +161,19 @@ def groups(of: str, title: str) -> Callable[[Figures], str]:
 
 
 def seeds(figures: Figures) -> str:
-    """A row a fine-tuning seed of the main student, and their mean."""
+    """A row a style of programs and fine-tuning seed of the main student, and the mean of each style."""
     lines: list[list[str]] = []
-    shares: list[list[float]] = []
-    for seed in SEEDS:
-        its = [metrics_of(figures, short(MAIN), _seed_run(seed), split, "fine-tuned") for split in ("test", "dev")]
-        both = [m for m in its if m]
-        if len(both) == len(its):
-            shares.append([m[rule] for m in both for rule in ("accuracy", "accuracy_relaxed")])
-            lines.append([str(seed), *map(percent, shares[-1])])
-    if len(shares) > 1:
-        lines.append(["mean", *(percent(mean(column)) for column in zip(*shares, strict=True))])
-    return markdown(["seed", "test, strict", "test, relaxed", "dev, strict", "dev, relaxed"], lines)
+    for style, runs in {"plain": {_seed_run(seed): seed for seed in SEEDS}, "named": NAMED}.items():
+        shares: list[list[float]] = []
+        for run, seed in runs.items():
+            its = [metrics_of(figures, short(MAIN), run, split, "fine-tuned") for split in ("test", "dev")]
+            both = [m for m in its if m]
+            if len(both) == len(its):
+                shares.append([m[rule] for m in both for rule in ("accuracy", "accuracy_relaxed")])
+                lines.append([style, str(seed), *map(percent, shares[-1])])
+        if len(shares) > 1:
+            lines.append([style, "mean", *(percent(mean(column)) for column in zip(*shares, strict=True))])
+    return markdown(["variables", "seed", "test, strict", "test, relaxed", "dev, strict", "dev, relaxed"], lines)
 
 
 def curve(figures: Figures) -> str:
@@ -195,8 +197,11 @@ def search(figures: Figures) -> str:
         )
         if found:
             m = found["metrics"]
-            lines.append([setting.name, with_interval(m, "accuracy"), with_interval(m, "accuracy_relaxed")])
-    return markdown(["what differs from the middle", "dev, strict", "dev, relaxed"], lines)
+            test = figures["search"].get(setting.name)
+            counts = [str(test["only_this"]), str(test["only_middle"]), f"{test['p']:.1g}"] if test else [NOTHING] * 3
+            lines.append([setting.name, with_interval(m, "accuracy"), with_interval(m, "accuracy_relaxed"), *counts])
+    head = ["what differs from the middle", "dev, strict", "dev, relaxed", "only this right", "only the middle right"]
+    return markdown([*head, "p"], lines)
 
 
 def wordings(figures: Figures) -> str:
@@ -215,6 +220,22 @@ def wordings(figures: Figures) -> str:
         if set(cells) != {NOTHING}:
             lines.append([name if run else f"**{name}**", *cells])
     return markdown(["wording", "dev, zero-shot", "dev, few-shot", "test, zero-shot", "test, few-shot"], lines)
+
+
+def diff(figures: Figures) -> str:
+    """A row a dictionary of the model diff."""
+    lines = []
+    for made in figures["diff"]:
+        held, classes = made["held_out"], made["classes"] or {}
+        explained = [
+            NOTHING if (v := held[of]) is None else f"{v:.3f}" for of in ("instruct", "fine_tuned", "difference")
+        ]
+        counts = [str(classes.get(kind, NOTHING)) for kind in ("instruct-only", "fine-tuned-only", "between")]
+        meets = [str(made["meets"].get(kind, NOTHING)) for kind in ("instruct-only", "fine-tuned-only")]
+        sparse = [f"{held['l0']:.1f}", percent(made["dead_share"])]
+        lines.append([made["documents"], made["site"], made["method"], *explained, *sparse, *counts, " / ".join(meets)])
+    head = ["documents", "site", "dictionary", "EV, base", "EV, fine-tuned", "EV, difference", "L0", "dead, %"]
+    return markdown([*head, "base-only", "fine-tuned-only", "between", "meet latent scaling, base / fine-tuned"], lines)
 
 
 def _seed_run(seed: int) -> str:
@@ -239,4 +260,5 @@ TABLES: dict[str, Callable[[Figures], str]] = {
     "curve": curve,
     "search": search,
     "wordings": wordings,
+    "diff": diff,
 }

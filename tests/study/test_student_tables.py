@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from finqa.runtime.paths import Folders
 from finqa.task.records import Question, read_questions, write_questions
 from study.page import BLOCK
 from study.students import tables
-from study.students.plan import MAIN, Plan, short
+from study.students.plan import MAIN, METHODS, Plan, dictionary_name, short
 from study.students.results import judged_again, manifests, read_results
 
 FIGURES = tables.read_metrics(tables.REFERENCE)
@@ -115,7 +116,7 @@ def prediction(id: str, answer: float | None, **other: Any) -> Prediction:
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     """Two questions on each split, and one run of the main student, zero-shot and fine-tuned."""
-    plan = Plan(Folders(tmp_path / "data", tmp_path / "results"))
+    plan = Plan(Folders(tmp_path / "data", tmp_path / "results"), tmp_path / "dictionaries")
     questions = [
         Question(id, "", "", [["", "2009"], ["sales", "4"]], "what percent?", label, "divide(1, 4)", stated_answer=said)
         for id, label, said in (("a", "0.25", "25%"), ("b", "0.5", "70%"))
@@ -151,6 +152,18 @@ def test_a_row_that_is_judged_again_takes_its_label_from_the_data():
 
 
 def test_a_reference_is_written_and_its_page_filled(plan: Plan, tmp_path: Path):
+    for folder in (plan.folders.results / "FinQA", plan.folders.model("FinQA", "x").parent):
+        student = folder / f"{short(MAIN)}-peftq_proj-bs8-ne3"
+        shutil.copytree(student, student.with_name(f"{student.name}-named"))
+    crosscoder, sae = (plan.dictionaries / dictionary_name("1k", "mlp", method) for method in METHODS)
+    held = {"instruct": 0.7, "fine_tuned": 0.6, "difference": 0.5, "l0": 100.0}
+    meets = {kind: {"meet": {"between": [3, 4], "shared": [5]}} for kind in ("instruct-only", "fine-tuned-only")}
+    classes = {"instruct-only": 0, "shared": 10, "fine-tuned-only": 1, "between": 2}
+    of_two = {"held_out": held, "classes": classes, "latent_scaling": meets}
+    of_one = {"held_out": {**held, "instruct": None, "fine_tuned": None}, "classes": None, "latent_scaling": None}
+    for folder, made in ((crosscoder, of_two), (sae, of_one)):
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps(made | {"dead_share": 0.25, "n_held_out_documents": 3}))
     page = tmp_path / "page.md"
     page.write_text("".join(f"<!-- table: {name} -->\n<!-- end of table -->\n" for name in tables.TABLES))
     folder = tables.write_reference(plan, tmp_path / "reference", page)
@@ -158,6 +171,8 @@ def test_a_reference_is_written_and_its_page_filled(plan: Plan, tmp_path: Path):
     assert f"| {short(MAIN)} | fine-tuned | 100.0 [34.2, 100.0] |" in text
     assert "| 7 | 100.0 [34.2, 100.0] |" in text
     assert tables.NOT_RUN in text  # the search
+    assert "| 1k | mlp | batchtopk | 0.700 | 0.600 | 0.500 | 100.0 | 25.0 | 0 | 1 | 2 | 3 / 3 |" in text
+    assert "| 1k | mlp | difference-sae | - | - | 0.500 | 100.0 | 25.0 | - | - | - | - / - |" in text
     assert tables.fill(text, folder) == text
     assert {path.name for path in folder.iterdir()} == {
         "metrics.json", "manifests.json", "predictions_dev.csv.gz", "predictions_test.csv.gz", "accuracy.png",
