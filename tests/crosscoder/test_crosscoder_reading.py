@@ -11,12 +11,13 @@ import pytest
 import torch
 from made_up_activations import D_MODEL
 
+from crosscoder.activations.layout import KINDS, TEMPLATE, token_texts
 from crosscoder.analysis import figure_data, figures, latent_figures, tables
 from crosscoder.analysis import measures as analysis
 from crosscoder.analysis.latent_scaling import LatentScaling
 from crosscoder.analysis.lens import Unembedding, promoted_tokens, read_unembedding
 from crosscoder.analysis.statistics import LatentStatistics, latent_statistics
-from crosscoder.analysis.token_kinds import KINDS, TEMPLATE, KindExplained, token_texts
+from crosscoder.analysis.token_kinds import KindExplained
 from crosscoder.dictionaries.config import CrosscoderConfig
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from finqa.models import students

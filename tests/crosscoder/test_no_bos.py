@@ -15,9 +15,10 @@ import pytest
 import torch
 from made_up_qwen import PADDING, SYSTEM, tiny_qwen
 
+from crosscoder.activations.layout import KINDS, token_texts
 from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis.lens import read_unembedding
-from crosscoder.analysis.token_kinds import KINDS, token_kinds, token_texts
+from crosscoder.analysis.token_kinds import token_kinds
 from crosscoder.interventions.patching import batch_of
 from crosscoder.interventions.splicing import stored_texts
 from finqa.models import students

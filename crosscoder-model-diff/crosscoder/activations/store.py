@@ -4,12 +4,13 @@ A set is a folder with
 
     shard-00000.safetensors ...   `activations` [tokens, 2, d_model] bf16, as the models gave them (unscaled), and
                                   `norms` [tokens, 2] fp64
-    tokens.safetensors            `document`, `position`, `token_id` [tokens] int32, `kept` [tokens] bool
-    documents.jsonl               one document a line: id, number of ids, how many of them are the prompt
+    tokens.safetensors            `document`, `position`, `token_id`, `kind` (layout.KINDS) [tokens] int32,
+                                  `kept` [tokens] bool
+    documents.jsonl               one question a line: its id, number of ids, how many of them are the prompt
     config.json                   what was recorded, the shards, the activation scales
 
 in one order of tokens throughout: by length of document (shortest first), then index of document, then position.
-Index 0 is the instruct model, index 1 the fine-tuned one.
+Index 0 is the instruct model, index 1 the fine-tuned one. Sets of version 1 have no `kind`; all else is the same.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from finqa.runtime.errors import UserError
 from finqa.runtime.memory.free import free_memory
 
 Place = Literal["auto", "gpu", "memory", "disk"]
+VERSION = 2
+"""2 added the kind of every token."""
 SHARE_OF_FREE_MEMORY = 0.5
 """A set is held in memory, or on the GPU, where it takes at most this share of what is free there."""
 
@@ -61,6 +64,27 @@ class SetConfig:
     """Tokens of each shard."""
     recorded: dict[str, Any]
     """What was recorded: models, layer, site, data; and `fingerprint`, which changes with any of it."""
+    version: int = 1
+    """Of the form of the set; VERSION where it is written."""
+
+
+class RecordedTokens(NamedTuple):
+    """Every token whose activation was recorded, outliers included; a document's tokens stand together."""
+
+    document: Tensor
+    """[recorded] int64: index into the set's documents."""
+    position: Tensor
+    """[recorded] int64: among the document's ids, counted from 0."""
+    token_id: Tensor
+    kind: Tensor | None
+    """[recorded] int64: index into layout.KINDS; None in a set of version 1."""
+    kept: Tensor
+    """[recorded] bool: those that a store reads; they are its tokens, in its order."""
+
+    def by_document(self) -> list[slice]:
+        """The places of each document's tokens, in the order of the set."""
+        ends = self.document.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
+        return [slice(start, end) for start, end in pairwise([0, *ends])]
 
 
 class Split(NamedTuple):
@@ -95,12 +119,14 @@ class ActivationStore:
         self.folder = folder
         self.config = read_set_config(folder)
         table = load_file(folder / "tokens.safetensors")
+        columns = (table[name].long() if name in table else None for name in RecordedTokens._fields[:-1])
+        self.recorded = RecordedTokens(*columns, kept=table["kept"])  # pyright: ignore[reportArgumentType]
         self._rows = table["kept"].nonzero().squeeze(-1)
-        self.document = table["document"][self._rows].long()
+        self.document = self.recorded.document[self._rows]
         """[tokens]: index into `documents`."""
-        self.position = table["position"][self._rows].long()
+        self.position = self.recorded.position[self._rows]
         """[tokens]: position among the document's ids, counted from 0 at BOS."""
-        self.token_id = table["token_id"][self._rows].long()
+        self.token_id = self.recorded.token_id[self._rows]
         lines = (folder / "documents.jsonl").read_text().splitlines()
         self.documents = [StoredDocument(**json.loads(line)) for line in lines]
         self._shards = [_map_shard(folder / shard_name(i)) for i in range(len(self.config.shard_tokens))]

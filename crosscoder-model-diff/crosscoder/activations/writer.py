@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from crosscoder.activations.store import SetConfig, StoredDocument, shard_name
+from crosscoder.activations.store import VERSION, SetConfig, StoredDocument, shard_name
 from crosscoder.dictionaries.checkpoint import save_tensors
 from crosscoder.dictionaries.config import N_MODELS
 from finqa.runtime.errors import UserError
@@ -128,7 +128,8 @@ class SetWriter:
         """Write tables and configuration, and move the set to its place; every shard must be there.
 
         Args:
-            table: `document`, `position`, `token_id` [tokens], in the order of the shards.
+            table: `document`, `position`, `token_id` [tokens] and, where it is known, `kind`, in the order of the
+                shards.
             recorded: What was recorded (SetConfig.recorded).
             shard_tokens: Tokens of each shard.
             add_to: Called with the folder before it is moved, to write more into it.
@@ -147,6 +148,7 @@ class SetWriter:
             activation_scales=tuple((self.d_model**0.5 / means).tolist()),
             shard_tokens=tuple(shard_tokens),
             recorded=recorded,
+            version=VERSION,
         )
         columns = {name: column.to(torch.int32) for name, column in table.items()}
         save_tensors(self.partial / "tokens.safetensors", {**columns, "kept": kept})

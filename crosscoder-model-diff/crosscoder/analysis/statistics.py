@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from crosscoder.activations.layout import KINDS, TEMPLATE
 from crosscoder.activations.store import ActivationStore
-from crosscoder.analysis.token_kinds import KINDS, TEMPLATE
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from crosscoder.activations.layout import token_texts
 from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis import measures as analysis
 from crosscoder.analysis.latent_scaling import EXCLUSIVE, LatentScaling, verdict
 from crosscoder.analysis.lens import Unembedding, promoted_tokens
 from crosscoder.analysis.statistics import LatentStatistics
-from crosscoder.analysis.token_kinds import token_texts
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from finqa.runtime.paths import write_atomically
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from crosscoder.activations.layout import token_texts
 from crosscoder.analysis.lens import Unembedding, promoted_tokens
-from crosscoder.analysis.token_kinds import token_texts
 from crosscoder.dashboard.examples import ExampleMaker
 from crosscoder.dashboard.firings import gather_firings, groups_within
 from crosscoder.dashboard.records import Column, Dashboard, DashboardConfig, Examples, LatentPage, Value

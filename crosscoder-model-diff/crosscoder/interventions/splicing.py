@@ -33,7 +33,6 @@ from torch import Tensor
 from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
 from crosscoder.activations.store import ActivationStore
-from crosscoder.analysis.token_kinds import recorded_tokens
 from crosscoder.dictionaries.config import N_MODELS
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.interventions.causal import cell_key, experiment_key
@@ -98,13 +97,11 @@ def stored_texts(store: ActivationStore, numbers: Iterable[int], bos_id: int | N
 
     What was not recorded of them is BOS, whose id is `bos_id`. UserError where an id was not recorded and that is None.
     """
-    recorded = recorded_tokens(store)
-    found, counts = recorded.document.unique_consecutive(return_counts=True)
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).tolist()
-    place = {number: i for i, number in enumerate(found.tolist())}
+    recorded = store.recorded
+    places = {int(recorded.document[its.start]): its for its in recorded.by_document()}
     texts = []
     for number in numbers:
-        stored, own = store.documents[number], slice(starts[place[number]], starts[place[number] + 1])
+        stored, own = store.documents[number], places[number]
         positions = recorded.position[own]
         if bos_id is None and len(positions) < stored.n_ids:
             raise UserError(f"{store.folder} left tokens out, and the tokenizer has no BOS that they could be")
