@@ -62,7 +62,7 @@ def layout(ids: Sequence[int], n_prompt: int, spelled: Spelling) -> tuple[int, .
         borders.append((end, "end"))
     completion = _cut(ids[n_prompt:], texts, borders)
     # The end token of a completion whose marker was cut off.
-    kinds += ["end" if i in special else kind for i, kind in zip(ids[n_prompt:], completion, strict=True)]
+    kinds.extend("end" if i in special else kind for i, kind in zip(ids[n_prompt:], completion, strict=True))
     return tuple(map(KINDS.index, kinds))
 
 

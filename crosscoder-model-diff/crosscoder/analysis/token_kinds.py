@@ -20,16 +20,21 @@ if TYPE_CHECKING:
 
 
 def token_kinds(store: ActivationStore, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """[tokens] int64: index into KINDS of every token of a set; found by its ids where the set does not store it."""
+    """[tokens] int64: index into KINDS of every token of a set."""
+    return recorded_kinds(store, tokenizer)[store.recorded.kept]
+
+
+def recorded_kinds(store: ActivationStore, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """[recorded] int64: the same of outliers too; found by the ids where the set does not store it."""
     recorded = store.recorded
     if recorded.kind is not None:
-        return recorded.kind[recorded.kept]
+        return recorded.kind
     spelled = spelling(tokenizer, recorded.token_id.unique().tolist())
     kinds: list[int] = []
     for its in recorded.by_document():
         n_prompt = int((recorded.position[its] < store.documents[int(recorded.document[its.start])].n_prompt).sum())
         kinds += layout(recorded.token_id[its].tolist(), n_prompt, spelled)
-    return torch.tensor(kinds)[recorded.kept]
+    return torch.tensor(kinds)
 
 
 class KindExplained(NamedTuple):
