@@ -21,7 +21,6 @@ several processes.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from finqa.runtime.command_line import add_flags, at_least_one, flag, from_args,
 from finqa.runtime.errors import report_errors
 from finqa.runtime.manifest import write_manifest
 from finqa.runtime.paths import Folders, chosen_splits
+from finqa.runtime.progress import Progress
 from finqa.task.records import read_teacher_rows
 
 if TYPE_CHECKING:
@@ -205,9 +205,9 @@ def collect(recording: Recording, plan: Plan) -> None:
     parallel.wait_for_all()  # all have seen the same shards missing
     if len(missing) < len(plan.shards):
         print(f"going on: {len(plan.shards) - len(missing)} of {len(plan.shards)} shards are there", flush=True)
-    own = missing[int(os.environ.get("RANK", "0")) :: parallel.world_size()]
+    own = missing[parallel.rank() :: parallel.world_size()]
     readers = load_readers(plan) if own else None
-    progress = Progress(sum(shard.n_tokens for shard in own))
+    progress = Progress("tokens recorded", sum(shard.n_tokens for shard in own), sys.stdout)
     if readers:
         record(
             readers,
@@ -218,10 +218,11 @@ def collect(recording: Recording, plan: Plan) -> None:
             plan.skip_id,
             plan.device,
             allow_identical=recording.allow_identical,
-            on_batch=progress.add,
+            on_batch=progress.advance,
         )
+        progress.close()
     parallel.wait_for_all()
-    seconds, done = progress.seconds, parallel.total(progress.done)
+    seconds, done = max(time.monotonic() - progress.started, 1e-9), parallel.total(progress.done)
     if not parallel.is_first():
         return
     table = token_table(plan.documents, plan.shards, plan.skip_id)
@@ -277,26 +278,6 @@ def load_readers(plan: Plan) -> tuple[Read, Read]:
         return adapter_readers(adapted, plan.targets, plan.reader, INSTRUCT_ADAPTER if plan.instruct else None)
     instruct, fine_tuned = (reader(model, plan.targets, plan.reader) for model in models)
     return instruct, fine_tuned
-
-
-class Progress:
-    """A line now and then with the tokens that are done."""
-
-    def __init__(self, total: int, every_s: float = 10.0):
-        self.total = total
-        self.every_s = every_s
-        self.done = 0
-        self._start = self._said = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return max(time.monotonic() - self._start, 1e-9)
-
-    def add(self, n_tokens: int) -> None:
-        self.done += n_tokens
-        if time.monotonic() - self._said > self.every_s:
-            self._said = time.monotonic()
-            print(f"{self.done:,} of {self.total:,} tokens, {self.done / self.seconds:,.0f} tokens/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crosscoder.dictionaries.checkpoint import load_dictionary
+from crosscoder.dictionaries.config import READ_TOKENS
 from crosscoder.names import (
     CrosscoderChoice,
     add_activation_flags,
@@ -54,7 +55,7 @@ class ReadingConfig:
     """Latents in that table."""
     min_frequency: float = flag(1e-4, metavar="SHARE")
     """Share of the tokens, at or below which a latent is left out of that table: too few examples to read."""
-    batch_size: int = 4096
+    batch_size: int = READ_TOKENS
 
     def __post_init__(self) -> None:
         if self.n_most_changed < 1:

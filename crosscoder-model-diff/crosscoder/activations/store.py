@@ -27,7 +27,7 @@ from torch import Tensor
 
 from crosscoder.activations.feed import BATCHES_AHEAD, Feed
 from crosscoder.activations.feed import ShuffledOrder as ShuffledOrder
-from crosscoder.dictionaries.config import N_MODELS
+from crosscoder.dictionaries.config import N_MODELS, READ_TOKENS
 from finqa.runtime.errors import UserError
 from finqa.runtime.memory.free import free_memory
 
@@ -202,7 +202,7 @@ class ActivationStore:
         is_out = out[self.document]
         return Split((~is_out).nonzero().squeeze(-1), is_out.nonzero().squeeze(-1))
 
-    def batches(self, indices: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, indices: Tensor, batch_size: int = READ_TOKENS) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of token indices and their activations [n, 2, d_model], in the order of `indices`."""
         for chunk in indices.split(batch_size):
             yield chunk, self.read(chunk)

@@ -12,7 +12,7 @@ from torch import Tensor
 from crosscoder.activations.layout import KINDS, TEMPLATE, layout, spelling
 from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis.measures import ExplainedVariance
-from crosscoder.dictionaries.config import N_MODELS
+from crosscoder.dictionaries.config import N_MODELS, READ_TOKENS
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class _KindSums:
 
 @torch.no_grad()
 def explained_variance_by_kind(
-    model: BatchTopKCrosscoder, store: ActivationStore, indices: Tensor, kinds: Tensor, batch_size: int = 4096
+    model: BatchTopKCrosscoder, store: ActivationStore, indices: Tensor, kinds: Tensor, batch_size: int = READ_TOKENS
 ) -> list[KindExplained]:
     """Of the tokens at `indices` of the store, reconstructed by the inference threshold, kind by kind.
 

@@ -16,6 +16,8 @@ Decay = Literal["linear", "cosine"]
 Directions = Literal["alike", "apart"]
 
 N_MODELS = 2
+READ_TOKENS = 4096
+"""Tokens of a set that are read, and whose latents are held, at one time."""
 """Index 0 is the instruct model, index 1 the fine-tuned one."""
 
 Config = TypeVar("Config", "CrosscoderConfig", "TrainingConfig")

@@ -33,8 +33,9 @@ from torch import Tensor
 from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
 from crosscoder.activations.store import ActivationStore
-from crosscoder.dictionaries.config import N_MODELS
+from crosscoder.dictionaries.config import N_MODELS, READ_TOKENS
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.interventions.bootstrap import INTERVAL, RESAMPLES, draws
 from crosscoder.interventions.causal import cell_key, experiment_key
 from crosscoder.interventions.halves import Frame, LayerRecord, Pair, Side, after_patch, record_layers
 from crosscoder.interventions.patching import BATCH_TOKENS, Batch, batches
@@ -113,7 +114,7 @@ def stored_texts(store: ActivationStore, numbers: Iterable[int], bos_id: int | N
     return texts
 
 
-def mean_activations(store: ActivationStore, indices: Tensor, batch_size: int = 4096) -> Tensor:
+def mean_activations(store: ActivationStore, indices: Tensor, batch_size: int = READ_TOKENS) -> Tensor:
     """[2, d_model] fp64, in the models' own units, over the tokens at these indices."""
     total = torch.zeros(N_MODELS, store.config.d_model, dtype=torch.float64)
     for _, raw in store.batches(indices, batch_size):
@@ -238,14 +239,10 @@ def _losses(side: Side, hidden: Tensor, clean: Tensor, following: Tensor) -> tup
     return torch.cat(losses).double(), torch.cat(divergences).double()
 
 
-def loss_recovered(losses: SpliceLosses, n_resamples: int = 2000, seed: int = 0) -> list[LossRecovered]:
+def loss_recovered(losses: SpliceLosses, n_resamples: int = RESAMPLES, seed: int = 0) -> list[LossRecovered]:
     """Every model that was spliced, choice of tokens and ablation; the interval is a bootstrap over documents."""
     n = len(losses.counts)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(n, (n_resamples, n), generator=generator)
-    weights = torch.zeros(n_resamples + 1, n, dtype=torch.float64)
-    weights[0] = 1
-    weights[1:].scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    weights = torch.cat([torch.ones(1, n, dtype=torch.float64), draws(n, seed, n_resamples)])
     found = []
     for m, t in ((m, t) for m in range(N_MODELS) for t in range(len(TOKENS))):
         # The first row is the documents themselves, the others are resamples: a mean over tokens in each.
@@ -282,7 +279,7 @@ def loss_recovered(losses: SpliceLosses, n_resamples: int = 2000, seed: int = 0)
 def _recovered(clean: Tensor, spliced: Tensor, ablated: Tensor) -> tuple[float, float, float]:
     """[1 + resamples] each -> the share of the documents themselves, and the ends of its interval."""
     share = torch.where(ablated != clean, (ablated - spliced) / (ablated - clean), torch.nan)
-    low, high = torch.nanquantile(share[1:], torch.tensor([0.025, 0.975], dtype=share.dtype)).tolist()
+    low, high = torch.nanquantile(share[1:], torch.tensor(INTERVAL, dtype=share.dtype)).tolist()
     return float(share[0]), low, high
 
 
