@@ -25,7 +25,7 @@ from crosscoder.activations.store import VERSION, SetConfig, StoredDocument, sha
 from crosscoder.dictionaries.checkpoint import save_tensors
 from crosscoder.dictionaries.config import N_MODELS
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import write_atomically
+from finqa.runtime.paths import json_text, write_atomically
 
 OUTLIER_FACTOR = 10.0
 """In the residual stream a token above this many median norms is dropped (attention sinks)."""
@@ -155,7 +155,7 @@ class SetWriter:
         lines = "".join(json.dumps(asdict(document)) + "\n" for document in documents)
         write_atomically(self.partial / "documents.jsonl", lines)
         add_to(self.partial)
-        write_atomically(self.partial / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+        write_atomically(self.partial / "config.json", json_text(asdict(config), indent=2) + "\n")
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.partial.rename(self.folder)

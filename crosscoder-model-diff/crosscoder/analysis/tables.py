@@ -177,12 +177,12 @@ def write_latent_table(path: Path, rows: Sequence[LatentRow]) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
-    """Rows as CSV, with a column for every key that any of them has, `columns` first."""
+    """Rows as CSV: a column for every key that any of them has, `columns` first; empty for what is not a number."""
     names = dict.fromkeys([*columns, *(key for row in rows for key in row)])
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: None if value != value else value for name, value in row.items()} for row in rows)
     write_atomically(path, text.getvalue())
 
 

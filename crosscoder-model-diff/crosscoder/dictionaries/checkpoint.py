@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig, from_dict
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import renamed_to, write_atomically
+from finqa.runtime.paths import json_text, renamed_to, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,7 @@ def save_dictionary(model: BatchTopKCrosscoder, folder: Path | str, **about: obj
         "delta_threshold": model.delta_threshold,
         **about,
     }
-    write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+    write_atomically(folder / CONFIG_FILE, json_text(config, indent=2) + "\n")
     return folder
 
 

@@ -27,6 +27,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -173,7 +174,9 @@ def splice_losses(
             journal.add(key, {"what": "spliced", "sums": own_sums.tolist(), "counts": own_counts.tolist()})
             left.add(batch.ids.numel())
         found = journal.found[key]
-        sums[:, chosen], counts[chosen] = torch.tensor(found["sums"], dtype=sums.dtype), torch.tensor(found["counts"])
+        # The journal has null for what is not a number, as of a model that was not spliced.
+        sums[:, chosen] = torch.from_numpy(np.array(found["sums"], dtype=np.float64))
+        counts[chosen] = torch.tensor(found["counts"])
     return SpliceLosses(sums[0], sums[1], counts)
 
 
