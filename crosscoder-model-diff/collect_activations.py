@@ -10,7 +10,8 @@ the base model, and the adapter: from D/models/<dataset>/<model-id>/, else from 
 adapter switched off for index 0 (instruct) and on for index 1 (fine-tuned); with --merged a second one, the merged
 model. --against RUN_NAME puts another fine-tune of that base in index 0, so that two fine-tunes are compared.
 Several layers and sites are read in one pass of each model, which runs up to the last of them and no further.
-Padding is never recorded, BOS only with --keep-bos.
+Padding is never recorded, BOS only with --keep-bos. Tokens of more than ten times
+the median norm (attention sinks) are counted, and left out of every reading unless --keep-outliers is given.
 
 Writes D/activations/<model-id>-<dataset>-<split>-layer<L>-<site>-<n>/ for each layer and site: shards, token table,
 config.json with the activation scales, and run.json. A set that is there and was made from the same inputs is left as
@@ -156,7 +157,7 @@ def make_plan(recording: Recording, choices: list[ActivationChoice], folders: Fo
         shards_of = {**made_from, "shard_tokens": recording.shard_tokens}
         missing.append(choice)
         inputs.append(made_from)
-        writers.append(SetWriter(folder, shape.d_model, shards_of, drop_outliers=choice.site == "residual"))
+        writers.append(SetWriter(folder, shape.d_model, shards_of, drop_outliers=not choice.keep_outliers))
     shards = planned_shards(documents, skip_id, recording.shard_tokens, batch_tokens)
     if missing and parallel.is_first():
         n_tokens = sum(shard.n_tokens for shard in shards)
@@ -242,7 +243,11 @@ def collect(recording: Recording, plan: Plan) -> None:
 
         config = writer.finish(table, stored_documents(plan.documents), inputs, shard_tokens, manifest)
         if config.n_dropped:
-            print(f"{config.n_dropped} tokens above ten times the median norm are left out of every reading")
+            print(
+                f"{config.n_dropped:,} tokens ({config.n_dropped / config.n_tokens:.2%}) have more than ten times the "
+                f"median norm at layer {choice.resolved_layer} ({choice.site}), as attention sinks have: no dictionary "
+                "reads them; keep them with --keep-outliers"
+            )
         scales = " and ".join(f"{scale:.4g}" for scale in config.activation_scales)
         print(
             f"{config.n_tokens:,} tokens of {len(plan.documents)} documents at layer {choice.resolved_layer} "

@@ -52,6 +52,8 @@ class ActivationChoice:
     """Use the merged model in place of base + adapter."""
     keep_bos: bool = flag(False)
     """Keep the first token, whose activation is an outlier."""
+    keep_outliers: bool = flag(False)
+    """Keep tokens of more than ten times the median norm (attention sinks), which dictionaries do not read."""
     against: str | None = flag(None, metavar="RUN_NAME", shown="the base model itself")
     """Run name of another fine-tune that takes the base model's place ('': the one without a name)."""
 
@@ -77,9 +79,8 @@ class ActivationChoice:
         student = self.student
         stem = f"{student.model_id}-{student.dataset}-{self.split}"
         parts = [stem, f"layer{self.resolved_layer}", self.site, str(self.num_samples)]
-        parts += [
-            word for word, chosen in (("raw", self.raw), ("merged", self.merged), ("bos", self.keep_bos)) if chosen
-        ]
+        chosen = {"raw": self.raw, "merged": self.merged, "bos": self.keep_bos, "outliers": self.keep_outliers}
+        parts += [word for word, is_chosen in chosen.items() if is_chosen]
         return "-".join([*parts, *self._against_words])
 
     @property

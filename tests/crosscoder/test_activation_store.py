@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from pathlib import Path
 
@@ -100,6 +101,27 @@ def test_outliers_are_dropped_and_counted_and_leave_the_scales_alone(tmp_path: P
     assert torch.equal(store.read(torch.arange(len(store))), activations[4:].bfloat16())
     assert store.position[0].item() == 5
     assert store.config.activation_scales == pytest.approx(plain.config.activation_scales)
+
+
+@pytest.mark.parametrize("model", [0, 1], ids=["instruct", "fine-tuned"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda one: one.index_fill_(0, torch.tensor([7]), torch.nan), "is not a number on 1 of 200 tokens, first at "
+         "position 8 of document row-0; check that model's weights"),
+        (lambda one: one.index_fill_(0, torch.tensor([60, 61]), -torch.inf), "is infinite on 2 of 200 tokens, first at "
+         "position 11 of document row-1"),
+        (lambda one: one.zero_(), "is 0 on at least half of the 200 tokens; choose another --layer or --site"),
+        (lambda one: one.copy_(one[0].clone().expand_as(one)), "is the same for every token"),
+    ],
+    ids=["NaN", "infinite", "zero", "constant"],
+)  # fmt: skip
+def test_activations_that_no_dictionary_can_explain_are_one_line_that_says_which(tmp_path: Path, model, change, said):
+    activations = planted_activations(200, D_MODEL, 16)
+    change(activations[:, model])
+    name = ["instruct", "fine-tuned"][model]
+    with pytest.raises(UserError, match=re.escape(f"set: the {name} model's activation {said}")):
+        write_store(tmp_path / "set", activations, document_tokens=50, drop_outliers=True)
 
 
 def test_held_out_documents_share_no_token_with_training(store):

@@ -39,6 +39,7 @@ SEVEN_B = "mistralai_Mistral-7B-Instruct-v0.3-peftq_proj_k_proj_v_proj_o_proj-bs
         ({}, f"{SEVEN_B}-FinQA-test-layer17-mlp-1024"),
         ({"site": "residual", "layer": 3, "num_samples": 50}, f"{SEVEN_B}-FinQA-test-layer3-residual-50"),
         ({"raw": True, "merged": True, "keep_bos": True}, f"{SEVEN_B}-FinQA-test-layer17-mlp-1024-raw-merged-bos"),
+        ({"keep_outliers": True}, f"{SEVEN_B}-FinQA-test-layer17-mlp-1024-outliers"),
         ({"split": "dev", "dataset": "FinQA-mini"}, f"{SEVEN_B}-FinQA-mini-dev-layer17-mlp-1024"),
         ({"against": "sham"}, f"{SEVEN_B}-FinQA-test-layer17-mlp-1024-against-sham"),
         (

@@ -119,7 +119,7 @@ def test_strata_are_found_behind_a_system_turn(tmp_path: Path):
     rows = [TeacherRow(training_prompt(q), "ans = 1", "1", "1", id=q.id, family=q.family) for q in questions]
     tokenizer: Any = students.load_tokenizer(str(tiny_qwen(tmp_path / "qwen", True, [row.prompt for row in rows])))
     documents = documents_from_rows(rows, tokenizer)
-    store = write_documents(tmp_path / "set", documents, None, lambda table: torch.ones(len(table["kind"]), 2, 4))
+    store = write_documents(tmp_path / "set", documents, None, lambda table: torch.randn(len(table["kind"]), 2, 4))
     stratum = questions_of(store, rows, tokenizer, finqa_mini_wording()).stratum
     for number, (question, document) in enumerate(zip(questions, documents, strict=True)):
         ids, strata = document.ids, [STRATA[code] for code in stratum[store.document == number].tolist()]

@@ -48,10 +48,10 @@ def append_to_journal(path: Path, value: dict) -> None:
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_json_has_null_where_there_is_no_number(tmp_path: Path, write, number):
     path = tmp_path / "a.json"
-    write(path, {"a": number, "nested": [1.5, (number, "NaN")], "path": tmp_path})
+    write(path, {"a": number, "nested": [1.5, (number, "NaN")], "at": tmp_path})
     text = path.read_text()
     found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert found["a"] is None and found["nested"] == [1.5, [None, "NaN"]] and found["path"] == str(tmp_path)
+    assert found["a"] is None and found["nested"] == [1.5, [None, "NaN"]] and found["at"] == str(tmp_path)
 
 
 def test_shipped_data_is_found_from_any_data_folder(tmp_path: Path):

@@ -57,7 +57,7 @@ class SetConfig:
     n_tokens: int
     """Tokens in the shards."""
     n_dropped: int
-    """Of those, outliers that reading leaves out."""
+    """Of those, outliers by their norm, which reading leaves out."""
     activation_scales: tuple[float, float]
     """c_m = sqrt(d_model) / mean norm of model m's kept activations."""
     shard_tokens: tuple[int, ...]

@@ -34,6 +34,7 @@ from torch import Tensor
 from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
 from crosscoder.activations.store import ActivationStore
+from crosscoder.activations.writer import MODELS
 from crosscoder.dictionaries.config import N_MODELS, READ_TOKENS
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.interventions.bootstrap import INTERVAL, RESAMPLES, draws
@@ -49,7 +50,7 @@ Ablation = Literal["zero", "mean", "other"]
 ABLATIONS: tuple[Ablation, ...] = get_args(Ablation)
 Tokens = Literal["program", "all"]
 TOKENS: tuple[Tokens, ...] = get_args(Tokens)
-MODELS = ("instruct", "fine-tuned")
+
 CONDITIONS = ("clean", "spliced", *ABLATIONS)
 ROWS_AT_ONCE = 512
 """Tokens whose latents, or whose logits, are held at one time: a few GB with a vocabulary of 150,000."""
