@@ -25,6 +25,7 @@ from crosscoder.activations.store import VERSION, SetConfig, StoredDocument, sha
 from crosscoder.dictionaries.checkpoint import save_tensors
 from crosscoder.dictionaries.config import N_MODELS
 from finqa.runtime.errors import UserError
+from finqa.runtime.manifest import file_hash
 from finqa.runtime.paths import json_text, write_atomically
 
 OUTLIER_FACTOR = 10.0
@@ -141,6 +142,10 @@ class SetWriter:
         if self.drop_outliers:
             kept = (norms <= OUTLIER_FACTOR * norms.median(dim=0).values).all(dim=-1)
         means = norms[kept].mean(dim=0)
+        columns = {name: column.to(torch.int32) for name, column in table.items()}
+        save_tensors(self.partial / "tokens.safetensors", {**columns, "kept": kept})
+        lines = "".join(json.dumps(asdict(document)) + "\n" for document in documents)
+        write_atomically(self.partial / "documents.jsonl", lines)
         config = SetConfig(
             d_model=self.d_model,
             n_tokens=len(norms),
@@ -149,11 +154,8 @@ class SetWriter:
             shard_tokens=tuple(shard_tokens),
             recorded=recorded,
             version=VERSION,
+            files={name: file_hash(self.partial / name) for name in ("tokens.safetensors", "documents.jsonl")},
         )
-        columns = {name: column.to(torch.int32) for name, column in table.items()}
-        save_tensors(self.partial / "tokens.safetensors", {**columns, "kept": kept})
-        lines = "".join(json.dumps(asdict(document)) + "\n" for document in documents)
-        write_atomically(self.partial / "documents.jsonl", lines)
         add_to(self.partial)
         write_atomically(self.partial / "config.json", json_text(asdict(config), indent=2) + "\n")
         if self.folder.exists():
