@@ -10,7 +10,8 @@ the base model, and the adapter: from D/models/<dataset>/<model-id>/, else from 
 adapter switched off for index 0 (instruct) and on for index 1 (fine-tuned); with --merged a second one, the merged
 model. --against RUN_NAME puts another fine-tune of that base in index 0, so that two fine-tunes are compared.
 Several layers and sites are read in one pass of each model, which runs up to the last of them and no further.
-Padding is never recorded, BOS only with --keep-bos.
+Padding is never recorded, BOS only with --keep-bos. Tokens of more than ten times
+the median norm (attention sinks) are counted, and left out of every reading unless --keep-outliers is given.
 
 Writes D/activations/<model-id>-<dataset>-<split>-layer<L>-<site>-<n>/ for each layer and site: shards, token table,
 config.json with the activation scales, and run.json. A set that is there and was made from the same inputs is left as
@@ -21,7 +22,6 @@ several processes.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -43,6 +43,7 @@ from finqa.runtime.command_line import add_flags, at_least_one, flag, from_args,
 from finqa.runtime.errors import report_errors
 from finqa.runtime.manifest import write_manifest
 from finqa.runtime.paths import Folders, chosen_splits
+from finqa.runtime.progress import Progress
 from finqa.task.records import read_teacher_rows
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def make_plan(recording: Recording, choices: list[ActivationChoice], folders: Fo
         shards_of = {**made_from, "shard_tokens": recording.shard_tokens}
         missing.append(choice)
         inputs.append(made_from)
-        writers.append(SetWriter(folder, shape.d_model, shards_of, drop_outliers=choice.site == "residual"))
+        writers.append(SetWriter(folder, shape.d_model, shards_of, drop_outliers=not choice.keep_outliers))
     shards = planned_shards(documents, skip_id, recording.shard_tokens, batch_tokens)
     if missing and parallel.is_first():
         n_tokens = sum(shard.n_tokens for shard in shards)
@@ -205,9 +206,9 @@ def collect(recording: Recording, plan: Plan) -> None:
     parallel.wait_for_all()  # all have seen the same shards missing
     if len(missing) < len(plan.shards):
         print(f"going on: {len(plan.shards) - len(missing)} of {len(plan.shards)} shards are there", flush=True)
-    own = missing[int(os.environ.get("RANK", "0")) :: parallel.world_size()]
+    own = missing[parallel.rank() :: parallel.world_size()]
     readers = load_readers(plan) if own else None
-    progress = Progress(sum(shard.n_tokens for shard in own))
+    progress = Progress("tokens recorded", sum(shard.n_tokens for shard in own), sys.stdout)
     if readers:
         record(
             readers,
@@ -218,10 +219,11 @@ def collect(recording: Recording, plan: Plan) -> None:
             plan.skip_id,
             plan.device,
             allow_identical=recording.allow_identical,
-            on_batch=progress.add,
+            on_batch=progress.advance,
         )
+        progress.close()
     parallel.wait_for_all()
-    seconds, done = progress.seconds, parallel.total(progress.done)
+    seconds, done = max(time.monotonic() - progress.started, 1e-9), parallel.total(progress.done)
     if not parallel.is_first():
         return
     table = token_table(plan.documents, plan.shards, plan.skip_id)
@@ -241,7 +243,11 @@ def collect(recording: Recording, plan: Plan) -> None:
 
         config = writer.finish(table, stored_documents(plan.documents), inputs, shard_tokens, manifest)
         if config.n_dropped:
-            print(f"{config.n_dropped} tokens above ten times the median norm are left out of every reading")
+            print(
+                f"{config.n_dropped:,} tokens ({config.n_dropped / config.n_tokens:.2%}) have more than ten times the "
+                f"median norm at layer {choice.resolved_layer} ({choice.site}), as attention sinks have: no dictionary "
+                "reads them; keep them with --keep-outliers"
+            )
         scales = " and ".join(f"{scale:.4g}" for scale in config.activation_scales)
         print(
             f"{config.n_tokens:,} tokens of {len(plan.documents)} documents at layer {choice.resolved_layer} "
@@ -277,26 +283,6 @@ def load_readers(plan: Plan) -> tuple[Read, Read]:
         return adapter_readers(adapted, plan.targets, plan.reader, INSTRUCT_ADAPTER if plan.instruct else None)
     instruct, fine_tuned = (reader(model, plan.targets, plan.reader) for model in models)
     return instruct, fine_tuned
-
-
-class Progress:
-    """A line now and then with the tokens that are done."""
-
-    def __init__(self, total: int, every_s: float = 10.0):
-        self.total = total
-        self.every_s = every_s
-        self.done = 0
-        self._start = self._said = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return max(time.monotonic() - self._start, 1e-9)
-
-    def add(self, n_tokens: int) -> None:
-        self.done += n_tokens
-        if time.monotonic() - self._said > self.every_s:
-            self._said = time.monotonic()
-            print(f"{self.done:,} of {self.total:,} tokens, {self.done / self.seconds:,.0f} tokens/s", flush=True)
 
 
 if __name__ == "__main__":

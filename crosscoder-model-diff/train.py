@@ -114,7 +114,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     choice, named, folders = choice_from_args(args), from_args(CrosscoderChoice, args), Folders.from_args(args)
-    name, running = named.name_on(choice), from_args(Running, args)
+    name, running = named.name_on(choice, folders), from_args(Running, args)
     require_push(args, choice.student, name)
     command = choice.command("collect_activations.py")
     recorded = find_folder(folders.activations(choice.name), choice.student, "config.json", "activation set", command)

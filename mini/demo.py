@@ -32,7 +32,7 @@ from finqa.task.records import read_teacher_rows
 DATASET, STUDENT = "FinQA-mini", "pocket-mistral"
 FOLDERS = Folders()
 LOGS = FOLDERS.results / "demo"
-CROSSCODER_RESULTS = CROSSCODER_FOLDER / "results" / f"{STUDENT}_1k_samples_batchtopk"
+CROSSCODER_RESULTS = CROSSCODER_FOLDER / "results" / f"{STUDENT}-FinQA-mini-layer3-mlp_1k_samples_batchtopk"
 
 
 @dataclass(frozen=True)

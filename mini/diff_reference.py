@@ -21,7 +21,7 @@ from mini.reference import revision, wrapped
 
 REFERENCE = REPOSITORY / "docs" / "reference" / "model-diff"
 RESULTS = REPOSITORY / "crosscoder-model-diff" / "results"
-NAME = "pocket-mistral_1k_samples_batchtopk"
+NAME = "pocket-mistral-FinQA-mini-layer3-mlp_1k_samples_batchtopk"
 FIGURES = (
     "explained_variance",
     "explained_variance_by_kind",

@@ -1,10 +1,12 @@
 """What the scripts of this folder share: the flags that name an activation set or a crosscoder, and finding them.
 
     activation set   D/activations/<model-id>-<dataset>-<split>-layer<L>-<site>-<n>/    Hub <HF_NAME>/<same name>
-    crosscoder       D/models/crosscoders/<short model name>_<n>_samples_batchtopk/     Hub <HF_NAME>/<same name>
+    crosscoder       D/models/crosscoders/<short model name>-<dataset>-layer<L>-<site>_<n>_samples_batchtopk/
+                                                                                        Hub <HF_NAME>/<same name>
     its results      crosscoder-model-diff/results/<crosscoder's name>/
 
-<n> is the number of samples that was asked for, also where fewer rows were there.
+<n> is the number of samples that was asked for, also where fewer rows were there. Crosscoders were once named without
+data set, layer and site; those names are still found.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from crosscoder.dictionaries.config import CrosscoderConfig, Method
 from finqa.models import hub
-from finqa.models.students import StudentRun, add_student_flags, local_model, student_from_args
+from finqa.models.students import DEFAULT_MODEL, StudentRun, add_student_flags, local_model, student_from_args
 from finqa.runtime.command_line import add_flags, flag, from_args, given, words_of
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY, Folders, SplitOrAll, add_folder_flags
@@ -29,6 +32,8 @@ SITES: tuple[Site, ...] = get_args(Site)
 DEFAULT_RESULTS = REPOSITORY / "crosscoder-model-diff" / "results"
 UNNAMED = "unnamed"
 """What stands for an empty run name in a name."""
+DEFAULT_DEPTH = 32
+"""Layers of the default model."""
 HUB_NAME_LENGTH = 96
 """Longest repository name that the Hub takes."""
 
@@ -52,6 +57,8 @@ class ActivationChoice:
     """Use the merged model in place of base + adapter."""
     keep_bos: bool = flag(False)
     """Keep the first token, whose activation is an outlier."""
+    keep_outliers: bool = flag(False)
+    """Keep tokens of more than ten times the median norm (attention sinks), which dictionaries do not read."""
     against: str | None = flag(None, metavar="RUN_NAME", shown="the base model itself")
     """Run name of another fine-tune that takes the base model's place ('': the one without a name)."""
 
@@ -76,11 +83,13 @@ class ActivationChoice:
         """Name of the activation set."""
         student = self.student
         stem = f"{student.model_id}-{student.dataset}-{self.split}"
-        parts = [stem, f"layer{self.resolved_layer}", self.site, str(self.num_samples)]
-        parts += [
-            word for word, chosen in (("raw", self.raw), ("merged", self.merged), ("bos", self.keep_bos)) if chosen
-        ]
+        parts = [stem, f"layer{self.resolved_layer}", self.site, str(self.num_samples), *self._how_words]
         return "-".join([*parts, *self._against_words])
+
+    @property
+    def _how_words(self) -> list[str]:
+        chosen = {"raw": self.raw, "merged": self.merged, "bos": self.keep_bos, "outliers": self.keep_outliers}
+        return [word for word, is_chosen in chosen.items() if is_chosen]
 
     @property
     def _against_words(self) -> list[str]:
@@ -94,12 +103,35 @@ class ActivationChoice:
     @property
     def crosscoder_name(self) -> str:
         """Default name of the crosscoder that is trained on this set."""
+        split = [self.split] if self.split != ActivationChoice.split else []
+        of = [self.student.dataset, *split, f"layer{self.resolved_layer}", self.site, *self._how_words]
+        return self._crosscoder_name(*of)
+
+    @property
+    def earlier_crosscoder_name(self) -> str:
+        """The default name before it told data sets, layers and sites apart."""
+        return self._crosscoder_name()
+
+    def _crosscoder_name(self, *of: str) -> str:
         local = local_model(self.student.model)
         short = local.name if local else self.student.model.split("/")[-1]
         n = self.num_samples
         samples = f"{n // 1024}k" if n % 1024 == 0 else str(n)
         suffix = [self.student.run_name] if self.student.run_name else []
-        return "-".join([f"{short}_{samples}_samples_batchtopk", *suffix, *self._against_words])
+        return "-".join([short, *of]) + "-".join([f"_{samples}_samples_batchtopk", *suffix, *self._against_words])
+
+    def is_of(self, recorded: Mapping[str, Any]) -> bool:
+        """Whether this names the activations that a set, or a crosscoder's config.json, describes."""
+        asked = {
+            "dataset": self.student.dataset,
+            "split": self.split,
+            "model_id": self.student.model_id,
+            "layer": self.resolved_layer,
+            "site": self.site,
+            "raw": self.raw,
+            "keep_bos": self.keep_bos,
+        }
+        return all(recorded.get(name) == value for name, value in asked.items())
 
     def command(self, script: str) -> str:
         """The command that runs `script` for this choice, with the flags that are not at their default."""
@@ -114,12 +146,29 @@ class CrosscoderChoice:
     """Which crosscoder of an activation set, and where its results are."""
 
     method: Method = flag(CrosscoderConfig.method, help="What kind of dictionary it is")
-    name: str | None = flag(None, shown="<short model name>_<n>_samples_<method>", help="Name of the crosscoder")
+    name: str | None = flag(None, shown="<short model name>-<dataset>-layer<L>-<site>_<n>_samples_<method>")
+    """Name of the crosscoder."""
     results_dir: Path = flag(DEFAULT_RESULTS, help="Folder of its figures and tables, each crosscoder's below its name")
 
-    def name_on(self, activations: ActivationChoice) -> str:
-        """The name that was given, else the default one on these activations."""
-        return self.name or name_of_method(activations.crosscoder_name, self.method)
+    def name_on(self, activations: ActivationChoice, folders: Folders) -> str:
+        """The name that was given, else the default one on these activations; the earlier default where a crosscoder
+        of these activations has that, and none the new one."""
+        if self.name:
+            return self.name
+        name, earlier = name_of_method(activations.crosscoder_name, self.method), self.earlier_name_on(activations)
+        old, new = (crosscoder_folder(folders, each) / "config.json" for each in (earlier, name))
+        if not new.exists() and old.exists():
+            try:
+                values = json.loads(old.read_text())
+            except json.JSONDecodeError:
+                return name
+            if isinstance(values, dict) and activations.is_of(values.get("activations") or {}):
+                return earlier
+        return name
+
+    def earlier_name_on(self, activations: ActivationChoice) -> str:
+        """What the default name was; the Hub may have it."""
+        return self.name or name_of_method(activations.earlier_crosscoder_name, self.method)
 
 
 def add_activation_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -171,6 +220,8 @@ def model_depth(model: str, revision: str | None = None) -> int:
     folder = local_model(model) or hub.fetch_folder(model, revision, ["config.json"])
     path = folder / "config.json" if folder else None
     if path is None or not path.exists():
+        if model == DEFAULT_MODEL:
+            return DEFAULT_DEPTH  # so that what is missing without a network is said by its name
         raise UserError(f"the depth of {model} is not known: no local folder, nor on the Hub; say --layer")
     values = json.loads(path.read_text())
     depth = values.get("num_hidden_layers") or values.get("text_config", {}).get("num_hidden_layers")
@@ -204,12 +255,16 @@ def name_of_method(name: str, method: str) -> str:
     return f"{before}_{method}{after}"
 
 
-def find_folder(local: Path, student: StudentRun, marker: str, what: str, command: str) -> Path:
-    """`local` where it holds the file `marker`, else its copy from the Hub; UserError names both and the remedy."""
+def find_folder(local: Path, student: StudentRun, marker: str, what: str, command: str, earlier_name: str = "") -> Path:
+    """`local` where it holds the file `marker`, else its copy from the Hub; UserError names both and the remedy.
+
+    `earlier_name`: under which the Hub may have it, too.
+    """
     if (local / marker).exists():
         return local
     repository = hub_id(student, local.name)
-    fetched = hub.fetch_folder(repository) if repository else None
-    if fetched is not None and (fetched / marker).exists():
-        return fetched
+    for name in dict.fromkeys([local.name, earlier_name or local.name]) if repository else ():
+        fetched = hub.fetch_folder(str(hub_id(student, name)))
+        if fetched is not None and (fetched / marker).exists():
+            return fetched
     raise UserError(f"no {what} in {local}, nor {hub.looked_for(repository)}; make it with: {command}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crosscoder.dictionaries.checkpoint import load_dictionary
+from crosscoder.dictionaries.config import READ_TOKENS
 from crosscoder.names import (
     CrosscoderChoice,
     add_activation_flags,
@@ -54,7 +55,7 @@ class ReadingConfig:
     """Latents in that table."""
     min_frequency: float = flag(1e-4, metavar="SHARE")
     """Share of the tokens, at or below which a latent is left out of that table: too few examples to read."""
-    batch_size: int = 4096
+    batch_size: int = READ_TOKENS
 
     def __post_init__(self) -> None:
         if self.n_most_changed < 1:
@@ -83,9 +84,10 @@ def open_reading_of(args: argparse.Namespace) -> Reading:
     or where the crosscoder was trained on other activations.
     """
     choice, crosscoder, folders = choice_from_args(args), from_args(CrosscoderChoice, args), Folders.from_args(args)
-    name = crosscoder.name_on(choice)
-    command = " ".join([choice.command("train.py"), *words_of(crosscoder, results_dir=crosscoder.results_dir)])
-    folder = find_folder(crosscoder_folder(folders, name), choice.student, "config.json", "crosscoder", command)
+    name = crosscoder.name_on(choice, folders)
+    train = " ".join([choice.command("train.py"), *words_of(crosscoder, results_dir=crosscoder.results_dir)])
+    local, earlier = crosscoder_folder(folders, name), crosscoder.earlier_name_on(choice)
+    folder = find_folder(local, choice.student, "config.json", "crosscoder", train, earlier)
     command = choice.command("collect_activations.py")
     recorded = find_folder(folders.activations(choice.name), choice.student, "config.json", "activation set", command)
     # Only now, so that what is missing is said at once.
@@ -97,7 +99,11 @@ def open_reading_of(args: argparse.Namespace) -> Reading:
     store = ActivationStore(recorded)
     config = read_config(folder)
     if config.activations and config.activations["fingerprint"] != store.config.recorded["fingerprint"]:
-        raise UserError(f"{folder} was trained on other activations than those in {store.folder}")
+        of = " ".join(str(config.activations.get(name, "")) for name in ("dataset", "layer", "site")).strip()
+        raise UserError(
+            f"{folder} was trained on other activations ({of or 'not said'}: data set, layer, site) than those in "
+            f"{store.folder}; give the flags of those, or train one on these with: {train} --overwrite"
+        )
     training = config.training or TrainingConfig()
     tokenizer = students.load_tokenizer(choice.student.model, choice.student.revision)
     return Reading(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +12,6 @@ from crosscoder.analysis.findings import Findings
 from crosscoder.analysis.measures import CLASSES
 from crosscoder.analysis.token_kinds import kind_rows
 from finqa.runtime.manifest import write_json
-from finqa.runtime.paths import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,12 +73,12 @@ def write_tables(found: Findings, folder: Path) -> list[Path]:
     paths = {name: folder / f"{name}.csv" for name in names}
     tables.write_latent_table(paths["latents"], found.rows)
     tables.write_latent_table(paths["most_changed"], found.most_changed)
-    _write_csv(paths["explained_variance"], kind_rows(found.by_kind))
+    tables.write_csv(paths["explained_variance"], kind_rows(found.by_kind))
     if found.two_models is None:
         for name in ("classes", "confirmed"):
             paths.pop(name).unlink(missing_ok=True)
     else:
-        _write_csv(paths["classes"], class_rows(found))
+        tables.write_csv(paths["classes"], class_rows(found))
         tables.write_latent_table(paths["confirmed"], [row for row in found.rows if row.confirmed])
     return list(paths.values())
 
@@ -92,7 +89,7 @@ EXTRA_FILES = ("stability.csv", "splicing.csv", "causal.csv", "causal.png", "cau
 
 def write_extra(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """<name>.csv, and the same rows as a section of the analysis.json that is there."""
-    _write_csv(folder / f"{name}.csv", rows)
+    tables.write_csv(folder / f"{name}.csv", rows)
     path = folder / "analysis.json"
     write_json(path, json.loads(path.read_text()) | {name: rows})
 
@@ -140,13 +137,3 @@ def write_page(found: Findings, config: DashboardConfig) -> str:
     size = write_dashboard(path, dashboard)
     n = sum(page.examples is not None for page in dashboard.pages)
     return f"{path}: {size / 1e6:.1f} MB, {len(dashboard.pages):,} latents, {n:,} with examples"
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows as CSV, with a column for every key that any of them has."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue())

@@ -74,10 +74,10 @@ def _draw_groups(axes: Any, split: str, evaluations: list[Evaluation]) -> None:
 
 
 def _label(grouping: Grouping, name: str, evaluations: list[Evaluation]) -> str:
+    n = max(group["n"] for e in evaluations if (group := grouping.of(e).get(name)))
     if grouping is FAMILIES:
         kind = grouping.kind(evaluations, name)
-        return f"{name} ({kind})" if kind else name
-    n = max(group["n"] for e in evaluations if (group := grouping.of(e).get(name)))
+        return f"{name} ({kind}, n = {n})" if kind else f"{name} (n = {n})"
     steps = "" if grouping is ANSWER_KINDS else " step" if name == "1" else " steps"
     return f"{name}{steps}\nn = {n}"
 

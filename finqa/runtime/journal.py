@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import write_atomically
+from finqa.runtime.paths import json_text, write_atomically
 
 
 class Journal:
@@ -151,4 +151,4 @@ class KeyedJournal(Journal):
 
 
 def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, default=str).encode() + b"\n"  # ASCII: a reply can hold half a surrogate pair
+    return json_text(record, default=str).encode() + b"\n"  # ASCII: a reply can hold half a surrogate pair

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import platform
 import subprocess
@@ -14,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from finqa.runtime.paths import REPOSITORY, write_atomically
+from finqa.runtime.paths import REPOSITORY, json_text, write_atomically
 
 PACKAGES = (
     "torch",
@@ -61,7 +60,7 @@ def command_words() -> list[str]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically; paths and other values without a JSON form are written as their text."""
-    write_atomically(path, json.dumps(value, indent=2, default=_as_json, ensure_ascii=False) + "\n")
+    write_atomically(path, json_text(value, indent=2, default=_as_json, ensure_ascii=False) + "\n")
 
 
 def _as_json(value: Any) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 """Root of the repository; the default folders lie below it, whatever the current folder is."""
@@ -82,6 +83,15 @@ def add_folder_flags(parser: argparse.ArgumentParser, results: bool = True) -> N
 def chosen_splits(split: str) -> tuple[str, ...]:
     """The splits that --split names: `all` is each of train, dev, test."""
     return SPLITS if split == "all" else (split,)
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """`value` as JSON, with json.dumps' options; null for the numbers that JSON does not have (NaN, infinities)."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        plain = json.loads(json.dumps(value, **options), parse_constant=lambda name: None)
+        return json.dumps(plain, **options)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -6,7 +6,6 @@ callbacks are built on: import it where training starts.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finqa.runtime import parallel
 from finqa.runtime.journal import Journal
+from finqa.runtime.paths import json_text
 from finqa.runtime.progress import StepProgress
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class TrainingLog(TrainerCallback):
             "memory_gb": round(memory_used() / 1e9, 3),
         }
         with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json_text(record) + "\n")
         if self.wandb_run is not None:
             self.wandb_run.log(record, step=state.global_step)
         if self._progress is not None:

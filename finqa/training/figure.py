@@ -42,7 +42,8 @@ def _figure(records: Sequence[dict[str, Any]], title: str) -> Figure:
         values = [record[key] for record in records]
         many = len(values) > 1
         faint = key == "loss" and len(values) > 20
-        axis.plot(steps, values, color=BLUE, alpha=0.35 if faint else 1, marker="" if many else "o")
+        label = "each record" if faint else None
+        axis.plot(steps, values, color=BLUE, alpha=0.35 if faint else 1, marker="" if many else "o", label=label)
         if faint:
             axis.plot(steps, running_mean(values), color=BLUE, lw=1.4, label="running mean")
             axis.legend()

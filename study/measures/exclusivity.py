@@ -25,7 +25,7 @@ from torch import Tensor
 
 from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis import measures as analysis
-from crosscoder.analysis.latent_scaling import MIN_FIRINGS, NU_RANGE, LatentScaling, latent_scaling
+from crosscoder.analysis.latent_scaling import MIN_FIRINGS, latent_scaling
 from study.measures.readouts import BATCH_TOKENS, Subject
 
 Measure = Literal["delta", "1 - nu_err", "delta_slope"]
@@ -53,7 +53,7 @@ def exclusivity(subject: Subject, store: ActivationStore, indices: Tensor) -> Ex
         assert subject.model is not None
         delta = analysis.delta(analysis.decoder_norms(subject.model)).double()
         scaling = latent_scaling(subject.model, (raw for _, raw in store.batches(indices, BATCH_TOKENS)))
-        reliable = _reliable(scaling)
+        reliable = scaling.trusted
         measures["delta"] = delta
         measures["1 - nu_err"] = torch.where(reliable, 1 - scaling.nu_err[:, 1], torch.nan)
         n_unreliable = int((~reliable & (scaling.n > 0)).sum())
@@ -97,10 +97,3 @@ def activation_slopes(
     variance = sums["square"] - len(indices) * mean**2
     slopes = (products - mean[:, None] * projected) / torch.where(variance > 0, variance, torch.nan)[:, None]
     return slopes.cpu(), sums["active"].long().cpu()
-
-
-def _reliable(scaling: LatentScaling) -> Tensor:
-    """[latent] bool: nu_err of the fine-tuned model's probe can be read (latent_scaling's n, beta and nu_range)."""
-    nu = scaling.nu_err[:, 1]
-    low, high = NU_RANGE
-    return (scaling.n >= MIN_FIRINGS) & (scaling.beta_err[:, 1, 1] > 0) & (nu >= low) & (nu <= high)

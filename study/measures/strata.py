@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from crosscoder.activations.layout import KINDS, token_texts
 from crosscoder.activations.store import ActivationStore
-from finqa.models.students import prompt_ids
+from crosscoder.analysis.token_kinds import recorded_kinds
 from finqa.runtime.errors import UserError
 from finqa.task import prompts
 from finqa.task.records import TeacherRow
@@ -79,7 +81,7 @@ def questions_of(
 ) -> Questions:
     """The questions of a set, by the rows that it was collected from; the set's prompts have the chat template.
 
-    Raises UserError where a document has no row, a row no family, or the tokenizer gives other ids than the set has.
+    Raises UserError where a document has no row, a row no family, or the set's ids spell another text.
     """
     by_id = {row.id: row for row in rows}
     missing = [document.id for document in store.documents if document.id not in by_id]
@@ -90,9 +92,6 @@ def questions_of(
         if row.family not in wording.phrasings:
             raise UserError(f"{row.id}: its family is {row.family!r}, and no such family is known")
     families = tuple(sorted({row.family for row in chosen}))
-    layouts = [_layout(row, tokenizer, wording) for row in chosen]
-    _check_ids(store, [ids for ids, _ in layouts])
-    table = torch.nn.utils.rnn.pad_sequence([codes for _, codes in layouts], batch_first=True)
     return Questions(
         ids=tuple(row.id for row in chosen),
         families=families,
@@ -100,74 +99,61 @@ def questions_of(
         added=torch.tensor([wording.kinds[name] != "known" for name in families]),
         template=_numbered([wording.templates[row.family] for row in chosen]),
         page=_numbered([_page_key(row) for row in chosen]),
-        stratum=table[store.document, store.position],
+        stratum=_strata(store, chosen, tokenizer, wording)[store.recorded.kept],
         document=store.document,
     )
 
 
-def strata_of(row: TeacherRow, tokenizer: PreTrainedTokenizerBase, wording: Wording) -> list[Stratum]:
-    """The stratum of every token of a row's document, BOS and end token included."""
-    return [STRATA[code] for code in _layout(row, tokenizer, wording)[1].tolist()]
-
-
-def _layout(row: TeacherRow, tokenizer: Any, wording: Wording) -> tuple[list[int], Tensor]:
-    """[ids] of the document and its strata's codes: those of training_ids, with the place of each in the text."""
-    chat = [{"role": "user", "content": row.prompt}]
-    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    prompt_tokens, prompt_ends = _tokens(tokenizer, text)
-    if prompt_tokens != prompt_ids(tokenizer, chat):
-        raise UserError(f"{row.id}: the chat template's text and its ids differ, so tokens have no place in the text")
-    reply_tokens, reply_ends = _tokens(tokenizer, prompts.completion(row.generated_code))
-    strata = [*_of_prompt(row, text, prompt_ends, wording), *_of_reply(row.generated_code, reply_ends), "rest"]
-    return [*prompt_tokens, *reply_tokens, tokenizer.eos_token_id], torch.tensor([STRATA.index(s) for s in strata])
-
-
-def _of_prompt(row: TeacherRow, text: str, ends: Sequence[int], wording: Wording) -> list[Stratum]:
-    question = prompts.page_from_prompt(row.prompt)
-    question = type(question)(**{**vars(question), "id": row.id, "family": row.family})
-    begin = text.index(row.prompt.strip())
-    page_start = text.index(prompts.PASSAGE, begin) + len(prompts.PASSAGE)
-    page_end = text.rindex(prompts.QUESTION)
-    asked = text.index(question.question, page_end)
-    asked_end = asked + len(question.question)
-    inside = [i for i, end in enumerate(ends) if asked < end <= asked_end]
-    after = cue(question, wording, [ends[i] - asked for i in inside])
-    strata: list[Stratum] = ["passage" if page_start < end <= page_end else "rest" for end in ends]
-    for number, i in enumerate(inside):
-        strata[i] = "question before the cue" if number < after else "question after the cue"
-    strata[-1] = "last prompt token"
+def _strata(
+    store: ActivationStore, rows: Sequence[TeacherRow], tokenizer: PreTrainedTokenizerBase, wording: Wording
+) -> Tensor:
+    """[recorded] int64: index into STRATA; `rows` has a row for every document."""
+    recorded, kinds = store.recorded, recorded_kinds(store, tokenizer)
+    texts = token_texts(tokenizer, recorded.token_id.unique().tolist())
+    strata = torch.full_like(kinds, STRATA.index("rest"))
+    of_page = torch.isin(kinds, torch.tensor([KINDS.index("passage"), KINDS.index("table")]))
+    strata[of_page] = STRATA.index("passage")
+    for its in recorded.by_document():
+        number = int(recorded.document[its.start])
+        row, n_prompt = rows[number], store.documents[number].n_prompt
+        pieces = [texts[i] for i in recorded.token_id[its].tolist()]
+        first = int((recorded.position[its] < n_prompt).sum())
+        reply = prompts.completion(row.generated_code)
+        if row.prompt.strip() not in "".join(pieces[:first]) or not "".join(pieces[first:]).startswith(reply):
+            raise UserError(
+                f"{row.id}: another text than in {store.folder}: give the rows and tokenizer it was made with"
+            )
+        own = strata[its]
+        asked = (kinds[its] == KINDS.index("question")).nonzero().squeeze(-1).tolist()
+        own[asked] = _codes(_of_question(row, [pieces[i] for i in asked], wording))
+        own[first - 1] = STRATA.index("last prompt token")
+        own[first:] = _codes(_of_reply(row.generated_code, pieces[first:]))
     return strata
 
 
-def _of_reply(code: str, ends: Sequence[int]) -> list[Stratum]:
+def _of_question(row: TeacherRow, pieces: Sequence[str], wording: Wording) -> list[Stratum]:
+    question = replace(prompts.page_from_prompt(row.prompt), id=row.id, family=row.family)
+    start = "".join(pieces).index(question.question)
+    ends = [end - start for end in accumulate(map(len, pieces))]
+    inside = [i for i, end in enumerate(ends) if 0 < end <= len(question.question)]
+    after = cue(question, wording, [ends[i] for i in inside])
+    strata: list[Stratum] = ["rest"] * len(pieces)
+    for number, i in enumerate(inside):
+        strata[i] = "question before the cue" if number < after else "question after the cue"
+    return strata
+
+
+def _of_reply(code: str, pieces: Sequence[str]) -> list[Stratum]:
     # finqa.task.prompts.completion puts a line break before the code and strips it.
     start, operator_end = (offset + 1 for offset in operation(code.strip()))
-    starts = [0, *ends[:-1]]
     return [
         "program before the operator" if end <= start else "operator" if begin < operator_end else "rest"
-        for begin, end in zip(starts, ends, strict=True)
+        for begin, end in pairwise(accumulate(map(len, pieces), initial=0))
     ]
 
 
-def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Ids of a text, no special token added, and where in the text each ends."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return list(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
-
-
-def _check_ids(store: ActivationStore, ids: Sequence[Sequence[int]]) -> None:
-    for document, its in zip(store.documents, ids, strict=True):
-        if len(its) != document.n_ids:
-            raise UserError(
-                f"{document.id}: {len(its)} ids, and {document.n_ids} in {store.folder}: made of other rows"
-            )
-    table = torch.nn.utils.rnn.pad_sequence([torch.tensor(its) for its in ids], batch_first=True)
-    differ = table[store.document, store.position] != store.token_id
-    if differ.any():
-        document = store.documents[int(store.document[differ][0])]
-        raise UserError(
-            f"{document.id}: other ids than in {store.folder}: give the rows and tokenizer it was made with"
-        )
+def _codes(strata: Sequence[Stratum]) -> Tensor:
+    return torch.tensor([STRATA.index(stratum) for stratum in strata], dtype=torch.int64)
 
 
 def _page_key(row: TeacherRow) -> str:

@@ -62,6 +62,8 @@ def draw_glance(rows: Sequence[Row], path: Path, stratum: str) -> None:
             at = [i + offset for i in places]
             label = f"specific to {kind} families"
             axes.barh(at, values, 0.34, color=colour, label=label, xerr=[below, above], error_kw={"lw": 1})
+        for i in sorted(set(range(len(methods))) - set(places)):
+            axes.text(0, i, " not measured", color="grey", size=7, va="center")
         axes.set_title(f"{pair}\n{site}", size=8)
         axes.set_yticks(range(len(methods)), methods, size=8)
         axes.tick_params(axis="x", labelsize=8)

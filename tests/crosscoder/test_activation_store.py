@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from pathlib import Path
 
@@ -100,6 +101,74 @@ def test_outliers_are_dropped_and_counted_and_leave_the_scales_alone(tmp_path: P
     assert torch.equal(store.read(torch.arange(len(store))), activations[4:].bfloat16())
     assert store.position[0].item() == 5
     assert store.config.activation_scales == pytest.approx(plain.config.activation_scales)
+
+
+@pytest.mark.parametrize("model", [0, 1], ids=["instruct", "fine-tuned"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda one: one.index_fill_(0, torch.tensor([7]), torch.nan), "is not a number on 1 of 200 tokens, first at "
+         "position 8 of document row-0; check that model's weights"),
+        (lambda one: one.index_fill_(0, torch.tensor([60, 61]), -torch.inf), "is infinite on 2 of 200 tokens, first at "
+         "position 11 of document row-1"),
+        (lambda one: one.zero_(), "is 0 on at least half of the 200 tokens; choose another --layer or --site"),
+        (lambda one: one.copy_(one[0].clone().expand_as(one)), "is the same for every token"),
+    ],
+    ids=["NaN", "infinite", "zero", "constant"],
+)  # fmt: skip
+def test_activations_that_no_dictionary_can_explain_are_one_line_that_says_which(tmp_path: Path, model, change, said):
+    activations = planted_activations(200, D_MODEL, 16)
+    change(activations[:, model])
+    name = ["instruct", "fine-tuned"][model]
+    with pytest.raises(UserError, match=re.escape(f"set: the {name} model's activation {said}")):
+        write_store(tmp_path / "set", activations, document_tokens=50, drop_outliers=True)
+
+
+def change_config(folder: Path, **values) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"activation_scales": [-1.0, -1.0]}, "activation_scales"),
+        ({"activation_scales": [1.0]}, "activation_scales"),
+        ({"d_model": 10**18}, "not bf16"),
+        ({"d_model": 12.0}, "d_model"),
+        ({"n_tokens": 10**18}, "n_tokens"),
+        ({"n_dropped": True}, "n_dropped"),
+        ({"n_dropped": 1}, "do not fit each other"),
+        ({"version": 99}, "version"),
+        ({"recorded": {"fingerprint": "x", "layer": 10**18}}, "recorded"),
+        ({"recorded": {"fingerprint": "x", "site": "nowhere"}}, "recorded"),
+        ({"recorded": []}, "recorded"),
+    ],
+    ids=str,
+)
+def test_a_set_whose_configuration_was_changed_is_refused_in_one_line(tmp_path: Path, changes, said):
+    write_store(tmp_path / "set", planted_activations(200, D_MODEL, 16), document_tokens=50)
+    change_config(tmp_path / "set", **changes)
+    with pytest.raises(UserError, match=said):
+        ActivationStore(tmp_path / "set")
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+@pytest.mark.parametrize("change", ["a line twice", "a line less", "a table's bit"])
+def test_a_set_whose_documents_or_tokens_were_changed_is_refused(tmp_path: Path, change, checksums):
+    folder = tmp_path / "set"
+    write_store(folder, planted_activations(200, D_MODEL, 16), document_tokens=50)
+    if not checksums:
+        change_config(folder, files={})
+    lines = (folder / "documents.jsonl").read_text().splitlines(keepends=True)
+    if change == "a table's bit":
+        data = bytearray((folder / "tokens.safetensors").read_bytes())
+        data[-1] ^= 1  # the last token's `kept`, or the highest byte of an index
+        (folder / "tokens.safetensors").write_bytes(data)
+    else:
+        (folder / "documents.jsonl").write_text("".join([*lines, lines[-1]] if "twice" in change else lines[:-1]))
+    with pytest.raises(UserError, match="is not the file that was written" if checksums else "do not fit each other"):
+        ActivationStore(folder)
 
 
 def test_held_out_documents_share_no_token_with_training(store):

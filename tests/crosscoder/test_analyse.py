@@ -461,7 +461,7 @@ def error_of(output: subprocess.CompletedProcess[str]) -> str:
 
 def test_bare_it_means_the_7b_run_and_says_both_places_and_the_command(tmp_path: Path):
     error = error_of(run("analyse.py", "--data-dir", tmp_path, HF_NAME="someone"))
-    name = "Mistral-7B-Instruct-v0.3_1k_samples_batchtopk"
+    name = "Mistral-7B-Instruct-v0.3-FinQA-layer17-mlp_1k_samples_batchtopk"
     assert f"no crosscoder in {tmp_path}/models/crosscoders/{name}" in error
     assert f"on the Hub as someone/{name}" in error
     assert error.endswith("make it with: python train.py FinQA mistralai/Mistral-7B-Instruct-v0.3")
@@ -476,7 +476,8 @@ def test_a_dictionary_of_other_activations_is_refused(made):
     other = crosscoder_folder(made.folders, "other")
     save_dictionary(dictionary("batchtopk"), other, activations={"fingerprint": "another set"})
     error = error_of(run("analyse.py", *made.words(), "--name", "other"))
-    assert "was trained on other activations than those in" in error
+    assert "was trained on other activations (not said: data set, layer, site) than those in" in error
+    assert error.endswith("--name other --overwrite")
 
 
 @pytest.mark.parametrize(

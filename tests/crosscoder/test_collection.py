@@ -63,10 +63,7 @@ def make_sets(
     **options: Any,
 ) -> list[ActivationStore]:
     shards = planned_shards(documents, skip_id, 400, batch_tokens)
-    writers = [
-        SetWriter(folder, 64, {}, drop_outliers=t.site == "residual")
-        for folder, t in zip(folders, targets, strict=True)
-    ]
+    writers = [SetWriter(folder, 64, {}, drop_outliers=True) for folder, t in zip(folders, targets, strict=True)]
     for writer in writers:
         writer.prepare()
     record(readers, targets, documents, shards, writers, skip_id, "cpu", **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from crosscoder.dictionaries.checkpoint import load_dictionary, save_dictionary
-from crosscoder.dictionaries.config import CrosscoderConfig, ScoreNorm
+from crosscoder.dictionaries.checkpoint import load_dictionary, save_dictionary, save_tensors
+from crosscoder.dictionaries.config import CrosscoderConfig, ScoreNorm, TrainingConfig
 from crosscoder.dictionaries.model import BatchTopKCrosscoder, batch_topk
 from finqa.runtime.errors import UserError
 
@@ -182,6 +183,58 @@ def test_weights_of_another_shape_than_the_configuration_are_refused(tmp_path: P
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="does not hold the crosscoder"):
         load_dictionary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"activation_scales": [-1.0, -1.0]},
+        {"activation_scales": [float("inf"), 1.0]},
+        {"threshold": "1.5"},
+        {"delta_threshold": [1.0]},
+        {"activations": 3},
+        {"crosscoder": {"n_latents": 1.5}},
+        {"crosscoder": {"n_latents": True}},
+        {"crosscoder": {"method": 7}},
+        {"training": {"betas": [0.9]}},
+        {"training": {"precision": None}},
+        {"training": {"aux_weight": "equal"}},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_whose_configuration_was_changed_is_refused_in_one_line(tmp_path: Path, change):
+    save_dictionary(crosscoder().float(), tmp_path, training=asdict(TrainingConfig()))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name, value in change.items():
+        config[name] = config[name] | value if isinstance(config.get(name), dict) else value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError):
+        load_dictionary(tmp_path)
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+@pytest.mark.parametrize("change", ["flipped bit", "dtype", "NaN"])
+def test_weights_that_were_changed_are_refused(tmp_path: Path, change, checksums):
+    save_dictionary(crosscoder().float(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    if change == "flipped bit":
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 1
+        path.write_bytes(data)
+    else:
+        tensors["W_enc"] = tensors["W_enc"].half() if change == "dtype" else tensors["W_enc"] * torch.nan
+        save_tensors(path, tensors)
+    if checksums:
+        with pytest.raises(UserError, match="is not the file that was written; train the crosscoder again"):
+            load_dictionary(tmp_path)
+        return
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["files"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if change != "flipped bit":  # without a checksum, as in a checkpoint of an earlier version, that is not seen
+        with pytest.raises(UserError, match="W_enc is not fp32 and finite"):
+            load_dictionary(tmp_path)
 
 
 def test_encoding_before_training_has_set_a_threshold_is_an_error(x):

@@ -11,16 +11,20 @@ import pytest
 
 from crosscoder.names import (
     ActivationChoice,
+    CrosscoderChoice,
     add_activation_flags,
     choices_from_args,
+    crosscoder_folder,
     default_layer,
     find_folder,
     hub_name,
     model_depth,
+    name_of_method,
 )
 from crosscoder.training.sizing import default_batch, default_k, default_latents, sized_configs
 from finqa.models.students import DEFAULT_MODEL, StudentRun, settings_for
 from finqa.runtime.errors import UserError
+from finqa.runtime.paths import Folders, write_atomically
 
 
 def choice(
@@ -39,6 +43,7 @@ SEVEN_B = "mistralai_Mistral-7B-Instruct-v0.3-peftq_proj_k_proj_v_proj_o_proj-bs
         ({}, f"{SEVEN_B}-FinQA-test-layer17-mlp-1024"),
         ({"site": "residual", "layer": 3, "num_samples": 50}, f"{SEVEN_B}-FinQA-test-layer3-residual-50"),
         ({"raw": True, "merged": True, "keep_bos": True}, f"{SEVEN_B}-FinQA-test-layer17-mlp-1024-raw-merged-bos"),
+        ({"keep_outliers": True}, f"{SEVEN_B}-FinQA-test-layer17-mlp-1024-outliers"),
         ({"split": "dev", "dataset": "FinQA-mini"}, f"{SEVEN_B}-FinQA-mini-dev-layer17-mlp-1024"),
         ({"against": "sham"}, f"{SEVEN_B}-FinQA-test-layer17-mlp-1024-against-sham"),
         (
@@ -82,16 +87,43 @@ def test_one_layer_and_site_are_all_that_a_crosscoder_is_trained_on(capsys):
 @pytest.mark.parametrize(
     ("asked", "name"),
     [
-        (choice(), "Mistral-7B-Instruct-v0.3_1k_samples_batchtopk"),
-        (choice(num_samples=2048), "Mistral-7B-Instruct-v0.3_2k_samples_batchtopk"),
-        (choice(num_samples=800), "Mistral-7B-Instruct-v0.3_800_samples_batchtopk"),
-        (choice(run_name="sham"), "Mistral-7B-Instruct-v0.3_1k_samples_batchtopk-sham"),
-        (choice(against="sham"), "Mistral-7B-Instruct-v0.3_1k_samples_batchtopk-against-sham"),
-        (choice("pocket-mistral"), "pocket-mistral_1k_samples_batchtopk"),
+        (choice(), "Mistral-7B-Instruct-v0.3-FinQA-layer17-mlp_1k_samples_batchtopk"),
+        (choice(num_samples=2048), "Mistral-7B-Instruct-v0.3-FinQA-layer17-mlp_2k_samples_batchtopk"),
+        (choice(num_samples=800), "Mistral-7B-Instruct-v0.3-FinQA-layer17-mlp_800_samples_batchtopk"),
+        (choice(run_name="sham"), "Mistral-7B-Instruct-v0.3-FinQA-layer17-mlp_1k_samples_batchtopk-sham"),
+        (choice(against="sham"), "Mistral-7B-Instruct-v0.3-FinQA-layer17-mlp_1k_samples_batchtopk-against-sham"),
+        (choice("pocket-mistral"), "pocket-mistral-FinQA-layer17-mlp_1k_samples_batchtopk"),
     ],
 )
-def test_a_crosscoders_name_follows_from_model_and_samples(asked, name):
+def test_a_crosscoders_name_follows_from_model_and_activations(asked, name):
     assert asked.crosscoder_name == name
+
+
+CHANGES: tuple[dict[str, Any], ...] = (
+    {"dataset": "FinQA-mini"}, {"layer": 16}, {"site": "residual"}, {"split": "dev"}, {"raw": True},
+    {"keep_bos": True}, {"keep_outliers": True}, {"merged": True}, {"against": "sham"}, {"num_samples": 512},
+)  # fmt: skip
+
+
+def test_crosscoders_of_different_activations_have_different_names():
+    names = [choice(**change).crosscoder_name for change in ({}, *CHANGES)]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("method", ["batchtopk", "l1"])
+def test_a_crosscoder_under_its_earlier_default_name_is_found_for_its_own_activations_alone(tmp_path: Path, method):
+    folders, asked, named = Folders(tmp_path), choice(), CrosscoderChoice(method)
+    earlier = f"Mistral-7B-Instruct-v0.3_1k_samples_{method}"
+    facts = {"dataset": "FinQA", "split": "test", "layer": 17, "site": "mlp", "raw": False, "keep_bos": False}
+    config = {"activations": {**facts, "model_id": asked.student.model_id}}
+    write_atomically(crosscoder_folder(folders, earlier) / "config.json", json.dumps(config))
+    assert named.name_on(asked, folders) == earlier
+    for change in CHANGES[:4]:
+        assert named.name_on(choice(**change), folders) == name_of_method(choice(**change).crosscoder_name, method)
+    assert CrosscoderChoice(method, "mine").name_on(asked, folders) == "mine"
+    new = name_of_method(asked.crosscoder_name, method)
+    write_atomically(crosscoder_folder(folders, new) / "config.json", "{}")
+    assert named.name_on(asked, folders) == new
 
 
 @pytest.mark.parametrize(("depth", "layer"), [(32, 17), (5, 3), (2, 1), (1, 1), (40, 21), (80, 42)])

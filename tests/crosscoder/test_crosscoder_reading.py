@@ -11,12 +11,13 @@ import pytest
 import torch
 from made_up_activations import D_MODEL
 
+from crosscoder.activations.layout import KINDS, TEMPLATE, token_texts
 from crosscoder.analysis import figure_data, figures, latent_figures, tables
 from crosscoder.analysis import measures as analysis
 from crosscoder.analysis.latent_scaling import LatentScaling
 from crosscoder.analysis.lens import Unembedding, promoted_tokens, read_unembedding
 from crosscoder.analysis.statistics import LatentStatistics, latent_statistics
-from crosscoder.analysis.token_kinds import KINDS, TEMPLATE, KindExplained, token_texts
+from crosscoder.analysis.token_kinds import KindExplained
 from crosscoder.dictionaries.config import CrosscoderConfig
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from finqa.models import students
@@ -356,6 +357,26 @@ def test_the_figure_by_kind_shows_every_value_and_says_those_that_are_off_the_ax
 def test_the_figure_by_kind_of_a_difference_sae_has_the_difference_alone():
     (axes,) = figures.explained_variance_by_kind_figure([kind_explained("all", None, None, 0.4)]).axes
     assert [line.get_label() for line in axes.lines if not str(line.get_label()).startswith("_")] == ["difference"]
+
+
+def test_the_figure_by_kind_does_not_draw_the_template_beside_its_parts():
+    found = [kind_explained(kind, 0.9, 0.8, 0.4) for kind in ("all", "template", "chat", "frame", "end")]
+    (axes,) = figures.explained_variance_by_kind_figure(found).axes
+    assert [label.get_text().split()[0] for label in axes.get_yticklabels()] == ["all", "chat", "frame", "end"]
+
+
+def record_of(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "loss": 1 / step, "explained_variance": [0.5, 0.6], "dead_share": 0.1} | more
+
+
+@pytest.mark.parametrize("new", [0, 1, 2])
+def test_the_training_figure_has_the_difference_where_the_log_has_it(new):
+    records = [record_of(step) for step in range(1, 4 - new)]
+    records += [record_of(step, explained_variance_of_difference=0.3) for step in range(4 - new, 4)]
+    variance = figures.training_figure(records).axes[1]
+    lines = {line.get_label(): torch.tensor(line.get_ydata()) for line in variance.lines}
+    assert ("difference" in lines) == (new > 0)
+    assert new == 0 or lines["difference"].isfinite().tolist() == [False] * (3 - new) + [True] * new
 
 
 def test_figures_are_written_as_png_and_as_the_same_svg_for_the_same_data(model, tmp_path: Path):

@@ -47,7 +47,7 @@ def diff(data_folder: Path, tiny_student: Path, tmp_path_factory: pytest.TempPat
     }
     for output in outputs.values():
         assert output.returncode == 0, output.stderr
-    return outputs, results / "tiny-student_1k_samples_batchtopk"
+    return outputs, results / "tiny-student-FinQA-mini-layer2-mlp_1k_samples_batchtopk"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

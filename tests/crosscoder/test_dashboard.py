@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from made_up_activations import D_MODEL, planted_activations, write_store
 from made_up_dashboards import HOSTILE, made_up_dashboard
 
+from crosscoder.activations.layout import KINDS
 from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis import tables
 from crosscoder.analysis.lens import Unembedding
 from crosscoder.analysis.statistics import LatentStatistics, latent_statistics
-from crosscoder.analysis.token_kinds import KINDS
 from crosscoder.dashboard.builder import build_dashboard, by_interest, token_texts
 from crosscoder.dashboard.encoding import encode
 from crosscoder.dashboard.examples import BANDS, quantise

@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from made_up_documents import write_documents
 from made_up_qwen import PADDING, SYSTEM, tiny_qwen
 
+from crosscoder.activations.collection import documents_from_rows
+from crosscoder.activations.layout import KINDS, token_texts
 from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis.lens import read_unembedding
-from crosscoder.analysis.token_kinds import KINDS, token_kinds, token_texts
+from crosscoder.analysis.token_kinds import token_kinds
 from crosscoder.interventions.patching import batch_of
 from crosscoder.interventions.splicing import stored_texts
 from finqa.models import students
@@ -26,7 +29,7 @@ from finqa.task.datasets import load_finqa
 from finqa.task.prompts import REQUEST, training_prompt
 from finqa.task.records import TeacherRow, write_teacher_rows
 from mini.make_finqa_mini import NAME
-from study.measures.strata import strata_of
+from study.measures.strata import STRATA, questions_of
 from study.wording import finqa_mini_wording
 
 FOLDER = REPOSITORY / "crosscoder-model-diff"
@@ -115,10 +118,12 @@ def test_strata_are_found_behind_a_system_turn(tmp_path: Path):
     questions = load_finqa(SHIPPED_DATA / NAME / "dev.json").questions[:4]
     rows = [TeacherRow(training_prompt(q), "ans = 1", "1", "1", id=q.id, family=q.family) for q in questions]
     tokenizer: Any = students.load_tokenizer(str(tiny_qwen(tmp_path / "qwen", True, [row.prompt for row in rows])))
-    for question, row in zip(questions, rows, strict=True):
-        ids, n_prompt = students.training_ids(tokenizer, row.prompt, row.generated_code)
-        strata = strata_of(row, tokenizer, finqa_mini_wording())
-        assert len(strata) == len(ids) and strata[n_prompt - 1] == "last prompt token"
+    documents = documents_from_rows(rows, tokenizer)
+    store = write_documents(tmp_path / "set", documents, None, lambda table: torch.randn(len(table["kind"]), 2, 4))
+    stratum = questions_of(store, rows, tokenizer, finqa_mini_wording()).stratum
+    for number, (question, document) in enumerate(zip(questions, documents, strict=True)):
+        ids, strata = document.ids, [STRATA[code] for code in stratum[store.document == number].tolist()]
+        assert len(strata) == len(ids) and strata[document.n_prompt - 1] == "last prompt token"
         asked = [i for i, stratum in zip(ids, strata, strict=True) if stratum.startswith("question")]
         assert tokenizer.decode(asked).strip() == question.question.strip()
 

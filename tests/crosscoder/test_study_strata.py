@@ -23,7 +23,7 @@ from finqa.task.prompts import training_prompt
 from finqa.task.records import Question, TeacherRow
 from mini.families import FAMILIES
 from mini.make_finqa_mini import NAME, make_minimal_pairs
-from study.measures.strata import STRATA, questions_of, strata_of
+from study.measures.strata import STRATA, questions_of
 from study.wording import cue, finqa_mini_wording, operation
 
 WORDING = finqa_mini_wording()
@@ -78,16 +78,11 @@ def store_of(rows, tokenizer, folder: Path) -> ActivationStore:
     return ActivationStore(folder)
 
 
-def text_by_stratum(row: TeacherRow, tokenizer) -> dict[str, str]:
-    ids, _ = students.training_ids(tokenizer, row.prompt, row.generated_code)
-    strata = strata_of(row, tokenizer, WORDING)
-    assert len(ids) == len(strata)
-    return {s: tokenizer.decode([i for i, its in zip(ids, strata, strict=True) if its == s]) for s in STRATA}
-
-
-def test_the_strata_of_every_row_are_the_parts_of_its_text(questions, rows, tokenizer):
-    for question, row in zip(questions, rows, strict=True):
-        text = text_by_stratum(row, tokenizer)
+def test_the_strata_of_every_row_are_the_parts_of_its_text(questions, rows, tokenizer, store):
+    stratum = questions_of(store, rows, tokenizer, WORDING).stratum
+    for number, (question, row) in enumerate(zip(questions, rows, strict=True)):
+        ids, of = store.token_id[store.document == number], stratum[store.document == number]
+        text = {name: tokenizer.decode(ids[of == code].tolist()) for code, name in enumerate(STRATA)}
         page = row.prompt.partition("###Passage:")[2].partition("###Question:")[0]
         assert text["passage"] == page
         assert text["question before the cue"] + text["question after the cue"] == question.question
@@ -162,9 +157,6 @@ def test_a_store_knows_the_stratum_of_every_token_and_what_its_questions_are(sto
     assert len(questions) == len(rows)
     assert questions.ids == tuple(row.id for row in rows)
     for number, row in enumerate(rows):
-        its = (store.document == number).nonzero().squeeze(-1)
-        strata = [STRATA[code] for code in questions.stratum[its].tolist()]
-        assert strata == strata_of(row, tokenizer, WORDING)[1:]  # BOS is not recorded
         assert questions.families[questions.family[number]] == row.family
     kinds = {family.name: family.kind for family in FAMILIES}
     assert [kinds[name] == "new" for name in questions.families] == questions.added.tolist()
@@ -190,10 +182,10 @@ def test_what_does_not_belong_together_is_said(store, rows, tokenizer, tiny_stud
     with pytest.raises(UserError, match="no such family is known"):
         questions_of(store, [replace(rows[0], family=""), *rows[1:]], tokenizer, WORDING)
     longer = replace(rows[0], generated_code=rows[0].generated_code + "\nx = 1")
-    with pytest.raises(UserError, match="made of other rows"):
+    with pytest.raises(UserError, match="another text than in"):
         questions_of(store, [longer, *rows[1:]], tokenizer, WORDING)
     swapped = replace(rows[0], prompt=rows[0].prompt.replace("1", "2", 1))
-    with pytest.raises(UserError, match="other ids than in"):
+    with pytest.raises(UserError, match="another text than in"):
         questions_of(store, [swapped, *rows[1:]], tokenizer, WORDING)
     wrong = next(row for row in rows if row.family != rows[0].family)
     with pytest.raises(UserError, match="is not worded as questions of"):

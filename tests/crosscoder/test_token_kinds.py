@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,15 @@ import pytest
 import torch
 from made_up_activations import D_MODEL
 from made_up_documents import write_documents
+from safetensors.torch import load_file
 
 from crosscoder.activations.collection import documents_from_rows
+from crosscoder.activations.layout import KINDS, TEMPLATE
 from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis.measures import explained_variance
 from crosscoder.analysis.statistics import latent_statistics
-from crosscoder.analysis.token_kinds import (
-    KINDS,
-    TEMPLATE,
-    explained_variance_by_kind,
-    kind_rows,
-    token_kinds,
-)
+from crosscoder.analysis.token_kinds import explained_variance_by_kind, kind_rows, token_kinds
+from crosscoder.dictionaries.checkpoint import save_tensors
 from crosscoder.dictionaries.config import CrosscoderConfig
 from crosscoder.dictionaries.methods import new_dictionary
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
@@ -149,6 +147,23 @@ def test_a_token_that_is_left_out_as_an_outlier_does_not_hide_a_marker(tmp_path,
     assert 0 < len(dropped) < len(plain)
     kept = plain.token_id != hash_id
     assert torch.equal(token_kinds(dropped, tokenizer), token_kinds(plain, tokenizer)[kept])
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("prompts", [[training_prompt(PAGE), training_prompt(BARE)], ["what is 1 + 1 ?", "x"]])
+def test_a_set_keeps_the_kinds_and_one_without_them_has_them_found_by_its_ids(tmp_path, tokenizer, prompts, bos, raw):
+    new = store_of(tmp_path / "set", tokenizer, prompts, raw, bos)
+    assert new.config.version == 2 and new.recorded.kind is not None
+    table = load_file(new.folder / "tokens.safetensors")
+    del table["kind"]
+    save_tensors(new.folder / "tokens.safetensors", table)
+    config = json.loads((new.folder / "config.json").read_text())
+    del config["version"], config["files"]
+    (new.folder / "config.json").write_text(json.dumps(config))
+    old = ActivationStore(new.folder)
+    assert old.config.version == 1 and old.recorded.kind is None
+    assert torch.equal(token_kinds(new, tokenizer), token_kinds(old, tokenizer))
 
 
 # Explained variance

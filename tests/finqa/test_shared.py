@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 
 from finqa.models.weights import weights_hash
 from finqa.runtime.errors import UserError, report_errors
-from finqa.runtime.manifest import write_manifest
+from finqa.runtime.journal import Journal
+from finqa.runtime.manifest import write_json, write_manifest
 from finqa.runtime.paths import REPOSITORY, Folders, write_atomically
 from finqa.task.datasets import dataset, load_finqa
 
@@ -31,6 +33,25 @@ def test_any_other_exception_keeps_its_traceback():
 
     with pytest.raises(ZeroDivisionError):
         report_errors(main)
+
+
+def write_manifest_of(path: Path, value: dict) -> None:
+    write_manifest(path, {}, **value)
+
+
+def append_to_journal(path: Path, value: dict) -> None:
+    with Journal(path) as journal:
+        journal.append(value)
+
+
+@pytest.mark.parametrize("write", [write_json, write_manifest_of, append_to_journal])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_json_has_null_where_there_is_no_number(tmp_path: Path, write, number):
+    path = tmp_path / "a.json"
+    write(path, {"a": number, "nested": [1.5, (number, "NaN")], "at": tmp_path})
+    text = path.read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["a"] is None and found["nested"] == [1.5, [None, "NaN"]] and found["at"] == str(tmp_path)
 
 
 def test_shipped_data_is_found_from_any_data_folder(tmp_path: Path):

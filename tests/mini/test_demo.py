@@ -45,7 +45,9 @@ def test_the_analysis_is_summed_up_by_what_it_wrote(tmp_path: Path, monkeypatch:
 
 def test_the_last_lines_name_the_table_the_figures_and_the_dashboard():
     paths = [Path(line.partition(": ")[2].strip()) for line in demo.where().splitlines()]
-    results = REPOSITORY / "crosscoder-model-diff" / "results" / "pocket-mistral_1k_samples_batchtopk"
+    results = (
+        REPOSITORY / "crosscoder-model-diff" / "results" / "pocket-mistral-FinQA-mini-layer3-mlp_1k_samples_batchtopk"
+    )
     assert [path.name for path in paths] == ["metrics.md", results.name, "dashboard.html"]
     assert paths[1:] == [results, results / "dashboard.html"]
     assert paths[0].parent == REPOSITORY / "results" / "FinQA-mini" / demo.student().model_id

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from crosscoder.activations.layout import layout, spelling
 from crosscoder.activations.readers import Read, Target
 from crosscoder.activations.store import StoredDocument
 from crosscoder.activations.writer import BackgroundWriter, SetWriter
@@ -42,6 +43,8 @@ class Document:
     """How many of them are the prompt."""
     untouched: tuple[int, ...] = (0,)
     """Places that no patch changes: BOS, and whatever else a dictionary does not read."""
+    kinds: tuple[int, ...] = ()
+    """Index into layout.KINDS of every id; empty where it is not known."""
 
 
 def documents_from_rows(
@@ -51,7 +54,7 @@ def documents_from_rows(
 
     `raw`: prompt and completion are joined without the chat template, after the tokenizer's own special tokens.
     """
-    documents = []
+    texts: list[tuple[str, list[int], int]] = []
     for number, row in enumerate(rows):
         if raw:
             asked: Any = tokenizer(row.prompt)["input_ids"]
@@ -59,8 +62,9 @@ def documents_from_rows(
             ids, n_prompt = [*asked, *reply], len(asked)
         else:
             ids, n_prompt = training_ids(tokenizer, row.prompt, row.generated_code)
-        documents.append(Document(row.id or str(number), tuple(ids), n_prompt))
-    return documents
+        texts.append((row.id or str(number), ids, n_prompt))
+    spelled = spelling(tokenizer, {i for _, ids, _ in texts for i in ids})
+    return [Document(name, tuple(ids), n_prompt, kinds=layout(ids, n_prompt, spelled)) for name, ids, n_prompt in texts]
 
 
 def assert_same_ids(instruct: Sequence[Document], fine_tuned: Sequence[Document]) -> None:
@@ -179,14 +183,19 @@ def _assert_different(pairs: Sequence[Tensor], targets: Sequence[Target]) -> Non
 
 
 def token_table(documents: Sequence[Document], shards: Sequence[Shard], skip_id: int | None) -> dict[str, Tensor]:
-    """`document`, `position`, `token_id` [tokens] of what `record` writes, in its order."""
+    """`document`, `position`, `token_id` [tokens] of what `record` writes, in its order; and `kind` where documents
+    have it."""
     columns: dict[str, list[Tensor]] = {"document": [], "position": [], "token_id": []}
+    if all(document.kinds for document in documents):
+        columns["kind"] = []
     for index in (i for shard in shards for batch in shard.batches for i in batch):
         ids = torch.tensor(documents[index].ids)
         position = (ids != skip_id).nonzero().squeeze(-1) if skip_id is not None else torch.arange(len(ids))
         columns["document"].append(torch.full_like(position, index))
         columns["position"].append(position)
         columns["token_id"].append(ids[position])
+        if "kind" in columns:
+            columns["kind"].append(torch.tensor(documents[index].kinds)[position])
     return {name: torch.cat(column) for name, column in columns.items()}
 
 

@@ -96,6 +96,7 @@ def describe_inputs(
 def inputs_of(choice: ActivationChoice, facts: dict[str, Any], documents: list[Document]) -> dict[str, Any]:
     """What one set is made from, and its fingerprint; it travels with the set into every checkpoint trained on it."""
     own = {**facts, "layer": choice.resolved_layer, "site": choice.site}
+    own |= {"keep_outliers": True} if choice.keep_outliers else {}  # as sets of version 1, which do not say it
     return {"fingerprint": fingerprint(documents, own), "num_samples": len(documents), **own}
 
 

@@ -4,19 +4,20 @@ A set is a folder with
 
     shard-00000.safetensors ...   `activations` [tokens, 2, d_model] bf16, as the models gave them (unscaled), and
                                   `norms` [tokens, 2] fp64
-    tokens.safetensors            `document`, `position`, `token_id` [tokens] int32, `kept` [tokens] bool
-    documents.jsonl               one document a line: id, number of ids, how many of them are the prompt
+    tokens.safetensors            `document`, `position`, `token_id`, `kind` (layout.KINDS) [tokens] int32,
+                                  `kept` [tokens] bool
+    documents.jsonl               one question a line: its id, number of ids, how many of them are the prompt
     config.json                   what was recorded, the shards, the activation scales
 
 in one order of tokens throughout: by length of document (shortest first), then index of document, then position.
-Index 0 is the instruct model, index 1 the fine-tuned one.
+Index 0 is the instruct model, index 1 the fine-tuned one. Sets of version 1 have no `kind` and no checksums.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,11 +27,17 @@ from torch import Tensor
 
 from crosscoder.activations.feed import BATCHES_AHEAD, Feed
 from crosscoder.activations.feed import ShuffledOrder as ShuffledOrder
-from crosscoder.dictionaries.config import N_MODELS
+from crosscoder.dictionaries.checkpoint import check_files
+from crosscoder.dictionaries.config import N_MODELS, READ_TOKENS, check_types
+from crosscoder.names import SITES
 from finqa.runtime.errors import UserError
 from finqa.runtime.memory.free import free_memory
 
 Place = Literal["auto", "gpu", "memory", "disk"]
+VERSION = 2
+"""2 added the kind of every token."""
+MOST_LAYERS = 10_000
+"""More than any model has."""
 SHARE_OF_FREE_MEMORY = 0.5
 """A set is held in memory, or on the GPU, where it takes at most this share of what is free there."""
 
@@ -54,13 +61,49 @@ class SetConfig:
     n_tokens: int
     """Tokens in the shards."""
     n_dropped: int
-    """Of those, outliers that reading leaves out."""
+    """Of those, outliers by their norm, which reading leaves out."""
     activation_scales: tuple[float, float]
     """c_m = sqrt(d_model) / mean norm of model m's kept activations."""
     shard_tokens: tuple[int, ...]
     """Tokens of each shard."""
     recorded: dict[str, Any]
     """What was recorded: models, layer, site, data; and `fingerprint`, which changes with any of it."""
+    version: int = 1
+    """Of the form of the set; VERSION where it is written."""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the token table and the documents; empty in a set of version 1."""
+
+    def __post_init__(self) -> None:
+        sound = {
+            "d_model": self.d_model >= 1,
+            "n_tokens": self.n_tokens == sum(self.shard_tokens) and all(n >= 1 for n in self.shard_tokens),
+            "n_dropped": 0 <= self.n_dropped < max(self.n_tokens, 1),
+            "activation_scales": min(self.activation_scales) > 0,
+            "version": 1 <= self.version <= VERSION,
+            "recorded": self.recorded.get("site", SITES[0]) in SITES and _is_layer(self.recorded.get("layer", 1)),
+        }
+        for name, holds in sound.items():
+            if not holds:
+                raise UserError(f"config.json of an activation set: {name} cannot be {getattr(self, name)!r}")
+
+
+class RecordedTokens(NamedTuple):
+    """Every token whose activation was recorded, outliers included; a document's tokens stand together."""
+
+    document: Tensor
+    """[recorded] int64: index into the set's documents."""
+    position: Tensor
+    """[recorded] int64: among the document's ids, counted from 0."""
+    token_id: Tensor
+    kind: Tensor | None
+    """[recorded] int64: index into layout.KINDS; None in a set of version 1."""
+    kept: Tensor
+    """[recorded] bool: those that a store reads; they are its tokens, in its order."""
+
+    def by_document(self) -> list[slice]:
+        """The places of each document's tokens, in the order of the set."""
+        ends = self.document.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
+        return [slice(start, end) for start, end in pairwise([0, *ends])]
 
 
 class Split(NamedTuple):
@@ -94,21 +137,43 @@ class ActivationStore:
 
         self.folder = folder
         self.config = read_set_config(folder)
+        check_files(folder, self.config.files, "collect the activations again")
         table = load_file(folder / "tokens.safetensors")
+        columns = (table[name].long() if name in table else None for name in RecordedTokens._fields[:-1])
+        self.recorded = RecordedTokens(*columns, kept=table["kept"])  # pyright: ignore[reportArgumentType]
         self._rows = table["kept"].nonzero().squeeze(-1)
-        self.document = table["document"][self._rows].long()
+        self.document = self.recorded.document[self._rows]
         """[tokens]: index into `documents`."""
-        self.position = table["position"][self._rows].long()
+        self.position = self.recorded.position[self._rows]
         """[tokens]: position among the document's ids, counted from 0 at BOS."""
-        self.token_id = table["token_id"][self._rows].long()
+        self.token_id = self.recorded.token_id[self._rows]
         lines = (folder / "documents.jsonl").read_text().splitlines()
         self.documents = [StoredDocument(**json.loads(line)) for line in lines]
-        self._shards = [_map_shard(folder / shard_name(i)) for i in range(len(self.config.shard_tokens))]
+        self._check_table()
+        self._shards = [
+            _map_shard(folder / shard_name(i), (n, N_MODELS, self.config.d_model))
+            for i, n in enumerate(self.config.shard_tokens)
+        ]
         self._starts = torch.tensor([0, *self.config.shard_tokens]).cumsum(0)
         self.place: Place = "disk"
         """Where the activations are: `gpu`, `memory` or `disk`."""
         self._held: Tensor | None = None
         self.move(place, device)
+
+    def _check_table(self) -> None:
+        """UserError where the token table and the documents are not of each other."""
+        recorded, config = self.recorded, self.config
+        n_ids = torch.tensor([document.n_ids for document in self.documents])
+        sound = (
+            all(len(column) == config.n_tokens for column in recorded if column is not None)
+            and int(recorded.kept.sum()) == config.n_tokens - config.n_dropped
+            and len({document.id for document in self.documents}) == len(self.documents)
+            and all(0 <= document.n_prompt <= document.n_ids for document in self.documents)
+            and bool((recorded.document >= 0).all() & (recorded.document < len(n_ids)).all())
+            and bool((recorded.position >= 0).all() & (recorded.position < n_ids[recorded.document]).all())
+        )
+        if not sound:
+            raise UserError(f"{self.folder}: token table and documents do not fit each other; collect it again")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -176,7 +241,7 @@ class ActivationStore:
         is_out = out[self.document]
         return Split((~is_out).nonzero().squeeze(-1), is_out.nonzero().squeeze(-1))
 
-    def batches(self, indices: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, indices: Tensor, batch_size: int = READ_TOKENS) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of token indices and their activations [n, 2, d_model], in the order of `indices`."""
         for chunk in indices.split(batch_size):
             yield chunk, self.read(chunk)
@@ -188,10 +253,11 @@ def read_set_config(folder: Path) -> SetConfig:
     try:
         values = json.loads(path.read_text())
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        check_types(SetConfig, arguments, str(path))
         return SetConfig(**arguments)
     except FileNotFoundError:
         raise UserError(f"{folder} holds no activation set; make it with collect_activations.py") from None
-    except (json.JSONDecodeError, TypeError) as error:
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not an activation set's configuration ({error}); collect it again") from None
 
 
@@ -199,15 +265,22 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def _map_shard(path: Path) -> Tensor:
+def _is_layer(value: Any) -> bool:
+    return isinstance(value, int) and 1 <= value <= MOST_LAYERS
+
+
+def _map_shard(path: Path, shape: tuple[int, int, int]) -> Tensor:
     """The shard's activations, memory-mapped: pages are read when they are touched."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor("activations")
+            found = file.get_tensor("activations")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); collect the activations again") from None
+    if tuple(found.shape) != shape or found.dtype != torch.bfloat16:
+        raise UserError(f"{path} has {found.dtype} {list(found.shape)}, not bf16 {list(shape)}; collect it again")
+    return found
 
 
 def _chosen_place(place: Place, size: int, device: torch.device, folder: Path) -> Place:

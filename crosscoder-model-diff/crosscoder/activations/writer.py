@@ -21,14 +21,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from crosscoder.activations.store import SetConfig, StoredDocument, shard_name
+from crosscoder.activations.store import VERSION, SetConfig, StoredDocument, shard_name
 from crosscoder.dictionaries.checkpoint import save_tensors
 from crosscoder.dictionaries.config import N_MODELS
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import write_atomically
+from finqa.runtime.manifest import file_hash
+from finqa.runtime.paths import json_text, write_atomically
 
 OUTLIER_FACTOR = 10.0
-"""In the residual stream a token above this many median norms is dropped (attention sinks)."""
+"""A token above this many median norms, of either model, is an outlier (an attention sink), whatever its id."""
+MODELS = ("instruct", "fine-tuned")
 BATCHES_BEHIND = 3
 """Batches that may wait for the disk; with more the GPU waits too."""
 PLAN_FILE = "plan.json"
@@ -128,18 +130,22 @@ class SetWriter:
         """Write tables and configuration, and move the set to its place; every shard must be there.
 
         Args:
-            table: `document`, `position`, `token_id` [tokens], in the order of the shards.
+            table: `document`, `position`, `token_id` [tokens] and, where it is known, `kind`, in the order of the
+                shards.
             recorded: What was recorded (SetConfig.recorded).
             shard_tokens: Tokens of each shard.
             add_to: Called with the folder before it is moved, to write more into it.
         """
-        norms = torch.cat([self._norms(number) for number in range(len(shard_tokens))])
+        norms = torch.cat([self._tensor(number, "norms") for number in range(len(shard_tokens))])
+        self._check(norms, table, documents)
         kept = torch.ones(len(norms), dtype=torch.bool)
         if self.drop_outliers:
             kept = (norms <= OUTLIER_FACTOR * norms.median(dim=0).values).all(dim=-1)
         means = norms[kept].mean(dim=0)
-        if not torch.isfinite(means).all() or not means.all():
-            raise UserError(f"the activations have mean norms {means.tolist()}; no scale can be taken from them")
+        columns = {name: column.to(torch.int32) for name, column in table.items()}
+        save_tensors(self.partial / "tokens.safetensors", {**columns, "kept": kept})
+        lines = "".join(json.dumps(asdict(document)) + "\n" for document in documents)
+        write_atomically(self.partial / "documents.jsonl", lines)
         config = SetConfig(
             d_model=self.d_model,
             n_tokens=len(norms),
@@ -147,22 +153,46 @@ class SetWriter:
             activation_scales=tuple((self.d_model**0.5 / means).tolist()),
             shard_tokens=tuple(shard_tokens),
             recorded=recorded,
+            version=VERSION,
+            files={name: file_hash(self.partial / name) for name in ("tokens.safetensors", "documents.jsonl")},
         )
-        columns = {name: column.to(torch.int32) for name, column in table.items()}
-        save_tensors(self.partial / "tokens.safetensors", {**columns, "kept": kept})
-        lines = "".join(json.dumps(asdict(document)) + "\n" for document in documents)
-        write_atomically(self.partial / "documents.jsonl", lines)
         add_to(self.partial)
-        write_atomically(self.partial / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+        write_atomically(self.partial / "config.json", json_text(asdict(config), indent=2) + "\n")
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.partial.rename(self.folder)
         (self.folder / PLAN_FILE).unlink()
         return config
 
-    def _norms(self, number: int) -> Tensor:
+    def _check(self, norms: Tensor, table: Mapping[str, Tensor], documents: Sequence[StoredDocument]) -> None:
+        """UserError where a model's activations are no numbers, all 0, or the same for every token."""
+        for m, model in enumerate(MODELS):
+            bad = (~norms[:, m].isfinite()).nonzero().squeeze(-1)
+            if len(bad):
+                first = int(bad[0])
+                what = "not a number" if norms[first, m].isnan() else "infinite"
+                raise UserError(
+                    f"{self.folder.name}: the {model} model's activation is {what} on {len(bad):,} of {len(norms):,} "
+                    f"tokens, first at position {int(table['position'][first])} of document "
+                    f"{documents[int(table['document'][first])].id}; check that model's weights, or try another --dtype"
+                )
+            if not norms[:, m].median():
+                raise UserError(
+                    f"{self.folder.name}: the {model} model's activation is 0 on at least half of the {len(norms):,} "
+                    "tokens; choose another --layer or --site"
+                )
+            first_norm = norms[0, m]
+            if len(norms) > 1 and bool((norms[:, m] == first_norm).all()):
+                rows = self._tensor(0, "activations")[:, m]
+                if bool((rows == rows[0]).all()):
+                    raise UserError(
+                        f"{self.folder.name}: the {model} model's activation is the same for every token, so that "
+                        "there is nothing to explain; choose another --layer or --site"
+                    )
+
+    def _tensor(self, number: int, name: str) -> Tensor:
         with safe_open(self.partial / shard_name(number), framework="pt") as file:
-            return file.get_tensor("norms")
+            return file.get_tensor(name)
 
 
 class _Job(NamedTuple):

@@ -6,6 +6,7 @@ those of latents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,8 @@ def explained_variance_by_kind_figure(found: Sequence[KindExplained]) -> Figure:
 
     About the mean of those very tokens. What is not a number is left out; what lies below LOWEST_SHOWN is drawn there.
     """
+    if {"chat", "frame"} & {each.kind for each in found}:
+        found = [each for each in found if each.kind != "template"]  # the sum of those two
     # The two models are often alike, so each has a height of its own within the line.
     series = (
         ("instruct", INSTRUCT, "<", -0.14),
@@ -99,6 +102,10 @@ def training_figure(records: Sequence[dict[str, Any]]) -> Figure:
     for m, (name, colour) in enumerate(of_difference if one_input else of_models):
         values = [record["explained_variance"][m] for record in records]
         variance.plot(steps, values, color=colour, label=name, ls="-" if m == 0 else "--")
+    of_pair = [record.get("explained_variance_of_difference") for record in records]
+    if any(value is not None for value in of_pair):  # a log of an earlier version has none
+        shown = [math.nan if value is None else value for value in of_pair]
+        variance.plot(steps, shown, color=OTHER, label="difference", ls=":")
     variance.set(ylabel="explained variance\n(training batch)", ylim=(0, 1))
     variance.legend(loc="lower right")
     shares = [100 * record["dead_share"] for record in records]

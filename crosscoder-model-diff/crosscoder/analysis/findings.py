@@ -107,6 +107,7 @@ def in_numbers(found: Findings) -> dict[str, Any]:
         "dictionary": asdict(model.config) | {"threshold": model.threshold, "delta_threshold": model.delta_threshold},
         "activations": reading.store.config.recorded,
         "n_tokens": statistics.n_tokens,
+        "n_outliers_left_out": reading.store.config.n_dropped,
         "n_documents": len(reading.store.documents),
         "n_held_out_tokens": len(reading.split.held_out),
         "n_held_out_documents": len(reading.store.document[reading.split.held_out].unique()),

@@ -71,6 +71,12 @@ class LatentScaling:
         """[latent, probe]: the same of beta_rec."""
         return _ratio(self.beta_rec)
 
+    @property
+    def trusted(self) -> Tensor:
+        """[latent] mask: nu_err of the fine-tuned model's probe can be read (n, beta and nu_range of `met`)."""
+        nu, (low, high) = self.nu_err[:, 1], NU_RANGE
+        return (self.n >= MIN_FIRINGS) & (self.beta_err[:, 1, 1] > 0) & (nu >= low) & (nu <= high)
+
     @cached_property
     def met(self) -> dict[Condition, Tensor]:
         """[latent, probe] masks: what a latent meets as one of the probe's model alone; not a number meets nothing."""

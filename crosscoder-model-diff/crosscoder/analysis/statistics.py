@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from crosscoder.activations.layout import KINDS, TEMPLATE
 from crosscoder.activations.store import ActivationStore
-from crosscoder.analysis.token_kinds import KINDS, TEMPLATE
+from crosscoder.dictionaries.config import READ_TOKENS
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 
@@ -62,7 +63,7 @@ def latent_statistics(
     store: ActivationStore,
     indices: Tensor,
     n_top: int = 20,
-    batch_size: int = 4096,
+    batch_size: int = READ_TOKENS,
     kinds: Tensor | None = None,
 ) -> LatentStatistics:
     """Run the tokens at `indices` of the store through the encoder once.

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from crosscoder.activations.layout import token_texts
 from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis import measures as analysis
 from crosscoder.analysis.latent_scaling import EXCLUSIVE, LatentScaling, verdict
 from crosscoder.analysis.lens import Unembedding, promoted_tokens
 from crosscoder.analysis.statistics import LatentStatistics
-from crosscoder.analysis.token_kinds import token_texts
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from finqa.runtime.paths import write_atomically
 
@@ -173,10 +173,16 @@ def _number(value: float) -> float | None:
 
 def write_latent_table(path: Path, rows: Sequence[LatentRow]) -> None:
     """latents.csv: the rows in their order."""
+    write_csv(path, [asdict(row) for row in rows], [field.name for field in fields(LatentRow)])
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
+    """Rows as CSV: a column for every key that any of them has, `columns` first; empty for what is not a number."""
+    names = dict.fromkeys([*columns, *(key for row in rows for key in row)])
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [field.name for field in fields(LatentRow)], lineterminator="\n")
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    writer.writerows({name: None if value != value else value for name, value in row.items()} for row in rows)
     write_atomically(path, text.getvalue())
 
 

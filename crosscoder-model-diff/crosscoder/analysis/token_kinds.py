@@ -1,161 +1,40 @@
-"""Which part of its document a token belongs to, and what a dictionary does on each of the parts.
-
-A set records token ids, positions and where the program starts; the rest follows from the form of the prompt
-(finqa.task.prompts), whose markers are found in the text that the ids spell:
-
-    chat       mark-up of the chat template, around the prompt
-    frame      fixed words of the prompt: the request and the markers
-    passage    the page, but for its table
-    table      its table
-    question
-    program    the completion up to its end marker
-    end        the end marker and what follows it
-    other      prompts without the markers, which cannot be told apart
-
-chat and frame are the template: the same in every document. A token that reaches over a border belongs to where its
-first character that is no white space stands.
-"""
+"""What a dictionary does on each part of the documents: the kinds of token that activations.layout tells apart."""
 
 from __future__ import annotations
 
-import re
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from crosscoder.activations.layout import KINDS, TEMPLATE, layout, spelling
 from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis.measures import ExplainedVariance
-from crosscoder.dictionaries.config import N_MODELS
+from crosscoder.dictionaries.config import N_MODELS, READ_TOKENS
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
-from finqa.task.prompts import END_PYTHON, PASSAGE, PYTHON, QUESTION, REQUEST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TokenKind = Literal["chat", "frame", "passage", "table", "question", "program", "end", "other"]
-KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
-TEMPLATE: tuple[TokenKind, ...] = ("chat", "frame")
-_NUMBER = {kind: number for number, kind in enumerate(KINDS)}
-_TABLE = re.compile(r"(?:^[^\n]*\|[^\n]*(?:\n|\Z))+", re.MULTILINE)
-"""Lines that hold a `|`, one after another; the longest such run of a page is its table, as for finqa.task.prompts."""
-ANCHOR = "a"
-
-
-class RecordedTokens(NamedTuple):
-    """Every token whose activation was recorded, with those that a store leaves out of its reading as outliers."""
-
-    document: Tensor
-    """[recorded]: index into the store's documents; a document's tokens stand together."""
-    position: Tensor
-    token_id: Tensor
-    kept: Tensor
-    """[recorded] bool: those that the store reads; they are its tokens, in its order."""
-
-
-def recorded_tokens(store: ActivationStore) -> RecordedTokens:
-    from safetensors.torch import load_file
-
-    table = load_file(store.folder / "tokens.safetensors")
-    kept, token_id = table["kept"], table["token_id"].long()
-    token_id[kept] = store.token_id
-    return RecordedTokens(table["document"].long(), table["position"].long(), token_id, kept)
-
 
 def token_kinds(store: ActivationStore, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """[tokens] int64: index into KINDS of every token of a set."""
-    recorded = recorded_tokens(store)
-    kinds = torch.full_like(recorded.token_id, _NUMBER["other"])
-    texts = token_texts(tokenizer, recorded.token_id.unique().tolist())
-    special = _mark_up(tokenizer)
-    documents, counts = recorded.document.unique_consecutive(return_counts=True)
-    start = 0
-    for number, count in zip(documents.tolist(), counts.tolist(), strict=True):
-        ids = recorded.token_id[start : start + count].tolist()
-        positions = recorded.position[start : start + count].tolist()
-        n_prompt = sum(position < store.documents[number].n_prompt for position in positions)
-        found = kinds_of_document(ids, n_prompt, texts, special)
-        kinds[start : start + count] = torch.tensor([_NUMBER[kind] for kind in found])
-        start += count
-    return kinds[recorded.kept]
+    return recorded_kinds(store, tokenizer)[store.recorded.kept]
 
 
-def kinds_of_document(ids: Sequence[int], n_prompt: int, texts: dict[int, str], special: set[int]) -> list[TokenKind]:
-    """Of every id of a document whose first `n_prompt` ids are the prompt.
-
-    Args:
-        texts: What each id spells (`token_texts`).
-        special: Ids that are mark-up wherever they stand in a prompt.
-    """
-    prompt = _cut(ids[:n_prompt], texts, _prompt_borders("".join(texts[i] for i in ids[:n_prompt])))
-    kinds: list[TokenKind] = ["chat" if i in special else kind for i, kind in zip(ids, prompt, strict=False)]
-    text = "".join(texts[i] for i in ids[n_prompt:])
-    end = text.rfind(END_PYTHON)
-    borders: list[tuple[int, TokenKind]] = [(0, "program")]
-    if end >= 0:
-        borders.append((end, "end"))
-    completion = _cut(ids[n_prompt:], texts, borders)
-    # The end token of a completion whose marker was cut off.
-    return [*kinds, *("end" if i in special else kind for i, kind in zip(ids[n_prompt:], completion, strict=True))]
-
-
-def _prompt_borders(text: str) -> list[tuple[int, TokenKind]]:
-    """Where each part of a prompt starts, in order of place; the markers as page_from_prompt finds them."""
-    question = text.rfind(QUESTION)
-    passage = text.find(PASSAGE, 0, max(question, 0))
-    if question < 0 or passage < 0:
-        return [(0, "other")]
-    # Without the request's own words what stands before the passage may be either; special tokens tell themselves.
-    request = text.find(REQUEST, 0, passage)
-    page, asked = passage + len(PASSAGE), question + len(QUESTION)
-    python = text.rfind(PYTHON, asked)
-    borders: list[tuple[int, TokenKind]] = [(0, "chat"), (max(request, 0), "frame"), (page, "passage")]
-    tables = list(_TABLE.finditer(text, page, question))
-    if tables:
-        table = max(tables, key=lambda run: run[0].strip("\n").count("\n"))
-        borders.extend([(table.start(), "table"), (table.end(), "passage")])
-    borders.extend([(question, "frame"), (asked, "question")])
-    if python >= 0:
-        borders.extend([(python, "frame"), (python + len(PYTHON), "chat")])
-    return borders
-
-
-def _cut(ids: Sequence[int], texts: dict[int, str], borders: list[tuple[int, TokenKind]]) -> list[TokenKind]:
-    """The part in which each id's first character stands, white space before it left out."""
-    starts = [place for place, _ in borders]
-    kinds, place = [], 0
-    for text in (texts[i] for i in ids):
-        blank = len(text) - len(text.lstrip())
-        first = place + (blank if blank < len(text) else 0)
-        kinds.append(borders[bisect_right(starts, first) - 1][1])
-        place += len(text)
-    return kinds
-
-
-def _mark_up(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that no text is made of: special tokens, those of the chat template among them."""
-    marks = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    marks.update(tokenizer.all_special_ids)
-    unknown: Any = tokenizer.unk_token_id
-    return marks - {unknown}
-
-
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[int, str]:
-    """Each token as it reads inside a text: a tokenizer decodes a token that comes first without its space."""
-
-    def text(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-    anchor = tokenizer.encode(ANCHOR, add_special_tokens=False)[-1:]
-    before = text(anchor)
-    texts = {}
-    for i in ids:
-        both = text([*anchor, i])
-        texts[i] = both[len(before) :] if both.startswith(before) else text([i])
-    return texts
+def recorded_kinds(store: ActivationStore, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """[recorded] int64: the same of outliers too; found by the ids where the set does not store it."""
+    recorded = store.recorded
+    if recorded.kind is not None:
+        return recorded.kind
+    spelled = spelling(tokenizer, recorded.token_id.unique().tolist())
+    kinds: list[int] = []
+    for its in recorded.by_document():
+        n_prompt = int((recorded.position[its] < store.documents[int(recorded.document[its.start])].n_prompt).sum())
+        kinds += layout(recorded.token_id[its].tolist(), n_prompt, spelled)
+    return torch.tensor(kinds)
 
 
 class KindExplained(NamedTuple):
@@ -217,7 +96,7 @@ class _KindSums:
 
 @torch.no_grad()
 def explained_variance_by_kind(
-    model: BatchTopKCrosscoder, store: ActivationStore, indices: Tensor, kinds: Tensor, batch_size: int = 4096
+    model: BatchTopKCrosscoder, store: ActivationStore, indices: Tensor, kinds: Tensor, batch_size: int = READ_TOKENS
 ) -> list[KindExplained]:
     """Of the tokens at `indices` of the store, reconstructed by the inference threshold, kind by kind.
 
@@ -244,7 +123,7 @@ def explained_variance_by_kind(
     groups = {"all": KINDS, "template": TEMPLATE, **{kind: (kind,) for kind in KINDS}}
     found = []
     for name, members in groups.items():
-        at = torch.tensor([_NUMBER[kind] for kind in members], device=device)
+        at = torch.tensor([KINDS.index(kind) for kind in members], device=device)
         if counts[at].sum() > 0:
             found.append(_explained(name, at, inputs, difference, counts, active))
     return found

@@ -18,8 +18,6 @@ from crosscoder.dashboard.records import DashboardConfig
 from finqa.runtime.command_line import add_flags, from_args
 from finqa.runtime.errors import report_errors
 
-BATCH = 4096
-
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     """The flags below, and what is left for reading.open_reading."""
@@ -51,11 +49,11 @@ def main() -> None:
     held_out = reading.split.held_out
     print(f"{reading.name}: {model.config.n_latents:,} latents on {len(store):,} tokens", flush=True)
     kinds = token_kinds(store, reading.tokenizer)
-    statistics = latent_statistics(model, store, torch.arange(len(store)), batch_size=BATCH, kinds=kinds)
+    statistics = latent_statistics(model, store, torch.arange(len(store)), kinds=kinds)
     scaling = None
     if model.config.n_inputs == N_MODELS:
-        scaling = latent_scaling(model, (raw for _, raw in store.batches(held_out, BATCH)))
-    explained = explained_variance(model, (raw for _, raw in store.batches(held_out, BATCH)))
+        scaling = latent_scaling(model, (raw for _, raw in store.batches(held_out)))
+    explained = explained_variance(model, (raw for _, raw in store.batches(held_out)))
     rows = tables.latent_table(model, statistics, store, reading.tokenizer, reading.unembedding, scaling)
     dashboard = build_dashboard(reading, statistics, rows, config, explained)
     path = args.out or reading.results / "dashboard.html"

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from crosscoder.activations.layout import token_texts
 from crosscoder.analysis.lens import Unembedding, promoted_tokens
-from crosscoder.analysis.token_kinds import token_texts
 from crosscoder.dashboard.examples import ExampleMaker
 from crosscoder.dashboard.firings import gather_firings, groups_within
 from crosscoder.dashboard.records import Column, Dashboard, DashboardConfig, Examples, LatentPage, Value
@@ -64,7 +64,7 @@ COLUMNS = (
     Column("mean_activation", "mean activation", "Over the tokens on which it is active.", "number", in_table=False),
     Column("max_activation", "largest activation", "Over all tokens.", "number"),
 )  # fmt: skip
-MIN_FIRINGS = 10
+FEW_FIRINGS = 10
 """A latent that is active on fewer tokens is among the least interesting: there is too little to read."""
 COSINES_AT_ONCE = 2048
 
@@ -141,7 +141,7 @@ def by_interest(rows: Iterable[LatentRow], statistics: LatentStatistics) -> list
     def key(row: LatentRow) -> tuple[bool, bool, float]:
         r = row.relative_decoder_norm
         lean = row.difference_share if r is None else abs(r - 0.5)
-        return not row.confirmed, int(statistics.n_firings[row.latent]) < MIN_FIRINGS, -lean
+        return not row.confirmed, int(statistics.n_firings[row.latent]) < FEW_FIRINGS, -lean
 
     return sorted(rows, key=key)
 

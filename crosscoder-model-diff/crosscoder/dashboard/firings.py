@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from crosscoder.activations.store import ActivationStore
+from crosscoder.dictionaries.config import READ_TOKENS
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 
@@ -37,7 +38,7 @@ def gather_firings(
     latents: Tensor,
     largest: Tensor,
     n_bins: int,
-    batch_size: int = 4096,
+    batch_size: int = READ_TOKENS,
 ) -> tuple[Firings, Tensor]:
     """Run the whole set through the encoder once.
 

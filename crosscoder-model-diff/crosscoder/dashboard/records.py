@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from crosscoder.dictionaries.config import READ_TOKENS
 from finqa.runtime.command_line import flag
 from finqa.runtime.errors import UserError
 
@@ -35,7 +36,7 @@ class DashboardConfig:
     n_fires_on: int = 10
     max_firings_held: int = 40_000_000
     """Firings gathered in one pass over the set, about 40 bytes each at the peak; more than that take more passes."""
-    batch_size: int = 4096
+    batch_size: int = READ_TOKENS
     seed: int = 0
     """Of the draw of examples within a band."""
 

@@ -8,12 +8,14 @@ under way it also holds `training_state.safetensors`, from which the run goes on
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig, from_dict
+from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig, check_types, from_dict
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import renamed_to, write_atomically
+from finqa.runtime.manifest import file_hash
+from finqa.runtime.paths import json_text, renamed_to, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +39,8 @@ class CheckpointConfig(NamedTuple):
     """None where the checkpoint does not say, as in one converted from another format."""
     activations: dict[str, Any]
     """config.json of the activation set it was trained on; empty where the checkpoint does not say."""
+    files: dict[str, str]
+    """SHA-256 of the files beside it; empty in a checkpoint of an earlier version."""
 
 
 def save_dictionary(model: BatchTopKCrosscoder, folder: Path | str, **about: object) -> Path:
@@ -50,18 +54,20 @@ def save_dictionary(model: BatchTopKCrosscoder, folder: Path | str, **about: obj
         tensors[MEANS] = model.activation_means.float()
     save_tensors(folder / MODEL_FILE, tensors)
     config = {
+        "files": {MODEL_FILE: file_hash(folder / MODEL_FILE)},
         "crosscoder": asdict(model.config),
         "activation_scales": list(model.activation_scales),
         "threshold": model.threshold,
         "delta_threshold": model.delta_threshold,
         **about,
     }
-    write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+    write_atomically(folder / CONFIG_FILE, json_text(config, indent=2) + "\n")
     return folder
 
 
 def load_dictionary(name: Path | str) -> BatchTopKCrosscoder:
     """Load from a local folder, or from the Hub where no such folder is. On the CPU, in fp32, of its method's class."""
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -69,9 +75,13 @@ def load_dictionary(name: Path | str) -> BatchTopKCrosscoder:
 
     folder = find_checkpoint(name)
     config = read_config(folder)
+    check_files(folder, config.files, "train the crosscoder again")
     model = new_dictionary(config.crosscoder)
     try:
         tensors = load_file(folder / MODEL_FILE)
+        bad = [name for name, each in tensors.items() if each.dtype != torch.float32 or not each.isfinite().all()]
+        if bad:
+            raise UserError(f"{folder / MODEL_FILE}: {bad[0]} is not fp32 and finite; train the crosscoder again")
         model.activation_means = tensors.pop(MEANS, None)
         model.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -108,8 +118,19 @@ def read_config(folder: Path) -> CheckpointConfig:
     if len(scales) != crosscoder.n_inputs:
         raise UserError(f"{path} has {len(scales)} activation scales; there is one for each of {crosscoder.n_inputs}")
     training = from_dict(TrainingConfig, values["training"], str(path)) if values.get("training") else None
-    thresholds = values.get("threshold"), values.get("delta_threshold")
-    return CheckpointConfig(crosscoder, scales, *thresholds, training, values.get("activations", {}))
+    if not all(math.isfinite(scale) and scale > 0 for scale in scales):
+        raise UserError(f"{path} has the activation scales {list(scales)}; they are above 0")
+    about = {name: values.get(name) for name in ("threshold", "delta_threshold")}
+    about |= {name: values.get(name, {}) for name in ("activations", "files")}
+    check_types(CheckpointConfig, about, str(path))
+    return CheckpointConfig(crosscoder, scales, training=training, **about)
+
+
+def check_files(folder: Path, files: dict[str, str], remedy: str) -> None:
+    """UserError where a file is not as it was written, by its SHA-256."""
+    for name, digest in files.items():
+        if not (folder / name).exists() or file_hash(folder / name) != digest:
+            raise UserError(f"{folder / name} is not the file that was written; {remedy}")
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

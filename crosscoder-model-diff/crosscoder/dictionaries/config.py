@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar, get_args
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from finqa.runtime.command_line import flag, option
 from finqa.runtime.errors import UserError
@@ -17,6 +19,8 @@ Directions = Literal["alike", "apart"]
 
 N_MODELS = 2
 """Index 0 is the instruct model, index 1 the fine-tuned one."""
+READ_TOKENS = 4096
+"""Tokens of a set that are read, and whose latents are held, at one time."""
 
 Config = TypeVar("Config", "CrosscoderConfig", "TrainingConfig")
 
@@ -219,10 +223,32 @@ def from_dict(kind: type[Config], values: dict[str, Any], source: str) -> Config
     unknown = sorted(set(values) - names)
     _require(not unknown, f"{source} has settings that this version does not know: {', '.join(unknown)}")
     arguments: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+    check_types(kind, arguments, source)
     try:
         return kind(**arguments)
     except TypeError as error:
         raise UserError(f"{source} does not describe a {kind.__name__}: {error}") from None
+
+
+def check_types(kind: type, values: dict[str, Any], source: str) -> None:
+    """UserError for a value, read from `source`, that is not of the type of its field in the dataclass `kind`."""
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        _require(name not in hints or _fits(value, hints[name]), f"{source}: {name} cannot be {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return any(value == part and type(value) is type(part) for part in parts)
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is tuple:
+        of = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
+        return isinstance(value, tuple) and len(value) == len(of) and all(map(_fits, value, of))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind or hint) and not (hint is int and isinstance(value, bool))
 
 
 def _require(condition: bool, message: str) -> None:

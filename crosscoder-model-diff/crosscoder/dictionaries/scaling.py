@@ -9,8 +9,6 @@ from crosscoder.activations.store import ActivationStore
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from finqa.runtime.errors import UserError
 
-BATCH_TOKENS = 4096
-
 
 def sample_of(indices: Tensor, max_tokens: int, seed: int) -> Tensor:
     """At most `max_tokens` of the token indices, drawn, in rising order."""
@@ -51,7 +49,7 @@ def equal_difference_weight(model: BatchTopKCrosscoder, store: ActivationStore, 
     """
     sums = torch.zeros(2, model.config.d_model, dtype=torch.float64)
     squares = torch.zeros(2, dtype=torch.float64)
-    for _, raw in store.batches(sample, BATCH_TOKENS):
+    for _, raw in store.batches(sample):
         x = model.scale(raw.to(model.b_dec.device)).double().cpu()
         rotated = torch.stack([x[:, 1] + x[:, 0], x[:, 1] - x[:, 0]], dim=1) / 2**0.5
         sums += rotated.sum(dim=0)
@@ -64,14 +62,14 @@ def equal_difference_weight(model: BatchTopKCrosscoder, store: ActivationStore, 
 
 def _mean_inputs(model: BatchTopKCrosscoder, store: ActivationStore, sample: Tensor) -> Tensor:
     total = torch.zeros(model.config.n_inputs, model.config.d_model, dtype=torch.float64)
-    for _, raw in store.batches(sample, BATCH_TOKENS):
+    for _, raw in store.batches(sample):
         total += model.inputs(raw.to(model.b_dec.device)).double().sum(dim=0).cpu()
     return total / len(sample)
 
 
 def _mean_lengths(model: BatchTopKCrosscoder, store: ActivationStore, sample: Tensor, means: Tensor | None) -> Tensor:
     total = torch.zeros(model.config.n_inputs, dtype=torch.float64)
-    for _, raw in store.batches(sample, BATCH_TOKENS):
+    for _, raw in store.batches(sample):
         inputs = model.inputs(raw.to(model.b_dec.device)).double().cpu()
         total += (inputs if means is None else inputs - means).norm(dim=-1).sum(dim=0)
     return total / len(sample)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from crosscoder.activations.store import ActivationStore
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
-from crosscoder.dictionaries.scaling import BATCH_TOKENS, sample_of
+from crosscoder.dictionaries.scaling import sample_of
 from finqa.runtime.errors import UserError
 
 
@@ -61,7 +61,7 @@ def calibrated_threshold(
     wanted = k * len(sample) + 1
     norms = model.selection_norms()
     largest = torch.empty(0, device=norms.device)
-    for _, raw in store.batches(sample, BATCH_TOKENS):
+    for _, raw in store.batches(sample):
         scores = (model.activations(model.scale(raw.to(norms.device))) * norms)[:, latents].flatten()
         largest = torch.cat([largest, scores[scores > 0]])
         if len(largest) > wanted:

@@ -38,9 +38,14 @@ class Share(NamedTuple):
 
 def resamples(n: int, seed: int = 0, count: int = RESAMPLES) -> Tensor:
     """[count, n] fp64: how often each of n questions is drawn, over n; a mean is a product with it."""
+    return draws(n, seed, count) / n
+
+
+def draws(n: int, seed: int = 0, count: int = RESAMPLES) -> Tensor:
+    """[count, n] fp64: how often each of n is drawn in each of `count` resamples."""
     drawn = torch.randint(n, (count, n), generator=torch.Generator().manual_seed(seed))
     counts = torch.zeros(count, n, dtype=torch.float64)
-    return counts.scatter_add_(1, drawn, torch.ones_like(counts)) / n
+    return counts.scatter_add_(1, drawn, torch.ones_like(counts))
 
 
 def share_recovered(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
-from crosscoder.analysis.latent_scaling import MIN_FIRINGS, NU_RANGE, LatentScaling
+from crosscoder.analysis.latent_scaling import LatentScaling
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.interventions.halves import Pair, after_patch
 from crosscoder.interventions.patching import BATCH_TOKENS, Halves, batches, run_halves
@@ -122,9 +122,7 @@ def by_effect(found: Survey) -> list[int]:
 
 def by_exclusivity(scaling: LatentScaling, found: Survey) -> list[int]:
     """Alive latents by 1 - nu_err of the fine-tuned probe; those without a slope to trust last."""
-    nu, beta = scaling.nu_err[:, 1], scaling.beta_err[:, 1, 1]
-    trusted = (scaling.n >= MIN_FIRINGS) & (beta > 0) & (nu >= NU_RANGE[0]) & (nu <= NU_RANGE[1])
-    return _falling(torch.where(trusted, 1 - nu, -torch.inf), found.alive)
+    return _falling(torch.where(scaling.trusted, 1 - scaling.nu_err[:, 1], -torch.inf), found.alive)
 
 
 def _falling(scores: Tensor, among: Sequence[int]) -> list[int]:

@@ -27,15 +27,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
 from crosscoder.activations.store import ActivationStore
-from crosscoder.analysis.token_kinds import recorded_tokens
-from crosscoder.dictionaries.config import N_MODELS
+from crosscoder.activations.writer import MODELS
+from crosscoder.dictionaries.config import N_MODELS, READ_TOKENS
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.interventions.bootstrap import INTERVAL, RESAMPLES, draws
 from crosscoder.interventions.causal import cell_key, experiment_key
 from crosscoder.interventions.halves import Frame, LayerRecord, Pair, Side, after_patch, record_layers
 from crosscoder.interventions.patching import BATCH_TOKENS, Batch, batches
@@ -48,7 +50,7 @@ Ablation = Literal["zero", "mean", "other"]
 ABLATIONS: tuple[Ablation, ...] = get_args(Ablation)
 Tokens = Literal["program", "all"]
 TOKENS: tuple[Tokens, ...] = get_args(Tokens)
-MODELS = ("instruct", "fine-tuned")
+
 CONDITIONS = ("clean", "spliced", *ABLATIONS)
 ROWS_AT_ONCE = 512
 """Tokens whose latents, or whose logits, are held at one time: a few GB with a vocabulary of 150,000."""
@@ -98,13 +100,11 @@ def stored_texts(store: ActivationStore, numbers: Iterable[int], bos_id: int | N
 
     What was not recorded of them is BOS, whose id is `bos_id`. UserError where an id was not recorded and that is None.
     """
-    recorded = recorded_tokens(store)
-    found, counts = recorded.document.unique_consecutive(return_counts=True)
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).tolist()
-    place = {number: i for i, number in enumerate(found.tolist())}
+    recorded = store.recorded
+    places = {int(recorded.document[its.start]): its for its in recorded.by_document()}
     texts = []
     for number in numbers:
-        stored, own = store.documents[number], slice(starts[place[number]], starts[place[number] + 1])
+        stored, own = store.documents[number], places[number]
         positions = recorded.position[own]
         if bos_id is None and len(positions) < stored.n_ids:
             raise UserError(f"{store.folder} left tokens out, and the tokenizer has no BOS that they could be")
@@ -116,7 +116,7 @@ def stored_texts(store: ActivationStore, numbers: Iterable[int], bos_id: int | N
     return texts
 
 
-def mean_activations(store: ActivationStore, indices: Tensor, batch_size: int = 4096) -> Tensor:
+def mean_activations(store: ActivationStore, indices: Tensor, batch_size: int = READ_TOKENS) -> Tensor:
     """[2, d_model] fp64, in the models' own units, over the tokens at these indices."""
     total = torch.zeros(N_MODELS, store.config.d_model, dtype=torch.float64)
     for _, raw in store.batches(indices, batch_size):
@@ -175,7 +175,9 @@ def splice_losses(
             journal.add(key, {"what": "spliced", "sums": own_sums.tolist(), "counts": own_counts.tolist()})
             left.add(batch.ids.numel())
         found = journal.found[key]
-        sums[:, chosen], counts[chosen] = torch.tensor(found["sums"], dtype=sums.dtype), torch.tensor(found["counts"])
+        # The journal has null for what is not a number, as of a model that was not spliced.
+        sums[:, chosen] = torch.from_numpy(np.array(found["sums"], dtype=np.float64))
+        counts[chosen] = torch.tensor(found["counts"])
     return SpliceLosses(sums[0], sums[1], counts)
 
 
@@ -241,14 +243,10 @@ def _losses(side: Side, hidden: Tensor, clean: Tensor, following: Tensor) -> tup
     return torch.cat(losses).double(), torch.cat(divergences).double()
 
 
-def loss_recovered(losses: SpliceLosses, n_resamples: int = 2000, seed: int = 0) -> list[LossRecovered]:
+def loss_recovered(losses: SpliceLosses, n_resamples: int = RESAMPLES, seed: int = 0) -> list[LossRecovered]:
     """Every model that was spliced, choice of tokens and ablation; the interval is a bootstrap over documents."""
     n = len(losses.counts)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(n, (n_resamples, n), generator=generator)
-    weights = torch.zeros(n_resamples + 1, n, dtype=torch.float64)
-    weights[0] = 1
-    weights[1:].scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    weights = torch.cat([torch.ones(1, n, dtype=torch.float64), draws(n, seed, n_resamples)])
     found = []
     for m, t in ((m, t) for m in range(N_MODELS) for t in range(len(TOKENS))):
         # The first row is the documents themselves, the others are resamples: a mean over tokens in each.
@@ -285,7 +283,7 @@ def loss_recovered(losses: SpliceLosses, n_resamples: int = 2000, seed: int = 0)
 def _recovered(clean: Tensor, spliced: Tensor, ablated: Tensor) -> tuple[float, float, float]:
     """[1 + resamples] each -> the share of the documents themselves, and the ends of its interval."""
     share = torch.where(ablated != clean, (ablated - spliced) / (ablated - clean), torch.nan)
-    low, high = torch.nanquantile(share[1:], torch.tensor([0.025, 0.975], dtype=share.dtype)).tolist()
+    low, high = torch.nanquantile(share[1:], torch.tensor(INTERVAL, dtype=share.dtype)).tolist()
     return float(share[0]), low, high
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from crosscoder.activations.store import Place
-from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
+from crosscoder.dictionaries.config import READ_TOKENS, CrosscoderConfig, TrainingConfig
 from finqa.runtime.errors import UserError
 from finqa.runtime.memory.free import free_memory
 from finqa.runtime.memory.needs import Need
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from crosscoder.activations.store import ActivationStore
 
-CALIBRATION_BATCH = 4096
-"""Tokens that the dictionary reads at once after the last step."""
 BY_AUTOGRAD, BY_HAND = 28, 16
 """Bytes that a step holds for each pair of token and latent besides the product: values, scores, what is kept, their
 gradients; by hand, what the first step's selection sorts."""
@@ -37,7 +35,7 @@ def training_need(
     pair = product_bytes + (BY_HAND if by_hand else BY_AUTOGRAD)
     step = tokens * (crosscoder.n_latents * pair + 8 * width * 4)
     of_scores = 12 * crosscoder.k * training.calibration_tokens
-    calibration = CALIBRATION_BATCH * crosscoder.n_latents * BY_HAND + of_scores
+    calibration = READ_TOKENS * crosscoder.n_latents * BY_HAND + of_scores
     return Need(
         (
             ("weights", 4 * parameters, f"{parameters:,} parameters in fp32"),

@@ -16,8 +16,6 @@ from crosscoder.analysis.statistics import LatentStatistics, latent_statistics
 from crosscoder.dictionaries.config import N_MODELS
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
-EVALUATION_BATCH = 4096
-
 
 @dataclass(frozen=True)
 class CrosscoderReport:
@@ -95,4 +93,4 @@ def _of_two_models(
 
 
 def _raw(store: ActivationStore, indices: torch.Tensor) -> Iterator[torch.Tensor]:
-    return (raw for _, raw in store.batches(indices, EVALUATION_BATCH))
+    return (raw for _, raw in store.batches(indices))

@@ -14,7 +14,7 @@ from torch import Tensor
 from crosscoder.activations.feed import Feed, ShuffledOrder
 from crosscoder.activations.store import ActivationStore, Split
 from crosscoder.dictionaries import checkpoint, losses
-from crosscoder.dictionaries.config import TrainingConfig, check_together
+from crosscoder.dictionaries.config import N_MODELS, TrainingConfig, check_together
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.dictionaries.objective import Weights
 from crosscoder.dictionaries.ranks import ALONE, Ranks, check_batch
@@ -58,6 +58,8 @@ class StepRecord(NamedTuple):
     learning_rate: float
     l0: float = 0.0
     """Mean active latents a token."""
+    explained_variance_of_difference: float | None = None
+    """Of fine-tuned less instruct, in the models' own units; None for a difference SAE, whose one input it is."""
     difference: float = 0.0
     """The difference term and the L1 price, before their weights; 0 where they are off."""
     l1: float = 0.0
@@ -271,6 +273,10 @@ class Trainer:
         if not self.ranks.is_main:
             return
         loss, reconstruction, difference, l1, auxiliary = step.parts.tolist()
+        of_difference = None
+        if self.model.config.n_inputs == N_MODELS:
+            pair = [self.model.difference(self.model.unscale(vectors))[:, None] for vectors in (x, x + error)]
+            of_difference = losses.batch_explained_variance(*pair).item()
         self.on_log(
             StepRecord(
                 step=self.steps_done,
@@ -289,5 +295,6 @@ class Trainer:
                 l0=int(step.n_active) / self.config.batch_size,
                 difference=difference,
                 l1=l1,
+                explained_variance_of_difference=of_difference,
             )
         )
