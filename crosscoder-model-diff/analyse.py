@@ -3,7 +3,7 @@
     python analyse.py                                          that of the 7B run
     python analyse.py FinQA-mini pocket-mistral
     python analyse.py FinQA-mini pocket-mistral --method difference-sae
-    python analyse.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> --name wide --examples-for 4096
+    python analyse.py FinQA mistralai/Mistral-7B-Instruct-v0.3 HF_NAME --name wide --examples-for 4096
     python analyse.py FinQA mistralai/Mistral-7B-Instruct-v0.3 --causal 64
 
 Takes the names and flags of train.py, and these. Reads the crosscoder and its activation set, each from its local
