@@ -89,15 +89,13 @@ def chosen_question(request: Request, data: datasets.Dataset, folders: Folders) 
         return page(request.passage_file, request.question)
     clean, raw = folders.clean(data.name, request.split), folders.raw(data.name, request.split)
     if clean.exists():
-        questions = read_questions(clean)
+        questions = read_questions(clean, datasets.how_to_make("clean", data, request.split, folders))
     elif raw.exists():
         questions = data.load(raw).questions
-    elif request.id:
-        raise UserError(
-            f"no {request.split} split of {data.name}: neither {clean} nor {raw}; get it with: {data.how_to_get}"
-        )
     else:
         questions = [example.question for example in data.worked_examples]
+        if request.id:
+            datasets.rows_file("raw", data, request.split, folders)  # raises, with the command that gets it
     found = next((q for q in questions if request.id in (None, q.id)), None)
     if found is None:
         raise UserError(f"no row {request.id!r} in the {request.split} split of {data.name}; --split chooses another")

@@ -2,7 +2,7 @@
 
     python train.py                                     the set of FinQA, Mistral-7B-Instruct-v0.3, layer 17
     python train.py FinQA-mini pocket-mistral
-    python train.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> --latents 32768 --k 128 --epochs 4 --name wide
+    python train.py FinQA mistralai/Mistral-7B-Instruct-v0.3 HF_NAME --latents 32768 --k 128 --epochs 4 --name wide
     python train.py FinQA-mini pocket-mistral --method difference-sae
     torchrun --nproc-per-node 2 train.py FinQA-mini pocket-mistral
 
@@ -116,7 +116,7 @@ def main() -> None:
     choice, named, folders = choice_from_args(args), from_args(CrosscoderChoice, args), Folders.from_args(args)
     name, running = named.name_on(choice), from_args(Running, args)
     require_push(args, choice.student, name)
-    command = choice.command("collect_activations.py")
+    command = choice.command("collect_activations.py", folders)
     recorded = find_folder(folders.activations(choice.name), choice.student, "config.json", "activation set", command)
 
     # Only now, so that what is missing is said at once.
