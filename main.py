@@ -40,7 +40,7 @@ from finqa.runtime import parallel
 from finqa.runtime.command_line import add_flags, flag, from_args, given, script_parser
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.memory.plan import plan_evaluation
-from finqa.runtime.paths import Folders, add_folder_flags
+from finqa.runtime.paths import Folders, add_folder_flags, check_writable
 from finqa.runtime.progress import say
 from finqa.task import datasets
 from finqa.task.prompts import EVAL_TYPES, EvalType
@@ -49,8 +49,9 @@ from finqa.training.fine_tuning import TrainingConfig, fine_tune
 
 def main() -> int:
     args = parse_arguments()
-    task, folders = from_args(Task, args), Folders.from_args(args)
-    run = student(args, folders)
+    task, run, folders = from_args(Task, args), student(args), Folders.from_args(args)
+    if not task.train and vars(args)["StudentRun.peft"] is None:
+        run = as_trained(run, folders)
     training, evaluation = from_args(TrainingConfig, args), evaluation_config(args, run)
     with parallel.first_goes_first():
         check(task, run, folders, evaluation)
@@ -104,7 +105,7 @@ class Task:
 
 def parse_arguments() -> argparse.Namespace:
     parser = script_parser(__doc__)
-    add_student_flags(parser)
+    add_student_flags(parser, peft_default=False)
     add_folder_flags(parser)
     add_flags(parser.add_argument_group("what to do"), Task, group="")
     train = parser.add_argument_group(f"fine-tuning (defaults are those of {DEFAULT_MODEL})")
@@ -118,20 +119,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def student(args: argparse.Namespace, folders: Folders) -> StudentRun:
-    """The student with the preset, and over it the flags that change its settings, applied.
+def student(args: argparse.Namespace) -> StudentRun:
+    """The student with the preset, and over it the flags that change its settings, applied."""
+    run = student_from_args(args)
+    return student_from_args(args, published_settings(run.model)) if from_args(Task, args).preset else run
 
-    Where nothing is trained and neither -P nor --no-peft is given, the adapter if that is what was trained.
-    """
-    task, run = from_args(Task, args), student_from_args(args)
-    run = student_from_args(args, published_settings(run.model)) if task.preset else run
-    asked = vars(args)["StudentRun.peft"]
-    if task.train or asked is not None or is_student(folders.model(run.dataset, run.model_id)):
-        return run
+
+def as_trained(run: StudentRun, folders: Folders) -> StudentRun:
+    """The adapter in the place of a whole fine-tuned model that nobody trained, where an adapter is what was."""
     adapted = replace(run, peft=True)
-    if not is_student(folder := folders.model(run.dataset, adapted.model_id)):
+    whole, adapter = (folders.model(run.dataset, one.model_id) for one in (run, adapted))
+    if is_student(whole) or not is_student(adapter):
         return run
-    print(f"the fine-tuned model is the adapter in {folder} (as with -P)", flush=True)
+    print(f"the fine-tuned model is the adapter in {adapter} (as with -P)", flush=True)
     return adapted
 
 
@@ -160,11 +160,13 @@ def check(task: Task, run: StudentRun, folders: Folders, evaluation: EvaluationC
     """Fail now on what would fail after hours of training."""
     data = datasets.dataset(run.dataset)
     if task.train:
+        check_writable(folders.model(run.dataset, run.model_id))
         datasets.rows_file("filtered", data, "train", folders)
     if not task.train and not evaluation:
         raise UserError("nothing to do: no training (-NT) and no split to evaluate on; give -D, -T or both")
     if evaluation:
         check_backend(run, evaluation.generation.vllm)
+        check_writable(folders.results / run.dataset / run.model_id)
         for split in evaluation.splits:
             read_rows(folders, data, split)
     if task.train and task.push and (missing := hub.why_no_push(run.hub_id)):

@@ -72,6 +72,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     student, folders, config = students.student_from_args(args), Folders.from_args(args), from_args(Merging, args)
+    students.check_device(config.device)
     require_push(args, student, f"{student.model_id}-merged")
     adapter = students.find_adapter(student, folders)
     if not (adapter / "adapter_config.json").exists():

@@ -116,6 +116,7 @@ def main() -> None:
     choice, named, folders = choice_from_args(args), from_args(CrosscoderChoice, args), Folders.from_args(args)
     name, running = named.name_on(choice), from_args(Running, args)
     require_push(args, choice.student, name)
+    students.check_device(running.device)
     command = choice.command("collect_activations.py", folders)
     recorded = find_folder(folders.activations(choice.name), choice.student, "config.json", "activation set", command)
 

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finqa.runtime.command_line import add_flags, flag, from_args, script_parser
-from finqa.runtime.errors import report_errors
+from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.manifest import file_hash, write_manifest
 from finqa.runtime.paths import Folders, add_folder_flags
 from finqa.task.answers import Rule, match
@@ -52,9 +52,17 @@ def main() -> None:
     judging, folders, (data, splits) = from_args(Filter, args), Folders.from_args(args), from_args(Rows, args).chosen
     for split in splits:
         rows_file("generated", data, split, folders)
+    empty: list[str] = []
     for split in splits:
         summary = filter_split(data.name, split, folders, judging.rule or data.answer_rule, judging.rerun)
         print(summary, table_of_reasons(summary), sep="\n", flush=True)
+        if summary.rows and not summary.kept:
+            empty.append(split)
+    if empty:
+        raise UserError(
+            f"no row of {', '.join(empty)} was kept, so there is nothing to train on: the reasons are in the table "
+            f"above, and beside each row in {folders.rejected(data.name, empty[0])}"
+        )
 
 
 def filter_split(dataset_name: str, split: str, folders: Folders, rule: Rule, rerun: bool = False) -> Summary:

@@ -169,3 +169,70 @@ def test_a_name_that_can_be_no_folder_is_refused(name: str, script: str, flag: s
     done = run(f"python {script} FinQA-mini pocket-mistral {flag} {shlex.quote(name)}", CROSSCODER)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert f"error: {flag} is part of a folder name" in done.stderr
+
+
+@pytest.mark.parametrize("device", ["nope", "cuda:97", "meta", ""])
+@pytest.mark.parametrize("script", ["collect_activations.py", "merge_and_push_lora.py", "train.py"])
+def test_a_device_that_is_not_there_is_refused_at_once(script: str, device: str):
+    done = run(f"python {script} FinQA-mini pocket-mistral --device {shlex.quote(device)}", CROSSCODER)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert f"error: --device {device} is none of this machine, which has cpu" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("main.py FinQA-mini pocket-mistral --vlm", "unrecognized arguments: --vlm (do you mean --vllm?)"),
+        ("main.py FinQA-mini pocket-mistral me -T --limit 0", "argument --limit: must be at least 1, not 0"),
+        ("inference.py a b c d", "unrecognized arguments: d"),
+        ("-m preprocessing.preprocess_finqa --dataste x", "--dataste x (do you mean --dataset?)"),
+        ("-m preprocessing.filter_valid_answers --split nowhere", "argument --split: invalid choice"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(command: str, says: str):
+    done = run(f"python {command}", REPOSITORY)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("error: ") and says in done.stderr
+
+
+def test_a_filter_that_keeps_nothing_says_so_and_leaves_the_reasons(data: Path):
+    generated = data / "clean_with_code" / "FinQA" / "finqa_dev_generated.csv"
+    generated.parent.mkdir(parents=True)
+    generated.write_text("prompt,generated_code,actual_answer,expected_answer\np,ans = 1,1.0,2\n")
+    where = f"--split dev --data-dir {shlex.quote(str(data))}"
+    done = run(f"python -m preprocessing.filter_valid_answers {where}", REPOSITORY)
+    assert done.returncode == 1 and "error: no row of dev was kept" in done.stderr
+    assert (
+        "wrong-answer" in done.stdout
+        and "wrong-answer" in generated.with_stem("finqa_dev_generated_rejected").read_text()
+    )
+
+
+@pytest.mark.parametrize("what", ["--data-dir", "--results-dir"])
+def test_what_cannot_be_written_is_known_before_any_work(what: str, data: Path, tmp_path: Path):
+    (tmp_path / "file").touch()
+    words = f"FinQA-mini pocket-mistral -P {'' if what == '--data-dir' else '-NT -T'}"
+    done = run(f"python main.py {words} {what} {tmp_path / 'file' / 'below'}", REPOSITORY)
+    assert (
+        done.returncode == 1
+        and done.stderr == f"error: {tmp_path / 'file'}: Not a directory; move what is in the way\n"
+    )
+
+
+@pytest.mark.slow
+def test_what_was_trained_is_evaluated_without_p(data: Path, tiny_student: Path, tmp_path: Path):
+    where = f"--data-dir {shlex.quote(str(data))} --results-dir {tmp_path / 'results'}"
+    names = f"FinQA-mini {tiny_student}"
+    follow(f"python main.py {names} {TRAIN} {where}", REPOSITORY)
+    evaluated = f"python main.py {names} -BS 4 -NT -T --limit 2 --max-new-tokens 4 {where}"
+    done = run(evaluated, REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    model_id = "tiny-student-peftq_proj_k_proj_v_proj_o_proj-bs4-ne1"
+    assert f"the fine-tuned model is the adapter in {data}/models/FinQA-mini/{model_id} (as with -P)" in done.stdout
+    last = done.stdout.splitlines()[-1]
+    table = tmp_path / "results" / "FinQA-mini" / model_id / "metrics.md"
+    assert last.endswith(f"all evaluations side by side: {table}") and table.exists()
+    # With other flags, and with --no-peft, it is named and not taken.
+    for words in ("", "-BS 4 --no-peft", "-BS 4 --run-name other -P"):
+        done = run(f"python main.py {names} {words} -NT -T {where}", REPOSITORY)
+        assert done.returncode == 1 and f"(of this base are there: {model_id})" in done.stderr

@@ -28,7 +28,7 @@ from finqa.models.students import (
     resolve_model,
 )
 from finqa.models.weights import weights_hash
-from finqa.runtime.command_line import flag
+from finqa.runtime.command_line import at_least_one, flag
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import file_hash, write_json, write_manifest
 from finqa.runtime.paths import Folders
@@ -49,7 +49,7 @@ class EvaluationConfig:
     splits: tuple[str, ...]
     eval_types: tuple[EvalType, ...]
     generation: GenerationConfig
-    max_rows: int | None = flag(None, "--limit", metavar="ROWS")
+    max_rows: int | None = flag(None, "--limit", type=at_least_one, metavar="ROWS")
     """Evaluate on the first so many rows of a split only."""
     instruction: str | None = flag(None, shown="the data set's own")
     """What a model that was not fine-tuned is told before the prompt."""

@@ -82,6 +82,16 @@ def add_folder_flags(parser: argparse.ArgumentParser, results: bool = True) -> N
         parser.set_defaults(results_dir=Folders.results)
 
 
+def check_writable(folder: Path) -> None:
+    """Raises OSError, which names the place, where nothing can be written to a folder or to what it will be made in."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"some room")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(there)) from error
+
+
 def check_name(flag: str, name: str) -> None:
     """Raises UserError where a name that `flag` gives cannot be part of a folder's name and of a figure's title."""
     if not re.fullmatch(r"[\w.+=@,-]{0,64}", name) or name in {".", ".."}:

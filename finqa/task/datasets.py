@@ -170,7 +170,7 @@ DATASETS = {
 def dataset(name: str) -> Dataset:
     """The data set called `name`; raises UserError, with the names there are, for an unknown one."""
     if name not in DATASETS:
-        raise UserError(f"unknown dataset {name!r}{nearest(name, DATASETS)}; one of {', '.join(DATASETS)}")
+        raise UserError(f"unknown dataset {name!r}; one of {', '.join(DATASETS)}{nearest(name, DATASETS)}")
     return DATASETS[name]
 
 
