@@ -236,3 +236,11 @@ def test_what_was_trained_is_evaluated_without_p(data: Path, tiny_student: Path,
     for words in ("", "-BS 4 --no-peft", "-BS 4 --run-name other -P"):
         done = run(f"python main.py {names} {words} -NT -T {where}", REPOSITORY)
         assert done.returncode == 1 and f"(of this base are there: {model_id})" in done.stderr
+
+
+def test_a_notebook_shows_the_line_alone(capsys: pytest.CaptureFixture):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell()
+    shell.run_cell("from finqa.runtime.errors import UserError\nraise UserError('x is missing; make it with: y')")
+    assert capsys.readouterr().out.strip() == "error: x is missing; make it with: y"

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable
 
 from finqa.runtime.progress import never_silent
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there, then run the command again"),
+    **dict.fromkeys(NO_ROOM, "make room there, then run the command again"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that you may use, or change its rights"),
     **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST), "move what is in the way"),
 }
@@ -19,6 +20,10 @@ REMEDIES = {
 
 class UserError(Exception):
     """Bad input or a missing piece: the message is one line with what is wrong, where, and the remedy."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the message alone."""
+        return [f"error: {self}"]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -42,9 +47,10 @@ def report_errors(main: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.filename is None or error.errno not in REMEDIES:
+        if error.errno not in REMEDIES or (error.filename is None and error.errno not in NO_ROOM):
             raise
-        print(f"error: {error.filename}: {error.strerror}; {REMEDIES[error.errno]}", file=sys.stderr)
+        where = error.filename or "what this command prints or writes"
+        print(f"error: {where}: {error.strerror}; {REMEDIES[error.errno]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is kept", file=sys.stderr)
