@@ -89,7 +89,7 @@ def main() -> None:
     with parallel.one_voice():
         choices, folders, recording = choices_from_args(args), Folders.from_args(args), from_args(Recording, args)
         with parallel.first_goes_first():
-            students.check_device(recording.device)
+            parallel.check_device(recording.device)
             for choice in choices if args.push else ():  # a name asks for the model, and rows are looked for first
                 require_push(args, choice.student, choice.name)
             plan = make_plan(recording, choices, folders)

@@ -28,6 +28,7 @@ from crosscoder.names import add_push_flags, hub_id, require_push
 from finqa.models import fidelity, hub, merging, students
 from finqa.models.model_card import metadata
 from finqa.models.weights import weights_hash
+from finqa.runtime import parallel
 from finqa.runtime.command_line import add_flags, flag, from_args, script_parser, settings_of
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.manifest import write_manifest
@@ -72,7 +73,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     student, folders, config = students.student_from_args(args), Folders.from_args(args), from_args(Merging, args)
-    students.check_device(config.device)
+    parallel.check_device(config.device)
     require_push(args, student, f"{student.model_id}-merged")
     adapter = students.find_adapter(student, folders)
     if not (adapter / "adapter_config.json").exists():

@@ -47,10 +47,11 @@ from crosscoder.names import (
 from crosscoder.training.run_log import RunLog
 from crosscoder.training.sizing import NOT_REPRODUCED, PUBLISHED, sized_configs
 from finqa.models import hub, students
+from finqa.runtime import parallel
 from finqa.runtime.command_line import add_flags, flag, from_args, given, script_parser, settings_of
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.manifest import write_json, write_manifest
-from finqa.runtime.paths import Folders
+from finqa.runtime.paths import Folders, check_writable
 from finqa.runtime.tracking import wandb_run
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ def main() -> None:
     choice, named, folders = choice_from_args(args), from_args(CrosscoderChoice, args), Folders.from_args(args)
     name, running = named.name_on(choice), from_args(Running, args)
     require_push(args, choice.student, name)
-    students.check_device(running.device)
+    parallel.check_device(running.device)
+    check_writable(named.results_dir)
     command = choice.command("collect_activations.py", folders)
     recorded = find_folder(folders.activations(choice.name), choice.student, "config.json", "activation set", command)
 

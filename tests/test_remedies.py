@@ -219,6 +219,14 @@ def test_what_cannot_be_written_is_known_before_any_work(what: str, data: Path, 
     )
 
 
+@pytest.mark.parametrize("script", ["train.py", "analyse.py"])
+def test_results_of_the_diff_that_cannot_be_written_are_known_at_once(script: str, tmp_path: Path):
+    (tmp_path / "file").touch()
+    done = run(f"python {script} FinQA-mini pocket-mistral --results-dir {tmp_path / 'file' / 'below'}", CROSSCODER)
+    assert done.returncode == 1
+    assert done.stderr == f"error: {tmp_path / 'file'}: Not a directory; move what is in the way\n"
+
+
 @pytest.mark.slow
 def test_what_was_trained_is_evaluated_without_p(data: Path, tiny_student: Path, tmp_path: Path):
     where = f"--data-dir {shlex.quote(str(data))} --results-dir {tmp_path / 'results'}"

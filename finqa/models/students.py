@@ -196,18 +196,6 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check_device(name: str | None) -> None:
-    """Raises UserError where --device names none of this machine; None is the default one."""
-    if name is None:
-        return
-    import torch
-
-    there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-    there += ["mps"] if torch.backends.mps.is_available() else []
-    if name not in there and f"{name}:0" not in there:
-        raise UserError(f"--device {name} is none of this machine, which has {', '.join(there)}")
-
-
 def quiet_libraries() -> None:
     """No loading bars in a log file, and no warnings that nobody who runs a script here can act on."""
     import logging
