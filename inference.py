@@ -2,7 +2,7 @@
 its numbers stand: which cells of the table, or which sentence.
 
     python inference.py                                            # FinQA, Mistral-7B-Instruct-v0.3, HF_NAME
-    python inference.py FinQA-mini pocket-mistral --id <row id>
+    python inference.py FinQA-mini pocket-mistral --id ROW_ID
     python inference.py FinQA-mini pocket-mistral --question "what was ...?" --passage-file page.txt
 
 Without --id or --question the question is the first of the split, or where the split is not at hand the data set's
@@ -46,11 +46,13 @@ def main() -> int:
     check_backend(run, request.vllm)
     student = find_adapter(run, folders)
 
-    tokenizer = load_tokenizer(run.model, run.revision)
-    config = GenerationConfig(request.vllm, request.max_new_tokens or run.settings.max_new_tokens, batch_size=1)
+    # Before the libraries are loaded, which takes most of the time of a small model.
     print(f"question: {question.question}")
     if question.answer:
         print(f"answer in the data set: {question.answer}")
+    sys.stdout.flush()
+    tokenizer = load_tokenizer(run.model, run.revision)
+    config = GenerationConfig(request.vllm, request.max_new_tokens or run.settings.max_new_tokens, batch_size=1)
     with Sandbox() as sandbox:
         for served in served_models(run, student, [MODEL_OF_TYPE[asked] for asked in ASKED], config):
             asked: EvalType = next(eval_type for eval_type in ASKED if MODEL_OF_TYPE[eval_type] == served.model)
@@ -89,15 +91,13 @@ def chosen_question(request: Request, data: datasets.Dataset, folders: Folders) 
         return page(request.passage_file, request.question)
     clean, raw = folders.clean(data.name, request.split), folders.raw(data.name, request.split)
     if clean.exists():
-        questions = read_questions(clean)
+        questions = read_questions(clean, datasets.how_to_make("clean", data, request.split, folders))
     elif raw.exists():
         questions = data.load(raw).questions
-    elif request.id:
-        raise UserError(
-            f"no {request.split} split of {data.name}: neither {clean} nor {raw}; get it with: {data.how_to_get}"
-        )
     else:
         questions = [example.question for example in data.worked_examples]
+        if request.id:
+            datasets.rows_file("raw", data, request.split, folders)  # raises, with the command that gets it
     found = next((q for q in questions if request.id in (None, q.id)), None)
     if found is None:
         raise UserError(f"no row {request.id!r} in the {request.split} split of {data.name}; --split chooses another")

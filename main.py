@@ -1,13 +1,13 @@
 """Fine-tune a student to write Python for financial questions, or evaluate it.
 
-    python main.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> -P              # fine-tune with LoRA
-    python main.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> -P -NT -D --VLLM   # evaluate on dev
+    python main.py FinQA mistralai/Mistral-7B-Instruct-v0.3 HF_NAME -P              # fine-tune with LoRA
+    python main.py FinQA mistralai/Mistral-7B-Instruct-v0.3 HF_NAME -P -NT -D --VLLM   # evaluate on dev
         ... -T                          on test (both: -D -T)
         ... --EVAL_TYPE zero-shot       the base model; also few-shot, or all three with: all
         ... --samples 8                 eight replies to each question and the answer most of them give
-    python main.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> -P --preset published -D -T --VLLM -ET all
+    python main.py FinQA mistralai/Mistral-7B-Instruct-v0.3 HF_NAME -P --preset published -D -T --VLLM -ET all
     python main.py FinQA-mini pocket-mistral -P -T --VLLM -ET all --no-push              # the embedded default
-    torchrun --nproc-per-node 2 main.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> -P   # on two GPUs
+    torchrun --nproc-per-node 2 main.py FinQA mistralai/Mistral-7B-Instruct-v0.3 HF_NAME -P   # on two GPUs
 
 Reads D/clean_with_code/<dataset>/: the filtered training rows, and for evaluation every row that has a label.
 Writes D/models/<dataset>/<model-id>/ (adapter, tokenizer, training_log.jsonl with its figure training.png and .svg,
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finqa.evaluation.adapter_check import check_adapter, engine_reading
 from finqa.evaluation.engines.serving import check_backend
@@ -35,12 +35,13 @@ from finqa.models import hub
 from finqa.models.model_card import write_student_card
 from finqa.models.presets import Preset, published_settings
 from finqa.models.settings import StudentSettings
-from finqa.models.students import DEFAULT_MODEL, StudentRun, add_student_flags, student_from_args
+from finqa.models.students import DEFAULT_MODEL, StudentRun, add_student_flags, is_student, student_from_args
 from finqa.runtime import parallel
 from finqa.runtime.command_line import add_flags, flag, from_args, given, script_parser
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.memory.plan import plan_evaluation
-from finqa.runtime.paths import Folders, add_folder_flags
+from finqa.runtime.paths import Folders, add_folder_flags, check_writable
+from finqa.runtime.progress import say
 from finqa.task import datasets
 from finqa.task.prompts import EVAL_TYPES, EvalType
 from finqa.training.fine_tuning import TrainingConfig, fine_tune
@@ -49,6 +50,8 @@ from finqa.training.fine_tuning import TrainingConfig, fine_tune
 def main() -> int:
     args = parse_arguments()
     task, run, folders = from_args(Task, args), student(args), Folders.from_args(args)
+    if not task.train and vars(args)["StudentRun.peft"] is None:
+        run = as_trained(run, folders)
     training, evaluation = from_args(TrainingConfig, args), evaluation_config(args, run)
     with parallel.first_goes_first():
         check(task, run, folders, evaluation)
@@ -69,6 +72,7 @@ def main() -> int:
             evaluate_and_check(run, evaluation, folders)
         else:
             evaluate(run, evaluation, folders)
+        say(f"all evaluations side by side: {folders.results / run.dataset / run.model_id / 'metrics.md'}")
     return 0
 
 
@@ -121,6 +125,16 @@ def student(args: argparse.Namespace) -> StudentRun:
     return student_from_args(args, published_settings(run.model)) if from_args(Task, args).preset else run
 
 
+def as_trained(run: StudentRun, folders: Folders) -> StudentRun:
+    """The adapter in the place of a whole fine-tuned model that nobody trained, where an adapter is what was."""
+    adapted = replace(run, peft=True)
+    whole, adapter = (folders.model(run.dataset, one.model_id) for one in (run, adapted))
+    if is_student(whole) or not is_student(adapter):
+        return run
+    print(f"the fine-tuned model is the adapter in {adapter} (as with -P)", flush=True)
+    return adapted
+
+
 def evaluation_config(args: argparse.Namespace, run: StudentRun) -> EvaluationConfig | None:
     """What to evaluate; None for nothing. Raises UserError for an unknown eval type."""
     task = from_args(Task, args)
@@ -145,10 +159,14 @@ def evaluation_config(args: argparse.Namespace, run: StudentRun) -> EvaluationCo
 def check(task: Task, run: StudentRun, folders: Folders, evaluation: EvaluationConfig | None) -> None:
     """Fail now on what would fail after hours of training."""
     data = datasets.dataset(run.dataset)
+    if task.train:
+        check_writable(folders.model(run.dataset, run.model_id))
+        datasets.rows_file("filtered", data, "train", folders)
     if not task.train and not evaluation:
         raise UserError("nothing to do: no training (-NT) and no split to evaluate on; give -D, -T or both")
     if evaluation:
         check_backend(run, evaluation.generation.vllm)
+        check_writable(folders.results / run.dataset / run.model_id)
         for split in evaluation.splits:
             read_rows(folders, data, split)
     if task.train and task.push and (missing := hub.why_no_push(run.hub_id)):

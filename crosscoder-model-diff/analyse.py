@@ -3,7 +3,7 @@
     python analyse.py                                          that of the 7B run
     python analyse.py FinQA-mini pocket-mistral
     python analyse.py FinQA-mini pocket-mistral --method difference-sae
-    python analyse.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> --name wide --examples-for 4096
+    python analyse.py FinQA mistralai/Mistral-7B-Instruct-v0.3 HF_NAME --name wide --examples-for 4096
     python analyse.py FinQA mistralai/Mistral-7B-Instruct-v0.3 --causal 64
 
 Takes the names and flags of train.py, and these. Reads the crosscoder and its activation set, each from its local
@@ -47,7 +47,7 @@ from crosscoder.opening import ReadingConfig, add_reading_flags, open_reading_of
 from finqa.runtime.command_line import add_flags, flag, from_args, script_parser, settings_of
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.manifest import write_manifest
-from finqa.runtime.paths import Folders
+from finqa.runtime.paths import Folders, check_writable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,6 +87,7 @@ def main() -> None:
     started = time.perf_counter()
     extras, config = from_args(Extras, args), from_args(ReadingConfig, args)
     dashboard, crosscoder = from_args(DashboardConfig, args), from_args(CrosscoderChoice, args)
+    check_writable(crosscoder.results_dir)
     reading = open_reading_of(args)
     model, store = reading.model, reading.store
 

@@ -2,7 +2,7 @@
 
     python collect_activations.py                                     FinQA, Mistral-7B-Instruct-v0.3, layer 17
     python collect_activations.py FinQA-mini pocket-mistral --no-push
-    python collect_activations.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> --layer 9 17 --site mlp residual
+    python collect_activations.py FinQA mistralai/Mistral-7B-Instruct-v0.3 HF_NAME --layer 9 17 --site mlp residual
     torchrun --nproc-per-node 8 collect_activations.py ...             a share of the documents for each GPU
 
 Reads the filtered rows of a split or of all (prompt and program, as the very token ids the student was trained on),
@@ -44,6 +44,7 @@ from finqa.runtime.errors import report_errors
 from finqa.runtime.manifest import write_manifest
 from finqa.runtime.paths import Folders, chosen_splits
 from finqa.runtime.progress import Progress
+from finqa.task.datasets import dataset, how_to_make, rows_file
 from finqa.task.records import read_teacher_rows
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ def main() -> None:
     with parallel.one_voice():
         choices, folders, recording = choices_from_args(args), Folders.from_args(args), from_args(Recording, args)
         with parallel.first_goes_first():
-            for choice in choices:
+            parallel.check_device(recording.device)
+            for choice in choices if args.push else ():  # a name asks for the model, and rows are looked for first
                 require_push(args, choice.student, choice.name)
             plan = make_plan(recording, choices, folders)
         if plan.choices:
@@ -130,8 +132,12 @@ def make_plan(recording: Recording, choices: list[ActivationChoice], folders: Fo
     from crosscoder.activations.writer import SetWriter
 
     first = choices[0]
-    rows_files = [folders.filtered(first.student.dataset, split) for split in chosen_splits(first.split)]
-    rows_of = [read_teacher_rows(file) for file in rows_files]
+    data, splits = dataset(first.student.dataset), chosen_splits(first.split)
+    rows_files = [rows_file("filtered", data, split, folders) for split in splits]
+    rows_of = [
+        read_teacher_rows(file, how_to_make("filtered", data, split, folders))
+        for file, split in zip(rows_files, splits, strict=True)
+    ]
     recorded_inputs.check_every_split_is_reached(first, [len(rows) for rows in rows_of])
     rows = [row for rows in rows_of for row in rows]
     base = students.resolve_model(first.student.model, first.student.revision)

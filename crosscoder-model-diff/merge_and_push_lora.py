@@ -2,13 +2,13 @@
 
     python merge_and_push_lora.py                                     FinQA, Mistral-7B-Instruct-v0.3
     python merge_and_push_lora.py FinQA-mini pocket-mistral --no-push
-    python merge_and_push_lora.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> --push --private
+    python merge_and_push_lora.py FinQA mistralai/Mistral-7B-Instruct-v0.3 HF_NAME --push --private
 
 Reads the base model and the adapter, from D/models/<dataset>/<model-id>/, else from the Hub; and for the check a few
 rows of D/clean_with_code (those of the test split where they are there).
 
 Writes D/models/<dataset>/<model-id>-merged/ with a model card and run.json; with --push also
-<HF_NAME>/<model-id>-merged on the Hub. A merged weight is base + adapter rounded to the base's dtype, so the merged
+HF_NAME/<model-id>-merged on the Hub. A merged weight is base + adapter rounded to the base's dtype, so the merged
 model's next-token distributions differ a little from the pair's. When the mean KL divergence is above --max-kl, or
 is not well below that of the base model, nothing is kept and nothing pushed.
 """
@@ -28,6 +28,7 @@ from crosscoder.names import add_push_flags, hub_id, require_push
 from finqa.models import fidelity, hub, merging, students
 from finqa.models.model_card import metadata
 from finqa.models.weights import weights_hash
+from finqa.runtime import parallel
 from finqa.runtime.command_line import add_flags, flag, from_args, script_parser, settings_of
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.manifest import write_manifest
@@ -72,6 +73,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     student, folders, config = students.student_from_args(args), Folders.from_args(args), from_args(Merging, args)
+    parallel.check_device(config.device)
     require_push(args, student, f"{student.model_id}-merged")
     adapter = students.find_adapter(student, folders)
     if not (adapter / "adapter_config.json").exists():

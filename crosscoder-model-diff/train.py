@@ -2,7 +2,7 @@
 
     python train.py                                     the set of FinQA, Mistral-7B-Instruct-v0.3, layer 17
     python train.py FinQA-mini pocket-mistral
-    python train.py FinQA mistralai/Mistral-7B-Instruct-v0.3 <HF_NAME> --latents 32768 --k 128 --epochs 4 --name wide
+    python train.py FinQA mistralai/Mistral-7B-Instruct-v0.3 HF_NAME --latents 32768 --k 128 --epochs 4 --name wide
     python train.py FinQA-mini pocket-mistral --method difference-sae
     torchrun --nproc-per-node 2 train.py FinQA-mini pocket-mistral
 
@@ -47,10 +47,11 @@ from crosscoder.names import (
 from crosscoder.training.run_log import RunLog
 from crosscoder.training.sizing import NOT_REPRODUCED, PUBLISHED, sized_configs
 from finqa.models import hub, students
+from finqa.runtime import parallel
 from finqa.runtime.command_line import add_flags, flag, from_args, given, script_parser, settings_of
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.manifest import write_json, write_manifest
-from finqa.runtime.paths import Folders
+from finqa.runtime.paths import Folders, check_writable
 from finqa.runtime.tracking import wandb_run
 
 if TYPE_CHECKING:
@@ -116,7 +117,9 @@ def main() -> None:
     choice, named, folders = choice_from_args(args), from_args(CrosscoderChoice, args), Folders.from_args(args)
     name, running = named.name_on(choice, folders), from_args(Running, args)
     require_push(args, choice.student, name)
-    command = choice.command("collect_activations.py")
+    parallel.check_device(running.device)
+    check_writable(named.results_dir)
+    command = choice.command("collect_activations.py", folders)
     recorded = find_folder(folders.activations(choice.name), choice.student, "config.json", "activation set", command)
 
     # Only now, so that what is missing is said at once.

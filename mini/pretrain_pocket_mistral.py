@@ -23,6 +23,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from finqa.runtime import parallel
 from finqa.runtime.errors import report_errors
 from finqa.runtime.manifest import package_versions, write_json
 from finqa.runtime.paths import SHIPPED_DATA, write_atomically
@@ -265,6 +266,7 @@ def main() -> None:
 
     import torch
 
+    parallel.check_device(None if args.device == "auto" else args.device)
     device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
     tokenizer = train_tokenizer(tokenizer_texts(config.tokenizer_chats, config.seed))

@@ -24,10 +24,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finqa.runtime.command_line import add_flags, flag, from_args, script_parser
-from finqa.runtime.errors import report_errors
+from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.manifest import file_hash, write_manifest
 from finqa.runtime.paths import Folders, add_folder_flags
 from finqa.task.answers import Rule, match
+from finqa.task.datasets import dataset, how_to_make, rows_file
 from finqa.task.records import TeacherRow, read_teacher_rows, write_rejected, write_teacher_rows
 from preprocessing.rows import Rows
 from preprocessing.run_programs import with_answers
@@ -50,15 +51,27 @@ def main() -> None:
     args = parser.parse_args()
     judging, folders, (data, splits) = from_args(Filter, args), Folders.from_args(args), from_args(Rows, args).chosen
     for split in splits:
+        rows_file("generated", data, split, folders)
+    empty: list[str] = []
+    for split in splits:
         summary = filter_split(data.name, split, folders, judging.rule or data.answer_rule, judging.rerun)
         print(summary, table_of_reasons(summary), sep="\n", flush=True)
+        if summary.rows and not summary.kept:
+            empty.append(split)
+    if empty:
+        raise UserError(
+            f"no row of {', '.join(empty)} was kept, so there is nothing to train on: the reasons are in the table "
+            f"above, and beside each row in {folders.rejected(data.name, empty[0])}"
+        )
 
 
 def filter_split(dataset_name: str, split: str, folders: Folders, rule: Rule, rerun: bool = False) -> Summary:
     """Write the filtered and the rejected CSV of one split."""
     start = time.monotonic()
     generated, filtered = folders.generated(dataset_name, split), folders.filtered(dataset_name, split)
-    rows: Sequence[TeacherRow] = read_teacher_rows(generated)
+    rows: Sequence[TeacherRow] = read_teacher_rows(
+        generated, how_to_make("generated", dataset(dataset_name), split, folders)
+    )
     if rerun:
         rows = with_answers(rows)
     reasons = [rejection(row, rule) for row in rows]

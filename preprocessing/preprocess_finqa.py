@@ -21,7 +21,7 @@ from finqa.runtime.command_line import add_flags, from_args, script_parser
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.manifest import file_hash, write_manifest
 from finqa.runtime.paths import Folders, add_folder_flags
-from finqa.task.datasets import Dataset
+from finqa.task.datasets import Dataset, rows_file
 from finqa.task.records import write_questions
 from preprocessing.rows import Rows
 from preprocessing.summary import Summary, by_reason, count, manifest_of
@@ -33,17 +33,10 @@ def main() -> None:
     add_folder_flags(parser, results=False)
     args = parser.parse_args()
     folders, (data, splits) = Folders.from_args(args), from_args(Rows, args).chosen
-    check_raw_files(data, folders, splits)
+    for split in splits:
+        rows_file("raw", data, split, folders)  # before anything is written
     for split in splits:
         print(preprocess_split(data, split, folders), flush=True)
-
-
-def check_raw_files(data: Dataset, folders: Folders, splits: tuple[str, ...]) -> None:
-    """Raises UserError, before anything is written, where a raw file is missing."""
-    for split in splits:
-        path = folders.raw(data.name, split)
-        if not path.is_file():
-            raise UserError(f"{path} is missing; get it with: {data.how_to_get}")
 
 
 def preprocess_split(data: Dataset, split: str, folders: Folders) -> Summary:

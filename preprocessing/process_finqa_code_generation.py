@@ -51,7 +51,7 @@ from finqa.runtime.command_line import add_flags, at_least_one, flag, from_args,
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.manifest import file_hash, write_manifest
 from finqa.runtime.paths import Folders, add_folder_flags
-from finqa.task.datasets import Dataset
+from finqa.task.datasets import Dataset, how_to_make, rows_file
 from finqa.task.program_compiler import ProgramStyle
 from finqa.task.prompts import training_prompt
 from finqa.task.records import Question, TeacherRow, read_questions, read_teacher_rows, write_teacher_rows
@@ -93,7 +93,10 @@ def main() -> None:
     args = parse_arguments()
     asking, config = from_args(Asking, args), config_from(args)
     folders, (data, splits) = Folders.from_args(args), from_args(Rows, args).chosen
-    questions = {split: read_questions(folders.clean(data.name, split)) for split in splits}
+    questions = {
+        split: read_questions(rows_file("clean", data, split, folders), how_to_make("clean", data, split, folders))
+        for split in splits
+    }
     journals = {split: journal_of(folders.generated(data.name, split)) for split in splits}
     errors: list[UserError] = []
     for split in splits:

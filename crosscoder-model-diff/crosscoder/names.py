@@ -1,8 +1,8 @@
 """What the scripts of this folder share: the flags that name an activation set or a crosscoder, and finding them.
 
-    activation set   D/activations/<model-id>-<dataset>-<split>-layer<L>-<site>-<n>/    Hub <HF_NAME>/<same name>
+    activation set   D/activations/<model-id>-<dataset>-<split>-layer<L>-<site>-<n>/    Hub HF_NAME/<same name>
     crosscoder       D/models/crosscoders/<short model name>-<dataset>-layer<L>-<site>_<n>_samples_batchtopk/
-                                                                                        Hub <HF_NAME>/<same name>
+                                                                                        Hub HF_NAME/<same name>
     its results      crosscoder-model-diff/results/<crosscoder's name>/
 
 <n> is the number of samples that was asked for, also where fewer rows were there. Crosscoders were once named without
@@ -21,10 +21,18 @@ from typing import Any, Literal, get_args
 
 from crosscoder.dictionaries.config import CrosscoderConfig, Method
 from finqa.models import hub
-from finqa.models.students import DEFAULT_MODEL, StudentRun, add_student_flags, local_model, student_from_args
+from finqa.models.students import (
+    DEFAULT_MODEL,
+    StudentRun,
+    add_student_flags,
+    fetch_model,
+    local_model,
+    student_from_args,
+)
 from finqa.runtime.command_line import add_flags, flag, from_args, given, words_of
+from finqa.runtime.commands import typed
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import REPOSITORY, Folders, SplitOrAll, add_folder_flags
+from finqa.runtime.paths import REPOSITORY, Folders, SplitOrAll, add_folder_flags, check_name
 
 Site = Literal["attention", "mlp", "residual"]
 SITES: tuple[Site, ...] = get_args(Site)
@@ -69,6 +77,7 @@ class ActivationChoice:
             raise UserError(f"--layer counts from 1, and is {self.layer}")
         if self.site not in SITES:
             raise UserError(f"--site is one of {', '.join(SITES)}, not {self.site}")
+        check_name("--against", self.against or "")
         if self.against is not None and (self.merged or not self.student.peft):
             raise UserError("--against pairs two adapters of one base; leave out --merged and --no-peft")
 
@@ -133,12 +142,9 @@ class ActivationChoice:
         }
         return all(recorded.get(name) == value for name, value in asked.items())
 
-    def command(self, script: str) -> str:
+    def command(self, script: str, folders: Folders | None = None) -> str:
         """The command that runs `script` for this choice, with the flags that are not at their default."""
-        student = self.student
-        words = [f"python {script}", student.dataset, student.model]
-        words += [student.given_hf_name] if student.given_hf_name else []
-        return " ".join([*words, *student.flags(), *words_of(self)])
+        return typed(f"crosscoder-model-diff/{script}", *self.student.words(), *words_of(self), folders=folders)
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,9 @@ class CrosscoderChoice:
     name: str | None = flag(None, shown="<short model name>-<dataset>-layer<L>-<site>_<n>_samples_<method>")
     """Name of the crosscoder."""
     results_dir: Path = flag(DEFAULT_RESULTS, help="Folder of its figures and tables, each crosscoder's below its name")
+
+    def __post_init__(self) -> None:
+        check_name("--name", self.name or "")
 
     def name_on(self, activations: ActivationChoice, folders: Folders) -> str:
         """The name that was given, else the default one on these activations; the earlier default where a crosscoder
@@ -217,12 +226,15 @@ def default_layer(depth: int) -> int:
 
 def model_depth(model: str, revision: str | None = None) -> int:
     """Layers of a model, from its config.json alone; UserError where that is nowhere."""
-    folder = local_model(model) or hub.fetch_folder(model, revision, ["config.json"])
-    path = folder / "config.json" if folder else None
-    if path is None or not path.exists():
+    try:
+        folder = local_model(model) or fetch_model(model, revision, ["config.json"])
+    except UserError as error:
         if model == DEFAULT_MODEL:
             return DEFAULT_DEPTH  # so that what is missing without a network is said by its name
-        raise UserError(f"the depth of {model} is not known: no local folder, nor on the Hub; say --layer")
+        raise UserError(f"{error}; where only its depth is asked for, say --layer") from error
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"the depth of {model} is not known, as {path} is missing; say --layer")
     values = json.loads(path.read_text())
     depth = values.get("num_hidden_layers") or values.get("text_config", {}).get("num_hidden_layers")
     if not depth:

@@ -85,10 +85,10 @@ def open_reading_of(args: argparse.Namespace) -> Reading:
     """
     choice, crosscoder, folders = choice_from_args(args), from_args(CrosscoderChoice, args), Folders.from_args(args)
     name = crosscoder.name_on(choice, folders)
-    train = " ".join([choice.command("train.py"), *words_of(crosscoder, results_dir=crosscoder.results_dir)])
+    train = " ".join([choice.command("train.py", folders), *words_of(crosscoder, results_dir=crosscoder.results_dir)])
     local, earlier = crosscoder_folder(folders, name), crosscoder.earlier_name_on(choice)
     folder = find_folder(local, choice.student, "config.json", "crosscoder", train, earlier)
-    command = choice.command("collect_activations.py")
+    command = choice.command("collect_activations.py", folders)
     recorded = find_folder(folders.activations(choice.name), choice.student, "config.json", "activation set", command)
     # Only now, so that what is missing is said at once.
     from crosscoder.activations.store import ActivationStore

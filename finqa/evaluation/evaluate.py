@@ -28,10 +28,11 @@ from finqa.models.students import (
     resolve_model,
 )
 from finqa.models.weights import weights_hash
-from finqa.runtime.command_line import flag
+from finqa.runtime.command_line import at_least_one, flag
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import file_hash, write_json, write_manifest
 from finqa.runtime.paths import Folders
+from finqa.runtime.progress import say
 from finqa.sandbox.running import Sandbox, SandboxLimits
 from finqa.task import datasets, prompts
 from finqa.task.answers import Rule
@@ -48,7 +49,7 @@ class EvaluationConfig:
     splits: tuple[str, ...]
     eval_types: tuple[EvalType, ...]
     generation: GenerationConfig
-    max_rows: int | None = flag(None, "--limit", metavar="ROWS")
+    max_rows: int | None = flag(None, "--limit", type=at_least_one, metavar="ROWS")
     """Evaluate on the first so many rows of a split only."""
     instruction: str | None = flag(None, shown="the data set's own")
     """What a model that was not fine-tuned is told before the prompt."""
@@ -179,7 +180,9 @@ def collect_replies(task: Task, served: Served) -> None:
     slots = task.slots
     done = {place for place, slot in enumerate(slots) if slot in task.journal.replies}
     if done:
-        print(f"{task.name}: going on, {len(done)} of {len(asked)} replies are there", flush=True)
+        say(f"{task.name}: going on, {len(done)} of {len(asked)} replies are there")
+    else:
+        say(f"{task.name}: {len(asked)} replies to write")
     task.journal.begin(served.facts)
     said, count = time.monotonic(), len(done)
     try:
@@ -188,7 +191,7 @@ def collect_replies(task: Task, served: Served) -> None:
             count += 1
             if time.monotonic() - said > LINE_EVERY_S and not sys.stderr.isatty():
                 said = time.monotonic()
-                print(f"{task.name}: {count} of {len(asked)} replies", flush=True)
+                say(f"{task.name}: {count} of {len(asked)} replies")
     finally:
         task.journal.end()
 
@@ -227,7 +230,7 @@ def _finish(task: Task, run: StudentRun, config: EvaluationConfig, sandbox: Sand
         **({"adapter_check": earlier["adapter_check"]} if "adapter_check" in earlier else {}),
     )
     task.journal.hand_over(slots)
-    print(summary(task.name, found), flush=True)
+    say(summary(task.name, found))
 
 
 def score(

@@ -58,25 +58,25 @@ def read_rows(
         folders.filtered(data.name, split),
     )
     if generated.exists():
-        path, rows = generated, [_from_teacher(row, data) for row in read_teacher_rows(generated)]
+        again = datasets.how_to_make("generated", data, split, folders)
+        path, rows = generated, [_from_teacher(row, data) for row in read_teacher_rows(generated, again)]
     elif clean.exists():
         path = clean
         rows = [
             EvalRow(
                 q.id, prompts.training_prompt(q), q.answer, q.program, None, q.family, q.family_kind, q.stated_answer
             )
-            for q in read_questions(clean)
+            for q in read_questions(clean, datasets.how_to_make("clean", data, split, folders))
         ]
     elif filtered.exists():
         print(
             f"{split}: only the rows that the teacher solved are here ({filtered}); all are scored better", flush=True
         )
-        path, rows = filtered, [_from_teacher(row, data) for row in read_teacher_rows(filtered)]
+        again = datasets.how_to_make("filtered", data, split, folders)
+        path, rows = filtered, [_from_teacher(row, data) for row in read_teacher_rows(filtered, again)]
     else:
-        raise UserError(
-            f"no rows of {data.name} {split} to evaluate on: neither {generated} nor {clean}; make them with: "
-            f"python -m preprocessing.preprocess_finqa --dataset {data.name}"
-        )
+        said = f"no rows of {data.name} {split} to evaluate on: neither {generated} nor {clean}; make them with"
+        raise datasets.missing(said, "clean", data, split, folders)
     rows = [row for row in rows if row.expected][:max_rows]
     if not rows:
         raise UserError(f"{path} has no row with a label")

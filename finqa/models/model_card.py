@@ -49,6 +49,6 @@ def write_student_card(run: StudentRun, folder: Path) -> None:
 The loss is taken on the program alone. `run.json` holds the whole configuration and the hash of the base weights,
 `{trained["base_hash"][:12]}...`. Evaluate it on test with:
 
-    {run.training_command()} -NT -T --VLLM
+    python main.py {" ".join(run.words(peft=False))} -NT -T --VLLM
 """
     write_atomically(folder / "README.md", metadata(run.model, "peft" if run.peft else "transformers") + card)

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finqa.models import hub
-from finqa.models.settings import StudentSettings, settings_for
+from finqa.models.settings import SETTINGS, StudentSettings, settings_for
 from finqa.models.weights import check_base, weights_hash
 from finqa.runtime.command_line import add_flags, flag, given, option, words_of
-from finqa.runtime.errors import UserError
-from finqa.runtime.paths import REPOSITORY, Folders
-from finqa.task import prompts
+from finqa.runtime.commands import typed
+from finqa.runtime.errors import UserError, nearest
+from finqa.runtime.paths import REPOSITORY, Folders, check_name
+from finqa.task import datasets, prompts
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 DEFAULT_DATASET = "FinQA"
 DEFAULT_MODEL = "mistralai/Mistral-7B-Instruct-v0.3"
 POCKET = "pocket-mistral"
+ACCOUNT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
+"""What may be the name of a Hub account."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +62,24 @@ class StudentRun:
     def __post_init__(self) -> None:
         if self.grad_accum < 1:
             raise UserError(f"--GRAD_ACCUM must be at least 1, not {self.grad_accum}")
-        if "/" in self.run_name or self.run_name in {".", ".."}:
-            raise UserError(f"--run-name is part of a folder name and may hold no slash: {self.run_name!r}")
+        check_name("--run-name", self.run_name)
+        account = self.given_hf_name
+        if account is not None and not (ACCOUNT.fullmatch(account) and not is_student(Path(account))):
+            raise UserError(
+                f"the third name is the Hub account (HF_NAME), and {account!r} is none; a fine-tuned model is found by "
+                "its name below --data-dir, one of several by --run-name"
+            )
+
+    @property
+    def base_name(self) -> str:
+        """The base model's part of the names of folders."""
+        local = local_model(self.model)
+        return local.name if local else self.model.replace("/", "_")
 
     @property
     def model_id(self) -> str:
         """`<base, / as _>[-4bit]-peft<modules>-bs<batch>-ne<epochs>[-ga<n>][-<run name>]`."""
-        local = local_model(self.model)
-        parts = [local.name if local else self.model.replace("/", "_")]
+        parts = [self.base_name]
         if self.load_in_4bit:
             parts.append("4bit")
         if self.peft:
@@ -87,10 +102,10 @@ class StudentRun:
         name = self.hf_name
         return f"{name}/{self.model_id}" if name else None
 
-    def training_command(self) -> str:
-        """The command that makes this student."""
-        words = ["python main.py", self.dataset, self.model, self.given_hf_name or "<HF_NAME>"]
-        return " ".join([*words, *self.flags(peft=False)])
+    def words(self, **defaults: Any) -> list[str]:
+        """The names and flags of this student on a command line; `defaults` are those of the script."""
+        account = [self.given_hf_name] if self.given_hf_name else []
+        return [self.dataset, shlex.quote(self.model), *account, *self.flags(**defaults)]
 
     def flags(self, **defaults: Any) -> list[str]:
         """The flags that name this student; `defaults` are those of the script that takes them."""
@@ -108,7 +123,7 @@ def add_student_flags(parser: argparse.ArgumentParser, peft_default: bool = True
     add_flags(group, StudentRun, group="name")
     add_flags(group, StudentSettings, group="name")
     if not peft_default:
-        parser.set_defaults(**{"StudentRun.peft": False})
+        parser.set_defaults(**{"StudentRun.peft": None})
 
 
 def student_from_args(args: argparse.Namespace, base: StudentSettings | None = None) -> StudentRun:
@@ -116,7 +131,11 @@ def student_from_args(args: argparse.Namespace, base: StudentSettings | None = N
     changes = given(StudentSettings, args)
     if "lora_modules" in changes:
         changes["lora_modules"] = tuple(name for word in changes["lora_modules"] for name in word.split(",") if name)
-    names: dict[str, Any] = {"dataset": DEFAULT_DATASET, "model": DEFAULT_MODEL} | given(StudentRun, args)
+    names: dict[str, Any] = {"dataset": DEFAULT_DATASET, "model": DEFAULT_MODEL, "peft": True} | given(StudentRun, args)
+    names["peft"] = bool(names["peft"])
+    if names.get("given_hf_name") == "HF_NAME":  # pasted from a document: the variable, or the logged-in user
+        del names["given_hf_name"]
+    datasets.dataset(names["dataset"])
     return StudentRun(**names, settings=replace(base or settings_for(names["model"]), **changes))
 
 
@@ -136,11 +155,23 @@ def resolve_model(name: str, revision: str | None = None) -> str:
             remedy = "; make it with: python -m mini.pretrain_pocket_mistral" if name == POCKET else ""
             raise UserError(f"{folder} holds no model (config.json is missing){remedy}")
         return str(folder)
-    fetched = hub.fetch_folder(name, revision, ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"])
+    return str(fetch_model(name, revision, ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]))
+
+
+def fetch_model(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """The files of a base model on the Hub that match; UserError, with the name most like it, where it is not there."""
+    folder = Path(name).expanduser()
+    beside = [str(path) for path in folder.parent.glob("*/") if folder.parent != Path()]
+    like = nearest(name, [POCKET, *SETTINGS, *beside])
+    try:
+        fetched = hub.fetch_folder(name, revision, patterns)
+    except UserError as error:
+        raise UserError(f"{name} is no local folder{like}, and {error}") from error
     if fetched is None:
         at = f" at revision {revision}" if revision else ""
-        raise UserError(f"the model {name} is neither a local folder nor on the Hub{at} (is the network there?)")
-    return str(fetched)
+        offline = "HF_HUB_OFFLINE is set" if hub.is_offline() else "a private one needs: hf auth login"
+        raise UserError(f"the model {name} is neither a local folder nor on the Hub{at} ({offline}){like}")
+    return fetched
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -214,8 +245,12 @@ def find_adapter(run: StudentRun, folders: Folders) -> Path:
     fetched = hub.fetch_folder(hub_id) if hub_id else None
     if fetched is not None and is_student(fetched):
         return fetched
-    nowhere = f"no fine-tuned model in {local}, nor {hub.looked_for(hub_id)}"
-    raise UserError(f"{nowhere}; make it with: {run.training_command()}")
+    # What the folder of the same base with other modules, batch, epochs or run name is called.
+    beside = sorted(path.name for path in local.parent.glob(f"{run.base_name}-*") if is_student(path))
+    others = f" (of this base are there: {', '.join(beside)})" if beside else ""
+    nowhere = f"no fine-tuned model in {local}{others}, nor {hub.looked_for(hub_id)}"
+    command = typed("main.py", *run.words(peft=False), folders=folders)
+    raise UserError(f"{nowhere}; make it with: {command}")
 
 
 def is_student(folder: Path) -> bool:

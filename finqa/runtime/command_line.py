@@ -22,7 +22,9 @@ from dataclasses import MISSING, Field, asdict, field, fields, is_dataclass, rep
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from finqa.runtime.errors import nearest
 
 Config = TypeVar("Config")
 OPTIONS: dict[str, Any] = {"help": "", "shown": None, "group": "", "metavar": "", "type": None, "values": None}
@@ -60,9 +62,18 @@ def at_least_one(text: str) -> int:
     return value
 
 
+class ScriptParser(argparse.ArgumentParser):
+    """A parser that says in one line what is wrong with the command, and the flag that is most like an unknown one."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--?[^\s=]+)", message)
+        like = nearest(unknown[1], self._option_string_actions) if unknown else ""
+        self.exit(2, f"error: {message}{like}; --help lists all flags\n")
+
+
 def script_parser(manual: str | None) -> argparse.ArgumentParser:
     """A parser whose help begins with the script's docstring."""
-    return argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return ScriptParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_flags(

@@ -1,4 +1,5 @@
-"""The project's commands as a user types them, each with a log of its own: what the demo and the study are made of."""
+"""The project's commands as a user types them: how a remedy says one, and runs with a log of their own, which the demo
+and the study are made of."""
 
 from __future__ import annotations
 
@@ -15,10 +16,40 @@ from pathlib import Path
 from types import FrameType
 
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import REPOSITORY
+from finqa.runtime.paths import REPOSITORY, Folders
 
 CROSSCODER_FOLDER = REPOSITORY / "crosscoder-model-diff"
 LOG_LINES_SHOWN = 15
+
+
+def typed(script: str, *words: str, folders: Folders | None = None, results: bool = False) -> str:
+    """A command as it is typed in the current folder, so that a remedy can be pasted.
+
+    Args:
+        script: Path of a script in the repository, or `-m` and a module.
+        words: What follows it, quoted where the shell asks for it.
+        folders: Gives --data-dir where that is not the default.
+        results: The script takes --results-dir as well.
+    """
+    if not script.startswith("-m "):
+        here, path = Path.cwd(), REPOSITORY / script
+        near = here in path.parents or REPOSITORY in (here, *here.parents)
+        script = shlex.quote(os.path.relpath(path, here) if near else str(path))
+    said = [f"python {script}", *words]
+    default = Folders()
+    if folders and folders.data.resolve() != default.data:
+        said += ["--data-dir", shlex.quote(str(folders.data))]
+    if folders and results and folders.results.resolve() != default.results:
+        said += ["--results-dir", shlex.quote(str(folders.results))]
+    return " ".join(said)
+
+
+def make_data(folders: Folders) -> str:
+    """`make data` as it is typed in the current folder."""
+    here = Path.cwd()
+    where = "" if here == REPOSITORY else f"-C {shlex.quote(os.path.relpath(REPOSITORY, here))} "
+    data = folders.data.resolve()
+    return f"make {where}data" + ("" if data == Folders().data else f" DATA_DIR={shlex.quote(str(data))}")
 
 
 def run_into(log: Path, name: str, command: str, folder: Path = REPOSITORY) -> float:

@@ -13,6 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
+from finqa.runtime.errors import UserError
+
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher tells each process; a process that works alone must not find it."""
 PATIENCE = timedelta(hours=12)
@@ -36,6 +38,18 @@ def is_first() -> bool:
 def own_device(kind: str) -> str:
     """The device of this process: `cuda` becomes `cuda:<n>` where several processes share the machine's GPUs."""
     return f"{kind}:{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" and world_size() > 1 else kind
+
+
+def check_device(name: str | None) -> None:
+    """Raises UserError where --device names none of this machine; None is the default one."""
+    if name is None:
+        return
+    import torch
+
+    there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    there += ["mps"] if torch.backends.mps.is_available() else []
+    if name not in there and f"{name}:0" not in there:
+        raise UserError(f"--device {name} is none of this machine, which has {', '.join(there)}")
 
 
 @contextlib.contextmanager

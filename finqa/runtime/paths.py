@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from finqa.runtime.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 """Root of the repository; the default folders lie below it, whatever the current folder is."""
@@ -78,6 +81,24 @@ def add_folder_flags(parser: argparse.ArgumentParser, results: bool = True) -> N
         )
     else:
         parser.set_defaults(results_dir=Folders.results)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError, which names the place, where nothing can be written to a folder or to what it will be made in."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"some room")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(there)) from error
+
+
+def check_name(flag: str, name: str) -> None:
+    """Raises UserError where a name that `flag` gives cannot be part of a folder's name and of a figure's title."""
+    if not re.fullmatch(r"[\w.+=@,-]{0,64}", name) or name in {".", ".."}:
+        raise UserError(
+            f"{flag} is part of a folder name: at most 64 letters, digits and . _ - + = @ , and not {name[:80]!r}"
+        )
 
 
 def chosen_splits(split: str) -> tuple[str, ...]:

@@ -10,9 +10,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from finqa.runtime.errors import UserError
+from finqa.runtime.commands import make_data, typed
+from finqa.runtime.errors import UserError, nearest
+from finqa.runtime.paths import SPLITS, Folders
 from finqa.task.answers import Rule
 from finqa.task.program_compiler import ProgramStyle
 from finqa.task.prompts import FINQA_INSTRUCTION, INSTRUCTION
@@ -172,5 +174,56 @@ DATASETS = {
 def dataset(name: str) -> Dataset:
     """The data set called `name`; raises UserError, with the names there are, for an unknown one."""
     if name not in DATASETS:
-        raise UserError(f"unknown dataset {name!r}; one of {', '.join(DATASETS)}")
+        raise UserError(f"unknown dataset {name!r}; one of {', '.join(DATASETS)}{nearest(name, DATASETS)}")
     return DATASETS[name]
+
+
+RowsFile = Literal["raw", "clean", "generated", "filtered"]
+"""The files of a split, by the names that `Folders` has for them."""
+MADE_FROM: dict[RowsFile, tuple[RowsFile, str]] = {
+    "clean": ("raw", "preprocess_finqa"),
+    "generated": ("clean", "process_finqa_code_generation"),
+    "filtered": ("generated", "filter_valid_answers"),
+}
+"""What each file is made from, and the script of `preprocessing` that does it."""
+
+
+def rows_file(kind: RowsFile, data: Dataset, split: str, folders: Folders) -> Path:
+    """Where a file of a split is. Raises UserError, with the command that is next, where it is not there."""
+    path: Path = getattr(folders, kind)(data.name, split)
+    if not path.is_file():
+        raise missing(f"{path} is missing; make it with", kind, data, split, folders)
+    return path
+
+
+def missing(said: str, kind: RowsFile, data: Dataset, split: str, folders: Folders) -> UserError:
+    """An error that ends with the command that is next on the way to a file, after what is `said`."""
+    command, hint = how_to_make(kind, data, split, folders), ""
+    if data.name == "FinQA" and command == how_to_get(data, folders):
+        mini = typed("main.py", "FinQA-mini", "pocket-mistral", "-P")
+        hint = f"FinQA is not here ({make_data(folders)} gets all of it; the shipped data needs nothing: {mini}); "
+    return UserError(f"{hint}{said}: {command}")
+
+
+def how_to_make(kind: RowsFile, data: Dataset, split: str, folders: Folders) -> str:
+    """The command that makes a file, or where what that reads is missing, the one that makes this, and so on."""
+    if kind == "raw":
+        return how_to_get(data, folders)
+    source, script = MADE_FROM[kind]
+    read, made = getattr(folders, source), getattr(folders, kind)
+    if not read(data.name, split).is_file():
+        return how_to_make(source, data, split, folders)
+    words = [] if data.name == "FinQA" else ["--dataset", data.name]
+    # All splits at once, unless that would stop at one that is not there, or make one again that is.
+    if not all(read(data.name, one).is_file() and not made(data.name, one).exists() for one in SPLITS):
+        words += ["--split", split]
+    # The teacher that costs nothing, unless another one was begun with.
+    if kind == "generated" and not made(data.name, split).with_suffix(".journal.jsonl").exists():
+        words += ["--teacher", "program"]
+    return typed(f"-m preprocessing.{script}", *words, folders=folders)
+
+
+def how_to_get(data: Dataset, folders: Folders) -> str:
+    """How the raw files of a data set are got."""
+    script = data.how_to_get.removeprefix("python ")
+    return data.how_to_get if script == data.how_to_get else typed(script, folders=folders)

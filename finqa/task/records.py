@@ -84,12 +84,13 @@ def parse_table(text: str) -> Table:
     return [line.split("|") for line in text.split("\n")] if text else []
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_questions(path: Path, remedy: str = "python -m preprocessing.preprocess_finqa") -> list[Question]:
     """Read a clean CSV. `id`, `program` and the columns of some data sets may be absent; other columns are ignored.
 
-    Raises UserError for a missing file or column, a file that was cut off, or a row with too many or too few cells.
+    Raises UserError, with the command `remedy` that makes the file, for a missing file or column, a file that was cut
+    off, or a row with too many or too few cells.
     """
-    rows = _read_rows(path, _REQUIRED_CLEAN, "python -m preprocessing.preprocess_finqa")
+    rows = _read_rows(path, _REQUIRED_CLEAN, remedy)
     return [
         Question(
             id=row.get("id", ""),
@@ -117,12 +118,14 @@ def write_questions(path: Path, questions: Sequence[Question]) -> None:
     )
 
 
-def read_teacher_rows(path: Path) -> list[TeacherRow]:
+def read_teacher_rows(
+    path: Path, remedy: str = "python -m preprocessing.process_finqa_code_generation"
+) -> list[TeacherRow]:
     """Read a generated, filtered or rejected CSV; the published files with only the first four columns load too.
 
     Raises UserError as read_questions does.
     """
-    rows = _read_rows(path, _REQUIRED_TEACHER, "python -m preprocessing.process_finqa_code_generation")
+    rows = _read_rows(path, _REQUIRED_TEACHER, remedy)
     return [TeacherRow(**{c: row[c] for c in _TEACHER_COLUMNS if c in row}) for row in rows]
 
 

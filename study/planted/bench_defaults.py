@@ -1,7 +1,7 @@
 """What train.py takes where no flag says otherwise, against the published run's settings, on the same activations.
 
-    python -m study.planted.bench_defaults data/activations/<set>
-    python -m study.planted.bench_defaults data/activations/<set> --ways l1 partition --set l1_weight=1.0
+    python -m study.planted.bench_defaults data/activations/SET
+    python -m study.planted.bench_defaults data/activations/SET --ways l1 partition --set l1_weight=1.0
 
 Every way trains a dictionary of its own on the set's training documents and is read on the held-out ones, by the
 inference threshold. The ways: the four methods with the defaults of crosscoder/training/sizing.py; `published`, one

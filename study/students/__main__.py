@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from finqa.runtime.commands import make_data
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.paths import SPLITS, Folders, add_folder_flags
 from finqa.task.datasets import dataset
@@ -48,7 +49,7 @@ def main() -> None:
         started = time.monotonic()
         for path in (kind(DATASET, split) for split in SPLITS for kind in (folders.clean, folders.filtered)):
             if not path.exists():
-                raise UserError(f"{path} is missing; make it with: make data")
+                raise UserError(f"{path} is missing; make it with: {make_data(folders)}")
         make_styled_rows(plan, jobs)
         run_jobs(jobs, logs_of(folders), gpus_of_this_machine())
         print(f"{len(jobs)} commands in {time.monotonic() - started:.0f} s (this call); logs in {logs_of(folders)}")

@@ -464,12 +464,14 @@ def test_bare_it_means_the_7b_run_and_says_both_places_and_the_command(tmp_path:
     name = "Mistral-7B-Instruct-v0.3-FinQA-layer17-mlp_1k_samples_batchtopk"
     assert f"no crosscoder in {tmp_path}/models/crosscoders/{name}" in error
     assert f"on the Hub as someone/{name}" in error
-    assert error.endswith("make it with: python train.py FinQA mistralai/Mistral-7B-Instruct-v0.3")
+    assert error.endswith(
+        f"make it with: python train.py FinQA mistralai/Mistral-7B-Instruct-v0.3 --data-dir {tmp_path}"
+    )
 
 
 def test_the_command_that_is_named_makes_the_dictionary_that_was_asked_for(made, tmp_path: Path):
     words = [*made.words("partition"), "--data-dir", tmp_path, "--name", "mine"]
-    assert error_of(run("analyse.py", *words)).endswith("--method partition --name mine")
+    assert error_of(run("analyse.py", *words)).endswith(f"--data-dir {tmp_path} --method partition --name mine")
 
 
 def test_a_dictionary_of_other_activations_is_refused(made):

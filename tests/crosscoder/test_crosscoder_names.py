@@ -24,7 +24,7 @@ from crosscoder.names import (
 from crosscoder.training.sizing import default_batch, default_k, default_latents, sized_configs
 from finqa.models.students import DEFAULT_MODEL, StudentRun, settings_for
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import Folders, write_atomically
+from finqa.runtime.paths import REPOSITORY, Folders, write_atomically
 
 
 def choice(
@@ -159,13 +159,15 @@ def test_a_name_too_long_for_the_hub_is_cut_and_stays_unique():
     assert hub_name("short") == "short"
 
 
-def test_a_missing_folder_names_both_places_and_the_command(tmp_path: Path):
+def test_a_missing_folder_names_both_places_and_the_command(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
     asked = choice(site="residual")
     with pytest.raises(UserError) as error:
         find_folder(tmp_path / "set", asked.student, "config.json", "set", asked.command("collect_activations.py"))
     assert str(tmp_path / "set") in str(error.value)
     assert "on the Hub" in str(error.value)
-    command = "python collect_activations.py FinQA mistralai/Mistral-7B-Instruct-v0.3 --layer 17 --site residual"
+    names = "FinQA mistralai/Mistral-7B-Instruct-v0.3 --layer 17 --site residual"
+    command = f"python crosscoder-model-diff/collect_activations.py {names}"
     assert str(error.value).endswith(f"make it with: {command}")
 
 

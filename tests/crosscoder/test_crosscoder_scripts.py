@@ -73,7 +73,7 @@ def test_an_adapter_or_set_that_is_nowhere_names_both_places_and_the_command(scr
     assert error.startswith("error: no ")
     assert str(tmp_path) in error
     assert "on the Hub as someone/" in error
-    made_by = "collect_activations.py" if script == "train.py" else "main.py"
+    made_by = "collect_activations.py" if script == "train.py" else "../main.py"
     assert f"make it with: python {made_by} FinQA-mini {tiny_student}" in error
 
 

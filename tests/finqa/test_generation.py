@@ -277,3 +277,29 @@ def test_two_engines_share_the_prompts_and_sample_as_one_does(pocket: tuple[Stud
     # The seed of a place is the same wherever it is drawn; near-ties in bf16 may fall the other way.
     assert sum(alone[place] == reply for place, reply in together.items()) >= 30
     assert sum(alone[2 * n].text != alone[2 * n + 1].text for n in range(20)) >= 1
+
+
+def test_each_reply_of_a_batch_is_there_when_it_ends_and_the_rest_is_given_up(
+    tiny_student: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    """A reply of one token does not wait for the others of its batch, and closing the iterator stops those."""
+    from finqa.evaluation.engines import hugging_face_engine
+    from finqa.evaluation.engines.hugging_face_engine import hugging_face
+
+    model, tokenizer = load_base(str(tiny_student)), load_tokenizer(str(tiny_student))
+    steps = []
+    real = hugging_face_engine.Ends.__call__
+
+    def ended(self, input_ids, scores, **others):
+        steps.append(input_ids.shape[1])
+        if len(steps) == 3:  # the second row ends here, if none has before
+            input_ids[1, -1] = tokenizer.eos_token_id
+        return real(self, input_ids, scores, **others)
+
+    monkeypatch.setattr(hugging_face_engine.Ends, "__call__", ended)
+    config = GenerationConfig(vllm=False, max_new_tokens=1500, batch_size=3)
+    replies = hugging_face(model, tokenizer, config)(prompts[:3])
+    _, first = next(replies)
+    assert first.n_new_tokens <= 3 and first.finish_reason == "stop"
+    replies.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(steps) < 1500

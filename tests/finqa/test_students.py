@@ -124,6 +124,12 @@ def test_a_student_that_is_nowhere_is_an_error_with_both_places_and_the_command(
     assert "python main.py FinQA-mini pocket-mistral me -P -GA 2" in text
 
 
+def test_hf_name_as_a_document_has_it_is_no_account():
+    """A command that was pasted as it stands means the variable or the logged-in user."""
+    assert parsed("FinQA", MISTRAL, "HF_NAME", "-P").given_hf_name is None
+    assert parsed("FinQA", MISTRAL, "me", "-P").given_hf_name == "me"
+
+
 def test_a_model_that_is_nowhere_is_one_clear_error():
     with pytest.raises(UserError, match="nobody/no-model is neither a local folder nor on the Hub"):
         resolve_model("nobody/no-model")

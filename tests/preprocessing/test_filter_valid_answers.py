@@ -130,7 +130,7 @@ def test_a_looser_rule_keeps_more(command: Command, tmp_path: Path) -> None:
 def test_a_missing_generated_file_is_one_line_with_the_remedy(command: Command) -> None:
     line = the_one_line(command("filter_valid_answers"))
     assert "finqa_train_generated.csv is missing" in line
-    assert "python -m preprocessing.process_finqa_code_generation" in line
+    assert line.endswith(f"make it with: python -m preprocessing.download_finqa --data-dir {command.data_dir}\n")
 
 
 def test_missing_columns_are_one_line(command: Command, tmp_path: Path) -> None:

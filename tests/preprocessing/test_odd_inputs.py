@@ -130,6 +130,17 @@ def test_something_in_the_way_is_one_line(command: Command, tmp_path: Path) -> N
     assert "train.csv" in line and "move what is in the way" in line
 
 
+def test_a_log_on_a_full_disk_is_one_line_and_no_success(command: Command, tmp_path: Path) -> None:
+    write_raw(tmp_path, train=[raw_row()])
+    with Path("/dev/full").open("w") as full:
+        line = command.line("preprocess_finqa", "--split", "train")
+        done = subprocess.run(line, cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: what this command prints or writes: No space left on device; make room there")
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "clean/FinQA/train.csv").exists()
+
+
 def test_a_folder_without_rights_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "read-only" / "x.csv"
     path.parent.mkdir(mode=0o500)

@@ -176,7 +176,8 @@ def test_the_manifest_says_who_taught_what_from_which_input(command: Command, tm
 @pytest.mark.parametrize("flags", [("--teacher", "program"), ()], ids=["program", "openai"])
 def test_missing_clean_files_are_one_line_with_the_remedy(command: Command, flags: tuple[str, ...]) -> None:
     line = the_one_line(command("process_finqa_code_generation", *flags))
-    assert "train.csv is missing" in line and "python -m preprocessing.preprocess_finqa" in line
+    assert "train.csv is missing" in line
+    assert line.endswith(f"make it with: python -m preprocessing.download_finqa --data-dir {command.data_dir}\n")
 
 
 @pytest.mark.parametrize(

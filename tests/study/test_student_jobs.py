@@ -224,4 +224,5 @@ def test_the_study_asks_for_clean_rows_too(tmp_path: Path):
     command = [sys.executable, "-m", "study.students", "--data-dir", str(tmp_path), "--results-dir", str(tmp_path)]
     found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     missing = folders.clean("FinQA", "train")
-    assert (found.returncode, found.stderr) == (1, f"error: {missing} is missing; make it with: make data\n")
+    remedy = f"make it with: make data DATA_DIR={tmp_path}"
+    assert (found.returncode, found.stderr) == (1, f"error: {missing} is missing; {remedy}\n")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
 from finqa.evaluation.generation import Generate, GenerationConfig, Reply, cut_at_stop, end_ids, prompt_too_long
@@ -29,8 +32,9 @@ def hugging_face(model: Any, tokenizer: Any, config: GenerationConfig) -> Genera
             if missing.isdisjoint(places):
                 continue
             seeds = [config.seed_of(place) for place in places]
-            replies = _batch(model, tokenizer, config, [prompts[place] for place in places], seeds)
-            yield from ((place, reply) for place, reply in zip(places, replies, strict=True) if place in missing)
+            for row, reply in _batch(model, tokenizer, config, [prompts[place] for place in places], seeds):
+                if places[row] in missing:
+                    yield places[row], reply
 
     return generate
 
@@ -58,9 +62,33 @@ class GumbelNoise:
         return scores
 
 
+class Ends:
+    """A stopping criterion: a row ends with a stop string or an end token, and `tell` gets it at that moment."""
+
+    def __init__(self, tokenizer: Any, config: GenerationConfig, ends: set[int], tell: Callable[[int, Any], None]):
+        from transformers.generation.stopping_criteria import StopStringCriteria
+
+        self.stop_strings: Any = StopStringCriteria(tokenizer, list(config.stop))
+        self.ends, self.tell = ends, tell
+        self.told: set[int] = set()
+        self.given_up = threading.Event()
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        """Which rows of `input_ids` [batch, tokens] have ended: bool [batch]; all of them where nobody waits."""
+        import torch
+
+        ended = self.stop_strings(input_ids, scores) | torch.isin(input_ids[:, -1], input_ids.new_tensor([*self.ends]))
+        for row in ended.nonzero()[:, 0].tolist():
+            if row not in self.told:
+                self.told.add(row)
+                self.tell(row, input_ids[row].tolist())
+        return ended | self.given_up.is_set()
+
+
 def _batch(
     model: Any, tokenizer: Any, config: GenerationConfig, prompts: list[list[int]], seeds: list[int]
-) -> list[Reply]:
+) -> Iterator[tuple[int, Reply]]:
+    """The reply of each row as it ends; a thread generates, and stops where the iterator is closed."""
     import torch
 
     pad = tokenizer.pad_token_id
@@ -69,8 +97,22 @@ def _batch(
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     sampling = [GumbelNoise(config.temperature, seeds, model.device)] if config.temperature else []
-    with torch.inference_mode():
-        written = model.generate(
+
+    def reply_of(new: list[int], n_prompt_tokens: int) -> Reply:
+        length = next((i for i, token in enumerate(new) if token in ends), len(new))
+        ended = length < len(new)
+        text = tokenizer.decode(new[:length], skip_special_tokens=True)
+        cut = cut_at_stop(text, config.stop)
+        stopped = cut.endswith(config.stop)
+        count = length + (ended and not stopped)
+        return Reply(cut, n_prompt_tokens, count, "stop" if ended or stopped else "length")
+
+    written: SimpleQueue[Any] = SimpleQueue()
+    stopping = Ends(tokenizer, config, ends, lambda row, ids: written.put((row, ids)))
+
+    @torch.inference_mode()
+    def write() -> None:
+        rows = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=config.max_new_tokens,
@@ -79,20 +121,20 @@ def _batch(
             temperature=None,
             top_p=None,
             top_k=None,
-            stop_strings=list(config.stop),
-            tokenizer=tokenizer,
+            stopping_criteria=[stopping],
             eos_token_id=sorted(ends),
             pad_token_id=pad,
-        )
-    replies = []
-    for prompt, new in zip(prompts, written[:, longest:].tolist(), strict=True):
-        length = next((i for i, token in enumerate(new) if token in ends), len(new))
-        ended = length < len(new)
-        while not ended and length and new[length - 1] == pad:
-            length -= 1
-        text = tokenizer.decode(new[:length], skip_special_tokens=True)
-        cut = cut_at_stop(text, config.stop)
-        stopped = cut.endswith(config.stop)
-        count = length + (ended and not stopped)
-        replies.append(Reply(cut, len(prompt), count, "stop" if ended or stopped else "length"))
-    return replies
+        ).tolist()
+        for row in set(range(len(rows))) - stopping.told:
+            written.put((row, rows[row]))
+
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write)
+        writing.add_done_callback(lambda _: written.put(None))
+        try:
+            while (got := written.get()) is not None:
+                row, tokens = got
+                yield row, reply_of(tokens[longest:], len(prompts[row]))
+            writing.result()  # raises what generate raised
+        finally:
+            stopping.given_up.set()
