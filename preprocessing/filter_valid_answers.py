@@ -12,6 +12,8 @@ The column actual_answer is believed: the stage before wrote it by running the p
 to check one, --rerun runs every program again and judges by that. Of a published file only the columns prompt,
 generated_code, actual_answer and expected_answer are needed.
 
+Where no row of a split is kept, the files are written all the same, and the exit code is not zero.
+
 Reasons: `wrong-answer`; `no-answer` and `no-program`, where a published file says nothing more; the sandbox's error
 kind (`runtime`, `cpu-time`, ...) where the program failed; `teacher-...` where the teacher wrote none.
 """
@@ -24,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finqa.runtime.command_line import add_flags, flag, from_args, script_parser
-from finqa.runtime.errors import report_errors
+from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.manifest import file_hash, write_manifest
 from finqa.runtime.paths import Folders, add_folder_flags
 from finqa.task.answers import Rule, match
@@ -49,9 +51,17 @@ def main() -> None:
     add_folder_flags(parser, results=False)
     args = parser.parse_args()
     judging, folders, (data, splits) = from_args(Filter, args), Folders.from_args(args), from_args(Rows, args).chosen
+    empty = []
     for split in splits:
         summary = filter_split(data.name, split, folders, judging.rule or data.answer_rule, judging.rerun)
         print(summary, table_of_reasons(summary), sep="\n", flush=True)
+        if summary.rows and not summary.kept:
+            empty.append(str(summary.output))
+    if empty:
+        raise UserError(
+            f"no row was kept in {', '.join(empty)}; the rejected CSV beside it says why, and --rerun runs the "
+            "programs again"
+        )
 
 
 def filter_split(dataset_name: str, split: str, folders: Folders, rule: Rule, rerun: bool = False) -> Summary:
