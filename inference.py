@@ -108,13 +108,15 @@ def page(path: Path, question: str) -> Question:
     """A question about the page in a text or JSON file."""
     if not path.exists():
         raise UserError(f"{path} is missing (--passage-file)")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     if path.suffix != ".json":
         return Question("", text.strip(), "", [], question, "")
     try:
         content = json.loads(text)
-        pre_text, post_text = ("\n".join(content.get(name, [])) for name in ("pre_text", "post_text"))
-        table = [[str(cell) for cell in row] for row in content.get("table", [])]
+        pre_text, post_text, table = datasets.page_of(content)
     except (json.JSONDecodeError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is no page (a JSON object with pre_text, post_text, table): {error}") from error
     return Question("", pre_text, post_text, table, question, "")

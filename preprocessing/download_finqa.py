@@ -30,6 +30,7 @@ from pathlib import Path
 from finqa.runtime.command_line import script_parser
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.paths import SPLITS, Folders, add_folder_flags, chosen_splits
+from preprocessing.rows import check_address
 
 COMMIT = "0f16e2867befa6840783e58be38c9efb9229d742"
 URL_BASE = f"https://raw.githubusercontent.com/czyssrs/FinQA/{COMMIT}/dataset"
@@ -50,6 +51,7 @@ OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def main() -> None:
     args = parse_arguments()
+    check_address("--url-base", args.url_base)
     folders = Folders.from_args(args)
     for split in chosen_splits(args.split):
         url = f"{args.url_base.rstrip('/')}/{split}.json"

@@ -12,6 +12,8 @@ The column actual_answer is believed: the stage before wrote it by running the p
 to check one, --rerun runs every program again and judges by that. Of a published file only the columns prompt,
 generated_code, actual_answer and expected_answer are needed.
 
+Where no row of a split is kept, the files are written all the same, and the exit code is not zero.
+
 Reasons: `wrong-answer`; `no-answer` and `no-program`, where a published file says nothing more; the sandbox's error
 kind (`runtime`, `cpu-time`, ...) where the program failed; `teacher-...` where the teacher wrote none.
 """

@@ -7,36 +7,56 @@ Writes D/clean/FinQA/{train,dev,test}.csv: pre_text, post_text, table, question,
        where the data set has them stated_answer (what the report's annotator wrote), family, family_kind; beside each
        its run manifest {split}.run.json
 
-Rows without a question or an answer, or of another shape, are dropped; the summary counts them by reason, the
-manifest names them. A second row of one id is kept as `<id>#2`.
+Rows without a question or a label, or of another shape, are dropped; the summary counts them by reason, the manifest
+names them. A second row of one id is kept as `<id>#2`. Where more than --max-failed-share of the rows of a split are
+dropped, the files are written all the same, and the exit code is not zero.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from finqa.runtime.command_line import add_flags, from_args, script_parser
+from finqa.runtime.command_line import add_flags, flag, from_args, script_parser
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.manifest import file_hash, write_manifest
 from finqa.runtime.paths import Folders, add_folder_flags
 from finqa.task.datasets import Dataset, rows_file
 from finqa.task.records import write_questions
-from preprocessing.rows import Rows
+from preprocessing.rows import Rows, share
 from preprocessing.summary import Summary, by_reason, count, manifest_of
+
+
+@dataclass(frozen=True)
+class Dropping:
+    """How many rows may be dropped."""
+
+    max_failed_share: float = flag(0.2, type=share, metavar="SHARE")
+    """Rows that were dropped, as a share, above which the exit code is not zero."""
 
 
 def main() -> None:
     parser = script_parser(__doc__)
     add_flags(parser, Rows)
+    add_flags(parser, Dropping)
     add_folder_flags(parser, results=False)
     args = parser.parse_args()
     folders, (data, splits) = Folders.from_args(args), from_args(Rows, args).chosen
     for split in splits:
         rows_file("raw", data, split, folders)  # before anything is written
+    most, too_many = from_args(Dropping, args).max_failed_share, []
     for split in splits:
-        print(preprocess_split(data, split, folders), flush=True)
+        summary = preprocess_split(data, split, folders)
+        print(summary, flush=True)
+        if summary.left_out_share > most:
+            too_many.append(f"{summary.left_out_share:.0%} of the rows of {folders.raw(data.name, split)}")
+    if too_many:
+        raise UserError(
+            f"dropped {', '.join(too_many)}, more than --max-failed-share {most:g}; the manifest beside each clean CSV "
+            "says why"
+        )
 
 
 def preprocess_split(data: Dataset, split: str, folders: Folders) -> Summary:

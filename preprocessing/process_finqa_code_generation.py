@@ -55,7 +55,7 @@ from finqa.task.datasets import Dataset, how_to_make, rows_file
 from finqa.task.program_compiler import ProgramStyle
 from finqa.task.prompts import training_prompt
 from finqa.task.records import Question, TeacherRow, read_questions, read_teacher_rows, write_teacher_rows
-from preprocessing.rows import Rows
+from preprocessing.rows import Rows, share
 from preprocessing.run_programs import with_answers
 from preprocessing.summary import Summary, by_reason, count, manifest_of
 from preprocessing.teacher.batch.batches import REQUESTS_A_BATCH
@@ -63,13 +63,6 @@ from preprocessing.teacher.batch.teacher import BatchTeacher
 from preprocessing.teacher.config import OpenAITeacherConfig, config_from
 from preprocessing.teacher.openai_teacher import OpenAITeacher
 from preprocessing.teacher.teachers import ProgramTeacher, Reply, Teacher
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {value:g}")
-    return value
 
 
 @dataclass(frozen=True)

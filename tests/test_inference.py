@@ -85,16 +85,33 @@ def test_a_question_of_ones_own_is_asked_about_a_page_in_a_file(
     assert "question: what ?" in out and "answer in the data set" not in out
 
 
+@pytest.mark.parametrize("content", ["sales rose .", '{"pre_text": "sales rose .", "table": null}'])
+def test_a_page_may_begin_with_a_byte_order_mark_and_have_its_text_as_one_string(tmp_path: Path, content: str):
+    page = runpy.run_path(str(REPOSITORY / "inference.py"))["page"]
+    file = tmp_path / ("page.json" if "{" in content else "page.txt")
+    file.write_text(content, encoding="utf-8-sig")
+    assert (page(file, "what ?").pre_text, page(file, "what ?").table) == ("sales rose .", [])
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["--id", "page-8"], "no row 'page-8' in the test split of FinQA-mini"),
         (["--question", "what ?"], "--question and --passage-file go together"),
         (["--question", "what ?", "--passage-file", "/nowhere.txt"], "/nowhere.txt is missing"),
+        (["--question", "what ?", "--passage-file", "latin-1.txt"], "latin-1.txt is not UTF-8 text"),
         (["--run-name", "other"], "make it with: python main.py FinQA-mini"),
     ],
 )
-def test_wrong_input_is_one_clear_line(ask: Callable[..., tuple[int, str, str]], words: list[str], says: str):
+def test_wrong_input_is_one_clear_line(
+    ask: Callable[..., tuple[int, str, str]],
+    words: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    Path("latin-1.txt").write_bytes(b"caf\xe9")
     code, _, err = ask(*words)
     assert code == 1
     [line] = [line for line in err.splitlines() if line.startswith("error: ")]

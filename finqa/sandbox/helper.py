@@ -11,6 +11,7 @@ process that the program ran in: untrusted bytes, at most `LONGEST_REPLY`).
 
 from __future__ import annotations
 
+import builtins
 import gc
 import importlib
 import json
@@ -30,9 +31,11 @@ HEADER = struct.Struct("!cI")
 REQUEST, FROM_HELPER, FROM_PROGRAM = b"q", b"h", b"p"
 PRELOADED = (
     "cmath statistics numbers datetime calendar _strptime re string collections itertools operator bisect heapq copy "
-    "enum typing dataclasses"
+    "enum typing dataclasses unicodedata"
 )
-"""What a program can import beside `random` and the modules above. Nothing is read from disk once programs run."""
+"""What a program can import beside `random` and the modules above. Nothing is read from disk once programs run.
+
+The compiler itself needs unicodedata, for names and `\\N{...}` beyond ASCII."""
 
 
 def main(given: str) -> int:
@@ -41,6 +44,7 @@ def main(given: str) -> int:
     import_random()
     for name in PRELOADED.split():
         importlib.import_module(name)
+    builtins.exit = builtins.quit = sys.exit  # as an interpreter with the site module has them
     for name in [name for name in sys.modules if name.partition(".")[0] == "finqa"]:
         del sys.modules[name]  # no program imports what it runs under
     sys.path.clear()

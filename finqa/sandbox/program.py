@@ -62,21 +62,32 @@ def compute(code: bytes) -> bytes:
         program = compile(code.decode("utf-8", "surrogatepass"), PROGRAM_FILE, "exec", dont_inherit=True)
     except SyntaxError as error:
         where = f" (line {error.lineno})" if error.lineno else ""
-        return failure("syntax", f"{type(error).__name__}: {error.msg}{where}")
+        newer = "; Python 3.12 allows more inside an f-string" if "f-string" in error.msg else ""
+        newer = newer if sys.version_info < (3, 12) else ""
+        return failure("syntax", f"{type(error).__name__}: {error.msg}{where}{newer}")
     except (ValueError, OverflowError, RecursionError) as error:
         return failure("syntax", describe(error, None))
     variables = module.__dict__
     try:
         exec(program, variables)
-        answer = variables.get("ans", _NOTHING)  # in here: a key of the program's own may compare as it likes
     except MemoryError:
         variables.clear()
         raise
     except BaseException as error:  # noqa: BLE001  whatever it raises is the program's result
+        if not is_success(error):
+            return failure("runtime", describe(error, line_of(sys.exc_info()[2])))
+    try:
+        answer = variables.get("ans", _NOTHING)
+    except BaseException as error:  # noqa: BLE001  a key of the program's own may compare as it likes
         return failure("runtime", describe(error, line_of(sys.exc_info()[2])))
     if answer is _NOTHING:
         return failure("no-answer", "the program does not set ans")
     return answer_line(answer)
+
+
+def is_success(error: BaseException) -> bool:
+    """Whether a program ended itself with exit code 0, as `sys.exit()` does: what it set before counts."""
+    return type(error) is SystemExit and (error.code is None or (type(error.code) in (int, bool) and error.code == 0))
 
 
 def answer_line(answer: object) -> bytes:

@@ -7,7 +7,8 @@ in it and the rows it had to drop.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +16,11 @@ from typing import Any, Literal
 from finqa.runtime.commands import make_data, typed
 from finqa.runtime.errors import UserError, nearest
 from finqa.runtime.paths import SPLITS, Folders
-from finqa.task.answers import Rule
+from finqa.task.answers import Rule, normalise
 from finqa.task.program_compiler import ProgramStyle
 from finqa.task.prompts import FINQA_INSTRUCTION, INSTRUCTION
-from finqa.task.records import Question
+from finqa.task.records import Question, Table, cell_text
+from finqa.task.stated_answers import label_in
 from finqa.task.worked_examples import FINQA_EXAMPLES, FINQA_MINI_EXAMPLES, WorkedExample
 
 
@@ -61,10 +63,10 @@ class Dataset:
 def load_finqa(path: Path) -> LoadedSplit:
     """Read a file in FinQA's raw schema: a list of {id, pre_text, post_text, table, qa}.
 
-    The label is `exe_ans`, or `answer` where that is empty or no finite number; `answer` is kept as the stated answer.
-    Rows without a question or an answer, or of another shape, are dropped with their reason. Ids name a row everywhere
-    after this: a row whose id another one has is kept as `<id>#2`, `<id>#3`. Raises UserError where the file is
-    missing, is no JSON, or is no list.
+    The label is `exe_ans`, or what `answer` comes to where that is empty or no finite number; `answer` is kept as the
+    stated answer. Rows without a question or a label, or of another shape, are dropped with their reason.
+    Ids name a row everywhere after this: a row whose id another one has is kept as `<id>#2`, `<id>#3`. Raises UserError
+    where the file is missing, is no JSON, or is no list.
     """
     if not path.exists():
         raise UserError(f"{path} is missing")
@@ -105,28 +107,46 @@ def _distinct(row_id: str, ids: set[str]) -> str:
 def _finqa_question(row: dict[str, Any], row_id: str) -> Question:
     qa = row["qa"]
     question = " ".join((qa.get("question") or "").split())
-    answer = _text(qa.get("exe_ans")) or _text(qa.get("answer"))
     if not question:
         raise ValueError("no question")
-    if not answer:
-        raise ValueError("no answer")
-    table = row.get("table") or []
-    if not all(isinstance(line, list) for line in table):
-        raise TypeError("a table row is no list")
+    pre_text, post_text, table = page_of(row)
     loaded = Question(
         id=row_id,
-        pre_text=_lines(row.get("pre_text")),
-        post_text=_lines(row.get("post_text")),
-        table=[[str(cell) for cell in line] for line in table],
+        pre_text=pre_text,
+        post_text=post_text,
+        table=table,
         question=question,
-        answer=answer,
-        program=(qa.get("program") or "").strip(),
+        answer=_label(qa.get("exe_ans"), qa.get("answer")),
+        program=cell_text((qa.get("program") or "").strip()),  # it may name a row
         stated_answer=str(stated).strip() if isinstance(stated := qa.get("answer"), str | int | float) else "",
         family=_text(qa.get("family")),
         family_kind=_text(qa.get("family_kind")),
     )
     _check_unicode(loaded)
     return loaded
+
+
+def page_of(row: dict[str, Any]) -> tuple[str, str, Table]:
+    """The text before the table, the text after it, and the table of a page in FinQA's raw schema.
+
+    A text is a list of lines, or one string; what is null is empty. Raises TypeError for another shape.
+    """
+    table = row.get("table") or []
+    cells = [cell for line in table for cell in line] if all(isinstance(line, list) for line in table) else [[]]
+    if not isinstance(table, list) or any(isinstance(cell, list | dict) for cell in cells):
+        raise TypeError("a table that is no list of lists of cells")
+    shown = [["" if cell is None else cell_text(str(cell)) for cell in line] for line in table]
+    return _lines(row.get("pre_text")), _lines(row.get("post_text")), shown
+
+
+def _label(result: Any, stated: Any) -> str:
+    """The label; raises ValueError where there is none."""
+    if isinstance(result, float) and not math.isfinite(result):
+        result = None  # JSON's 1e999
+    label = _text(result) or label_in(_text(stated))
+    if normalise(label) is None:
+        raise ValueError("an answer that is no number and no yes or no" if label or stated else "no answer")
+    return label
 
 
 def _check_unicode(question: Question) -> None:
@@ -145,10 +165,11 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value).strip()
 
 
-def _lines(text: Sequence[str] | None) -> str:
-    if isinstance(text, str):
+def _lines(text: Any) -> str:
+    lines = [text] if isinstance(text, str) else text or []
+    if not isinstance(lines, list):
         raise TypeError("a text that is no list of lines")
-    return "\n".join(text or ())
+    return "\n".join(line for line in lines if line is not None)
 
 
 DATASETS = {

@@ -6,8 +6,8 @@ import ast
 import re
 from dataclasses import dataclass
 
-from finqa.task.program_compiler import NUMBER_IN_TEXT, same_number
-from finqa.task.programs import cell_number, number
+from finqa.task.program_compiler import NUMBER_IN_TEXT, cells_with, same_number
+from finqa.task.programs import number
 from finqa.task.records import Question
 
 UNITS = frozenset({1, 100, 1000, 1_000_000})
@@ -68,13 +68,7 @@ def _assigned(tree: ast.AST) -> list[tuple[str, ast.Constant]]:
 
 
 def _cells(value: float, question: Question) -> list[str]:
-    table = question.table
-    return [
-        f"table: {row[0]}, {table[0][column] if column < len(table[0]) else f'column {column + 1}'}"
-        for row in table[1:]
-        for column, cell in enumerate(row)
-        if column > 0 and same_number(cell_number(cell), value)
-    ]
+    return [f"table: {', '.join(filter(None, place))}" for place in cells_with(value, question.table)]
 
 
 def _sentences(value: float, question: Question) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -52,6 +52,11 @@ _STOP_WORDS = frozenset(
 _MAX_WORDS = 5
 _NEAR = 400
 """Characters on either side of a number in the text that are looked at for its name: a line can be a whole page."""
+_YEARS = range(1900, 2101)
+_YEAR = r"(?:19|20)\d\d"
+_MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december"
+_OF_LISTS = frozenset([*_MONTHS.split("|"), "respectively", "year", "years", "ended", "fiscal"])
+_DAY = re.compile(rf"\b(?:{_MONTHS}) \d\d?\b")
 NUMBER_IN_TEXT = re.compile(r"(?<![\w.])-?\d[\d,]*\.?\d*(?![\w])")
 
 
@@ -61,8 +66,10 @@ class _Names:
 
     taken: set[str] = field(default_factory=set)
 
-    def claim(self, words: str, fallback: str) -> str:
-        base = identifier(words) or fallback
+    def claim(self, words: Sequence[str], fallback: str) -> str:
+        """The first of some names that is free; a numbered one where all are taken."""
+        bases = list(filter(None, map(identifier, words))) or [fallback]
+        base = next((base for base in bases if base not in self.taken and base not in _RESERVED), bases[0])
         name, count = base, 1
         while name in self.taken or name in _RESERVED:
             count += 1
@@ -94,15 +101,15 @@ def to_python(
         if step.op in TABLE_OPERATIONS:
             row = step.args[0]
             if row not in rows:
-                rows[row] = names.claim(row if located else "", "row")
+                rows[row] = names.claim([row] if located else [], "row")
                 values = ", ".join(literal(cell) for cell in _row_cells(table, row))
                 assignments.append(f"{rows[row]} = [{values}]")
             continue
         for arg in step.args:
             if arg.startswith(("#", "const_")) or arg in variables:
                 continue
-            place = locate(arg, table, question, passage) if located else None
-            variables[arg] = names.claim(place or "", "value")
+            places = locate(arg, table, question, passage) if located else []
+            variables[arg] = names.claim(places, "value")
             assignments.append(f"{variables[arg]} = {literal(arg)}")
 
     results: list[str] = []  # variable of each step
@@ -110,7 +117,7 @@ def to_python(
     computation: list[str] = []
     for index, step in enumerate(steps):
         last = index == len(steps) - 1
-        results.append("ans" if last else names.claim(_RESULT_NAME[step.op], "step"))
+        results.append("ans" if last else names.claim([_RESULT_NAME[step.op]], "step"))
         computation.append(f"{results[-1]} = {_expression(step, variables, rows, results)}")
         formula = _expression(step, variables, rows, formulas)
         formulas.append(formula if step.op in ("table_max", "table_min", "table_sum") or last else f"({formula})")
@@ -157,32 +164,56 @@ def _row_cells(table: Table, name: str) -> list[str]:
     return [row for row in table if row and row[0].strip() == name.strip()][-1][1:]
 
 
-def locate(operand: str, table: Table, question: str, passage: str) -> str | None:
-    """Words that say what `operand` is: row and column, else the text before it, else the question's words.
+def locate(operand: str, table: Table, question: str, passage: str) -> list[str]:
+    """Words that say what `operand` is, the best first: row and column, else the text around it, else the question's.
 
-    Returns None where the page does not hold the number.
+    Empty where the page does not hold the number.
     """
     value = number(operand)
     if value is None:
-        return None
+        return []
     asked = set(_words(question))
-    cells = [
-        f"{row[0]} {table[0][column] if column < len(table[0]) else ''}"
-        for row in table[1:]
+
+    def best_first(places: list[str]) -> list[str]:
+        return sorted(places, key=lambda words: -len(asked & set(_words(words))))
+
+    found = best_first([_year_last(f"{row} {column}") for row, column in cells_with(value, table)])
+    for text in (passage, question):
+        if mentions := list(_mentions(text, value)):
+            found += best_first([short for short, _ in mentions]) + [more for _, longer in mentions for more in longer]
+    return found
+
+
+def cells_with(value: float, table: Table) -> list[tuple[str, str]]:
+    """Row and column name of each cell that holds `value`; a table without a header has no column names."""
+    headed = has_header(table)
+    return [
+        (row[0], table[0][column] if headed and column < len(table[0]) else "")
+        for row in table[headed:]
         for column, cell in enumerate(row)
         if column > 0 and same_number(cell_number(cell), value)
     ]
-    if cells:
-        return max(cells, key=lambda words: len(asked & set(_words(words))))
-    for text in (passage, question):
-        mentions = list(_mentions(text, value))
-        if mentions:
-            return max(mentions, key=lambda words: len(asked & set(_words(words))))
-    return None
 
 
-def _mentions(text: str, value: float):
-    """The words around each place where `text` has the number `value`: up to four before it, and its unit or verb."""
+def has_header(table: Table) -> bool:
+    """Whether the first row names the columns: it has no number but years."""
+    numbers = [cell_number(cell) for cell in table[0][1:]] if table else []
+    return all(value is None or value in _YEARS for value in numbers)
+
+
+def _year_last(words: str) -> str:
+    """`2007 operating leases` as `operating leases 2007`; a number alone is an amount."""
+    found = _words(words)
+    start = next((place for place, word in enumerate(found) if not word.isdigit()), len(found))
+    return " ".join([*(found[start:] or ["amount"] * bool(found)), *found[:start]]) if start else words
+
+
+def _mentions(text: str, value: float) -> Iterator[tuple[str, list[str]]]:
+    """The words around each place where `text` has the number `value`, and longer ones that tell it from others.
+
+    The short ones are up to four words before it, and its unit or verb. The longer ones have the year that it is for,
+    where a sentence lists as many years as amounts, or what follows, or more of what comes before.
+    """
     for line in text.split("\n"):
         for found in NUMBER_IN_TEXT.finditer(line):
             literal = found[0].rstrip(",.")
@@ -194,8 +225,25 @@ def _mentions(text: str, value: float):
                 continue
             sentence = re.split(r"[.;:] ", line[max(0, found.start() - _NEAR) : found.start()])[-1]
             before = [w for w in _words(sentence) if not w.isdigit()]
-            unit = [w for w in after[:2] if w.isalpha() and w not in _STOP_WORDS]
-            yield " ".join(before[-4:] + unit[:1])
+            unit = [w for w in after[:2] if w.isalpha() and w not in _STOP_WORDS and w != "respectively"][:1]
+            rest = re.split(r"[.;:] ", line[found.end() : found.end() + _NEAR])[0]
+            follows = [w for w in dict.fromkeys(_words(rest)) if not w.isdigit() and w not in _OF_LISTS]
+            year = _year_of(sentence, rest)
+            dated = [*before[-3:], *unit, year] if year and before else []
+            longer = [dated, before[-3:] + follows[:2], before[-2:] + follows[:3], before[-7:-4] + before[-2:]]
+            yield " ".join(before[-4:] + unit), [" ".join(words) for words in longer]
+
+
+def _year_of(before: str, after: str) -> str:
+    """The year that a number is for, where its sentence lists amounts and as many years; empty elsewhere."""
+    spans = [NUMBER_IN_TEXT.finditer(_DAY.sub(" ", re.sub(r"\([^()]*\)", " ", part))) for part in (before, after)]
+    left, right = ([found[0].strip(",.") for found in part] for part in spans)
+    years = [word for word in left + right if re.fullmatch(_YEAR, word)]
+    place = sum(not re.fullmatch(_YEAR, word) for word in left)
+    amounts = 1 + sum(not re.fullmatch(_YEAR, word) for word in left + right)
+    if not years or amounts % len(years):
+        return ""
+    return years[place % len(years)]
 
 
 def same_number(found: float | None, value: float) -> bool:

@@ -24,6 +24,8 @@ _STEP = re.compile(rf"\s*(?P<op>{_OPERATION})\((?P<args>.*?)\)\s*(?:,(?=\s*(?:{_
 
 # ASCII: Python reads the digits of other scripts as text, but not as source code.
 _NUMBER = re.compile(r"[+-]?\s*(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII)
+_CONSTANT = re.compile(r"const_(?P<minus>m?)(?P<digits>\d+(?:\.\d+)?)", re.ASCII)
+_REFERENCE = re.compile(r"#\d{1,4}", re.ASCII)
 
 
 class ProgramError(ValueError):
@@ -41,8 +43,8 @@ class Step:
 def parse(program: str) -> list[Step]:
     """Split a program into its steps.
 
-    Raises ProgramError where the text is not a program, a step has not exactly two arguments, or one refers to a
-    step that does not come before it.
+    Raises ProgramError where the text is not a program, a step has not exactly two arguments, or one is no number and
+    no step that comes before it.
     """
     steps: list[Step] = []
     position = 0
@@ -50,26 +52,29 @@ def parse(program: str) -> list[Step]:
         found = _STEP.match(program, position)
         if not found:
             raise ProgramError(f"cannot read the program from {program[position : position + 60]!r}")
-        steps.append(_step(found["op"], found["args"], number=len(steps)))
+        steps.append(_step(found["op"], found["args"], step=len(steps)))
         position = found.end()
     return steps
 
 
-def _step(op: str, text: str, number: int) -> Step:
+def _step(op: str, text: str, step: int) -> Step:
     if op in TABLE_OPERATIONS:
         row, comma, none = text.rpartition(",")
         if not comma or none.strip() != "none":
-            raise ProgramError(f"step {number}: {op} takes (row name, none), not ({text})")
+            raise ProgramError(f"step {step}: {op} takes (row name, none), not ({text})")
         return Step(op, (row.strip(), "none"))
     # `1,234` holds a comma, but no space behind it.
     args = [arg.strip() for arg in re.split(r",\s+", text.strip())]
     if len(args) == 1:
         args = [arg.strip() for arg in text.split(",")]
     if len(args) != 2 or not all(args):
-        raise ProgramError(f"step {number}: {op} takes two arguments, not ({text})")
+        raise ProgramError(f"step {step}: {op} takes two arguments, not ({text})")
     for arg in args:
-        if arg.startswith("#") and not (arg[1:].isdecimal() and int(arg[1:]) < number):
-            raise ProgramError(f"step {number}: {arg} is no earlier step")
+        if arg.startswith("#"):
+            if not (_REFERENCE.fullmatch(arg) and int(arg[1:]) < step):
+                raise ProgramError(f"step {step}: {arg} is no earlier step")
+        elif number(arg) is None:
+            raise ProgramError(f"step {step}: {arg!r} is not a number")
     return Step(op, (args[0], args[1]))
 
 
@@ -131,7 +136,8 @@ def number(text: str) -> float | None:
     """The value of a literal or constant: commas dropped, `5%` is 0.05, `const_m1` is -1; None where it is none."""
     text = text.replace(",", "").strip()
     if text.startswith("const_"):
-        text = text.removeprefix("const_").replace("m", "-", 1)
+        constant = _CONSTANT.fullmatch(text)
+        text = f"{'-' if constant['minus'] else ''}{constant['digits']}" if constant else ""
     scale = 1.0
     if text.endswith("%"):
         text, scale = text.removesuffix("%").strip(), 100.0

@@ -33,6 +33,20 @@ FINQA_INSTRUCTION = (
 )
 """The same for FinQA, whose labels are fractions; the best of six wordings on dev (docs/finqa.md)."""
 
+_TAGS = "think|thinking|thought|thoughts|reasoning|reflection|scratchpad"
+_REASONING = re.compile(rf"<(?:{_TAGS})>|\[THINK\]|\u25c1think\u25b7|<\|channel\|>analysis", re.IGNORECASE)
+_END_OF_REASONING = re.compile(
+    rf"</(?:{_TAGS})>|\[/THINK\]|\u25c1/think\u25b7|<\|channel\|>final<\|message\|>", re.IGNORECASE
+)
+_FENCE = re.compile(r"`{3,}|~{3,}")
+_BLOCK = re.compile(
+    r"(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[^`\n]*?)[ \t]*\n(?P<code>.*?)"
+    r"(?:(?:\n|(?<=\n))[ \t]*(?P=fence)|[ \t]*(?P=fence)[ \t]*(?=\n|\Z)|\Z)",
+    re.DOTALL,
+)
+_IS_PYTHON = re.compile(r"^\W*i?py(?:thon)?[\d.]*\b|\bpython")
+_SETS_ANS = re.compile(r"^[ \t]*ans[ \t]*=", re.MULTILINE)
+
 STOP = (END_PYTHON, f"\n{FENCE}\n")
 """Strings that end a reply. A closing fence counts only on a line of its own: an opening one must not match."""
 
@@ -110,14 +124,27 @@ def _teacher_request(question: Question, hint: bool) -> str:
 
 
 def extract_code(reply: str) -> str:
-    """The code of a reply: what stands between the markers, or in the first fenced block, or the whole reply."""
-    text = reply.split(END_PYTHON)[0]
+    """The code of a reply: what stands between the markers, or in a fenced block, or the whole reply.
+
+    Reasoning (`<think> ... </think>` and its kin) is no part of the reply, also where it was cut off. Of several blocks
+    the first that says it is Python counts, else the first that says nothing, else the first.
+    """
+    text = _without_reasoning(re.sub(r"\r\n?", "\n", reply.replace("\ufeff", "")))
+    text = text.split(END_PYTHON)[0]
     # The student's prompt ends in the marker; a chatty model may repeat it before its code.
     text = text.rsplit(f"{PYTHON}\n", 1)[-1]
-    block = re.search(
-        rf"{FENCE}[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:\n[ \t]*{FENCE}|\Z)", text, re.DOTALL | re.IGNORECASE
-    )
-    return textwrap.dedent(block[1] if block else text).strip()
+    before = _FENCE.split(text)[0]
+    if _SETS_ANS.search(before) and len(_FENCE.findall(text)) % 2:
+        text = before  # of the block there is the closing fence alone
+    elif blocks := [(block["language"].lower(), block["code"]) for block in _BLOCK.finditer(text)]:
+        ranked = sorted(blocks, key=lambda block: (not _IS_PYTHON.search(block[0]), bool(block[0])))
+        text = ranked[0][1]
+    return textwrap.dedent(text.strip("\n")).strip()
+
+
+def _without_reasoning(text: str) -> str:
+    *_, last = _END_OF_REASONING.split(text)
+    return _REASONING.split(last)[0]
 
 
 def question_of(prompt: str) -> str:

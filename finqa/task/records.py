@@ -74,9 +74,14 @@ _REQUIRED_CLEAN = ("pre_text", "post_text", "table", "question", "answer")
 _REQUIRED_TEACHER = ("prompt", "generated_code", "actual_answer", "expected_answer")
 
 
+def cell_text(cell: str) -> str:
+    """A cell as a page shows it. A `|` or a line break gives way: they part the cells and rows of a table as text."""
+    return " ".join(cell.replace("|", "/").splitlines())
+
+
 def format_table(table: Table) -> str:
-    """A table as text: one line a row, cells joined by `|`. A `|` or a line break inside a cell gives way."""
-    return "\n".join("|".join(" ".join(cell.replace("|", "/").splitlines()) for cell in row) for row in table)
+    """A table as text: one line a row, cells joined by `|`."""
+    return "\n".join("|".join(map(cell_text, row)) for row in table)
 
 
 def parse_table(text: str) -> Table:
@@ -161,6 +166,9 @@ def _read_rows(path: Path, required: Sequence[str], remedy: str) -> list[dict[st
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows: list[dict[str, str]] = []
     try:
+        for sign, name in ((";", "semicolons"), ("\t", "tabs")):
+            if len(reader.fieldnames or ()) == 1 and sign in text.partition("\n")[0]:
+                raise UserError(f"{path} has {name} between its columns; save it with commas, as CSV (UTF-8)")
         missing = [column for column in required if column not in (reader.fieldnames or ())]
         if missing:
             raise UserError(f"{path} lacks the column {', '.join(missing)}; make it again with: {remedy}")
@@ -168,7 +176,8 @@ def _read_rows(path: Path, required: Sequence[str], remedy: str) -> list[dict[st
             if None in row or None in row.values():
                 more = "more" if None in row else "fewer"
                 raise UserError(f"{path}, row {len(rows) + 1}: {more} cells than columns; make it again with: {remedy}")
-            rows.append(row)
+            if any(row.values()):  # a spreadsheet writes empty rows as commas alone
+                rows.append(row)
     except csv.Error as error:
         raise UserError(f"{path}, row {len(rows) + 1}: {error}; make it again with: {remedy}") from None
     return rows

@@ -15,6 +15,11 @@ from finqa.task.answers import normalise
 AnswerKind = Literal["per cent", "amount", "yes/no"]
 
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
+_ONE_NUMBER = re.compile(
+    r"(?P<minus>-?)\s*(?:us)?[$€£]?\s*(?P<number>\d[\d,]*(?:\.\d+)?|\.\d+)\s*(?P<per_cent>%|per ?cent)?"
+    r"\s*(?:thousand|million|billion|trillion|mn?|bn?)?\.?",
+    re.ASCII,
+)
 _YES_NO = re.compile(r"\b(?:yes|no)\b")
 _PER_CENT = Decimal(100)
 _UNITS = tuple(Decimal(10) ** power for power in (3, 6, 9, -3, -6, -9))
@@ -23,6 +28,20 @@ _LABEL_DECIMALS = 5
 _ASKS_FOR_PER_CENT = re.compile(
     r"percent|per cent|(?:what|which) %|growth rate|rate of return|return on investment|\broi\b|(?<!current )portion of"
 )
+
+
+def label_in(stated: str) -> str:
+    """The label that a stated answer comes to, as text: `12.3%` is 0.123; `$ 1,234 million` is 1234, as pages count.
+
+    Empty where it is more than one number, or none, and no yes or no.
+    """
+    if isinstance(yes_no := normalise(stated), str):
+        return yes_no
+    found = _ONE_NUMBER.fullmatch(stated.strip().lower())
+    if not found:
+        return ""
+    value = Decimal(found["number"].replace(",", "")) / (_PER_CENT if found["per_cent"] else 1)
+    return f"{'-' if found['minus'] else ''}{value:f}"
 
 
 def label_disputed(stated: str, label: str) -> bool | None:

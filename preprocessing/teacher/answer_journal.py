@@ -54,6 +54,16 @@ class Failure:
     message: str
 
 
+MOST_TOKENS = 10**12
+"""A larger count is no count, and soon beyond what a float can hold."""
+
+
+def token_count(value: object) -> int:
+    """A number of tokens as a server or a journal says it; 0 where it is none."""
+    counts = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MOST_TOKENS
+    return int(value) if counts else 0  # pyright: ignore[reportArgumentType]
+
+
 def request_key(request: Mapping[str, object]) -> str:
     """A hash of the request's body (model, messages, parameters) but its limit, which shapes no finished reply.
 
@@ -120,7 +130,11 @@ class AnswerJournal(Journal):
 def _entry(fields: dict[str, Any]) -> Answer | Failure | Run:
     if "failure" in fields:
         return Failure(**fields["failure"])
-    return Run(**fields["run"]) if "run" in fields else Answer(**fields)
+    if "run" in fields:
+        return Run(**fields["run"])
+    for name in [name for name in fields if name.endswith("_tokens")]:
+        fields[name] = token_count(fields[name])
+    return Answer(**fields)
 
 
 def answers_in(paths: Iterable[Path]) -> list[Answer]:

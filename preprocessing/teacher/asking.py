@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from finqa.runtime.errors import UserError
 from preprocessing.teacher.answer_journal import Answer, AnswerJournal
-from preprocessing.teacher.chat_request import Fault, Request, send
-from preprocessing.teacher.config import OpenAITeacherConfig, api_key
+from preprocessing.teacher.chat_request import LIMIT_NAMES, Fault, Request, as_sent, refuses_limit_name, send
+from preprocessing.teacher.config import LimitName, OpenAITeacherConfig, api_key
 from preprocessing.teacher.prices import Spending
 from preprocessing.teacher.throttle import Stopped, Throttle, backoff_s
 
@@ -67,6 +67,8 @@ class Asker:
         self.spending = spending
         self.throttle = Throttle(config.max_concurrent, spending.allows)
         self.given_up = 0
+        self.limit_name: LimitName = config.limit_name
+        self._takes_limit_name = False
         self._answered = answered_before
         self._given_up_in_a_row = 0
         self._server_seen = False
@@ -80,7 +82,7 @@ class Asker:
         for tries in range(1, self.config.max_retries + 2):
             entered = await self.throttle.enter()
             try:
-                outcome = await send(self.client, request, self.config.timeout_s)
+                outcome = await self._send(request)
                 self._keep(key, outcome, entered)
             finally:
                 self.throttle.leave()
@@ -96,6 +98,17 @@ class Asker:
             elif tries >= UNLUCKY:  # The pause after a 429 is everybody's, and kept at the entrance.
                 await self.throttle.sleep(backoff_s(tries))
         raise AssertionError("the last try always returns")
+
+    async def _send(self, request: Request) -> Answer | Fault:
+        """Send a request, once more with the limit's other name where the server refuses the first."""
+        name, timeout_s = self.limit_name, self.config.timeout_s
+        outcome = await send(self.client, as_sent(request, name), timeout_s)
+        if name == LIMIT_NAMES[0] and refuses_limit_name(outcome) and not self._takes_limit_name:
+            other = await send(self.client, as_sent(request, LIMIT_NAMES[1]), timeout_s)
+            if isinstance(other, Answer):
+                self.limit_name, outcome = LIMIT_NAMES[1], other
+        self._takes_limit_name |= isinstance(outcome, Answer) and self.limit_name == LIMIT_NAMES[0]
+        return outcome
 
     def _keep(self, key: str, outcome: Answer | Fault, entered: float) -> None:
         if isinstance(outcome, Answer):

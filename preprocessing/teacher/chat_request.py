@@ -8,6 +8,7 @@ unknown model, an exhausted quota).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
 import json
 import math
@@ -16,10 +17,11 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from finqa.runtime.errors import UserError
-from preprocessing.teacher.answer_journal import Answer, Failure
+from preprocessing.teacher.answer_journal import Answer, Failure, token_count
+from preprocessing.teacher.config import LimitName
 
 if TYPE_CHECKING:
     import openai
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 Request = dict[str, Any]
 """The body of a chat completion request."""
 
+LIMIT_NAMES = get_args(LimitName)
+"""Names of a reply's limit; the first is the one that a request has until it is sent."""
 PASSING_STATUS = (408, 409, 425, 429)
 """Client errors that asking again can mend; so can any 5xx."""
 NO_MONEY = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "access_terminated"}
@@ -68,13 +72,27 @@ async def send(client: openai.AsyncOpenAI, request: Request, timeout_s: float) -
         return status_fault(error, request["model"], str(client.base_url))
     except openai.OpenAIError as error:
         return Fault(Failure("teacher-malformed", one_line(error)), tries=MALFORMED_TRIES)
-    outcome = answer_from(_json(response.text), request["max_completion_tokens"], request["model"])
+    limit = next(request[name] for name in LIMIT_NAMES if name in request)
+    outcome = answer_from(_json(response.text), limit, request["model"])
     return Fault(outcome, tries=MALFORMED_TRIES) if isinstance(outcome, Failure) else outcome
+
+
+def as_sent(request: Request, limit_name: LimitName) -> Request:
+    """The request with its limit under the name that the server takes."""
+    return {limit_name if name == LIMIT_NAMES[0] else name: value for name, value in request.items()}
+
+
+def refuses_limit_name(fault: Answer | Fault) -> bool:
+    """Whether a server does not know max_completion_tokens, as some compatible ones do not."""
+    if isinstance(fault, Answer) or fault.failure.kind != status_kind(400):
+        return False
+    return LIMIT_NAMES[0] in fault.failure.message
 
 
 def status_fault(error: openai.APIStatusError, model: str, server: str) -> Fault:
     """What a status of 4xx or 5xx means; raises UserError where it stops the run."""
-    status, codes, message = error.status_code, {error.code, error.type}, one_line(error)
+    # A compatible server may have anything there.
+    status, codes, message = error.status_code, {str(error.code), str(error.type)}, one_line(error)
     if codes & NO_MONEY or status == 402:
         raise UserError(f"the account has no quota left: {message}") from error
     refused = f"the server refuses the key in OPENAI_API_KEY: {message}"
@@ -114,9 +132,9 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
             return seconds
     try:
         date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
-    except ValueError:
+        return max(0.0, date.timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
         return None
-    return max(0.0, date.timestamp() - time.time())
 
 
 def answer_from(body: object, limit: int, asked: str, batch: str = "") -> Answer | Failure:
@@ -127,7 +145,7 @@ def answer_from(body: object, limit: int, asked: str, batch: str = "") -> Answer
         return Failure("teacher-malformed", f"the server sent no chat completion: {one_line(body)[:200]!r}")
     usage, refusal = _field(body, "usage"), message.get("refusal")
     return Answer(
-        text=storable(_text(message.get("content")) or _text(refusal)),
+        text=storable(_content(message.get("content")) or _content(refusal)),
         finish_reason="refusal" if refusal else _text(_field(choice, "finish_reason")),
         model=_text(_field(body, "model")),
         prompt_tokens=_count(usage, "prompt_tokens"),
@@ -142,7 +160,12 @@ def answer_from(body: object, limit: int, asked: str, batch: str = "") -> Answer
 
 def one_line(error: object) -> str:
     """A server's message in one line of 500 characters at most. Servers quote a key that they refuse, or part of it."""
-    return re.sub(r"\bsk-[\w*.-]{4,}", "[key]", " ".join(storable(str(error)).split()))[:500]
+    text, response = str(error), getattr(error, "response", None)
+    if response is not None and " - " not in text:  # the client quotes bodies of OpenAI's own shape alone
+        with contextlib.suppress(RuntimeError):  # the body could not be read
+            text += f" - {response.text}"
+    line = " ".join(storable(text).split())
+    return re.sub(r"//[^/\s@]+@", "//[user]@", re.sub(r"\bsk-[\w*.-]{4,}", "[key]", line))[:500]
 
 
 def storable(text: str) -> str:
@@ -172,6 +195,16 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
+def _content(value: object) -> str:
+    """The text of a message: a string, or a list of parts, of which reasoning is none."""
+    if isinstance(value, list):
+        return "".join(map(_content, value))
+    if isinstance(value, dict):
+        kind = str(value.get("type"))
+        parts = [value.get(name) for name in ("text", "value", "content", "refusal")]
+        return "" if "think" in kind or "reason" in kind else _content(next(filter(None, parts), None))
+    return _text(value)
+
+
 def _count(usage: object, name: str) -> int:
-    value = _field(usage, name)
-    return value if isinstance(value, int) and value > 0 else 0
+    return token_count(_field(usage, name))

@@ -5,16 +5,21 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from finqa.runtime.command_line import flag, given
 from finqa.runtime.errors import UserError
+from preprocessing.rows import check_address
 
 SystemRole = Literal["system", "developer", "user"]
+LimitName = Literal["max_completion_tokens", "max_tokens"]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+
+
+LONGEST_TIMEOUT_S = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class OpenAITeacherConfig:
     max_completion_tokens: int = flag(16_000, metavar="TOKENS")
     """Limit on what the model writes, its reasoning included: thousands of tokens in a reasoning model. A reply that
     it cuts off is asked for once more with twice the limit."""
+    limit_name: LimitName = flag("max_completion_tokens")
+    """How the server calls that limit; `max_tokens` is tried by itself where a server refuses the other name."""
     temperature: float | None = flag(None)
     """Sent only where it is set: reasoning models refuse it."""
     reasoning_effort: ReasoningEffort | None = flag(None)
@@ -58,25 +65,16 @@ class OpenAITeacherConfig:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_retries < 0:
             raise UserError(f"max_retries must be 0 or more, not {self.max_retries}")
-        if not 0 < self.timeout_s < math.inf:
-            raise UserError(f"timeout_s must be above 0, not {self.timeout_s}")
+        if not 0 < self.timeout_s <= LONGEST_TIMEOUT_S:
+            raise UserError(f"timeout_s must be above 0 and at most {LONGEST_TIMEOUT_S:g}, not {self.timeout_s}")
         if self.temperature is not None and not 0 <= self.temperature <= 2:
             raise UserError(f"temperature must be from 0 to 2, not {self.temperature}")
         if self.max_cost is not None and not 0 < self.max_cost < math.inf:
             raise UserError(f"max_cost must be above 0, not {self.max_cost}")
         if self.base_url is not None:
-            _check_address(self.base_url)
-
-
-def _check_address(url: str) -> None:
-    if not url.startswith(("http://", "https://")):
-        raise UserError(f"base_url must start with http:// or https://, not {url!r}")
-    parts = urlsplit(url)
-    if parts.username is not None or parts.query:
-        raise UserError(
-            f"base_url must hold no user, password or query, since it is written to the manifest (server "
-            f"{parts.hostname}); a key comes from OPENAI_API_KEY alone"
-        )
+            check_address("base_url", self.base_url, "; a key comes from OPENAI_API_KEY alone")
+            if not re.match(r"https?://[^/]", self.base_url, re.IGNORECASE):
+                raise UserError(f"base_url must start with http:// or https:// and a server, not {self.base_url!r}")
 
 
 def api_key() -> str:

@@ -21,6 +21,12 @@ from preprocessing.teacher.chat_request import Request, one_line
 from preprocessing.teacher.config import OpenAITeacherConfig
 from preprocessing.teacher.teachers import Reply
 
+_UNSAID = ("", "null", "none", "unknown", "unspecified", "finish-reason-unspecified")
+_CUT_OFF = re.compile(r"length|max.*token|token.*limit|truncat")
+_NOT_WHOLE = re.compile(
+    r"filter|safety|refus|block|recitation|prohibit|spii|toxic|harm|error|fail|abort|cancel|timeout|tool|function|"
+    r"language|malformed|pause|incomplete|interrupt|other"
+)
 LARGER_LIMIT = 2
 """A reply that was cut off is asked for once more with so many times the limit."""
 
@@ -150,16 +156,28 @@ def next_limit(answer: Answer | None, limit: int) -> int:
     """The limit to ask with next: `limit` at first, a larger one once after it cut the reply off; 0 for no more."""
     if answer is None:
         return limit
-    if answer.finish_reason != "length":
+    if how_it_ended(answer) != "length":
         return 0
     return next((larger for larger in (limit, limit * LARGER_LIMIT) if answer.limit < larger), 0)
+
+
+def how_it_ended(answer: Answer) -> str:
+    """The finish reason as OpenAI says it: `stop` for a whole reply, whatever a compatible server calls that.
+
+    Others are in lower case with hyphens. A server that gives no reason ended the reply itself, unless the tokens are
+    used up.
+    """
+    reason = re.sub(r"[^a-z0-9]+", "-", answer.finish_reason.lower()).strip("-")
+    if _CUT_OFF.search(reason) or (reason in _UNSAID and 0 < answer.limit <= answer.completion_tokens):
+        return "length"
+    return reason[:40] if _NOT_WHOLE.search(reason) else "stop"
 
 
 def reply_from(answer: Answer, attempt: int = 1) -> Reply:
     """The program in an answer. A reply that was cut off or refused has none, whatever its text looks like."""
     reply = Reply(finish_reason=answer.finish_reason, model=answer.model, attempts=attempt)
-    if answer.finish_reason != "stop":
-        reason = re.sub(r"[^a-z0-9]+", "-", answer.finish_reason.lower()).strip("-")[:40] or "no-finish-reason"
+    reason = how_it_ended(answer)
+    if reason != "stop":
         message = f"finish_reason is {reason}, at most {answer.limit} tokens: {one_line(answer.text)[-200:]}"
         return replace(reply, error_kind=f"teacher-{reason}", error_message=message)
     code = extract_code(answer.text)

@@ -25,6 +25,7 @@ from finqa.task.worked_examples import WorkedExample
 from preprocessing.teacher.answer_journal import Answer, AnswerJournal, answers_in
 from preprocessing.teacher.asking import Asker, make_client, run_together
 from preprocessing.teacher.batch.batches import batches_file, under_way
+from preprocessing.teacher.chat_request import as_sent
 from preprocessing.teacher.config import OpenAITeacherConfig, api_key
 from preprocessing.teacher.conversation import Conversation, Wanted
 from preprocessing.teacher.prices import Estimate, Price, Spending, estimate, price_of
@@ -130,7 +131,8 @@ class OpenAITeacher:
         if not show_prompt:
             return said
         prompt = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in first.request["messages"])
-        others = {name: value for name, value in first.request.items() if name != "messages"}
+        others = as_sent(first.request, self.config.limit_name)
+        del others["messages"]
         return f"{prompt}\n\n{json.dumps(others)}\n\n{said}"
 
     def plan(

@@ -12,7 +12,6 @@ A model that is in no table is counted in tokens alone.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -27,6 +26,8 @@ CHARACTERS_A_TOKEN = 3.3
 """Of FinQA's pages, on the low side so that the estimate is on the high one; measured where a journal has answers."""
 TOKENS_A_REPLY = 1_000
 """Assumed of a reply, its reasoning included, until a journal has answers to measure it from."""
+HIGHEST_PRICE = 1_000_000
+"""Dollars per million tokens: a dollar a token."""
 _FIELDS = ("input", "cached_input", "output", "batch")
 _COUNTED = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
 _DATED = re.compile(r"-\d{4}-?\d{2}-?\d{2}$")
@@ -83,8 +84,8 @@ def _models_in(path: Path) -> dict[str, dict[str, float]]:
                     raise UserError(
                         f"{path}: {name!r} has an unknown field {field!r}; it may have {', '.join(_FIELDS)}"
                     )
-                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                    raise UserError(f"{path}: {field} of {name!r} must be a number of 0 or more, not {value!r}")
+                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= HIGHEST_PRICE:
+                    raise UserError(f"{path}: {field} of {name!r} must be from 0 to {HIGHEST_PRICE:,}, not {value!r}")
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); --prices names a file like {SHIPPED_PRICES.name}"

@@ -53,3 +53,8 @@ def test_of_a_long_sentence_the_part_with_the_number_is_shown():
     page = Question("", "word " * 200 + "rent was 340 " + "word " * 200, "", [], "what ?", "")
     [place] = evidence("ans = 340", page)[0].places
     assert "rent was 340" in place and len(place) < SHOWN + 20
+
+
+def test_a_table_without_a_header_has_no_names_of_columns_and_its_first_row_counts():
+    page = Question("", "", "", [["2006", "$ 2408"], ["2007", "1364"]], "what ?", "")
+    assert [one.places for one in evidence("ans = 2408 / 1364", page)] == [("table: 2006",), ("table: 2007",)]

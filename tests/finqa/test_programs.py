@@ -65,7 +65,15 @@ def test_a_row_name_may_hold_parentheses_and_commas():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "add", "add(1)", "add(1, 2, 3)", "add(1, 2) subtract(3, 4)", "pow(1, 2)", "add(#0, 1)", "add(1, 2"]
+    "text",
+    [
+        *("", "add", "add(1)", "add(1, 2, 3)", "add(1, 2) subtract(3, 4)", "pow(1, 2)", "add(#0, 1)", "add(1, 2"),
+        *(f"add({operand}, 1)" for operand in ("0x10", "1_000", "2+8800", "24#2", "12\n.1", "1 # x", "0b1", "1j")),
+        *(f"add(1, {operand})" for operand in ("–12", "−5", "1.5 million", "$ 5", "(5)", "nan", "inf", "1e999")),
+        *(f"add(1, {operand})" for operand in ("const_x", "const_0x10", "const_1_0", "const_m", "const_mm1", "x")),
+        *(f"add(1, 2), add({operand}, 1)" for operand in ("#", "#-1", "#1", "#0x0", "#٠", "#0 #", "#99999999999")),
+        *(f"add(1, {operand})" for operand in ("__import__('os')", "1;2", "1\\", "'5'", "٥", "1e5e5", "5%%", "1..2")),
+    ],
 )
 def test_what_is_no_program_is_refused(text: str):
     with pytest.raises(ProgramError):

@@ -79,10 +79,43 @@ CODE = "a = 1\nans = a"
         f"```python\n{CODE}",
         f"###Python\n{CODE}\n{END_PYTHON}",
         "    a = 1\n    ans = a\n",
+        f"\ufeff{CODE}",
+        # Fences
+        *(f"Here:\n{fence}\n{CODE}\n{fence[:3]}" for fence in ("```python3", "```{python}", "~~~python", "```Python")),
+        *(f"{fence}\n{CODE}\n{fence[:3]}" for fence in ("~~~", "``` py", '```python title="a.py"', "```{.python .x}")),
+        f"````python\n{CODE}\n````",
+        f"So: ```python\n{CODE}\n```",
+        f"```python\n{CODE}```",
+        f"```python\r\n{CODE}\r\n```".replace("a = 1\n", "a = 1\r\n"),
+        f"```python\n{CODE}\n```".replace("\n", "\r"),
+        f"```bash\npip list\n```\n```python\n{CODE}\n```",
+        f"```json\n{{}}\n```\n~~~\n{CODE}\n~~~",
+        f"```\nans = a / b\n```\n```py\n{CODE}\n```",
+        f"```tool_code\n{CODE}\n```",
+        # What a stop string or a prompt that opens the block leaves
+        f"{CODE}\n```",
+        f"{CODE}\n```\n",
+        f"{CODE}\n```\nThis adds up.",
+        f"{CODE}\n~~~\nAs in:\n```\nans = 7\n```",
+        f"We need\nans = a / b\n```\n{CODE}\n```",
+        # Reasoning
+        f"<think>\n```python\nans = 7\n```\n</think>\n```python\n{CODE}\n```",
+        f"<think>ans = 7 ?</think>\n{CODE}",
+        f"ans = 7, or\n```python\nans = 8\n```\n</think>\n\n{CODE}",
+        f"<think>###Python\nans = 7\n{END_PYTHON}</think>{completion(CODE)}",
+        f"<Thinking>ans = 7</Thinking>\n{CODE}",
+        f"[THINK]ans = 7[/THINK]{CODE}",
+        f"<reasoning>a</reasoning><think>ans = 7</think>\n{CODE}",
+        f"<|channel|>analysis<|message|>ans = 7<|end|><|start|>assistant<|channel|>final<|message|>{CODE}",
     ],
 )
 def test_the_code_of_a_reply_is_found(reply: str):
     assert extract_code(reply) == CODE
+
+
+@pytest.mark.parametrize("reply", ["", "<think>\n```python\nans = 7\n```\nbut", "```python\n```", "<think>a</think>"])
+def test_a_reply_without_an_answer_has_no_code(reply: str):
+    assert extract_code(reply) == ""
 
 
 def test_zero_shot_adds_the_instruction_and_few_shot_four_turns_before():

@@ -44,6 +44,23 @@ def test_a_missing_column_is_named(tmp_path: Path):
         read_teacher_rows(path)
 
 
+def test_rows_of_commas_alone_are_no_rows(tmp_path: Path):
+    path = tmp_path / "x.csv"
+    path.write_text("prompt,generated_code,actual_answer,expected_answer\np,ans = 1,1.0,1\n,,,\n,,,\n")
+    assert read_teacher_rows(path) == [TeacherRow("p", "ans = 1", "1.0", "1")]
+
+
+@pytest.mark.parametrize(("sign", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_other_signs_between_the_columns_are_named_without_a_command_that_would_replace_the_file(
+    tmp_path: Path, sign: str, name: str
+):
+    path = tmp_path / "x.csv"
+    path.write_text("prompt,generated_code,actual_answer,expected_answer\np,ans = 1,1.0,1\n".replace(",", sign))
+    with pytest.raises(UserError, match=f"has {name} between its columns; save it with commas") as raised:
+        read_teacher_rows(path)
+    assert "python -m" not in str(raised.value)
+
+
 def test_published_files_of_four_columns_load(tmp_path: Path):
     path = tmp_path / "x.csv"
     path.write_text('prompt,generated_code,actual_answer,expected_answer\np,"ans = 1\n",1.0,1\n')

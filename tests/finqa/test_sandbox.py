@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -52,6 +53,15 @@ ORDINARY = {
     "an import that is missing and caught": ("try:\n    import numpy\nexcept ImportError:\n    ans = 2", 2.0),
     "CRLF": ("a = 1\r\nans = a\r\n", 1.0),
     "a coding line changes nothing": ("# -*- coding: no-such-coding -*-\nans = 'é'", "é"),
+    "names beyond ASCII": ("coût = 5\nΔ = 2\n收入 = 3\nans = coût + Δ + 收入", 10.0),
+    "a name in two spellings": ("\ufb01nal = 5\nans = final", 5.0),
+    "a character by its name": ('ans = "\\N{EURO SIGN}"', "€"),
+    "unicodedata": ("import unicodedata\nans = unicodedata.numeric('½')", 0.5),
+    "sys.exit(0)": ("import sys\nans = 5\nsys.exit(0)", 5.0),
+    "sys.exit()": ("import sys\nans = 5\nif ans:\n    sys.exit()\nans = 6", 5.0),
+    "exit()": ("ans = 5\nexit()", 5.0),
+    "quit in a function": ("def main():\n    global ans\n    ans = 5\n    quit()\nmain()", 5.0),
+    "SystemExit": ("ans = 1\nraise SystemExit", 1.0),
     "annotations are not those of the helper": ("def f(x: int): pass\nans = f.__annotations__['x'] is int", True),
 }
 
@@ -77,7 +87,9 @@ FAILING = {
     "unknown name": ("ans = x", "runtime", "NameError: name 'x' is not defined (line 1)"),
     "no numpy": ("import numpy", "runtime", "ModuleNotFoundError: No module named 'numpy' (line 1)"),
     "no text of an error": ("raise KeyboardInterrupt", "runtime", "KeyboardInterrupt (line 1)"),
-    "SystemExit": ("ans = 1\nraise SystemExit", "runtime", "SystemExit (line 2)"),
+    "an exit code": ("ans = 1\nraise SystemExit(2)", "runtime", "SystemExit: 2 (line 2)"),
+    "an exit with a message": ("ans = 1\nexit('no data')", "runtime", "SystemExit: no data (line 2)"),
+    "an exit before ans": ("import sys\nsys.exit(0)\nans = 1", "no-answer", "the program does not set ans"),
     "input": ("ans = input()", "runtime", None),
     "no ans": ("answer = 3", "no-answer", "the program does not set ans"),
     "an empty program": ("", "no-answer", None),
@@ -98,6 +110,14 @@ def test_a_failing_program_says_why(sandbox: Sandbox, code: str, kind: str, mess
     run = sandbox.run(code)
     assert (run.answer, run.error_kind) == (None, kind)
     assert run.message if message is None else run.message == message
+
+
+def test_an_f_string_that_only_python_3_12_reads_says_so(sandbox: Sandbox):
+    run = sandbox.run("d = {'a': '7'}\nans = f\"{d[\"a\"]}\"")
+    if sys.version_info >= (3, 12):
+        assert run.answer == "7"
+    else:
+        assert run.error_kind == "syntax" and "(line 2); Python 3.12 allows more inside an f-string" in run.message
 
 
 def test_the_kinds_of_error_are_these_and_no_other():

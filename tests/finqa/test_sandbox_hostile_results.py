@@ -20,8 +20,12 @@ STOPPED = {
     # the end of the process
     "os._exit": ("import os\nans = 1\nos._exit(0)", "crashed"),
     "os.abort": ("import os\nos.abort()", "forbidden crashed"),
-    "sys.exit": ("import sys\nans = 1\nsys.exit(0)", "runtime"),
-    "SystemExit": ("ans = 1\nraise SystemExit", "runtime"),
+    "sys.exit": ("import sys\nans = 1\nsys.exit(1)", "runtime"),
+    "SystemExit": ("ans = 1\nraise SystemExit(1)", "runtime"),
+    "an exit code that imitates 0": (
+        "class Z(int):\n    def __eq__(self, other):\n        return True\nans = 1\nraise SystemExit(Z(3))",
+        "runtime",
+    ),
     "KeyboardInterrupt": ("ans = 1\nraise KeyboardInterrupt", "runtime"),
     "BaseException": ("ans = 1\nraise BaseException", "runtime"),
     "a group of errors": ("ans = 1\nraise BaseExceptionGroup('x', [KeyboardInterrupt()])", "runtime"),
@@ -171,7 +175,7 @@ def test_what_is_printed_is_no_result(sandbox: Sandbox, name: str):
 
 
 def test_a_runtime_error_starts_with_its_name(sandbox: Sandbox):
-    codes = ("1 / 0", "x", "raise SystemExit", "class Mine(Exception): pass\nraise Mine('a')", "import numpy")
+    codes = ("1 / 0", "x", "raise SystemExit(1)", "class Mine(Exception): pass\nraise Mine('a')", "import numpy")
     names = [run.message.partition(":")[0].partition(" ")[0] for run in sandbox.run_many(codes)]
     assert names == ["ZeroDivisionError", "NameError", "SystemExit", "Mine", "ModuleNotFoundError"]
 

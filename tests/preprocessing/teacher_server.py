@@ -42,6 +42,12 @@ class TeacherServer(ThreadingHTTPServer):
         """Sent with a status that is a fault, e.g. Retry-After."""
         self.error_code: str | None = None
         """The code in the body of such a fault."""
+        self.error_body: bytes | None = None
+        """In place of that body."""
+        self.refused_parameter = ""
+        """A request that has it gets a 400."""
+        self.changed: Callable[[dict[str, Any]], object] = lambda completion: completion
+        """Turns the body of a reply into what another server would send."""
         self.delay_s = 0.0
         self.takes_at_a_time = 1_000_000
         """Requests above so many at a time get a 429."""
@@ -126,6 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
             server.most_at_a_time = max(server.most_at_a_time, server.at_a_time)
             if server.at_a_time > server.takes_at_a_time:
                 fault = 429
+            if server.refused_parameter in body:
+                fault = 400
         try:
             time.sleep(server.delay_s)
             self._answer(fault, body, question)
@@ -150,10 +158,12 @@ class _Handler(BaseHTTPRequestHandler):
         elif isinstance(fault, int) or fault == "echo-key":
             key = str(self.headers.get("Authorization")).removeprefix("Bearer ") if fault == "echo-key" else "purpose"
             status = fault if isinstance(fault, int) else 400
-            error = {"error": {"message": f"status {status} on {key}", "code": self.server.error_code}}
-            self._send(status, json.dumps(error).encode(), headers=self.server.headers_of_faults)
+            message = f"status {status} on {key} {self.server.refused_parameter}"
+            error = {"error": {"message": message, "code": self.server.error_code}}
+            content = self.server.error_body or json.dumps(error).encode()
+            self._send(status, content, headers=self.server.headers_of_faults)
         else:
-            self._send(200, json.dumps(self.server.completion(body, fault)).encode())
+            self._send(200, json.dumps(self.server.changed(self.server.completion(body, fault))).encode())
             with self.server.lock:
                 self.server.answered[question] += 1
 

@@ -155,3 +155,11 @@ def test_the_program_teacher_keeps_every_real_row(command: Command, tmp_path: Pa
         rows = read_teacher_rows(folder(tmp_path) / f"finqa_{split}_generated.csv")
         kept = read_teacher_rows(folder(tmp_path) / f"finqa_{split}_generated_filtered.csv")
         assert rows and kept == rows
+
+
+def test_a_filter_that_keeps_no_row_says_so_and_exits_with_an_error(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "clean_with_code/FinQA/finqa_train_generated.csv"
+    write_teacher_rows(path, [TeacherRow("p", "ans = 2", "2.0", "1")])
+    line = the_one_line(command("filter_valid_answers", "--split", "train"))
+    assert "no row was kept in" in line and "finqa_train_generated_filtered.csv" in line
+    assert path.with_name("finqa_train_generated_rejected.csv").exists()

@@ -8,6 +8,7 @@ import pytest
 from command_fixture import Command, the_one_line
 from made_up_rows import TABLE, every_operation, raw_row, write_raw
 
+from finqa.task.datasets import load_finqa
 from finqa.task.records import read_questions
 
 
@@ -47,7 +48,7 @@ def test_the_label_is_exe_ans_and_answer_where_that_is_empty(command: Command, t
     command("preprocess_finqa", "--split", "train")
 
     questions = read_questions(clean(tmp_path))
-    assert [q.answer for q in questions] == ["0.25", "yes", "25%", "7", "0"]
+    assert [q.answer for q in questions] == ["0.25", "yes", "0.25", "7", "0"]
     assert [q.stated_answer for q in questions] == ["25%", "about", "25%", "7", "about nothing"]
 
 
@@ -60,13 +61,95 @@ def test_a_split_in_which_nothing_is_stated_has_no_column_for_it(command: Comman
     assert [(q.id, q.stated_answer) for q in read_questions(clean(tmp_path))] == [("none", ""), ("list", "")]
 
 
+NO_LABEL = ["n/a", "nan", "None", "null", "inf", "1e999", "\x07", '"', "\ufeff7", "12.3.4", "about 7", "{}", "-", "$"]
+
+
+@pytest.mark.parametrize("label", [*NO_LABEL, float("inf"), None, ""])
+def test_what_is_no_number_and_no_yes_or_no_is_no_label(command: Command, tmp_path: Path, label: object) -> None:
+    # A text that is no label is not passed over for what the annotator stated.
+    write_raw(tmp_path, train=[raw_row("kept"), raw_row("dropped", exe_ans=label, answer="7" if label else "about 7")])
+
+    done = command("preprocess_finqa", "--split", "train", "--max-failed-share", "0.5")
+
+    if label == float("inf"):
+        assert [q.answer for q in read_questions(clean(tmp_path))][1:] == ["7"]
+    else:
+        assert "1 dropped (an answer that is no number and no yes or no 1)" in done.stdout, done.stderr
+        assert [q.id for q in read_questions(clean(tmp_path))] == ["kept"]
+
+
+@pytest.mark.parametrize(
+    ("stated", "label"),
+    [
+        ("12.3%", "0.123"),
+        ("-12.3 %", "-0.123"),
+        ("0.5 per cent", "0.005"),
+        ("$1,234 million", "1234"),
+        ("$ 4.26 million", "4.26"),
+        ("1,234.50", "1234.50"),
+        ("-$5", "-5"),
+        (".5", "0.5"),
+        ("Yes", "yes"),
+        ("no", "no"),
+        (7, "7"),
+        (0.25, "0.25"),
+        ("between 5 and 7", None),
+        ("12% in 2009", None),
+        ("", None),
+    ],
+)
+def test_where_exe_ans_is_absent_the_label_is_what_the_stated_answer_comes_to(
+    tmp_path: Path, stated: object, label: str | None
+) -> None:
+    absent = raw_row(exe_ans=None, answer=stated)
+    del absent["qa"]["exe_ans"]
+    write_raw(tmp_path, train=[absent])
+    assert [q.answer for q in load_finqa(tmp_path / "FinQA/train.json").questions] == ([label] if label else [])
+
+
+def test_texts_may_be_one_string_and_null_is_empty(tmp_path: Path) -> None:
+    table = [["", 2009], [None, "7"], ["net sales", None, 5.5]]
+    rows = [raw_row("string", pre_text="one line .\ntwo .", post_text="the end ."), raw_row("null", pre_text=None)]
+    rows += [raw_row("nulls", pre_text=["a", None, "b"], table=table, program="add(7, 1)")]
+    write_raw(tmp_path, train=rows)
+
+    string, null, nulls = load_finqa(tmp_path / "FinQA/train.json").questions
+
+    assert (string.pre_text, string.post_text) == ("one line .\ntwo .", "the end .")
+    assert null.pre_text == "" and nulls.pre_text == "a\nb"
+    assert nulls.table == [["", "2009"], ["", "7"], ["net sales", "", "5.5"]]
+
+
+def test_a_program_names_its_row_as_the_table_has_it(tmp_path: Path) -> None:
+    table = [["", "2009"], ["a|b", "5"], ["c\nd", "7"]]
+    program = "table_sum(a|b, none), table_sum(c\nd, none), add(#0, #1)"
+    write_raw(tmp_path, train=[raw_row(table=table, program=program)])
+    [question] = load_finqa(tmp_path / "FinQA/train.json").questions
+    assert [line[0] for line in question.table] == ["", "a/b", "c d"]
+    assert question.program == "table_sum(a/b, none), table_sum(c d, none), add(#0, #1)"
+
+
+def test_more_dropped_rows_than_the_share_end_in_an_exit_code_after_the_files_are_written(
+    command: Command, tmp_path: Path
+) -> None:
+    rows = [raw_row(f"a{i}", exe_ans="n/a" if i < 3 else 1.0) for i in range(8)]
+    write_raw(tmp_path, train=rows, dev=rows[3:], test=rows)
+
+    line = the_one_line(command("preprocess_finqa"))
+
+    assert "38% of the rows" in line and "train.json" in line and "test.json" in line and "dev.json" not in line
+    assert "--max-failed-share 0.2" in line
+    assert [len(read_questions(clean(tmp_path, split))) for split in ("train", "dev", "test")] == [5, 5, 5]
+    assert command("preprocess_finqa", "--max-failed-share", "0.4").returncode == 0
+
+
 def test_rows_without_question_or_answer_or_of_another_shape_are_dropped_and_counted(
     command: Command, tmp_path: Path
 ) -> None:
     rows = [raw_row("kept"), raw_row("q", question="  "), raw_row("a", exe_ans="", answer=None), {"id": "no qa"}, 7]
     write_raw(tmp_path, train=[*rows, raw_row("table", exe_ans=1, table="a|b")])
 
-    done = command("preprocess_finqa", "--split", "train")
+    done = command("preprocess_finqa", "--split", "train", "--max-failed-share", "1")
 
     assert done.returncode == 0, done.stderr
     assert [q.id for q in read_questions(clean(tmp_path))] == ["kept"]
@@ -130,7 +213,7 @@ def test_strings_that_look_like_missing_values_stay_text(command: Command, tmp_p
 def test_half_a_character_that_no_file_can_hold_drops_the_row(command: Command, tmp_path: Path) -> None:
     write_raw(tmp_path, train=[raw_row("kept"), raw_row("half", pre_text=["a\ud800b"])])
 
-    done = command("preprocess_finqa", "--split", "train")
+    done = command("preprocess_finqa", "--split", "train", "--max-failed-share", "0.5")
 
     assert done.returncode == 0, done.stderr
     assert [q.id for q in read_questions(clean(tmp_path))] == ["kept"]

@@ -193,3 +193,15 @@ def test_importing_a_script_imports_nothing_heavy(script: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("operand", ["–12", "1.5 million", "0x10", "1_000", "const_x"])
+def test_an_operand_that_is_no_number_is_the_reason_of_its_row(command: Command, tmp_path: Path, operand: str) -> None:
+    write_raw(tmp_path, train=[raw_row("bad", f"add({operand}, 1)", exe_ans=1), *every_operation("train")])
+    command("preprocess_finqa", "--split", "train")
+
+    done = command("process_finqa_code_generation", "--teacher", "program", "--split", "train")
+
+    assert done.returncode == 0 and "1 without (teacher-program 1)" in done.stdout, done.stderr
+    row = read_teacher_rows(tmp_path / "clean_with_code/FinQA/finqa_train_generated.csv")[0]
+    assert row.error_message == f"step 0: {operand!r} is not a number" and not row.generated_code

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import write_atomically
 from preprocessing.teacher.answer_journal import Answer, AnswerJournal, Failure
-from preprocessing.teacher.chat_request import answer_from, one_line, status_fault, status_kind
-from preprocessing.teacher.config import OpenAITeacherConfig, api_key
+from preprocessing.teacher.chat_request import answer_from, as_sent, one_line, status_fault, status_kind
+from preprocessing.teacher.config import LimitName, OpenAITeacherConfig, api_key
 from preprocessing.teacher.conversation import Wanted
 
 if TYPE_CHECKING:
@@ -82,14 +82,18 @@ def custom_id(wanted: Wanted) -> str:
 
 
 def split_into_files(
-    wanted: Iterable[Wanted], most_requests: int = REQUESTS_A_BATCH, most_bytes: int = BYTES_A_BATCH
+    wanted: Iterable[Wanted],
+    most_requests: int = REQUESTS_A_BATCH,
+    most_bytes: int = BYTES_A_BATCH,
+    limit_name: LimitName = "max_completion_tokens",
 ) -> Iterator[tuple[tuple[str, ...], bytes]]:
     """The requests as JSONL files within the limits: the custom ids and the content of each."""
     names: list[str] = []
     content = bytearray()
     for one in wanted:
         name = custom_id(one)
-        line = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": one.request}
+        body = as_sent(one.request, limit_name)
+        line = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body}
         data = json.dumps(line).encode() + b"\n"
         if names and (len(names) >= most_requests or len(content) + len(data) > most_bytes):
             yield tuple(names), bytes(content)
@@ -118,7 +122,7 @@ class Batches:
         """Make batches of the requests, and return them. Those in a batch under way must not be among them."""
         made: list[BatchRecord] = []
         with self._client() as client:
-            for names, content in split_into_files(wanted, most_requests):
+            for names, content in split_into_files(wanted, most_requests, limit_name=self.config.limit_name):
                 with self._one_line("uploading the requests"):
                     file = client.files.create(file=(f"{self.path.stem}.jsonl", content), purpose="batch")
                 record = BatchRecord(mark=uuid.uuid4().hex, requests=names, model=self.config.model)
@@ -157,8 +161,8 @@ class Batches:
         with self._client() as client:
             for file in filter(None, (batch.output_file_id, batch.error_file_id)):
                 with self._one_line(f"fetching {file} of batch {batch.id}"):
-                    text = client.files.content(file).text
-                for line in text.splitlines():
+                    content = client.files.content(file).content
+                for line in content.decode(errors="replace").split("\n"):  # splitlines ends at U+2028 too
                     name, outcome = read_line(line, record.model, batch.id)
                     if name in waiting:
                         waiting.remove(name)
@@ -254,6 +258,8 @@ def read_line(line: str, asked: str, batch: str) -> tuple[str, Answer | Failure]
 
 def reason(batch: Batch) -> str:
     """How a batch stands, with what the server says about it."""
-    errors = batch.errors.data if batch.errors and batch.errors.data else []
-    said = "; ".join(one_line(f"{error.code}: {error.message}") for error in errors[:3])
+    # The client builds its objects from whatever a compatible server sends.
+    errors: Any = getattr(batch.errors, "data", None) or batch.errors or []
+    several = errors[:3] if isinstance(errors, list) else [errors]
+    said = "; ".join(one_line(f"{one.code}: {one.message}" if hasattr(one, "message") else one) for one in several)
     return f"batch {batch.id} is {batch.status}{': ' + said if said else ''}"
