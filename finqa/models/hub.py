@@ -14,6 +14,8 @@ from finqa.runtime.errors import UserError
 
 LEFT_OUT = ("checkpoint-*/*", "*.tmp", "*.tmp/*", "wandb/*", ".*")
 """What a push leaves at home: checkpoints, logs, and what a killed run left half-written."""
+NOT_FETCHED = ("consolidated*", "original/*")
+"""The same weights once more, in the form of the model's maker."""
 Purpose = Literal["read", "write"]
 Result = TypeVar("Result")
 
@@ -43,9 +45,10 @@ def fetch_folder(repo_id: str, revision: str | None = None, patterns: list[str] 
     )
 
     _quiet()
+    chosen: Any = {"allow_patterns": patterns, "ignore_patterns": list(NOT_FETCHED)}
     try:
         with _explained(repo_id, "read"):
-            return Path(_once_more(lambda: snapshot_download(repo_id, revision=revision, allow_patterns=patterns)))
+            return Path(_once_more(lambda: snapshot_download(repo_id, revision=revision, **chosen)))
     except GatedRepoError as error:
         raise _refused(repo_id, "read") from error
     except LocalEntryNotFoundError as error:
