@@ -7,15 +7,19 @@ it: base model, tokenizer, adapter (a local folder first, then the Hub). `mergin
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import shlex
 import sys
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finqa.models import hub
-from finqa.models.settings import StudentSettings, settings_for
-from finqa.models.weights import check_base, weights_hash
+from finqa.models.adapters import check_adapter, check_plain
+from finqa.models.settings import SETTINGS, StudentSettings, settings_for
+from finqa.models.weights import SAFETENSORS, check_base, check_model_folder
 from finqa.runtime.command_line import add_flags, flag, given, option, words_of
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY, Folders
@@ -29,6 +33,12 @@ if TYPE_CHECKING:
 DEFAULT_DATASET = "FinQA"
 DEFAULT_MODEL = "mistralai/Mistral-7B-Instruct-v0.3"
 POCKET = "pocket-mistral"
+TEMPLATE_DATE = date(2024, 7, 26)
+"""What a chat template is told when it asks for today's date: the token ids of a row are the same on every day."""
+LONGEST_FOLDER = 200
+"""Bytes of a model id, to which other names are added: file systems take 255."""
+LONGEST_ID = 96 - len("-merged")
+"""Letters of a model id, so that the Hub takes its repository and that of the merged model."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +69,27 @@ class StudentRun:
             raise UserError(f"--GRAD_ACCUM must be at least 1, not {self.grad_accum}")
         if "/" in self.run_name or self.run_name in {".", ".."}:
             raise UserError(f"--run-name is part of a folder name and may hold no slash: {self.run_name!r}")
+        if not self.run_name.isprintable() or len(self.model_id.encode()) > LONGEST_FOLDER:
+            raise UserError("--run-name is part of a folder name: give a shorter one, of letters, digits, - and _")
 
     @property
     def model_id(self) -> str:
-        """`<base, / as _>[-4bit]-peft<modules>-bs<batch>-ne<epochs>[-ga<n>][-<run name>]`."""
+        """`<base, / as _>[-4bit]-peft<modules>-bs<batch>-ne<epochs>[-ga<n>][-<run name>]`.
+
+        Where that is longer than the Hub takes, modules are named without `_proj`.
+        """
+        whole = self._model_id("_".join(self.settings.lora_modules))
+        if len(whole) <= LONGEST_ID:
+            return whole
+        return self._model_id("_".join(name.removesuffix("_proj") for name in self.settings.lora_modules))
+
+    def _model_id(self, modules: str) -> str:
         local = local_model(self.model)
         parts = [local.name if local else self.model.replace("/", "_")]
         if self.load_in_4bit:
             parts.append("4bit")
         if self.peft:
-            parts.append("peft" + "_".join(self.settings.lora_modules))
+            parts.append("peft" + modules)
         parts += [f"bs{self.settings.batch_size}", f"ne{self.settings.num_epochs}"]
         if self.grad_accum > 1:
             parts.append(f"ga{self.grad_accum}")
@@ -89,8 +110,13 @@ class StudentRun:
 
     def training_command(self) -> str:
         """The command that makes this student."""
-        words = ["python main.py", self.dataset, self.model, self.given_hf_name or "<HF_NAME>"]
-        return " ".join([*words, *self.flags(peft=False)])
+        return self.command("main.py", peft=False)
+
+    def command(self, script: str, **defaults: Any) -> str:
+        """The command that runs a script for this student; `defaults` are those of the script."""
+        words = ["python", script, *map(shlex.quote, (self.dataset, self.model))]
+        words += [shlex.quote(self.given_hf_name)] if self.given_hf_name else []
+        return " ".join([*words, *self.flags(**defaults)])
 
     def flags(self, **defaults: Any) -> list[str]:
         """The flags that name this student; `defaults` are those of the script that takes them."""
@@ -132,29 +158,44 @@ def resolve_model(name: str, revision: str | None = None) -> str:
     """Folder of a base model; one on the Hub is downloaded (or found in the Hub's cache)."""
     folder = local_model(name)
     if folder is not None:
-        if not (folder / "config.json").exists():
-            remedy = "; make it with: python -m mini.pretrain_pocket_mistral" if name == POCKET else ""
-            raise UserError(f"{folder} holds no model (config.json is missing){remedy}")
+        if name == POCKET and not (folder / "config.json").exists():
+            remedy = "make it with: python -m mini.pretrain_pocket_mistral"
+            raise UserError(f"{folder} holds no model (config.json is missing); {remedy}")
+        check_model_folder(folder)
         return str(folder)
+    if Path(name).is_file():
+        raise UserError(f"{name} is a file; {SAFETENSORS}")
     fetched = hub.fetch_folder(name, revision, ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"])
     if fetched is None:
         at = f" at revision {revision}" if revision else ""
-        raise UserError(f"the model {name} is neither a local folder nor on the Hub{at} (is the network there?)")
+        near = difflib.get_close_matches(name, SETTINGS, 1)
+        meant = f"did you mean {near[0]}?" if near else "see to its spelling, or log in with: hf auth login"
+        raise UserError(
+            f"the model {name} is neither a local folder nor on the Hub{at} (is the network there?); {meant}"
+        )
+    check_model_folder(fetched)
     return str(fetched)
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Tokenizer with a chat template and a padding token (padding never carries loss or attention)."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(local_model(model) or resolve_model(model, revision))
+    folder = resolve_model(model, revision)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = settings_for(model).chat_template
     if tokenizer.chat_template is None:
-        raise UserError(f"the tokenizer of {model} has no chat template; use an instruct model")
+        raise UserError(
+            f"the tokenizer of {model} has no chat template; use an instruct model, or put its template as "
+            "chat_template.jinja into a local folder of the model, and give that folder"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {model} has no end token, so a reply could never end")
-    if tokenizer.pad_token_id is None:
+    embedded = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+    if tokenizer.eos_token_id >= embedded:
+        raise UserError(f"the end token of {model} ({tokenizer.eos_token_id}) is none of its {embedded} embeddings")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= embedded:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -209,11 +250,17 @@ def find_adapter(run: StudentRun, folders: Folders) -> Path:
     """Folder of the fine-tuned student: `D/models/<dataset>/<model-id>`, else a copy from the Hub."""
     local = folders.model(run.dataset, run.model_id)
     if is_student(local):
+        check_plain(local)
         return local
     hub_id = run.hub_id
     fetched = hub.fetch_folder(hub_id) if hub_id else None
     if fetched is not None and is_student(fetched):
+        check_plain(fetched)
         return fetched
+    beside = replace(run, peft=not run.peft)
+    if is_student(there := folders.model(run.dataset, beside.model_id)):
+        flag_for_it = "-P" if beside.peft else "--no-peft"
+        raise UserError(f"no fine-tuned model in {local}, but one in {there}: give {flag_for_it} for that one")
     nowhere = f"no fine-tuned model in {local}, nor {hub.looked_for(hub_id)}"
     raise UserError(f"{nowhere}; make it with: {run.training_command()}")
 
@@ -225,16 +272,22 @@ def is_student(folder: Path) -> bool:
 
 
 def load_adapter(base: PreTrainedModel, student: Path) -> PeftModel:
-    """Put the adapter in folder `student` on its base model; UserError on another base than its own."""
+    """Put the adapter in folder `student` on its base model.
+
+    Raises UserError on another base than its own, and for an adapter that is not handled exactly.
+    """
     from peft import PeftModel
 
-    check_base(student, weights_hash(str(base.name_or_path)))
+    check_adapter(student, str(base.name_or_path))
+    check_base(student, str(base.name_or_path))
     return PeftModel.from_pretrained(base, student)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """Token ids of a conversation up to where the reply begins, special tokens by the chat template alone."""
-    ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    ids: Any = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False, strftime_now=TEMPLATE_DATE.strftime
+    )
     return list(ids)
 
 

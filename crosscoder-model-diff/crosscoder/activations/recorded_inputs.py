@@ -25,7 +25,7 @@ def find_fine_tuned(choice: ActivationChoice, folders: Folders) -> Path:
     if not choice.merged:
         return students.find_adapter(student, folders)
     local = folders.model(student.dataset, f"{student.model_id}-merged")
-    command = choice.command("merge_and_push_lora.py")
+    command = student.command("merge_and_push_lora.py")
     return find_folder(local, student, "config.json", "merged model", command)
 
 

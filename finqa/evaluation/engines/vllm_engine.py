@@ -62,6 +62,9 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
         "tensor_parallel_size": config.tensor_parallel,
         "enable_prefix_caching": True,
         "seed": 0,
+        # What transformers reads: vLLM would take a second copy in Mistral's own form where one is beside it.
+        "config_format": "hf",
+        "load_format": "dummy" if arguments.random_weights else "safetensors",
     }
     if device == "cpu":
         # Both must be set before the import: a second process would cost half a minute to start.
@@ -92,9 +95,7 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
         _check_cache_holds_a_reply(Path(arguments.model), settings["max_model_len"], config)
         settings["kv_cache_memory_bytes"] = int(config.kv_cache_gb * 1e9)
     if arguments.load_in_4bit:
-        settings["quantization"] = "bitsandbytes"
-    if arguments.random_weights:
-        settings["load_format"] = "dummy"
+        settings |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
     if adapter is not None:
         settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank_limit(adapter)}
 
@@ -224,7 +225,8 @@ def _rank_limit(adapter: Path) -> int:
     """The smallest rank that vLLM can be set to and that holds the adapter's."""
     from vllm.config.lora import MaxLoRARanks
 
-    rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    rank = max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
     allowed = [limit for limit in get_args(MaxLoRARanks) if limit >= rank]
     if not allowed:
         most = max(get_args(MaxLoRARanks))
