@@ -82,6 +82,20 @@ def check_tied(modules: str | Iterable[str], base: Path | str) -> None:
         )
 
 
+def check_layers(pair: Any, folder: Path) -> None:
+    """Raises UserError where the loaded adapter of `folder` is on bare parameters: peft takes names of experts so."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    found = sorted(
+        {name.rpartition(".")[2] for name, module in pair.named_modules() if isinstance(module, ParamWrapper)}
+    )
+    if found:
+        raise UserError(
+            f"the adapter in {folder} is not plain LoRA (it is on parameters of {', '.join(found)}, not on linear "
+            "layers); train it again on the attention's layers"
+        )
+
+
 def _takes(modules: str | Iterable[str], name: str) -> bool:
     if isinstance(modules, str):
         return any(re.fullmatch(modules, prefix + name) for prefix in ("", "model.", "transformer.", "gpt_neox."))

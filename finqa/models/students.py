@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finqa.models import hub
-from finqa.models.adapters import check_adapter, check_plain
+from finqa.models.adapters import check_adapter, check_layers, check_plain
 from finqa.models.settings import SETTINGS, StudentSettings, settings_for
 from finqa.models.weights import SAFETENSORS, check_base, check_model_folder
 from finqa.runtime.command_line import add_flags, flag, given, option, words_of
@@ -280,7 +280,16 @@ def load_adapter(base: PreTrainedModel, student: Path) -> PeftModel:
 
     check_adapter(student, str(base.name_or_path))
     check_base(student, str(base.name_or_path))
-    return PeftModel.from_pretrained(base, student)
+    try:
+        pair = PeftModel.from_pretrained(base, student)
+    except (ValueError, RuntimeError) as error:  # no layers of these names, none that take an adapter, other sizes
+        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+            raise
+        raise UserError(
+            f"the adapter in {student} does not fit its base: {' '.join(str(error).split())[:300]}"
+        ) from error
+    check_layers(pair, student)
+    return pair
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:

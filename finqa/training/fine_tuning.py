@@ -111,12 +111,12 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
             check_tied(run.settings.lora_modules, base)
         base_hash = weights_hash(base)
         identity = _identity(run, config, base_hash, rows_hash(rows))
+        tokenizer = load_tokenizer(run.model, run.revision)  # before the folder is made
         if parallel.is_first():
             _claim(folder, identity)
         if is_student(folder) and (folder / "run.json").exists():
             print(f"already trained: {folder}", flush=True)
             return
-        tokenizer = load_tokenizer(run.model, run.revision)
         examples, too_long = tokenised(rows, tokenizer, run.settings.max_seq_length, folders.tokenised)
         n_tokens = sum(examples["n_tokens"])
         print(f"training on {len(examples)} rows, {n_tokens} tokens an epoch: {folder}", flush=True)

@@ -148,6 +148,38 @@ def test_a_tied_head_and_unknown_modules_are_refused_before_training(tiny_studen
         assert not list((folders.data / "models").rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize("modules", [["gate", "q_proj"], ["w1", "q_proj"]])
+def test_an_adapter_on_experts_or_their_router_is_refused(modules: list[str], adapter: Path, tmp_path: Path):
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, num_local_experts=2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    change(adapter, target_modules=modules)
+    with pytest.raises(UserError, match=r"not plain LoRA .* parameters of gate|does not fit its base") as refusal:
+        load_adapter(load_base(str(tmp_path / "experts"), torch.float32), adapter)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_adapter_of_another_models_sizes_is_one_line(adapter: Path, tiny_student: Path):
+    base = load_base(str(tiny_student))
+    change(adapter, r=8)
+    with pytest.raises(UserError, match=r"does not fit its base.*size mismatch"):
+        load_adapter(base, adapter)
+
+
+def test_a_model_without_a_template_leaves_no_folder(tiny_student: Path, tmp_path: Path):
+    bare = Path(shutil.copytree(tiny_student, tmp_path / "bare"))
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    folders = folders_with_rows(tmp_path)
+    with pytest.raises(UserError, match=r"no chat template; .* chat_template\.jinja"):
+        fine_tune(StudentRun("FinQA-mini", str(bare), SETTINGS), TrainingConfig(), folders)
+    assert not list((folders.data / "models").rglob("*"))[1:]
+
+
 def test_a_damaged_adapter_config_is_one_line(adapter: Path, tiny_student: Path):
     (adapter / "adapter_config.json").write_text('{"r": ')
     with pytest.raises(UserError, match="is damaged"):
