@@ -17,6 +17,7 @@ from training_parts import SETTINGS, folders_with_rows
 
 from finqa.evaluation.engines.hugging_face_engine import hugging_face
 from finqa.evaluation.engines.serving import served_models
+from finqa.evaluation.engines.vllm_engine import EngineArguments, vllm_engine
 from finqa.evaluation.generation import GenerationConfig
 from finqa.models.adapters import check_adapter, write_canonical
 from finqa.models.merging import merge
@@ -274,6 +275,10 @@ def test_a_second_copy_of_the_weights_is_no_part_of_the_model(tiny_student: Path
     folder = Path(shutil.copytree(tiny_student, tmp_path / "both"))
     (folder / "consolidated.safetensors").write_bytes(b"the same once more")
     assert weights_hash(folder) == weights_hash(tiny_student) != weights_hash(folder, consolidated=True)
+    config = GenerationConfig(vllm=True, max_new_tokens=2, batch_size=1)
+    engine = vllm_engine(EngineArguments(str(folder), str(folder), False, config, None))
+    with pytest.raises(UserError, match="second copy of the weights"), engine:
+        pass
 
 
 def test_seven_modules_have_a_name_that_the_hub_takes_and_shorter_names_stay():

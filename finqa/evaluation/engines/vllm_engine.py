@@ -54,6 +54,7 @@ class EngineArguments:
 def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any]]]:
     """A running vLLM engine and what is worth recording of it; it is gone at the end of the block."""
     config, adapter = arguments.config, arguments.adapter
+    _check_one_copy(Path(arguments.model))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     device, show = default_device(), sys.stderr.isatty()
@@ -127,6 +128,15 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
         del engine
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def _check_one_copy(model: Path) -> None:
+    """UserError where vLLM would read two copies of the weights: without an index it takes every file that is there."""
+    second = sorted(model.glob("consolidated*.safetensors"))
+    if second and (model / "model.safetensors").exists():
+        raise UserError(
+            f"{second[0]} is a second copy of the weights, which vLLM would mix in; move it out of the folder"
+        )
 
 
 def _check_gpus_are_free(config: GenerationConfig) -> None:
