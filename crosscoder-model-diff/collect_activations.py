@@ -37,7 +37,7 @@ from crosscoder.names import (
     require_push,
 )
 from finqa.models import hub, students
-from finqa.models.weights import check_base, weights_hash
+from finqa.models.weights import check_base
 from finqa.runtime import parallel
 from finqa.runtime.command_line import add_flags, at_least_one, flag, from_args, script_parser, settings_of
 from finqa.runtime.errors import report_errors
@@ -281,7 +281,7 @@ def load_readers(plan: Plan) -> tuple[Read, Read]:
     if is_adapter(plan.fine_tuned):
         adapted = students.load_adapter(base, plan.fine_tuned)
         if plan.instruct:
-            check_base(plan.instruct, weights_hash(str(base.name_or_path)))
+            check_base(plan.instruct, str(base.name_or_path))
             adapted.load_adapter(str(plan.instruct), INSTRUCT_ADAPTER)
         in_the_models_dtype(adapted.eval(), dtype)
         if plan.device.startswith("cuda"):

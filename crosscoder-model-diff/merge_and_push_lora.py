@@ -31,6 +31,7 @@ from finqa.models.weights import weights_hash
 from finqa.runtime import parallel
 from finqa.runtime.command_line import add_flags, flag, from_args, script_parser, settings_of
 from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import write_manifest
 from finqa.runtime.paths import SPLITS, Folders, add_folder_flags, write_atomically
 from finqa.task.records import read_teacher_rows
@@ -85,7 +86,8 @@ def main() -> None:
     if is_merged(folder, adapter_hash, config.overwrite):
         print(f"{folder} is complete and was made from this adapter")
     else:
-        merge(config, student, adapter, adapter_hash, folder, folders)
+        with only_run_on(folder):
+            merge(config, student, adapter, adapter_hash, folder, folders)
     repository = hub_id(student, folder.name) if args.push else None
     hub.push_folder(folder, repository, args.push, args.private)
 

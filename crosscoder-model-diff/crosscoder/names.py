@@ -25,7 +25,6 @@ from finqa.models.students import (
     DEFAULT_MODEL,
     StudentRun,
     add_student_flags,
-    fetch_model,
     local_model,
     student_from_args,
 )
@@ -227,7 +226,7 @@ def default_layer(depth: int) -> int:
 def model_depth(model: str, revision: str | None = None) -> int:
     """Layers of a model, from its config.json alone; UserError where that is nowhere."""
     try:
-        folder = local_model(model) or fetch_model(model, revision, ["config.json"])
+        folder = local_model(model) or hub.fetch_model(model, revision, ["config.json"])
     except UserError as error:
         if model == DEFAULT_MODEL:
             return DEFAULT_DEPTH  # so that what is missing without a network is said by its name

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from finqa.models.students import (
 from finqa.models.weights import weights_hash
 from finqa.runtime.command_line import at_least_one, flag
 from finqa.runtime.errors import UserError
+from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import file_hash, write_json, write_manifest
 from finqa.runtime.paths import Folders
 from finqa.runtime.progress import say
@@ -106,7 +108,9 @@ def evaluate(
     tasks = _tasks(run, config, folders, student)
     missing = [task for task in tasks if not task.complete]
     report = folders.results / run.dataset / run.model_id
-    with Sandbox(config.sandbox) as sandbox:
+    with Sandbox(config.sandbox) as sandbox, ExitStack() as held:
+        for task in tasks:
+            held.enter_context(only_run_on(task.folder))
         for task in tasks:
             if task.complete:
                 _finish(task, run, config, sandbox)

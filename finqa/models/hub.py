@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from finqa.runtime.errors import UserError
+from finqa.models.settings import SETTINGS
+from finqa.runtime.errors import UserError, nearest
 
 LEFT_OUT = ("checkpoint-*/*", "*.tmp", "*.tmp/*", "wandb/*", ".*")
 """What a push leaves at home: checkpoints, logs, and what a killed run left half-written."""
+NOT_FETCHED = ("consolidated*", "original/*")
+"""The same weights once more, in the form of the model's maker."""
 Purpose = Literal["read", "write"]
 Result = TypeVar("Result")
 
@@ -26,6 +29,22 @@ def logged_in_name() -> str | None:
 
 def is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def fetch_model(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """The files of a base model on the Hub that match; UserError, with the name most like it, where it is not there."""
+    folder = Path(name).expanduser()
+    beside = [str(path) for path in folder.parent.glob("*/") if folder.parent != Path()]
+    like = nearest(name, [*SETTINGS, *beside])
+    try:
+        fetched = fetch_folder(name, revision, patterns)
+    except UserError as error:
+        raise UserError(f"{name} is no local folder{like}, and {error}") from error
+    if fetched is None:
+        at = f" at revision {revision}" if revision else ""
+        offline = "HF_HUB_OFFLINE is set" if is_offline() else "a private one needs: hf auth login"
+        raise UserError(f"the model {name} is neither a local folder nor on the Hub{at} ({offline}){like}")
+    return fetched
 
 
 def fetch_folder(repo_id: str, revision: str | None = None, patterns: list[str] | None = None) -> Path | None:
@@ -43,9 +62,10 @@ def fetch_folder(repo_id: str, revision: str | None = None, patterns: list[str] 
     )
 
     _quiet()
+    chosen: Any = {"allow_patterns": patterns, "ignore_patterns": list(NOT_FETCHED)}
     try:
         with _explained(repo_id, "read"):
-            return Path(_once_more(lambda: snapshot_download(repo_id, revision=revision, allow_patterns=patterns)))
+            return Path(_once_more(lambda: snapshot_download(repo_id, revision=revision, **chosen)))
     except GatedRepoError as error:
         raise _refused(repo_id, "read") from error
     except LocalEntryNotFoundError as error:

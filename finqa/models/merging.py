@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from finqa.models.adapters import check_adapter
 from finqa.models.students import load_adapter, load_base, load_tokenizer, resolve_model
 from finqa.runtime.memory.needs import MERGED_FILE_GB
 from finqa.runtime.memory.plan import plan_merging
@@ -40,6 +41,7 @@ def merge(
     from transformers import AutoConfig
 
     path = resolve_model(model, revision)
+    check_adapter(student, path)
     plan_merging(Path(path), student, folder)
     stored: Any = AutoConfig.from_pretrained(path).dtype or torch.bfloat16
     pair: Any = load_adapter(load_base(model, dtype=stored, device="cpu", revision=revision), student)

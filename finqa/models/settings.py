@@ -1,11 +1,13 @@
 """What each student model is fine-tuned with when no flag says otherwise.
 
 The settings of the 7B run are the published ones; the others change what their architecture or size asks for.
-A model that is not in the table gets `DEFAULTS`, which works for any causal model with a chat template.
+A model that is not in the table gets those of its size: below four thousand million parameters the small ones.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -92,6 +94,11 @@ _SMALL = StudentSettings(
     eval_batch_size=16,
 )
 
+SMALL_UNKNOWN = replace(_SMALL, batch_size=DEFAULTS.batch_size, num_epochs=DEFAULTS.num_epochs)
+"""Of small models that are not in the table. What names a fine-tuned model is as for every other unknown one."""
+SMALL_SIZE, SMALL_WIDTH = 4e9, 3072
+"""Parameters, and hidden size, below which a model is small."""
+
 SETTINGS: dict[str, StudentSettings] = {
     "mistralai/Mistral-7B-Instruct-v0.3": DEFAULTS,
     "microsoft/Orca-2-7b": _ORCA2,
@@ -116,8 +123,24 @@ SETTINGS: dict[str, StudentSettings] = {
 
 def settings_for(model: str) -> StudentSettings:
     """Settings of a model by its Hub id or of a local folder by its last name, whatever the case."""
-    wanted = {model.lower(), Path(model).name.lower()}
-    for name, settings in SETTINGS.items():
-        if {name.lower(), Path(name).name.lower()} & wanted:
-            return settings
-    return DEFAULTS
+    own = next((settings for name, settings in SETTINGS.items() if _is(model, name)), None)
+    return own or (SMALL_UNKNOWN if _is_small(model) else DEFAULTS)
+
+
+def is_known(model: str) -> bool:
+    """Whether the table has settings for this very model."""
+    return any(_is(model, name) for name in SETTINGS)
+
+
+def _is(model: str, name: str) -> bool:
+    return bool({name.lower(), Path(name).name.lower()} & {model.lower(), Path(model).name.lower()})
+
+
+def _is_small(model: str) -> bool:
+    """By the width in the config.json of a local folder, else by the size in the name, such as 0.5B or 360M."""
+    try:
+        config = json.loads((Path(model).expanduser() / "config.json").read_text())
+        return config["hidden_size"] < SMALL_WIDTH
+    except (OSError, ValueError, KeyError, TypeError):
+        said = re.search(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", Path(model).name.lower())
+        return bool(said) and float(said[1]) * {"b": 1e9, "m": 1e6}[said[2]] < SMALL_SIZE

@@ -12,15 +12,17 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finqa.models import hub
-from finqa.models.settings import SETTINGS, StudentSettings, settings_for
-from finqa.models.weights import check_base, weights_hash
+from finqa.models.adapters import check_adapter, check_layers, check_plain
+from finqa.models.settings import StudentSettings, settings_for
+from finqa.models.weights import SAFETENSORS, check_base, check_model_folder
 from finqa.runtime.command_line import add_flags, flag, given, option, words_of
 from finqa.runtime.commands import typed
-from finqa.runtime.errors import UserError, nearest
+from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY, Folders, check_name
 from finqa.task import datasets, prompts
 
@@ -34,6 +36,10 @@ DEFAULT_MODEL = "mistralai/Mistral-7B-Instruct-v0.3"
 POCKET = "pocket-mistral"
 ACCOUNT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 """What may be the name of a Hub account."""
+TEMPLATE_DATE = date(2024, 7, 26)
+"""What a chat template is told when it asks for today's date: the token ids of a row are the same on every day."""
+LONGEST_ID = 96 - len("-merged")
+"""Letters of a model id, so that the Hub takes its repository and that of the merged model."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +84,21 @@ class StudentRun:
 
     @property
     def model_id(self) -> str:
-        """`<base, / as _>[-4bit]-peft<modules>-bs<batch>-ne<epochs>[-ga<n>][-<run name>]`."""
+        """`<base, / as _>[-4bit]-peft<modules>-bs<batch>-ne<epochs>[-ga<n>][-<run name>]`.
+
+        Where that is longer than the Hub takes, modules are named without `_proj`.
+        """
+        whole = self._model_id("_".join(self.settings.lora_modules))
+        if len(whole) <= LONGEST_ID:
+            return whole
+        return self._model_id("_".join(name.removesuffix("_proj") for name in self.settings.lora_modules))
+
+    def _model_id(self, modules: str) -> str:
         parts = [self.base_name]
         if self.load_in_4bit:
             parts.append("4bit")
         if self.peft:
-            parts.append("peft" + "_".join(self.settings.lora_modules))
+            parts.append("peft" + modules)
         parts += [f"bs{self.settings.batch_size}", f"ne{self.settings.num_epochs}"]
         if self.grad_accum > 1:
             parts.append(f"ga{self.grad_accum}")
@@ -151,41 +166,37 @@ def resolve_model(name: str, revision: str | None = None) -> str:
     """Folder of a base model; one on the Hub is downloaded (or found in the Hub's cache)."""
     folder = local_model(name)
     if folder is not None:
-        if not (folder / "config.json").exists():
-            remedy = "; make it with: python -m mini.pretrain_pocket_mistral" if name == POCKET else ""
-            raise UserError(f"{folder} holds no model (config.json is missing){remedy}")
+        if name == POCKET and not (folder / "config.json").exists():
+            remedy = "make it with: python -m mini.pretrain_pocket_mistral"
+            raise UserError(f"{folder} holds no model (config.json is missing); {remedy}")
+        check_model_folder(folder)
         return str(folder)
-    return str(fetch_model(name, revision, ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]))
-
-
-def fetch_model(name: str, revision: str | None, patterns: list[str]) -> Path:
-    """The files of a base model on the Hub that match; UserError, with the name most like it, where it is not there."""
-    folder = Path(name).expanduser()
-    beside = [str(path) for path in folder.parent.glob("*/") if folder.parent != Path()]
-    like = nearest(name, [POCKET, *SETTINGS, *beside])
-    try:
-        fetched = hub.fetch_folder(name, revision, patterns)
-    except UserError as error:
-        raise UserError(f"{name} is no local folder{like}, and {error}") from error
-    if fetched is None:
-        at = f" at revision {revision}" if revision else ""
-        offline = "HF_HUB_OFFLINE is set" if hub.is_offline() else "a private one needs: hf auth login"
-        raise UserError(f"the model {name} is neither a local folder nor on the Hub{at} ({offline}){like}")
-    return fetched
+    if Path(name).is_file():
+        raise UserError(f"{name} is a file; {SAFETENSORS}")
+    fetched = hub.fetch_model(name, revision, ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"])
+    check_model_folder(fetched)
+    return str(fetched)
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Tokenizer with a chat template and a padding token (padding never carries loss or attention)."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(local_model(model) or resolve_model(model, revision))
+    folder = resolve_model(model, revision)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = settings_for(model).chat_template
     if tokenizer.chat_template is None:
-        raise UserError(f"the tokenizer of {model} has no chat template; use an instruct model")
+        raise UserError(
+            f"the tokenizer of {model} has no chat template; use an instruct model, or put its template as "
+            "chat_template.jinja into a local folder of the model, and give that folder"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {model} has no end token, so a reply could never end")
-    if tokenizer.pad_token_id is None:
+    embedded = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+    if tokenizer.eos_token_id >= embedded:
+        raise UserError(f"the end token of {model} ({tokenizer.eos_token_id}) is none of its {embedded} embeddings")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= embedded:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -240,10 +251,12 @@ def find_adapter(run: StudentRun, folders: Folders) -> Path:
     """Folder of the fine-tuned student: `D/models/<dataset>/<model-id>`, else a copy from the Hub."""
     local = folders.model(run.dataset, run.model_id)
     if is_student(local):
+        check_plain(local)
         return local
     hub_id = run.hub_id
     fetched = hub.fetch_folder(hub_id) if hub_id else None
     if fetched is not None and is_student(fetched):
+        check_plain(fetched)
         return fetched
     # What the folder of the same base with other modules, batch, epochs or run name is called.
     beside = sorted(path.name for path in local.parent.glob(f"{run.base_name}-*") if is_student(path))
@@ -260,16 +273,31 @@ def is_student(folder: Path) -> bool:
 
 
 def load_adapter(base: PreTrainedModel, student: Path) -> PeftModel:
-    """Put the adapter in folder `student` on its base model; UserError on another base than its own."""
+    """Put the adapter in folder `student` on its base model.
+
+    Raises UserError on another base than its own, and for an adapter that is not handled exactly.
+    """
     from peft import PeftModel
 
-    check_base(student, weights_hash(str(base.name_or_path)))
-    return PeftModel.from_pretrained(base, student)
+    check_adapter(student, str(base.name_or_path))
+    check_base(student, str(base.name_or_path))
+    try:
+        pair = PeftModel.from_pretrained(base, student)
+    except (ValueError, RuntimeError) as error:  # no layers of these names, none that take an adapter, other sizes
+        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+            raise
+        raise UserError(
+            f"the adapter in {student} does not fit its base: {' '.join(str(error).split())[:300]}"
+        ) from error
+    check_layers(pair, student)
+    return pair
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """Token ids of a conversation up to where the reply begins, special tokens by the chat template alone."""
-    ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    ids: Any = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False, strftime_now=TEMPLATE_DATE.strftime
+    )
     return list(ids)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -134,6 +135,32 @@ class Journal:
         except (ValueError, TypeError, KeyError):
             return False
         return True
+
+
+@contextmanager
+def only_run_on(folder: Path) -> Iterator[None]:
+    """Holds an output folder for this process: UserError where another run holds it; a killed one holds nothing.
+
+    The lock is a file beside the folder, so that the folder may be replaced, and goes with the block.
+    """
+    import fcntl
+
+    path = folder.with_name(f".{folder.name[:200]}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another run is writing to {folder}; wait for it, or end it first") from None
+            # The run before may have removed the file between opening and locking it.
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 class KeyedJournal(Journal):

@@ -132,6 +132,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def follow_umask(path: Path) -> None:
+    """Make a file as readable as any that the user makes."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 @contextmanager
 def renamed_to(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends, and goes where the block fails."""
@@ -140,10 +147,7 @@ def renamed_to(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes the file private; the result is as readable as any file the user makes.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        follow_umask(temporary)  # mkstemp makes it private
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finqa.models.adapters import check_tied, write_canonical
+from finqa.models.settings import is_known
 from finqa.models.students import (
     StudentRun,
     default_device,
@@ -26,9 +28,10 @@ from finqa.models.weights import weights_hash
 from finqa.runtime import parallel
 from finqa.runtime.command_line import flag
 from finqa.runtime.errors import UserError
+from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import file_hash, write_json, write_manifest
 from finqa.runtime.memory.plan import plan_training
-from finqa.runtime.paths import Folders
+from finqa.runtime.paths import Folders, follow_umask
 from finqa.runtime.tracking import wandb_run
 from finqa.training.checkpoints import UNFINISHED, drop_damaged, last_checkpoint, told_when_full
 from finqa.training.figure import draw_training
@@ -82,7 +85,8 @@ def fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders) -> Path
     do not suffice.
     """
     folder = folders.model(run.dataset, run.model_id)
-    with parallel.one_voice(), told_when_full(folder):
+    held = only_run_on(folder) if parallel.is_first() else contextlib.nullcontext()
+    with parallel.one_voice(), held, told_when_full(folder):
         try:
             _fine_tune(run, config, folders, folder)
             parallel.wait_for_all()
@@ -99,14 +103,20 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
     quiet_libraries()
     with parallel.first_goes_first():
         rows = read_training_rows(rows_path, config.families, config.max_rows)
-        base_hash = weights_hash(resolve_model(run.model, run.revision))
+        base = resolve_model(run.model, run.revision)
+        if not is_known(run.model) and parallel.is_first():
+            r, rate = run.settings.lora_r, run.settings.learning_rate
+            print(f"{run.model} has no settings of its own: rank {r}, learning rate {rate:g} by its size", flush=True)
+        if run.peft:
+            check_tied(run.settings.lora_modules, base)
+        base_hash = weights_hash(base)
         identity = _identity(run, config, base_hash, rows_hash(rows))
+        tokenizer = load_tokenizer(run.model, run.revision)  # before the folder is made
         if parallel.is_first():
             _claim(folder, identity)
         if is_student(folder) and (folder / "run.json").exists():
             print(f"already trained: {folder}", flush=True)
             return
-        tokenizer = load_tokenizer(run.model, run.revision)
         examples, too_long = tokenised(rows, tokenizer, run.settings.max_seq_length, folders.tokenised)
         n_tokens = sum(examples["n_tokens"])
         print(f"training on {len(examples)} rows, {n_tokens} tokens an epoch: {folder}", flush=True)
@@ -294,6 +304,9 @@ def _save(run: StudentRun, model: Any, tokenizer: Any, folder: Path) -> None:
     else:
         model.save_pretrained(staged)
     tokenizer.save_pretrained(staged)
+    write_canonical(staged)
+    for file in staged.iterdir():
+        follow_umask(file)  # the writer of weights makes them private
     for file in sorted(staged.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         file.replace(folder / file.name)
     staged.rmdir()

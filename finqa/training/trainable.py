@@ -110,11 +110,22 @@ def _with_adapter(base: PreTrainedModel, run: StudentRun) -> Any:
     except ValueError as error:
         if "target module" not in str(error).lower():
             raise
-        raise no_such_layers(run, run.settings.lora_modules) from error
+        raise no_such_layers(run, run.settings.lora_modules, linear_names(base)) from error
 
 
-def no_such_layers(run: StudentRun, names: Sequence[str]) -> UserError:
-    return UserError(f"{run.model} has no layers called {', '.join(names)}; name its own with --lora-modules")
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers of a model, each once."""
+    import torch
+
+    found = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    return sorted({name.rpartition(".")[2] for name in found})
+
+
+def no_such_layers(run: StudentRun, names: Sequence[str], there: Sequence[str]) -> UserError:
+    """The error for names that no layer has; `there`: the names of the linear layers."""
+    return UserError(
+        f"{run.model} has no layers called {', '.join(names)}; name its own with --lora-modules: {', '.join(there)}"
+    )
 
 
 def lora_config(run: StudentRun) -> LoraConfig:
@@ -148,11 +159,14 @@ def loss_on_completion(model: PreTrainedModel) -> None:
     """Give a causal model a forward pass that returns the loss and applies the head only where there is one.
 
     Logits of the prompt would be three quarters of the head's work and, at a large vocabulary, most of the memory.
+    The model's own forward pass makes the logits, of the chosen hidden states: some families scale or cap them.
     Everything around the model (peft, DDP, autocast) still calls its `forward`.
     """
     from transformers.modeling_outputs import CausalLMOutput
 
     from finqa.training.rows import NO_LOSS, completion_positions
+
+    own_forward = model.forward
 
     def forward(
         self: Any,
@@ -168,14 +182,25 @@ def loss_on_completion(model: PreTrainedModel) -> None:
         """
         import torch
 
-        model = getattr(self, self.base_model_prefix)
         if predicting is None:
             where, targets = completion_positions(labels)
-            hidden = model(input_ids=input_ids, use_cache=False).last_hidden_state[where]
         else:
-            targets = labels
-            hidden = model(input_ids=input_ids, use_cache=False, **rows).last_hidden_state[0, predicting]
-        logits = self.get_output_embeddings()(hidden).float()
+            where, targets = (0, predicting), labels
+
+        chosen = False
+
+        def choose(module: Any, inputs: Any, output: Any) -> None:
+            nonlocal chosen
+            output.last_hidden_state = output.last_hidden_state[where][None]
+            chosen = True
+
+        hook = getattr(self, self.base_model_prefix).register_forward_hook(choose)
+        try:
+            logits = own_forward(input_ids=input_ids, use_cache=False, **rows).logits
+        finally:
+            hook.remove()
+        # Some families (OPT) pass the hooked module by: then the logits are those of every token.
+        logits = (logits[0] if chosen else logits[where]).float()
         total: Any = torch.nn.functional.cross_entropy(logits, targets, ignore_index=NO_LOSS, reduction="sum")
         return CausalLMOutput(
             loss=total / ((targets != NO_LOSS).sum() if num_items_in_batch is None else num_items_in_batch)

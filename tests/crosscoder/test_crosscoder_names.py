@@ -201,3 +201,17 @@ def test_what_is_given_stands():
     )
     assert (crosscoder.n_latents, crosscoder.k) == (300, 7)
     assert (training.batch_size, training.epochs, training.learning_rate, training.seed) == (64, 0.5, 1e-2, 4)
+
+
+def test_the_command_that_makes_a_merged_model_has_flags_of_merging_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from crosscoder.activations.recorded_inputs import find_fine_tuned
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    student = StudentRun("FinQA-mini", "pocket-mistral", settings_for("pocket-mistral"), run_name="b", grad_accum=2)
+    choice = ActivationChoice(student, layer=3, site="residual", num_samples=8, split="dev", raw=True, merged=True)
+    with pytest.raises(UserError) as refusal:
+        find_fine_tuned(choice, Folders(data=tmp_path))
+    command = "python merge_and_push_lora.py FinQA-mini pocket-mistral -GA 2 --run-name b"
+    assert str(refusal.value).endswith(command)

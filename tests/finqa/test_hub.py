@@ -237,6 +237,13 @@ def test_a_revision_is_a_branch_a_commit_or_one_line(hub, model, tmp_path):
     assert "refused writer/model on the Hub has no revision v9" in ask(hub, fetch(revision="v9"), tmp_path)
 
 
+def test_a_second_copy_of_the_weights_is_not_fetched(hub, model, tmp_path):
+    for name in ("consolidated.safetensors", "consolidated.00.pth", "params.json"):
+        hub.put("writer/model", name, b"the same once more")
+    found = ask(hub, fetch(), tmp_path)
+    assert "params.json" in found and "consolidated" not in found
+
+
 def test_a_repository_that_is_not_there_is_none_and_a_private_one_may_need_a_login(hub, model, tmp_path):
     hub.repositories["writer/model"].private = True
     for token in (WRITER, None):

@@ -129,7 +129,7 @@ def test_other_code_is_another_file_in_the_cache(
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_template_that_writes_the_date_is_not_read_from_yesterday(
+def test_a_template_that_writes_the_date_gives_the_same_tokens_on_every_day(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from transformers.utils import chat_template_utils
@@ -145,7 +145,8 @@ def test_a_template_that_writes_the_date_is_not_read_from_yesterday(
         monkeypatch.setattr(chat_template_utils, "datetime", Day)
         chat_template_utils._compile_jinja_template.cache_clear()
         assert as_read(tokenised(ROWS, tokenizer, 512, tmp_path)[0]) == plainly(ROWS, tokenizer)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 1
+    assert "26 Jul 2024" in tokenizer.decode(plainly(ROWS, tokenizer)[0][1])
 
 
 def test_a_run_that_is_killed_while_it_tokenises_leaves_nothing_that_is_taken_for_whole(

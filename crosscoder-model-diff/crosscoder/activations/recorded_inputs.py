@@ -13,6 +13,7 @@ from crosscoder.activations.store import read_set_config
 from crosscoder.names import ActivationChoice, find_folder
 from finqa.models import students
 from finqa.models.weights import weights_hash
+from finqa.runtime.commands import typed
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import file_hash
 from finqa.runtime.paths import Folders
@@ -25,7 +26,7 @@ def find_fine_tuned(choice: ActivationChoice, folders: Folders) -> Path:
     if not choice.merged:
         return students.find_adapter(student, folders)
     local = folders.model(student.dataset, f"{student.model_id}-merged")
-    command = choice.command("merge_and_push_lora.py", folders)
+    command = typed("crosscoder-model-diff/merge_and_push_lora.py", *student.words(), folders=folders)
     return find_folder(local, student, "config.json", "merged model", command)
 
 

@@ -15,8 +15,13 @@ from finqa.evaluation.generation import Generate, GenerationConfig, Reply, cut_a
 def hugging_face(model: Any, tokenizer: Any, config: GenerationConfig) -> Generate:
     """Replies by Hugging Face generate, prompts of like length in one batch, padded on the left.
 
-    A batch of which a reply is missing is written again whole: the same shapes give the same replies.
+    A batch of which a reply is missing is written again whole: the same shapes give the same replies. Of the model's
+    generation_config only the end tokens count, as with vLLM: `generate` would take penalties and beams from it.
     """
+    from transformers import GenerationConfig as Decoding
+
+    ends = end_ids(model.generation_config.eos_token_id, tokenizer.eos_token_id)
+    model.generation_config = Decoding(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
 
     def generate(prompts: Sequence[list[int]], done: Collection[int] = ()) -> Iterator[tuple[int, Reply]]:
         own = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
@@ -32,7 +37,7 @@ def hugging_face(model: Any, tokenizer: Any, config: GenerationConfig) -> Genera
             if missing.isdisjoint(places):
                 continue
             seeds = [config.seed_of(place) for place in places]
-            for row, reply in _batch(model, tokenizer, config, [prompts[place] for place in places], seeds):
+            for row, reply in _batch(model, tokenizer, config, [prompts[place] for place in places], seeds, ends):
                 if places[row] in missing:
                     yield places[row], reply
 
@@ -86,13 +91,12 @@ class Ends:
 
 
 def _batch(
-    model: Any, tokenizer: Any, config: GenerationConfig, prompts: list[list[int]], seeds: list[int]
+    model: Any, tokenizer: Any, config: GenerationConfig, prompts: list[list[int]], seeds: list[int], ends: set[int]
 ) -> Iterator[tuple[int, Reply]]:
     """The reply of each row as it ends; a thread generates, and stops where the iterator is closed."""
     import torch
 
     pad = tokenizer.pad_token_id
-    ends = end_ids(model.generation_config.eos_token_id, tokenizer.eos_token_id)
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -118,9 +122,6 @@ def _batch(
             max_new_tokens=config.max_new_tokens,
             logits_processor=sampling,
             do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
             stopping_criteria=[stopping],
             eos_token_id=sorted(ends),
             pad_token_id=pad,

@@ -7,15 +7,18 @@ first; vLLM on a GPU takes it with the request; Hugging Face puts it on the load
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from finqa.evaluation.engines.data_parallel import parallel_engines
 from finqa.evaluation.engines.vllm_engine import EngineArguments, LogProbs, vllm_engine, vllm_generate, vllm_logprobs
 from finqa.evaluation.generation import Generate, GenerationConfig, end_ids
+from finqa.models.adapters import check_adapter
 from finqa.models.merging import merged
 from finqa.models.students import (
     StudentRun,
@@ -26,7 +29,7 @@ from finqa.models.students import (
     quiet_libraries,
     resolve_model,
 )
-from finqa.models.weights import check_base, weights_hash
+from finqa.models.weights import check_base
 from finqa.runtime.errors import UserError
 
 Model = Literal["base", "fine-tuned"]
@@ -69,11 +72,33 @@ def served_models(
     Raises UserError where the student was trained on another base.
     """
     quiet_libraries()
+    with closing(_served(run, student, wanted, config)) as models:
+        for served in models:
+            folder = student if served.model == "fine-tuned" and served.facts["adapter"] == "none" else None
+            not_used = _not_used(folder or Path(resolve_model(run.model, run.revision)))
+            yield replace(served, facts=served.facts | {"generation_config_not_used": not_used})
+
+
+def _not_used(model: Path) -> dict[str, Any]:
+    """What a model's generation_config says beside its special tokens: no engine here obeys it."""
+    path = model / "generation_config.json"
+    said = json.loads(path.read_text()) if path.exists() else {}
+    kept = [
+        name for name in sorted(said) if not re.search("_token_id$|_version$|_config$|^output_|^_|^use_cache$", name)
+    ]
+    return {name: said[name] for name in kept}
+
+
+def _served(
+    run: StudentRun, student: Path | None, wanted: Sequence[Model], config: GenerationConfig
+) -> Generator[Served, None, None]:
     adapter = student is not None and (student / "adapter_config.json").exists()
     if "fine-tuned" in wanted and student is None:
         raise ValueError("a fine-tuned model is wanted and no folder given")
     if student is not None:
-        check_base(student, weights_hash(resolve_model(run.model, run.revision)))
+        base = resolve_model(run.model, run.revision)
+        check_adapter(student, base)
+        check_base(student, base)
     if not config.vllm:
         yield from _by_hugging_face(run, student, adapter, wanted, config)
     elif adapter and default_device() != "cpu":

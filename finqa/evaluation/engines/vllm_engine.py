@@ -54,6 +54,7 @@ class EngineArguments:
 def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any]]]:
     """A running vLLM engine and what is worth recording of it; it is gone at the end of the block."""
     config, adapter = arguments.config, arguments.adapter
+    _check_one_copy(Path(arguments.model))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     device, show = default_device(), sys.stderr.isatty()
@@ -62,6 +63,9 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
         "tensor_parallel_size": config.tensor_parallel,
         "enable_prefix_caching": True,
         "seed": 0,
+        # What transformers reads: vLLM would take a second copy in Mistral's own form where one is beside it.
+        "config_format": "hf",
+        "load_format": "dummy" if arguments.random_weights else "safetensors",
     }
     if device == "cpu":
         # Both must be set before the import: a second process would cost half a minute to start.
@@ -92,9 +96,7 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
         _check_cache_holds_a_reply(Path(arguments.model), settings["max_model_len"], config)
         settings["kv_cache_memory_bytes"] = int(config.kv_cache_gb * 1e9)
     if arguments.load_in_4bit:
-        settings["quantization"] = "bitsandbytes"
-    if arguments.random_weights:
-        settings["load_format"] = "dummy"
+        settings |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
     if adapter is not None:
         settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank_limit(adapter)}
 
@@ -126,6 +128,15 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
         del engine
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def _check_one_copy(model: Path) -> None:
+    """UserError where vLLM would read two copies of the weights: without an index it takes every file that is there."""
+    second = sorted(model.glob("consolidated*.safetensors"))
+    if second and (model / "model.safetensors").exists():
+        raise UserError(
+            f"{second[0]} is a second copy of the weights, which vLLM would mix in; move it out of the folder"
+        )
 
 
 def _check_gpus_are_free(config: GenerationConfig) -> None:
@@ -224,7 +235,8 @@ def _rank_limit(adapter: Path) -> int:
     """The smallest rank that vLLM can be set to and that holds the adapter's."""
     from vllm.config.lora import MaxLoRARanks
 
-    rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    rank = max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
     allowed = [limit for limit in get_args(MaxLoRARanks) if limit >= rank]
     if not allowed:
         most = max(get_args(MaxLoRARanks))

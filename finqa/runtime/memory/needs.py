@@ -55,6 +55,8 @@ class Sizes:
     vocabulary: int
     missing: tuple[str, ...] = ()
     """Modules that are to have an adapter and are not there."""
+    linear: tuple[str, ...] = ()
+    """Names of the linear layers that can have one."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def sizes(config: PretrainedConfig, lora_modules: Sequence[str] = (), lora_r: in
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     linear = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    names = {name.rpartition(".")[2] for name, _ in linear}
     head = model.get_output_embeddings()
     parameters = sum(p.numel() for p in model.parameters())
     adapted = [m for name, m in linear if name.rpartition(".")[2] in lora_modules]
@@ -148,7 +151,8 @@ def sizes(config: PretrainedConfig, lora_modules: Sequence[str] = (), lora_r: in
         kv_values=2 * kv_heads * head_dim,
         heads=heads,
         vocabulary=given.vocab_size,
-        missing=tuple(set(lora_modules) - {name.rpartition(".")[2] for name, _ in linear}),
+        missing=tuple(name for name in lora_modules if name not in names),
+        linear=tuple(sorted(names)),
     )
 
 

@@ -73,7 +73,7 @@ def plan_training(
     config = read_config(run.model, run.revision)
     model = sizes(config, settings.lora_modules if run.peft else (), settings.lora_r)
     if run.peft and model.missing:
-        raise no_such_layers(run, model.missing)
+        raise no_such_layers(run, model.missing, model.linear)
     on_gpu, processes = device != "cpu", parallel.world_size()
     packed = on_gpu and speed.packed and config.model_type in packing.FAMILIES
     load = Load.of(rows, settings.batch_size, settings.num_epochs, seed, packed)
