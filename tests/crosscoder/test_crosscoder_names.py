@@ -213,5 +213,5 @@ def test_the_command_that_makes_a_merged_model_has_flags_of_merging_alone(
     choice = ActivationChoice(student, layer=3, site="residual", num_samples=8, split="dev", raw=True, merged=True)
     with pytest.raises(UserError) as refusal:
         find_fine_tuned(choice, Folders(data=tmp_path))
-    command = "python merge_and_push_lora.py FinQA-mini pocket-mistral -GA 2 --run-name b"
+    command = f"merge_and_push_lora.py FinQA-mini pocket-mistral -GA 2 --run-name b --data-dir {tmp_path}"
     assert str(refusal.value).endswith(command)
