@@ -1,6 +1,6 @@
 """The table of docs/models.md: families whose tiny random models train, reply, are recorded and merge exactly.
 
-`python tests/finqa/test_supported_models.py` writes the table.
+`python tests/finqa/models/test_supported_models.py` writes the table.
 """
 
 from __future__ import annotations
