@@ -166,22 +166,30 @@ def write_gates(plan: Plan, n_tokens: Callable[[str], int]) -> tuple[Path, list[
 
 
 def summary(gates: Sequence[Gate]) -> str:
-    """A line a gate and model: the value nearest to failing, the bounds, how many of how many hold."""
+    """A line a gate and model: whether all hold, the value nearest to failing, and the bounds."""
     lines = []
     for name, model in dict.fromkeys((one.gate, one.model) for one in gates):
         those = [one for one in gates if (one.gate, one.model) == (name, model)]
-        bounds = " to ".join(f"{bound:.3f}" if bound is not None else "" for bound in (those[0].low, those[0].high))
-        worst = min(those, key=margin)
-        value = "not measured" if worst.value is None else f"{worst.value:.3f} ({worst.family})"
+        measured = [one for one in those if one.value is not None]
         held = sum(one.holds is True for one in those)
-        verdict = "holds" if held == len(those) else "open" if worst.value is None else "FAILS"
-        lines.append(f"{verdict:<6} {name}, {model}: {held} of {len(those)}; worst {value}, bounds {bounds}")
+        failed = any(one.holds is False for one in those)
+        verdict = "FAILS" if failed else "holds" if held == len(those) else "open"
+        line = f"{verdict:<6}{name}, {model}: {held} of {len(those)} hold"
+        if measured:
+            worst = min(measured, key=margin)
+            line += f"; nearest to failing or furthest beyond: {worst.family} {worst.value:.3f}"
+        lines.append(f"{line} ({bounds(those[0])})")
     return "\n".join(lines)
 
 
+def bounds(one: Gate) -> str:
+    """In words."""
+    least = [f"at least {one.low:.3f}"] if one.low is not None else []
+    return ", ".join([*least, *([f"at most {one.high:.3f}"] if one.high is not None else [])])
+
+
 def margin(one: Gate) -> float:
-    """How far a value is inside its bounds; below 0 where it fails, lowest where it is not measured."""
-    if one.value is None:
-        return float("-inf")
+    """How far a measured value is inside its bounds; below 0 where it fails."""
+    assert one.value is not None, one
     inside = [one.value - one.low] if one.low is not None else []
     return min(inside + ([one.high - one.value] if one.high is not None else []))

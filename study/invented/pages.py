@@ -27,6 +27,8 @@ _LONGEST_NAME = 50
 """Characters of a row's name, at most."""
 _YEAR = re.compile(r"(?<![\d/-])(?:19|20)\d\d(?! ?[-/]? ?\d)(?! ?-)")
 """Not one of a span, such as 2015-16 or 2013 - 2015."""
+_DASHES = ("2013", "2014")
+"""What FinQA's files have where the report has a dash: the code of the character, u2013 or u2014."""
 _TRIES = 400
 """Pages that are tried for one more draw before there are said to be too few."""
 
@@ -130,7 +132,7 @@ def _is_name(text: str) -> bool:
 
 def _has_numbers(line: Sequence[str], columns: dict[str, int]) -> bool:
     cells = [line[column] if column < len(line) else "" for column in columns.values()]
-    numbers = [None if "%" in cell else cell_number(cell) for cell in cells]
+    numbers = [None if "%" in cell or cell.strip() in _DASHES else cell_number(cell) for cell in cells]
     return all(number is not None and number >= 1 for number in numbers)
 
 

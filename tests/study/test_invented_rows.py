@@ -224,6 +224,7 @@ GOOD = (["sales", "10", "20"], ["net income", "30", "40"])
         (page(["", "2012", "2011"], GOOD[0], ["net income", "30", "n/a"]), False),
         (page(["", "2012", "2011"], GOOD[0], ["net income", "-30", "40"]), False),
         (page(["", "2012", "2011"], GOOD[0], ["margin", "30%", "40%"]), False),
+        (page(["", "2012", "2011"], GOOD[0], ["a dash in the report", "30", "2014"]), False),
         (page(["", "2012", "2011"], GOOD[0], GOOD[0]), False),
         (page([]), False),
     ],
