@@ -80,12 +80,18 @@ class Place:
 def write_rows(place: Place, rows: Rows, config: Mapping[str, Any]) -> str:
     """Write every part, unless these very rows are there; returns a line that says what there is.
 
-    Every program is run once. Raises UserError where one does not give its label.
+    Every program is run once. Raises UserError where one does not give its label, and where other rows are there: what
+    was trained on them would pass for trained on these.
     """
     stamp, digest = place.root / "rows.sha256", digest_of(rows)
     said = f"{len(rows.test)} test and {len(rows.dev)} dev questions, {len(rows.documents)} documents in {place.root}"
     said = f"{len(rows.arms)} arms of {len(rows.arms[ARMS[0]])} rows, {said}"
-    if stamp.exists() and stamp.read_text() == digest:
+    if stamp.exists():
+        if stamp.read_text() != digest:
+            raise UserError(
+                f"{place.root} has other rows (of another seed, source or tokenizer, or of other code), and what was "
+                f"trained on them; move it and {place.results} away, or give another --data-dir and --results-dir"
+            )
         return f"{said} (there already)"
     checked = checked_rows(chain(rows.test, rows.dev, rows.documents, rows.definition, *rows.arms.values()))
     for part in PARTS:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -256,7 +259,7 @@ def test_one_seed_gives_the_same_bytes_and_another_gives_others(
     assert found[0].keys() == found[2].keys() and all(found[0][name] != found[2][name] for name in found[0])
 
 
-def test_what_is_written_is_what_main_reads(rows: Rows, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_what_is_written_is_what_main_reads(rows: Rows, tmp_path: Path):
     place = written(rows, tmp_path)
     read = {
         (part, split): read_teacher_rows(place.part(part).filtered(NAME, split))
@@ -280,9 +283,31 @@ def test_what_is_written_is_what_main_reads(rows: Rows, tmp_path: Path, capsys: 
     assert "there already" in write_rows(place, rows, {})
 
 
+def test_other_rows_never_replace_those_that_students_were_trained_on(rows: Rows, tmp_path: Path):
+    place = written(rows, tmp_path)
+    other = replace(rows, dev=rows.dev[1:])
+    with pytest.raises(UserError, match=r"has other rows .* move it"):
+        write_rows(place, other, {})
+
+
 def test_pages_are_of_finqa_only_where_all_its_splits_are(tmp_path: Path):
     assert source_of(Folders(tmp_path)) == "FinQA-mini"
     (tmp_path / "FinQA").mkdir()
     for split in ("train", "dev", "test"):
         (tmp_path / "FinQA" / f"{split}.json").write_text("[]")
     assert source_of(Folders(tmp_path)) == "FinQA"
+
+
+@pytest.mark.skipif("FINQA_ROWS" not in os.environ, reason="FINQA_ROWS names no folder with real rows")
+def test_real_pages_can_be_asked(tmp_path: Path):
+    shutil.copytree(Path(os.environ["FINQA_ROWS"]) / "raw", tmp_path / "FinQA")
+    assert source_of(Folders(tmp_path)) == "FinQA"
+    rows = make_rows(Folders(tmp_path), "FinQA", "FinQA-invented", 0, lambda text: 4, SMALL)
+    assert len(rows.test) == 144 and len(rows.documents) == 120
+    for row in rows.test:
+        assert row.draw
+        operands = dict(zip("abc", map(float, row.draw.operands), strict=True))
+        formula = next(metric.formula for metric in rows.metrics.all if metric.name == row.question.family)
+        assert float(row.question.answer) == pytest.approx(eval(formula.text, {}, operands), abs=5.1e-6)
+        assert row.question.program == formula.program(row.draw.operands)
+    write_rows(Place(Folders(tmp_path / "data", tmp_path / "results"), "any"), rows, {})
