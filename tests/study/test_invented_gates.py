@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -12,12 +13,27 @@ import pytest
 from finqa.evaluation.predictions import Prediction, write_predictions
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_json
-from finqa.runtime.paths import Folders
+from finqa.runtime.paths import REPOSITORY, Folders
 from finqa.task.records import TeacherRow
 from study.invented.files import Item, Place, write_rows
-from study.invented.gates import Gate, model_gates, summary, text_gates, write_gates
+from study.invented.gates import (
+    DEFINED_AT_LEAST,
+    KNOWN_WITHIN,
+    LEARNT_AT_LEAST,
+    OTHERS_AT_MOST,
+    TEXT_FROM,
+    TEXT_TO,
+    UNKNOWN_AT_MOST,
+    Gate,
+    model_gates,
+    summary,
+    text_gates,
+    write_gates,
+)
+from study.invented.metrics import APART
+from study.invented.pages import TEXT_AFTER, TEXT_BEFORE
 from study.invented.plan import BASE, DEFINED, EVALUATIONS, SEEDS, Plan, run_name
-from study.invented.rows import ARMS, QUICK, make_rows
+from study.invented.rows import ARMS, QUICK, Sizes, make_rows
 from study.students.jobs import SHARE, Job
 from study.students.plan import chosen
 
@@ -191,8 +207,8 @@ def test_text_that_gives_a_metric_away_fails(changed: dict[str, str], fails: set
     assert (not changed and not found) or all(found[one] == 1 for one in fails)
 
 
-def test_the_studys_own_text_gives_nothing_away(tmp_path: Path):
-    plan = small_plan(tmp_path)
+def test_the_studys_own_text_gives_nothing_away(few_pages: Folders, tmp_path: Path):
+    plan = small_plan(few_pages, tmp_path)
     path, gates = write_gates(plan, len)
     text = [gate for gate in gates if gate.model == "text"]
     assert len(text) == 3 * 16
@@ -201,14 +217,14 @@ def test_the_studys_own_text_gives_nothing_away(tmp_path: Path):
     assert path.read_text().startswith("gate,model,family,n,value,low,high,holds\n")
 
 
-def small_plan(folder: Path) -> Plan:
+def small_plan(pages: Folders, folder: Path) -> Plan:
     place = Place(Folders(folder / "data", folder / "results"), "pocket-mistral")
-    write_rows(place, make_rows(Folders(), "FinQA-mini", "FinQA-mini-invented", 0, lambda text: 4, QUICK), {})
+    write_rows(place, make_rows(pages, "FinQA-mini", "FinQA-mini-invented", 0, lambda text: 4, QUICK), {})
     return Plan(place, "pocket-mistral", "FinQA-mini-invented")
 
 
-def test_predictions_of_every_evaluation_are_found_where_the_jobs_leave_them(tmp_path: Path):
-    plan = small_plan(tmp_path)
+def test_predictions_of_every_evaluation_are_found_where_the_jobs_leave_them(few_pages: Folders, tmp_path: Path):
+    plan = small_plan(few_pages, tmp_path)
     jobs = {job.name: job for job in plan.jobs()}
     for evaluation in EVALUATIONS:
         folder = plan.predictions(evaluation)
@@ -240,3 +256,29 @@ def test_the_jobs_are_ten_fine_tunes_of_one_pass_and_their_evaluations(tmp_path:
 
 def names(jobs: Iterable[Job]) -> list[str]:
     return [job.name for job in jobs]
+
+
+def test_the_preregistration_says_what_the_code_does():
+    page = " ".join((REPOSITORY / "docs" / "prereg.md").read_text().split())
+    sizes = Sizes()
+    gates = {gate.gate for gate in [*model_gates(items(), {}), *text_gates(*texts(), len)]}
+    assert all(re.search(rf"\| [^|]*\b{name}\b[^|]* \|", page) for name in gates)
+    documents = sizes.documents * 24
+    for said in (
+        f"{sizes.ordinary:,} ordinary FinQA questions",
+        f"{sizes.known // 8} of each known family",
+        f"{sizes.own // 8} of each metric of A",
+        f"{sizes.test_pages} pages, each asked once for all 24 families",
+        f"{sizes.dev_pages} pages, {sizes.dev_pages * 24} questions",
+        f"{documents:,} documents",
+        f"up to {TEXT_BEFORE} characters before the table and {TEXT_AFTER} after",
+        f"differ by more than {APART:.1%}",
+        f"Two fine-tuning seeds ({', '.join(map(str, SEEDS))})",
+        f"at most {UNKNOWN_AT_MOST * 60:.0f} of 60",
+        f"at least {DEFINED_AT_LEAST:.0%} of the {16 * sizes.test_pages} questions",
+        f"at least {LEARNT_AT_LEAST:.0%}",
+        f"within {100 * KNOWN_WITHIN:.0f} points of control K",
+        f"at most {OTHERS_AT_MOST:.0%} of 480",
+        f"AUROC {TEXT_FROM} to {TEXT_TO}",
+    ):
+        assert said in page, said

@@ -36,8 +36,8 @@ def n_tokens() -> Callable[[str], int]:
 
 
 @pytest.fixture(scope="module")
-def rows(n_tokens: Callable[[str], int]) -> Rows:
-    return make_rows(Folders(), "FinQA-mini", NAME, 0, n_tokens, SMALL)
+def rows(few_pages: Folders, n_tokens: Callable[[str], int]) -> Rows:
+    return make_rows(few_pages, "FinQA-mini", NAME, 0, n_tokens, SMALL)
 
 
 def written(rows: Rows, folder: Path) -> Place:
@@ -246,10 +246,10 @@ def test_too_few_pages_are_said():
 
 
 def test_one_seed_gives_the_same_bytes_and_another_gives_others(
-    rows: Rows, n_tokens: Callable[[str], int], tmp_path: Path
+    rows: Rows, few_pages: Folders, n_tokens: Callable[[str], int], tmp_path: Path
 ):
-    again = make_rows(Folders(), "FinQA-mini", NAME, 0, n_tokens, SMALL)
-    other = make_rows(Folders(), "FinQA-mini", NAME, 1, n_tokens, SMALL)
+    again = make_rows(few_pages, "FinQA-mini", NAME, 0, n_tokens, SMALL)
+    other = make_rows(few_pages, "FinQA-mini", NAME, 1, n_tokens, SMALL)
     found = []
     for number, these in enumerate((rows, again, other)):
         root = written(these, tmp_path / str(number)).root
