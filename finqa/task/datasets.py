@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -189,6 +189,14 @@ DATASETS = {
             program_style="named",
         ),
     )
+}
+
+
+INVENTED = {name: f"{name}-invented" for name in DATASETS}
+"""Data sets of questions that a study makes up on the pages of another (study/invented), by the name of that one."""
+DATASETS |= {
+    made: replace(DATASETS[source], name=made, how_to_get="python -m study.invented --rows")
+    for source, made in INVENTED.items()
 }
 
 

@@ -1,0 +1,116 @@
+"""What is fine-tuned and evaluated: five arms in two seeds, and the base under every prompt, as jobs."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from finqa.models.settings import settings_for
+from finqa.models.students import POCKET, StudentRun
+from study.invented.files import DEFINITION, TEST, Place
+from study.invented.rows import ARMS
+from study.students.jobs import SHARE, Job
+from study.students.plan import CACHE_GB, GENERATION_GB, SMALL_GB, TRAINING_GB, short
+
+SEEDS = (3, 4)
+EPOCHS = 1
+"""Every row is seen once, in every arm."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation that the gates read."""
+
+    name: str
+    """Of the model and of how it is asked."""
+    run_name: str
+    split: str
+    eval_type: str
+
+
+BASE = (
+    Evaluation("base, zero-shot", "base", "test", "zero-shot"),
+    Evaluation("base, few-shot", "base", "test", "few-shot"),
+    Evaluation("base, fine-tuning prompt", "base-bare", "test", "zero-shot"),
+)
+DEFINED = (
+    Evaluation("base, zero-shot, definition", "base-defined", "test", "zero-shot"),
+    Evaluation("base, few-shot, definition", "base-defined", "test", "few-shot"),
+)
+
+
+def run_name(arm: str, seed: int) -> str:
+    return f"{arm}-seed{seed}"
+
+
+def fine_tuned(arm: str, seed: int, split: str = "test") -> Evaluation:
+    return Evaluation(run_name(arm, seed), run_name(arm, seed), split, "fine-tuned")
+
+
+FINE_TUNED = tuple(fine_tuned(arm, seed) for seed in SEEDS for arm in ARMS)
+EVALUATIONS = (*BASE, *DEFINED, *FINE_TUNED)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The study of one model on one source of pages."""
+
+    place: Place
+    model: str
+    """As main.py takes it."""
+    dataset: str
+
+    def student(self, run: str) -> StudentRun:
+        return StudentRun(self.dataset, self.model, replace(settings_for(self.model), num_epochs=EPOCHS), run_name=run)
+
+    def predictions(self, evaluation: Evaluation) -> Path:
+        """Folder of an evaluation."""
+        model_id = self.student(evaluation.run_name).model_id
+        return self.place.part(TEST).evaluation(self.dataset, model_id, evaluation.split, evaluation.eval_type)
+
+    def jobs(self) -> list[Job]:
+        """The base first: what it can do needs no fine-tune, and may end the study."""
+        return [*self.of_the_base(), *(job for seed in SEEDS for arm in ARMS for job in self.of_an_arm(arm, seed))]
+
+    def of_the_base(self) -> list[Job]:
+        asked = "-NT -T"
+        return [
+            self.job("base", f"{asked} -ET zero-shot,few-shot", TEST, "base"),
+            self.job("base-bare", f"{asked} -ET zero-shot --instruction ''", TEST, "base-bare"),
+            self.job("base-defined", f"{asked} -ET zero-shot,few-shot", DEFINITION, "base-defined"),
+        ]
+
+    def of_an_arm(self, arm: str, seed: int) -> list[Job]:
+        run, chosen = run_name(arm, seed), f"-S {seed}"
+        return [
+            self.job(f"train-{run}", f"-NE {chosen}", arm, run, self.training_gb),
+            self.job(
+                f"evaluate-{run}", f"-NT -D -T --check-adapter {chosen}", TEST, run, GENERATION_GB, (f"train-{run}",)
+            ),
+        ]
+
+    def job(
+        self, name: str, flags: str, part: str, run: str, gb: float = GENERATION_GB, after: Sequence[str] = ()
+    ) -> Job:
+        folders = self.place.part(part)
+        words = f"main.py {self.dataset} {shlex.quote(self.model)} -P {flags} --NUM_EPOCHS {EPOCHS} --run-name {run}"
+        engine = "" if "-NE" in flags.split() else self.engine_flags()
+        places = f"--data-dir {shlex.quote(str(folders.data))} --results-dir {shlex.quote(str(folders.results))}"
+        return Job(name, f"{words}{engine} --no-push {places}", gb, tuple(after))
+
+    def engine_flags(self) -> str:
+        """vLLM where it is installed, with its part of a GPU but for pocket-mistral, which needs hardly any."""
+        if not find_spec("vllm"):
+            return ""
+        return " --VLLM" + (
+            "" if self.model == POCKET else f" --gpu-memory-utilization {SHARE} --kv-cache-gb {CACHE_GB:g}"
+        )
+
+    @property
+    def training_gb(self) -> float:
+        """Of the student's memory in docs/finqa.md, whatever folder it is in."""
+        by_name = {short(model): gb for model, gb in TRAINING_GB.items()}
+        return by_name.get(Path(self.model).name, SMALL_GB)

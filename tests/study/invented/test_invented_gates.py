@@ -1,0 +1,284 @@
+"""The gates hold and fail where they should: on made-up predictions, and on text that gives a metric away."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from finqa.evaluation.predictions import Prediction, write_predictions
+from finqa.runtime.errors import UserError
+from finqa.runtime.manifest import write_json
+from finqa.runtime.paths import REPOSITORY, Folders
+from finqa.task.records import TeacherRow
+from study.invented.files import Item, Place, write_rows
+from study.invented.gates import (
+    DEFINED_AT_LEAST,
+    KNOWN_WITHIN,
+    LEARNT_AT_LEAST,
+    OTHERS_AT_MOST,
+    TEXT_FROM,
+    TEXT_TO,
+    UNKNOWN_AT_MOST,
+    Gate,
+    model_gates,
+    summary,
+    text_gates,
+    write_gates,
+)
+from study.invented.metrics import APART
+from study.invented.pages import TEXT_AFTER, TEXT_BEFORE
+from study.invented.plan import BASE, DEFINED, EVALUATIONS, SEEDS, Plan, run_name
+from study.invented.rows import ARMS, QUICK, Sizes, make_rows
+from study.students.jobs import SHARE, Job
+from study.students.plan import chosen
+
+PAGES = 60
+KNOWN = [f"known{number}" for number in range(8)]
+A, B = [f"a{number}" for number in range(8)], [f"b{number}" for number in range(8)]
+Answer = Callable[[Item], float | None]
+
+
+def items() -> list[Item]:
+    """60 pages asked for 24 families; the answer names page and family, and A' moves it to the next name."""
+    kinds = [(name, "A") for name in A] + [(name, "B") for name in B] + [(name, "known") for name in KNOWN]
+    return [
+        Item(f"{page}-{name}", "test", page, "score", 6, name, kind, str(100 * page + number + 1.0),
+             str(100 * page + (number + 1) % 8 + 1.0) if kind == "A" else "")
+        for page in range(PAGES)
+        for number, (name, kind) in enumerate(kinds)
+    ]  # fmt: skip
+
+
+def prediction(item: Item, answer: float | None) -> Prediction:
+    return Prediction(
+        item.id, "", "", "", answer, item.answer, {"strict": False, "relaxed": False, "reported": False},
+        None, "", 1, 1, "stop", 2, True, item.family, item.kind,
+    )  # fmt: skip
+
+
+def right(*kinds: str) -> Answer:
+    return lambda item: float(item.answer) if item.kind in kinds else None
+
+
+def permuted(item: Item) -> float | None:
+    return float(item.permuted) if item.kind == "A" else right("known")(item)
+
+
+ARM_ANSWERS: dict[str, Answer] = {
+    "A": right("A", "known"),
+    "A-permuted": permuted,
+    "B": right("B", "known"),
+    "K": right("known"),
+    "N": right("known"),
+}
+
+
+def all_answers(**changed: Answer) -> dict[str, list[Prediction]]:
+    """Predictions with which every gate holds, but for the models that are changed (`_` for what is no letter)."""
+    by_model: dict[str, Answer] = {evaluation.name: right("known") for evaluation in BASE}
+    by_model |= {evaluation.name: right("A", "B") for evaluation in DEFINED}
+    by_model |= {run_name(arm, seed): answer for arm, answer in ARM_ANSWERS.items() for seed in SEEDS}
+    names = {"".join(c if c.isalnum() else "_" for c in name): name for name in by_model}
+    by_model |= {names[name]: answer for name, answer in changed.items()}
+    return {
+        name: [
+            prediction(item, answer(item)) for item in items() if "definition" not in name or item.kind != "known"
+        ]
+        for name, answer in by_model.items()
+    }  # fmt: skip
+
+
+def failing(gates: Iterable[Gate]) -> Counter[tuple[str, str]]:
+    return Counter((gate.gate, gate.model) for gate in gates if gate.holds is False)
+
+
+def also(answer: Answer, family: str, pages: int) -> Answer:
+    """Right on the first pages of a family as well."""
+    return lambda item: float(item.answer) if item.family == family and item.page < pages else answer(item)
+
+
+def but(answer: Answer, family: str, pages: int) -> Answer:
+    """Wrong on the first pages of a family."""
+    return lambda item: None if item.family == family and item.page < pages else answer(item)
+
+
+def by_the_other_mapping(pages: int) -> Answer:
+    """Arm A, but on the first pages by the formulas of A'."""
+    return lambda item: permuted(item) if item.page < pages and item.kind == "A" else right("A", "known")(item)
+
+
+def test_every_gate_of_the_protocol_is_there_and_holds_where_it_should():
+    gates = list(model_gates(items(), all_answers()))
+    assert not failing(gates) and all(gate.holds for gate in gates)
+    counts = Counter(gate.gate for gate in gates)
+    assert counts == {
+        "unknown before": 16 * (3 + 4),
+        "computable when defined": 1,
+        "learnt": 16 * 2,
+        "known as in K": 3,
+        "own mapping": 4,
+        "other mapping": 4,
+    }
+    assert {gate.n for gate in gates if gate.gate in ("unknown before", "learnt")} == {60}
+
+
+@pytest.mark.parametrize(
+    ("changed", "fails"),
+    [
+        ({"base__zero_shot": also(right("known"), "a3", 1)}, {}),
+        ({"base__zero_shot": also(right("known"), "a3", 2)}, {("unknown before", "base, zero-shot"): 1}),
+        ({"base__few_shot": also(right("known"), "b0", 2)}, {("unknown before", "base, few-shot"): 1}),
+        ({"K_seed4": also(right("known"), "b0", 2)}, {("unknown before", "K-seed4"): 1}),
+        ({"N_seed3": right("known", "A")}, {("unknown before", "N-seed3"): 8}),
+        ({"A_seed3": but(right("A", "known"), "a1", 12)}, {}),
+        ({"A_seed3": but(right("A", "known"), "a1", 13)}, {("learnt", "A-seed3"): 1}),
+        ({"B_seed4": but(right("B", "known"), "b7", 60)}, {("learnt", "B-seed4"): 1}),
+        ({"base__zero_shot__definition": right()}, {}),
+        (
+            {"base__zero_shot__definition": right(), "base__few_shot__definition": but(right("A"), "a1", 1)},
+            {("computable when defined", "base, few-shot, definition"): 1},
+        ),
+        ({"B_seed3": but(right("B", "known"), "known0", 19)}, {}),
+        ({"B_seed3": but(right("B", "known"), "known0", 20)}, {("known as in K", "B"): 1}),
+        (
+            {"A_permuted_seed3": right("A", "known")},
+            {("own mapping", "A-permuted-seed3"): 1, ("other mapping", "A-permuted-seed3"): 1},
+        ),
+        (
+            {"A_seed4": by_the_other_mapping(4)},
+            {("other mapping", "A-seed4"): 1},
+        ),
+    ],
+)  # fmt: skip
+def test_a_gate_fails_just_beyond_its_bound(changed: dict[str, Answer], fails: dict[tuple[str, str], int]):
+    assert failing(model_gates(items(), all_answers(**changed))) == fails
+
+
+def test_what_was_not_evaluated_is_open_and_not_held():
+    gates = list(model_gates(items(), {"K-seed3": all_answers()["K-seed3"]}))
+    measured = {gate.model for gate in gates if gate.holds is not None}
+    assert measured == {"K-seed3"}
+    assert not any(gate.holds for gate in gates if gate.model != "K-seed3")
+    said = summary(gates)
+    assert "open  learnt, A-seed3: 0 of 8 hold (at least 0.800)" in said
+    assert "holds unknown before, K-seed3: 16 of 16 hold" in said
+
+
+def test_an_answer_to_another_question_is_an_error():
+    stray = replace(all_answers()["K-seed3"][0], id="elsewhere")
+    with pytest.raises(UserError, match=r"elsewhere, which is not among the test questions"):
+        list(model_gates(items(), {"K-seed3": [stray]}))
+
+
+def teacher_rows(family: str, kind: str, n: int, text: str = "what is the {} index of 1") -> list[TeacherRow]:
+    return [TeacherRow(text.format(family), "ans = 1", "1", "1", f"{i}", "", family=family, family_kind=kind)
+            for i in range(n)]  # fmt: skip
+
+
+def texts(**changed: str) -> tuple[list[TeacherRow], dict[str, list[TeacherRow]]]:
+    """Test and training rows of two metrics of each set; `changed` gives a family other words."""
+    made = {
+        (name, kind): teacher_rows(name, kind, 20, changed.get(name, "what is the {} index of 1"))
+        for kind, names in (("A", A[:2]), ("B", B[:2]))
+        for name in names
+    }
+    training = {kind: [row for (_, k), rows in made.items() if k == kind for row in rows] for kind in ("A", "B")}
+    return [row for rows in made.values() for row in rows], training
+
+
+@pytest.mark.parametrize(
+    ("changed", "fails"),
+    [
+        ({}, set()),
+        ({"a1": "what is the {} index of 1 2 3"}, {("length of prompt", "a1"), ("words but the name", "a1")}),
+        ({"b0": "what is that {} index of 1"}, {("words but the name", "b0")}),
+    ],
+)
+def test_text_that_gives_a_metric_away_fails(changed: dict[str, str], fails: set[tuple[str, str]]):
+    gates = list(text_gates(*texts(**changed), lambda text: len(text.split())))
+    assert len(gates) == 3 * 4
+    found = {(gate.gate, gate.family): gate.value for gate in gates if not gate.holds}
+    assert fails <= found.keys()
+    assert (not changed and not found) or all(found[one] == 1 for one in fails)
+
+
+def test_the_studys_own_text_gives_nothing_away(few_pages: Folders, tmp_path: Path):
+    plan = small_plan(few_pages, tmp_path)
+    path, gates = write_gates(plan, len)
+    text = [gate for gate in gates if gate.model == "text"]
+    assert len(text) == 3 * 16
+    # `len` counts letters, of which the names have equally many too.
+    assert {gate.value for gate in text} == {0.5} and all(gate.holds for gate in text)
+    assert path.read_text().startswith("gate,model,family,n,value,low,high,holds\n")
+
+
+def small_plan(pages: Folders, folder: Path) -> Plan:
+    place = Place(Folders(folder / "data", folder / "results"), "pocket-mistral")
+    write_rows(place, make_rows(pages, "FinQA-mini", "FinQA-mini-invented", 0, lambda text: 4, QUICK), {})
+    return Plan(place, "pocket-mistral", "FinQA-mini-invented")
+
+
+def test_predictions_of_every_evaluation_are_found_where_the_jobs_leave_them(few_pages: Folders, tmp_path: Path):
+    plan = small_plan(few_pages, tmp_path)
+    jobs = {job.name: job for job in plan.jobs()}
+    for evaluation in EVALUATIONS:
+        folder = plan.predictions(evaluation)
+        (job,) = [
+            j for j in jobs.values() if f"--run-name {evaluation.run_name} " in j.command and " -NT " in j.command
+        ]
+        assert evaluation.eval_type in job.command or evaluation.eval_type == "fine-tuned"
+        assert str(plan.place.results) in job.command and folder.is_relative_to(plan.place.results)
+        write_predictions(folder, [])
+        write_json(folder / "metrics.json", {"n": 0})
+        write_json(folder / "run.json", {})
+    _, gates = write_gates(plan, len)
+    assert len({plan.predictions(evaluation) for evaluation in EVALUATIONS}) == len(EVALUATIONS)
+    assert all(gate.holds is None for gate in gates if gate.model != "text")
+
+
+def test_the_jobs_are_ten_fine_tunes_of_one_pass_and_their_evaluations(tmp_path: Path):
+    plan = Plan(Place(Folders(tmp_path, tmp_path), "Qwen2.5-Coder-1.5B-Instruct"), "Qwen/Qwen2.5-Coder-1.5B-Instruct",
+                "FinQA-invented")  # fmt: skip
+    jobs = plan.jobs()
+    training = [job for job in jobs if " -NE " in job.command]
+    assert [job.name for job in training] == [f"train-{arm}-seed{seed}" for seed in SEEDS for arm in ARMS]
+    assert all("--NUM_EPOCHS 1 " in job.command for job in jobs)
+    assert all(SHARE not in job.command and job.gb == 68 for job in training)
+    assert len(jobs) == 3 + 20
+    assert names(chosen(jobs, ["evaluate-N-seed4"])) == ["train-N-seed4", "evaluate-N-seed4"]
+    assert {f"/{arm} " in job.command for job, arm in zip(training, ARMS * 2, strict=True)} == {True}
+
+
+def names(jobs: Iterable[Job]) -> list[str]:
+    return [job.name for job in jobs]
+
+
+def test_the_preregistration_says_what_the_code_does():
+    page = " ".join((REPOSITORY / "docs" / "prereg.md").read_text().split())
+    sizes = Sizes()
+    gates = {gate.gate for gate in [*model_gates(items(), {}), *text_gates(*texts(), len)]}
+    assert all(re.search(rf"\| [^|]*\b{name}\b[^|]* \|", page) for name in gates)
+    documents = sizes.documents * 24
+    for said in (
+        f"{sizes.ordinary:,} ordinary FinQA questions",
+        f"{sizes.known // 8} of each known family",
+        f"{sizes.own // 8} of each metric of A",
+        f"{sizes.test_pages} pages, each asked once for all 24 families",
+        f"{sizes.dev_pages} pages, {sizes.dev_pages * 24} questions",
+        f"{documents:,} documents",
+        f"up to {TEXT_BEFORE} characters before the table and {TEXT_AFTER} after",
+        f"differ by more than {APART:.1%}",
+        f"Two fine-tuning seeds ({', '.join(map(str, SEEDS))})",
+        f"at most {UNKNOWN_AT_MOST * 60:.0f} of 60",
+        f"at least {DEFINED_AT_LEAST:.0%} of the {16 * sizes.test_pages} questions",
+        f"at least {LEARNT_AT_LEAST:.0%}",
+        f"within {100 * KNOWN_WITHIN:.0f} points of control K",
+        f"at most {OTHERS_AT_MOST:.0%} of 480",
+        f"AUROC {TEXT_FROM} to {TEXT_TO}",
+    ):
+        assert said in page, said
