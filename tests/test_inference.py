@@ -100,7 +100,7 @@ def test_a_page_may_begin_with_a_byte_order_mark_and_have_its_text_as_one_string
         (["--question", "what ?"], "--question and --passage-file go together"),
         (["--question", "what ?", "--passage-file", "/nowhere.txt"], "/nowhere.txt is missing"),
         (["--question", "what ?", "--passage-file", "latin-1.txt"], "latin-1.txt is not UTF-8 text"),
-        (["--run-name", "other"], "make it with: python main.py FinQA-mini"),
+        (["--run-name", "other"], "main.py FinQA-mini"),
     ],
 )
 def test_wrong_input_is_one_clear_line(

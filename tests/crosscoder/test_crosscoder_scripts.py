@@ -166,7 +166,7 @@ def test_every_method_has_a_checkpoint_and_metrics_of_its_own(diff, data_folder,
     output = run("train.py", *names, "--epochs", "5", "--no-push", "--method", method)
     assert output.returncode == 0, output.stderr
     assert said in output.stdout
-    name = f"tiny-student_1k_samples_{method}"
+    name = f"tiny-student-FinQA-mini-layer2-mlp_1k_samples_{method}"
     metrics = json.loads((results.parent / name / "metrics.json").read_text())
     assert metrics["method"] == method
     assert (metrics["latent_scaling"] is None) == (method == "difference-sae")

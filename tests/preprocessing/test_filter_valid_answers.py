@@ -161,5 +161,5 @@ def test_a_filter_that_keeps_no_row_says_so_and_exits_with_an_error(command: Com
     path = tmp_path / "clean_with_code/FinQA/finqa_train_generated.csv"
     write_teacher_rows(path, [TeacherRow("p", "ans = 2", "2.0", "1")])
     line = the_one_line(command("filter_valid_answers", "--split", "train"))
-    assert "no row was kept in" in line and "finqa_train_generated_filtered.csv" in line
+    assert "no row of train was kept" in line and "finqa_train_generated_rejected.csv" in line
     assert path.with_name("finqa_train_generated_rejected.csv").exists()

@@ -79,7 +79,8 @@ def test_the_progress_line_has_tokens_and_dollars(
 ) -> None:
     monkeypatch.setattr("finqa.runtime.progress.PLAIN_EVERY_S", 0.0)
     teacher_server.usage = USAGE
-    lines = [line for line in teach().stderr.splitlines() if line.startswith("teacher: ")]
+    said = (line[9:] for line in teach().stderr.splitlines())  # after the time of day
+    lines = [line for line in said if line.startswith("teacher: ")]
     assert len(lines) == questions
     assert lines[-1].startswith(f"teacher: {questions} of {questions}, ")
     assert "22,000 tokens read (16,500 cached), 8,800 written" in lines[-1]

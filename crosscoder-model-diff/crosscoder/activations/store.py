@@ -167,9 +167,8 @@ class ActivationStore:
         sound = (
             all(len(column) == config.n_tokens for column in recorded if column is not None)
             and int(recorded.kept.sum()) == config.n_tokens - config.n_dropped
-            and len({document.id for document in self.documents}) == len(self.documents)
             and all(0 <= document.n_prompt <= document.n_ids for document in self.documents)
-            and bool((recorded.document >= 0).all() & (recorded.document < len(n_ids)).all())
+            and recorded.document.unique().tolist() == list(range(len(n_ids)))  # ids may be of several splits
             and bool((recorded.position >= 0).all() & (recorded.position < n_ids[recorded.document]).all())
         )
         if not sound:

@@ -58,9 +58,9 @@ def test_progress_is_a_plain_line_without_a_terminal(tmp_path: Path, capsys):
         log.add(record(1))
         log.add(record(2))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "step 1 of 2: loss 1, explained variance 0.9000 and 0.8000, L0 0.0, dead 25.0%"
+    assert lines[0][8:] == " step 1 of 2: loss 1, explained variance 0.9000 and 0.8000, L0 0.0, dead 25.0%"
     assert "\r" not in "".join(lines)
-    assert lines[-1].startswith("step 2 of 2")
+    assert lines[-1][8:].startswith(" step 2 of 2")
     assert lines[-1].endswith("tokens/s")
 
 

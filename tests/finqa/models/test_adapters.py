@@ -267,7 +267,7 @@ def test_a_gguf_file_and_a_typo_say_what_to_give(tmp_path: Path, monkeypatch: py
     with pytest.raises(UserError, match=r"is a file; give a folder with config.json"):
         resolve_model(str(tmp_path / "model.gguf"))
     monkeypatch.setattr("finqa.models.hub.fetch_folder", lambda *_: None)
-    with pytest.raises(UserError, match="did you mean pocket-mistral"):
+    with pytest.raises(UserError, match="do you mean pocket-mistral"):
         resolve_model("pocket-mistrl")
 
 
@@ -313,7 +313,7 @@ def test_an_adapter_where_a_whole_model_was_looked_for_is_named(adapter: Path, t
     run = StudentRun("FinQA-mini", str(tiny_student), SETTINGS)
     folders = Folders(data=tmp_path / "data")
     shutil.copytree(adapter, folders.model(run.dataset, run.model_id))
-    with pytest.raises(UserError, match=r"but one in .*give -P for that one"):
+    with pytest.raises(UserError, match=r"of this base are there: tiny-student-peftq_proj"):
         find_adapter(replace(run, peft=False), folders)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from training_parts import SETTINGS, examples, folders_with_rows, launch, script, teacher_row
+from transformers import AutoTokenizer
 
 from finqa.models.students import StudentRun, load_adapter, load_base, load_tokenizer, training_ids
 from finqa.runtime.errors import UserError
@@ -127,7 +128,8 @@ def test_fine_tuning_lowers_the_loss_and_leaves_adapter_tokenizer_log_and_manife
     manifest = json.loads((folder / "run.json").read_text())
     assert manifest["rows"] == 36 and manifest["updates"] == 54
     assert len(list(folder.glob("checkpoint-*"))) == 2
-    assert load_tokenizer(str(folder)).chat_template == load_tokenizer(str(tiny_student)).chat_template
+    saved = AutoTokenizer.from_pretrained(folder)
+    assert saved.chat_template == load_tokenizer(str(tiny_student)).chat_template
 
     ids, n_prompt = training_ids(
         load_tokenizer(str(tiny_student)), teacher_row(5).prompt, teacher_row(5).generated_code
