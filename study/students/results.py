@@ -6,6 +6,8 @@ needs no GPU.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -135,6 +137,30 @@ def diff_figures(plan: Plan) -> list[dict[str, Any]]:
             of = {key: made[key] for key in ("held_out", "n_held_out_documents", "dead_share", "classes")}
             figures.append({"name": name, "documents": amount, "site": site, "method": method, **of, "meets": meets})
     return figures
+
+
+def analyses(plan: Plan) -> dict[str, str]:
+    """What analyse.py found of each dictionary that is there, by the name of a file to publish.
+
+    Two files a dictionary: analysis.json without folders of the machine, and most_changed.csv without the excerpts,
+    which are text of FinQA's pages.
+    """
+    found = {}
+    for amount, site, method in product(AMOUNTS, SITES, METHODS):
+        folder = plan.dictionaries / dictionary_name(amount, site, method)
+        if (folder / "analysis.json").exists():
+            name = f"{amount}_{site}_{method}"
+            made = _without_folders(json.loads((folder / "analysis.json").read_text()))
+            found[f"{name}_analysis.json"] = json.dumps(made, indent=1, allow_nan=False) + "\n"
+            text = io.StringIO(newline="")
+            with (folder / "most_changed.csv").open(newline="", encoding="utf-8") as file:
+                rows = csv.DictReader(file)
+                kept = [column for column in rows.fieldnames or () if column != "example"]
+                writer = csv.DictWriter(text, kept, extrasaction="ignore", lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+            found[f"{name}_most_changed.csv"] = text.getvalue()
+    return found
 
 
 def against_middle(found: Sequence[Evaluated]) -> dict[str, dict[str, float]]:

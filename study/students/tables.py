@@ -31,7 +31,7 @@ from study.students.plan import (
     short,
     wording_run,
 )
-from study.students.results import Evaluated, diff_figures, figures_of, manifests, read_results
+from study.students.results import Evaluated, analyses, diff_figures, figures_of, manifests, read_results
 
 REFERENCE = REPOSITORY / "docs" / "reference" / "finqa"
 PAGE = REPOSITORY / "docs" / "finqa.md"
@@ -57,6 +57,8 @@ def write_reference(plan: Plan, folder: Path = REFERENCE, page: Path = PAGE) -> 
     write_json(folder / "manifests.json", made)
     for split in dict.fromkeys(one.split for one in found):
         write_predictions(folder / f"predictions_{split}.csv.gz", [one for one in found if one.split == split])
+    for name, text in analyses(plan).items():
+        write_atomically(folder / "diff" / name, text)
     draw_accuracy(folder / "accuracy.png", read_metrics(folder))
     if points := curve_points(read_metrics(folder)):
         draw_curve(folder / "learning_curve.png", read_metrics(folder), points)

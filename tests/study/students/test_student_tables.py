@@ -164,6 +164,8 @@ def test_a_reference_is_written_and_its_page_filled(plan: Plan, tmp_path: Path):
     for folder, made in ((crosscoder, of_two), (sae, of_one)):
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps(made | {"dead_share": 0.25, "n_held_out_documents": 3}))
+    (sae / "analysis.json").write_text(json.dumps({"activations": {"folder": "/some/where/set"}}))
+    (sae / "most_changed.csv").write_text("latent,example,frequency\n7,a sentence of the page,0.5\n")
     page = tmp_path / "page.md"
     page.write_text("".join(f"<!-- table: {name} -->\n<!-- end of table -->\n" for name in tables.TABLES))
     folder = tables.write_reference(plan, tmp_path / "reference", page)
@@ -176,8 +178,12 @@ def test_a_reference_is_written_and_its_page_filled(plan: Plan, tmp_path: Path):
     assert tables.fill(text, folder) == text
     assert {path.name for path in folder.iterdir()} == {
         "metrics.json", "manifests.json", "predictions_dev.csv.gz", "predictions_test.csv.gz", "accuracy.png",
-        "learning_curve.png",
+        "learning_curve.png", "diff",
     }  # fmt: skip
+    assert json.loads((folder / "diff/1k_mlp_difference-sae_analysis.json").read_text()) == {
+        "activations": {"folder": "set"}
+    }
+    assert (folder / "diff/1k_mlp_difference-sae_most_changed.csv").read_text() == "latent,frequency\n7,0.5\n"
 
 
 def test_nothing_to_write_is_one_line(tmp_path: Path, plan: Plan):
