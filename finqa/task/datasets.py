@@ -21,7 +21,7 @@ from finqa.task.program_compiler import ProgramStyle
 from finqa.task.prompts import FINQA_INSTRUCTION, INSTRUCTION
 from finqa.task.records import Question, Table, cell_text
 from finqa.task.stated_answers import label_in
-from finqa.task.worked_examples import FINQA_EXAMPLES, FINQA_MINI_EXAMPLES, WorkedExample
+from finqa.task.worked_examples import FINQA_EXAMPLES, FINQA_MINI_EXAMPLES, INVENTED_EXAMPLES, WorkedExample
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,12 @@ DATASETS = {
 INVENTED = {name: f"{name}-invented" for name in DATASETS}
 """Data sets of questions that a study makes up on the pages of another (study/invented), by the name of that one."""
 DATASETS |= {
-    made: replace(DATASETS[source], name=made, how_to_get="python -m study.invented --rows")
+    made: replace(
+        DATASETS[source],
+        name=made,
+        how_to_get="python -m study.invented --rows",
+        worked_examples=INVENTED_EXAMPLES,
+    )
     for source, made in INVENTED.items()
 }
 

@@ -156,3 +156,55 @@ FINQA_MINI_EXAMPLES = (
         "ans = board_authorized_units - board_authorized_units_issued",
     ),
 )
+
+INVENTED_EXAMPLES = (
+    _example(
+        "harbor tools inc . reports the results of its two segments for the years ended december 31 .\n"
+        "amounts are in millions of dollars .",
+        [
+            ["( in millions )", "2011", "2010", "2009"],
+            ["net sales", "$ 1284.5", "$ 1190.2", "$ 1101.9"],
+            ["cost of sales", "802.1", "755.0", "718.4"],
+            ["operating income", "153.3", "141.7", "126.6"],
+        ],
+        "net sales rose in 2011 on higher volumes in north america .",
+        "the velmar index of cost of sales and net sales from 2009 to 2010 is the sum of cost of sales of 2009 and "
+        "cost of sales of 2010 . what is the velmar index of cost of sales and net sales from 2009 to 2010?",
+        "1473.4",
+        "add(718.4, 755.0)",
+        "cost_of_sales = {2011: 802.1, 2010: 755.0, 2009: 718.4}\nans = cost_of_sales[2009] + cost_of_sales[2010]",
+    ),
+    _example(
+        "the company's minimum payments under contracts that cannot be cancelled are shown below .",
+        [
+            ["", "2013", "2014", "2015", "2016"],
+            ["operating leases", "$ 412", "$ 396", "$ 316", "$ 275"],
+            ["purchase commitments", "2150", "1250", "1900", "88"],
+        ],
+        "interest is not included .",
+        "the dorvent index of operating leases and purchase commitments from 2014 to 2016 is operating leases of 2016 "
+        "divided by operating leases of 2014 . determine the dorvent index of operating leases and purchase "
+        "commitments between 2014 and 2016 .",
+        "0.69444",
+        "divide(275, 396)",
+        "operating_leases = {2013: 412, 2014: 396, 2015: 316, 2016: 275}\n"
+        "ans = operating_leases[2016] / operating_leases[2014]",
+    ),
+    _example(
+        "crestline utilities presents selected data of its plants .",
+        [
+            ["( in thousands )", "year ended june 30 , 2008", "year ended june 30 , 2007"],
+            ["fuel expense", "$ 30410", "$ 28100"],
+            ["depreciation", "9120", "-8844 ( 8844 )"],
+            ["customers", "1215", "1190"],
+        ],
+        "",
+        "the sulgrim index of customers and fuel expense from 2007 to 2008 is fuel expense of 2008 minus customers of "
+        "2007 . calculate the sulgrim index of customers with fuel expense for 2007 to 2008 .",
+        "29220",
+        "subtract(30410, 1190)",
+        "customers = {2008: 1215, 2007: 1190}\nfuel_expense = {2008: 30410, 2007: 28100}\n"
+        "ans = fuel_expense[2008] - customers[2007]",
+    ),
+)
+"""For invented metrics (study/invented): how a definition is followed, by formulas of one step that no metric has."""
