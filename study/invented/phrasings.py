@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mini.families import Slots
 from study.invented.metrics import Formula, Metric
 
@@ -49,10 +51,10 @@ def ask(metric: Metric, slots: Slots, phrasing: int) -> str:
     return _INVENTED[phrasing].format(name=metric.name, **vars(slots))
 
 
-def ask_with_definition(metric: Metric, slots: Slots, phrasing: int) -> str:
-    """The same with the metric's definition before it."""
+def ask_with_definition(metric: Metric, slots: Slots, operands: Sequence[str], phrasing: int) -> str:
+    """The same with the metric's definition before it, each operand with its value in brackets."""
     start = f"the {metric.name} index of {slots.row} and {slots.row_2} from {slots.year_2} to {slots.year}"
-    return f"{start} is {in_words(metric.formula, slots)} . {ask(metric, slots, phrasing)}"
+    return f"{start} is {in_words(metric.formula, slots, operands)} . {ask(metric, slots, phrasing)}"
 
 
 def ask_for_a_row(metric: Metric, slots: Slots, phrasing: int) -> str:
@@ -60,6 +62,10 @@ def ask_for_a_row(metric: Metric, slots: Slots, phrasing: int) -> str:
     return _LOOK_UP[phrasing].format(name=metric.name, year=slots.year)
 
 
-def in_words(formula: Formula, slots: Slots) -> str:
+def in_words(formula: Formula, slots: Slots, operands: Sequence[str] = ()) -> str:
+    """The formula over the operands' names, with their values in brackets where they are given."""
     named = (f"{slots.row} of {slots.year}", f"{slots.row} of {slots.year_2}", f"{slots.row_2} of {slots.year}")
+    if operands:
+        a, b, c = (f"{name} ( {value} )" for name, value in zip(named, operands, strict=True))
+        named = (a, b, c)
     return formula.words(named)

@@ -178,7 +178,7 @@ def with_definition(row: Row, metrics: Metrics) -> Row:
     """The same question after the metric's definition."""
     metric = next(metric for metric in metrics.invented if metric.name == row.question.family)
     assert row.draw, row
-    text = ask_with_definition(metric, row.draw.slots, row.draw.phrasing)
+    text = ask_with_definition(metric, row.draw.slots, row.draw.operands, row.draw.phrasing)
     return replace(row, question=replace(row.question, question=text))
 
 
