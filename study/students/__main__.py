@@ -1,8 +1,8 @@
 """Real students on real FinQA: everything of docs/finqa.md, by the project's own commands.
 
     make data && python -m study.students            all of it
-    python -m study.students search                  the search for settings alone; also student, seed, named, vote,
-                                                     curve, wording, collect, train, analyse, or a job's whole name
+    python -m study.students search                  the search for settings alone; also student, again, seed, named,
+                                                     vote, curve, wording, collect, train, analyse, or whole names
     python -m study.students --list                  the commands for a GPU of their own, and what must come before
     python -m study.students --tables                tables, figures and the page from what is there, nothing run
 

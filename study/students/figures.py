@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finqa.evaluation.accuracy_figure import COLORS
-from study.students.plan import MAIN, NAMED, SAMPLES, SEEDS, STUDENTS, short
+from study.students.plan import MAIN, NAMED, PLAIN, SAMPLES, STUDENTS, short
 
 BARS = {
     "zero-shot": "zero-shot",
@@ -44,7 +44,8 @@ def draw_accuracy(path: Path, figures: dict[str, Any]) -> None:
                 inside = share > 0.04
                 place_of_number = (at, 0.01 if inside else high + 0.01)
                 axes.text(*place_of_number, f"{100 * share:.1f}", ha="center", va="bottom", fontsize=7,
-                          color="white" if inside else "black")  # fmt: skip
+                          color="white" if inside else "black",
+                          bbox={"color": color, "pad": 0.8} if hatch else None)  # fmt: skip
     axes.set_xticks(range(len(students)), students)
     axes.set_ylim(0, max([0.7, *(m["accuracy_relaxed"] + 0.05 for m in found.values())]))
     axes.set_ylabel("execution accuracy")
@@ -78,7 +79,7 @@ def draw_curve(path: Path, figures: dict[str, Any], rows: Sequence[tuple[int, st
         high = [m["accuracy_interval"][1] - m["accuracy"] for _, m in there]
         axes.errorbar([n for n, _ in there], shares, [low, high], color=color, marker="o", ms=4, lw=1.2, capsize=2,
                       label=f"{split}, n = {there[0][1]['n']:,}" if there else split)  # fmt: skip
-        for runs, mark in ((list(NAMED)[1:], "_"), (["", *(f"seed{seed}" for seed in SEEDS[1:])], "*")):
+        for runs, mark in ((list(NAMED)[1:], "_"), (PLAIN, "*")):
             others = [found[run, split]["accuracy"] for run in runs if (run, split) in found]
             axes.plot([rows[-1][0]] * len(others), others, mark, color=color, ms=9)
     axes.set_xscale("log")

@@ -23,15 +23,16 @@ from study.students.jobs import SHARE, Job
 
 DATASET = "FinQA"
 MAIN = "Qwen/Qwen2.5-Coder-1.5B-Instruct"
-"""The student with seeds, votes, a learning curve and a diff."""
+"""The student with seeds, a vote, a learning curve and a diff."""
 SEARCHED = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 STUDENTS = (MAIN, SEARCHED, "HuggingFaceTB/SmolLM2-135M-Instruct")
-SEEDS = (3, 4, 5)
-"""The first is the default of main.py."""
 CURVE = (250, 500, 1000)
 """Training rows, from the top of the file; all of them are the first run of NAMED."""
+PLAIN = {"": 3, "again": 3, "seed4": 4, "seed5": 5}
+"""Run names and seeds of fine-tunes on the default style of programs, the default first; one seed twice, for what a GPU
+adds."""
 NAMED = {"named": 3, "named-again": 3, "named-seed4": 4, "named-seed5": 5}
-"""Run names and seeds of fine-tunes on programs that name their variables; one seed twice, for what a GPU adds."""
+"""The same on programs that name their variables."""
 SAMPLES = 8
 FRACTIONS = "Give ratios and percentages as fractions (0.25, not 25)."
 _REPLY = " Reply with one ```python block and nothing else"
@@ -133,23 +134,22 @@ class Plan:
         ]
 
     def more_of_the_main_student(self) -> list[Job]:
-        """Seeds, the other style of programs, a learning curve in it, and votes."""
+        """Seeds, the other style of programs, a learning curve in it, and a vote."""
         trained = TRAINING_GB[MAIN]
         student = f"student-{short(MAIN)}"
         jobs = [
-            Job(f"seed-{seed}", self.main(MAIN, f"-D -T --VLLM -S {seed} --run-name seed{seed}"), trained)
-            for seed in SEEDS[1:]
+            Job(run, self.main(MAIN, f"-D -T --VLLM -S {seed} --run-name {run}"), trained)
+            for run, seed in PLAIN.items()
+            if run
         ]
         named = [(run, f"-S {seed} --run-name {run}") for run, seed in NAMED.items()]
         named += [(f"curve-{rows}", f"--max-rows {rows} --run-name rows{rows}") for rows in CURVE]
         jobs += [
             Job(job, self.main(MAIN, f"-D -T --VLLM {flags}", self.styled("named")), trained) for job, flags in named
         ]
-        vote = f"-NT -T --VLLM --samples {SAMPLES}"
-        jobs += [
-            Job(f"vote-{seed}", self.main(MAIN, f"{vote}{_seed_flags(seed)}"), GENERATION_GB, (before,))
-            for seed, before in zip(SEEDS, (student, *(f"seed-{seed}" for seed in SEEDS[1:])), strict=True)
-        ]
+        jobs.append(
+            Job("vote", self.main(MAIN, f"-NT -T --VLLM --samples {SAMPLES}"), GENERATION_GB, (student,)),
+        )
         return jobs
 
     def wordings(self) -> list[Job]:
@@ -212,10 +212,6 @@ def short(model: str) -> str:
 def job_name(setting: Setting) -> str:
     """Name of a setting's job, and of its run."""
     return f"search-{setting.name.replace(' ', '-')}"
-
-
-def _seed_flags(seed: int) -> str:
-    return "" if seed == SEEDS[0] else f" -S {seed} --run-name seed{seed}"
 
 
 def _folder_flags(folders: Folders, results: bool = True) -> str:

@@ -124,7 +124,8 @@ def figures_of(found: Sequence[Evaluated]) -> dict[str, Any]:
 def diff_figures(plan: Plan) -> list[dict[str, Any]]:
     """What train.py measured of each dictionary of the model diff that is there, on held-out documents.
 
-    `meets` counts the latents that meet latent scaling's conditions for a class, whatever class Delta gives them.
+    `by_kind` has the explained variance of the difference by kind of token, as analyse.py measured it. `meets` counts
+    the latents that meet latent scaling's conditions for a class, whatever class Delta gives them.
     """
     figures = []
     for amount, site, method in product(AMOUNTS, SITES, METHODS):
@@ -135,7 +136,11 @@ def diff_figures(plan: Plan) -> list[dict[str, Any]]:
             scaling = made["latent_scaling"] or {}
             meets = {kind: sum(map(len, its["meet"].values())) for kind, its in scaling.items()}
             of = {key: made[key] for key in ("held_out", "n_held_out_documents", "dead_share", "classes")}
-            figures.append({"name": name, "documents": amount, "site": site, "method": method, **of, "meets": meets})
+            named = {"name": name, "documents": amount, "site": site, "method": method}
+            analysis = path.with_name("analysis.json")
+            kinds = json.loads(analysis.read_text())["explained_variance_by_kind"] if analysis.exists() else []
+            by_kind = {kind["kind"]: kind["difference"] for kind in kinds}
+            figures.append({**named, **of, "meets": meets, "by_kind": by_kind})
     return figures
 
 
@@ -143,7 +148,7 @@ def analyses(plan: Plan) -> dict[str, str]:
     """What analyse.py found of each dictionary that is there, by the name of a file to publish.
 
     Two files a dictionary: analysis.json without folders of the machine, and most_changed.csv without the excerpts,
-    which are text of FinQA's pages.
+    which are text of FinQA's pages, and without words of the vocabulary that latents promote.
     """
     found = {}
     for amount, site, method in product(AMOUNTS, SITES, METHODS):
@@ -155,7 +160,8 @@ def analyses(plan: Plan) -> dict[str, str]:
             text = io.StringIO(newline="")
             with (folder / "most_changed.csv").open(newline="", encoding="utf-8") as file:
                 rows = csv.DictReader(file)
-                kept = [column for column in rows.fieldnames or () if column != "example"]
+                left_out = ("example", "promoted", "promoted_instruct")
+                kept = [column for column in rows.fieldnames or () if column not in left_out]
                 writer = csv.DictWriter(text, kept, extrasaction="ignore", lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)

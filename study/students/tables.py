@@ -21,9 +21,9 @@ from study.students.plan import (
     CURVE,
     MAIN,
     NAMED,
+    PLAIN,
     SAMPLES,
     SEARCH,
-    SEEDS,
     STUDENTS,
     WORDINGS,
     Plan,
@@ -165,16 +165,17 @@ def groups(of: str, title: str) -> Callable[[Figures], str]:
 def seeds(figures: Figures) -> str:
     """A row a style of programs and fine-tuning seed of the main student, and the mean of each style."""
     lines: list[list[str]] = []
-    for style, runs in {"plain": {_seed_run(seed): seed for seed in SEEDS}, "named": NAMED}.items():
-        shares: list[list[float]] = []
+    for style, runs in {"plain": PLAIN, "named": NAMED}.items():
+        shares: list[list[float | None]] = []
         for run, seed in runs.items():
-            its = [metrics_of(figures, short(MAIN), run, split, "fine-tuned") for split in ("test", "dev")]
-            both = [m for m in its if m]
-            if len(both) == len(its):
-                shares.append([m[rule] for m in both for rule in ("accuracy", "accuracy_relaxed")])
+            test, dev = (metrics_of(figures, short(MAIN), run, split, "fine-tuned") for split in ("test", "dev"))
+            if test:
+                of_dev = [dev[rule] if dev else None for rule in ("accuracy", "accuracy_relaxed")]
+                shares.append([test["accuracy"], test["accuracy_relaxed"], *of_dev])
                 lines.append([style, str(seed), *map(percent, shares[-1])])
         if len(shares) > 1:
-            lines.append([style, "mean", *(percent(mean(column)) for column in zip(*shares, strict=True))])
+            there = [[share for share in column if share is not None] for column in zip(*shares, strict=True)]
+            lines.append([style, "mean", *(percent(mean(column) if column else None) for column in there)])
     return markdown(["variables", "seed", "test, strict", "test, relaxed", "dev, strict", "dev, relaxed"], lines)
 
 
@@ -240,8 +241,15 @@ def diff(figures: Figures) -> str:
     return markdown([*head, "base-only", "fine-tuned-only", "between", "meet latent scaling, base / fine-tuned"], lines)
 
 
-def _seed_run(seed: int) -> str:
-    return "" if seed == SEEDS[0] else f"seed{seed}"
+def diff_kinds(figures: Figures) -> str:
+    """A row a dictionary: explained variance of the difference by kind of token."""
+    kinds = ("template", "passage", "table", "question", "program")
+    lines = [
+        [made["documents"], made["site"], made["method"], *(f"{made['by_kind'][kind]:.3f}" for kind in kinds)]
+        for made in figures["diff"]
+        if made["by_kind"]
+    ]
+    return markdown(["documents", "site", "dictionary", *kinds], lines)
 
 
 def percent(share: float | None) -> str:
@@ -263,4 +271,5 @@ TABLES: dict[str, Callable[[Figures], str]] = {
     "search": search,
     "wordings": wordings,
     "diff": diff,
+    "diff-kinds": diff_kinds,
 }

@@ -150,7 +150,7 @@ def test_the_worked_examples_give_their_answers(name: str):
     from finqa.task.answers import match
 
     examples = DATASETS[name].worked_examples
-    assert len(examples) == 4
+    assert len(examples) in (3, 4)
     for example in examples:
         variables: dict[str, object] = {}
         exec(example.code, variables)

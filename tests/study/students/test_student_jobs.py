@@ -18,7 +18,7 @@ from finqa.runtime.paths import REPOSITORY, SPLITS, Folders
 from finqa.task.records import Question, TeacherRow, read_teacher_rows, write_questions, write_teacher_rows
 from study.students.__main__ import make_styled_rows
 from study.students.jobs import SHARE, Gpu, Job, gpus_of_this_machine, is_done, locked, run_jobs
-from study.students.plan import MAIN, Plan, chosen
+from study.students.plan import MAIN, Plan, chosen, short
 
 NOTE = (
     '-c "import json, os, sys, time; start = time.time(); time.sleep(0.5); '
@@ -199,11 +199,13 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 def test_jobs_are_chosen_by_the_beginning_of_their_names_with_what_they_need():
     jobs = Plan(Folders(Path("d"), Path("r"))).jobs()
-    names = [job.name for job in chosen(jobs, ["vote-4"])]
-    assert names == ["seed-4", "vote-4"]
+    names = [job.name for job in chosen(jobs, ["vote"])]
+    assert names == [f"student-{short(MAIN)}", "vote"]
     assert chosen(jobs, []) == jobs
     assert {name for job in jobs for name in job.after} <= {job.name for job in jobs}
-    with pytest.raises(UserError, match="no job is called serach; they begin with search, wording, student, seed"):
+    with pytest.raises(
+        UserError, match="no job is called serach; they begin with search, wording, student, again, seed4"
+    ):
         chosen(jobs, ["serach"])
 
 

@@ -164,7 +164,9 @@ def test_a_reference_is_written_and_its_page_filled(plan: Plan, tmp_path: Path):
     for folder, made in ((crosscoder, of_two), (sae, of_one)):
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps(made | {"dead_share": 0.25, "n_held_out_documents": 3}))
-    (sae / "analysis.json").write_text(json.dumps({"activations": {"folder": "/some/where/set"}}))
+    kinds = [{"kind": kind, "difference": 0.5} for kind in ("template", "passage", "table", "question", "program")]
+    analysed = {"activations": {"folder": "/some/where/set"}, "explained_variance_by_kind": kinds}
+    (sae / "analysis.json").write_text(json.dumps(analysed))
     (sae / "most_changed.csv").write_text("latent,example,frequency\n7,a sentence of the page,0.5\n")
     page = tmp_path / "page.md"
     page.write_text("".join(f"<!-- table: {name} -->\n<!-- end of table -->\n" for name in tables.TABLES))
@@ -174,6 +176,7 @@ def test_a_reference_is_written_and_its_page_filled(plan: Plan, tmp_path: Path):
     assert "| 7 | 100.0 [34.2, 100.0] |" in text
     assert tables.NOT_RUN in text  # the search
     assert "| 1k | mlp | batchtopk | 0.700 | 0.600 | 0.500 | 100.0 | 25.0 | 0 | 1 | 2 | 3 / 3 |" in text
+    assert "| 1k | mlp | difference-sae | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 |" in text
     assert "| 1k | mlp | difference-sae | - | - | 0.500 | 100.0 | 25.0 | - | - | - | - / - |" in text
     assert tables.fill(text, folder) == text
     assert {path.name for path in folder.iterdir()} == {
@@ -181,8 +184,8 @@ def test_a_reference_is_written_and_its_page_filled(plan: Plan, tmp_path: Path):
         "learning_curve.png", "diff",
     }  # fmt: skip
     assert json.loads((folder / "diff/1k_mlp_difference-sae_analysis.json").read_text()) == {
-        "activations": {"folder": "set"}
-    }
+        **analysed, "activations": {"folder": "set"}
+    }  # fmt: skip
     assert (folder / "diff/1k_mlp_difference-sae_most_changed.csv").read_text() == "latent,frequency\n7,0.5\n"
 
 
