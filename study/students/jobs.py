@@ -149,6 +149,8 @@ def start(job: Job, logs: Path, gpu: Gpu) -> subprocess.Popen[bytes]:
     environment = {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}  # models come from the Hub
     if gpu.number is not None:
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu.number)
+        # Several jobs with a thread for every core each would wait for one another's threads.
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 8)))
     return start_into(logs / f"{job.name}.log", command, environment=environment, own_group=True)
 
 
