@@ -14,6 +14,7 @@ from torch import Tensor
 
 from crosscoder.activations.layout import token_texts
 from crosscoder.analysis.lens import Unembedding, promoted_tokens
+from crosscoder.analysis.token_kinds import token_kinds
 from crosscoder.dashboard.examples import ExampleMaker
 from crosscoder.dashboard.firings import gather_firings, groups_within
 from crosscoder.dashboard.records import Column, Dashboard, DashboardConfig, Examples, LatentPage, Value
@@ -33,6 +34,8 @@ COLUMNS = (
     Column("relative_decoder_norm", "relative norm", "Relative decoder norm r: length of the fine-tuned model's "
            "decoder vector over the sum of both. Near 0 the instruct model alone has the latent, near 1 the fine-tuned "
            "one.", "number"),
+    Column("norm_distance", "distance from ½", "How far the relative norm is from one half, where both models' vectors "
+           "are equally long.", "number", in_table=False),
     Column("delta", "Δ", "Half of one plus the difference of the two lengths over the larger; the classes are cut on "
            "it.", "number", in_table=False),
     Column("instruct_norm", "instruct norm", "Length of the instruct decoder vector, in that model's own units.",
@@ -64,6 +67,7 @@ COLUMNS = (
     Column("mean_activation", "mean activation", "Over the tokens on which it is active.", "number", in_table=False),
     Column("max_activation", "largest activation", "Over all tokens.", "number"),
 )  # fmt: skip
+SITE_NAMES = {"mlp": "MLP output", "attention": "attention output", "residual": "residual stream"}
 FEW_FIRINGS = 10
 """A latent that is active on fewer tokens is among the least interesting: there is too little to read."""
 COSINES_AT_ONCE = 2048
@@ -175,7 +179,7 @@ def _examples(
     reading: Reading, chosen: Tensor, statistics: LatentStatistics, config: DashboardConfig
 ) -> tuple[dict[int, Examples], Tensor]:
     """Examples of the chosen latents, and [latent, bin] histograms of all."""
-    maker = ExampleMaker(reading.store, config)
+    maker = ExampleMaker(reading.store, config, token_kinds(reading.store, reading.tokenizer))
     examples: dict[int, Examples] = {}
     histograms = torch.empty(0)
     for group in groups_within(chosen, statistics.n_firings, config.max_firings_held):
@@ -195,6 +199,8 @@ def _values(row: LatentRow, model: BatchTopKCrosscoder) -> dict[str, Value]:
     known: dict[str, Any] = asdict(row)
     nu = known.get("nu_err")
     known["exclusivity"] = None if nu is None else 1 - nu
+    r = row.relative_decoder_norm
+    known["norm_distance"] = None if r is None else abs(r - 0.5)
     if row.relative_decoder_norm is None:
         known["kind"] = None  # a difference SAE's latents are all of one kind
     if model.config.n_delta:
@@ -238,7 +244,7 @@ def _facts(
     if name:
         yield "model", Path(name).name if Path(name).is_absolute() else name
     if recorded.get("layer"):
-        yield "read at", f"layer {recorded['layer']}, {recorded.get('site', 'mlp').replace('mlp', 'MLP')} output"
+        yield "read at", f"layer {recorded['layer']}, {SITE_NAMES[recorded.get('site', 'mlp')]}"
     if recorded.get("dataset"):
         yield "data", f"{recorded['dataset']} {recorded.get('split', '')}".strip()
     yield "tokens", f"{statistics.n_tokens:,} in {len(store.documents):,} documents"

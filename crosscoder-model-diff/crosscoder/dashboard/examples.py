@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from crosscoder.activations.layout import KINDS
 from crosscoder.activations.store import ActivationStore
 from crosscoder.dashboard.records import LEVELS, Band, DashboardConfig, Example, Examples, TokenUse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
 BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Quantiles of a latent's activations, over the tokens on which it is active."""
@@ -28,9 +30,13 @@ def quantise(values: NDArray[np.float32], largest: float) -> NDArray[np.uint8]:
 
 
 class ExampleMaker:
-    """Examples of latents, all from one activation set."""
+    """Examples of latents, all from one activation set.
 
-    def __init__(self, store: ActivationStore, config: DashboardConfig):
+    `kinds` [token] is token_kinds.token_kinds': several questions are asked of one page, and examples of one latent
+    are from pages of their own.
+    """
+
+    def __init__(self, store: ActivationStore, config: DashboardConfig, kinds: Tensor):
         self.config = config
         self._token_ids = store.token_id.numpy()
         self._document = store.document.numpy()
@@ -40,6 +46,20 @@ class ExampleMaker:
         cuts = np.flatnonzero(np.diff(self._document)) + 1
         self._begins = np.concatenate([[0], cuts])
         self._ends = np.concatenate([cuts, [len(store)]])
+        self._page = self._pages(np.isin(kinds.numpy(), [KINDS.index("passage"), KINDS.index("table")]))
+
+    def _pages(self, of_page: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """[token] the number of its document's page, given the tokens that are of a page.
+
+        Documents with the same tokens of a page have one page; one that has none of them is a page of its own.
+        """
+        numbers: dict[bytes, int] = {}
+        page = np.empty(len(self._token_ids), np.int64)
+        for begin, end in zip(self._begins, self._ends, strict=True):
+            ids = self._token_ids[begin:end]
+            text = ids[of_page[begin:end]] if of_page[begin:end].any() else ids
+            page[begin:end] = numbers.setdefault(text.tobytes(), len(numbers))
+        return page
 
     def examples(self, latent: int, tokens: NDArray[np.int32], values: NDArray[np.float32]) -> Examples | None:
         """Of a latent's firings: [n] token indices, rising, and their activations. None where there are none."""
@@ -53,8 +73,8 @@ class ExampleMaker:
         )
 
     def _apart(self, order: NDArray[np.int64], tokens: NDArray[np.int32], n: int) -> NDArray[np.int64]:
-        """The first n firings of `order` that are of different documents."""
-        _, first = np.unique(self._document[tokens[order]], return_index=True)
+        """The first n firings of `order` that are on different pages."""
+        _, first = np.unique(self._page[tokens[order]], return_index=True)
         return order[np.sort(first)[:n]]
 
     def _bands(self, latent: int, tokens: NDArray[np.int32], values: NDArray[np.float32]) -> list[Band]:

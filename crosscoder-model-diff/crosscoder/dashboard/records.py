@@ -23,7 +23,7 @@ class DashboardConfig:
     n_with_examples: int = flag(1024, "--examples-for", metavar="LATENTS")
     """Latents that get examples in the dashboard, the most interesting first (builder.by_interest)."""
     n_strongest: int = 10
-    """Maximally activating examples of a latent, each from a document of its own."""
+    """Maximally activating examples of a latent, each from a page of its own."""
     n_per_band: int = 4
     """Examples of each band of quantiles."""
     tokens_before: int = 24
@@ -101,7 +101,7 @@ class Examples:
     """What is shown of a latent's firings."""
 
     strongest: tuple[Example, ...]
-    """One a document, the strongest first."""
+    """One a page, the strongest first."""
     bands: tuple[Band, ...]
     """The highest first."""
     fires_on: tuple[TokenUse, ...]

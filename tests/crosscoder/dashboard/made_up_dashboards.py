@@ -84,6 +84,7 @@ def _values(j: int, alive: bool, two_models: bool, n_latents: int) -> dict[str, 
     if two_models:
         share = (j + 0.123456789) / n_latents
         norms = {"instruct_norm": 1 - share, "fine_tuned_norm": share, "relative_decoder_norm": share, "delta": share}
+        norms["norm_distance"] = abs(share - 0.5)
         nu = None if j == 3 else round(2 * share, 6)
         scaling = {"nu_err": nu, "nu_rec": share, "exclusivity": None if nu is None else 1 - nu, "scaling_firings": j}
         said = {"fine_tuned_verdict": "confirmed" if j % 4 == 0 else "unreliable", "instruct_verdict": "unreliable"}

@@ -12,7 +12,9 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ from crosscoder.analysis.lens import Unembedding
 from crosscoder.analysis.statistics import LatentStatistics, latent_statistics
 from crosscoder.dashboard.builder import build_dashboard, by_interest, token_texts
 from crosscoder.dashboard.encoding import encode
-from crosscoder.dashboard.examples import BANDS, quantise
+from crosscoder.dashboard.examples import BANDS, ExampleMaker, quantise
 from crosscoder.dashboard.firings import gather_firings, groups_within
 from crosscoder.dashboard.page import packed, render, write_dashboard
 from crosscoder.dashboard.records import LEVELS, Dashboard, DashboardConfig, Example
@@ -138,6 +140,18 @@ def test_the_strongest_examples_are_the_peaks_of_the_documents_with_the_largest_
         strongest = page.examples.strongest
         assert [example.document for example in strongest] == [document for _, document in expected]
         assert [values[e.first + e.peak] for e in strongest] == pytest.approx([value for value, _ in expected])
+
+
+def test_questions_on_one_page_give_one_example_of_it():
+    """Documents of 3 tokens: question, page, page. The first two have one page, the last two have no page at all."""
+    ids = torch.tensor([1, 7, 8, 2, 7, 8, 3, 7, 9, 4, 4, 4, 5, 5, 5], dtype=torch.int32)
+    kinds = torch.tensor([KINDS.index(kind) for kind in ["question", "passage", "table"] * 3 + ["question"] * 6])
+    documents = [SimpleNamespace(id=f"row-{d}") for d in range(5)]
+    store = MagicMock(token_id=ids, document=torch.arange(5).repeat_interleave(3), documents=documents)
+    store.__len__.return_value = 15
+    maker = ExampleMaker(store, DashboardConfig(), kinds)
+    found = maker.examples(0, np.arange(15, dtype=np.int32), np.linspace(2, 1, 15, dtype=np.float32))
+    assert found and [example.document for example in found.strongest] == ["row-0", "row-2", "row-3", "row-4"]
 
 
 def test_an_example_holds_the_tokens_around_its_peak_of_one_document_with_their_activations(reading, f):

@@ -17,6 +17,8 @@ from crosscoder.dashboard.page import write_dashboard
 INSTALL = "install a browser for these tests: apt-get install -y chromium && pip install playwright"
 N = 250
 ALIVE = [latent for latent in range(N) if is_alive(latent)]
+MOST_CHANGED = sorted(ALIVE, key=lambda latent: -abs((latent + 0.123) / N - 0.5))
+"""In the order of a page that was not touched."""
 WITH_EXAMPLES = 40
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 
@@ -154,10 +156,10 @@ def set_range(page: Any, column: str, low: str, high: str) -> None:
 # The table
 
 
-def test_it_opens_on_the_latents_that_are_active_those_of_the_fine_tuned_model_first(open_page):
+def test_it_opens_on_the_latents_that_are_active_those_whose_norms_differ_most_first(open_page):
     page = open_page()
     assert count(page) == "225 of 250 latents"
-    assert rows(page) == ALIVE[::-1][:100]
+    assert rows(page) == MOST_CHANGED[:100]
 
 
 def test_a_search_for_a_number_gives_that_latent_first_and_enter_opens_it(open_page):
@@ -260,7 +262,7 @@ def test_latents_that_are_never_active_come_when_asked_for(open_page):
 def test_latents_that_are_mostly_on_template_tokens_can_be_left_out(open_page):
     page = open_page("#content=1")
     content = [latent for latent in ALIVE if (latent % 5) / 4 <= 0.5]
-    assert rows(page) == content[::-1][:100]
+    assert rows(page) == [latent for latent in MOST_CHANGED if latent in content][:100]
     assert page.inner_text("#filters-set") == "(1 set)"
     page.click("#filters summary")
     assert page.is_checked("input[name=content]")
@@ -294,7 +296,7 @@ def test_a_click_on_a_row_opens_the_latent_and_back_and_forward_work(open_page):
     expect_latent(page, 212)
     assert page.url.endswith("#latent=212")
     page.click("#latent a:has-text('Next')")
-    expect_latent(page, 211)
+    expect_latent(page, MOST_CHANGED[MOST_CHANGED.index(212) + 1])
     page.go_back()
     expect_latent(page, 212)
     page.go_back()
@@ -314,6 +316,11 @@ def test_a_deep_link_opens_its_latent_and_one_to_nowhere_the_table(open_page):
         page.evaluate("fragment => { location.hash = fragment; }", fragment)
         page.wait_for_selector("#list:not([hidden])")
         assert count(page) == "225 of 250 latents"
+        assert page.text_content("#nowhere") == (
+            f"There is no latent “{fragment.removeprefix('latent=')}”: they are numbered from 0 to 249."
+        )
+    page.evaluate("location.hash = ''")
+    page.wait_for_selector("#nowhere", state="hidden")
 
 
 def test_the_nearest_latents_are_links(open_page):
@@ -329,24 +336,24 @@ def test_j_k_and_the_arrows_go_through_the_table_enter_opens_and_escape_returns_
     page = open_page()
     for key in ("j", "j", "ArrowDown", "k", "ArrowUp", "j"):
         page.keyboard.press(key)
-    assert in_focus(page) == str(ALIVE[::-1][1])
+    assert in_focus(page) == str(MOST_CHANGED[1])
     page.keyboard.press("Enter")
-    expect_latent(page, ALIVE[::-1][1])
+    expect_latent(page, MOST_CHANGED[1])
     page.keyboard.press("j")
-    expect_latent(page, ALIVE[::-1][2])
+    expect_latent(page, MOST_CHANGED[2])
     page.keyboard.press("Escape")
     page.wait_for_selector("#list:not([hidden])")
-    assert in_focus(page) == str(ALIVE[::-1][2])
+    assert in_focus(page) == str(MOST_CHANGED[2])
 
 
 def test_going_past_the_last_row_turns_the_page(open_page):
     page = open_page()
     page.focus("#rows tr:last-child a")
     page.keyboard.press("j")
-    assert in_focus(page) == str(ALIVE[::-1][100])
+    assert in_focus(page) == str(MOST_CHANGED[100])
     assert page.inner_text("#page") == "101 to 200 of 225"
     page.keyboard.press("k")
-    assert in_focus(page) == str(ALIVE[::-1][99])
+    assert in_focus(page) == str(MOST_CHANGED[99])
 
 
 def test_a_slash_searches_and_letters_typed_there_stay_letters(open_page):
@@ -356,7 +363,7 @@ def test_a_slash_searches_and_letters_typed_there_stay_letters(open_page):
     assert (in_focus(page), page.input_value("#search")) == ("search", "jk/")
     page.fill("#search", "")
     page.keyboard.press("ArrowDown")
-    assert in_focus(page) == str(ALIVE[-1])
+    assert in_focus(page) == str(MOST_CHANGED[0])
 
 
 def test_what_has_the_focus_can_be_seen(open_page):

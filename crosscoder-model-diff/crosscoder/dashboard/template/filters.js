@@ -13,7 +13,7 @@ const numberColumns = data.columns.filter((column) => column.kind !== "word");
 const extents = new Map(numberColumns.map((column) => [column.key, extentOf(data.values[column.key])]));
 
 function defaultView() {
-  const sort = ["relative_decoder_norm", "difference_share", "frequency"].find((key) => columnOf.has(key));
+  const sort = ["norm_distance", "difference_share", "frequency"].find((key) => columnOf.has(key));
   return { query: "", sort, descending: true, words: new Map(), ranges: new Map(), ...NO_FLAGS };
 }
 

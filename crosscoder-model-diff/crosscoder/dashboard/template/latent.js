@@ -10,7 +10,7 @@ function drawLatent(latent) {
       panel("Activations", activations(latent)),
       promoted(latent),
       panel("Tokens it fires on most", examples ? firesOn(examples.firesOn) : chips(data.topTokens[latent])),
-      panel("Nearest latents", nearest(latent))),
+      panel("Nearest latents", ...nearest(latent))),
     ...(examples ? exampleSections(latent, examples) : [withoutExamples(latent)]),
   );
   return page;
@@ -66,8 +66,9 @@ function promoted(latent) {
     const heading = several ? `by the ${direction} vector` : `by the ${direction}`;
     return [make("h4", {}, heading), make("ol", { class: "promoted" }, ...items)];
   });
-  const note = several ? make("p", { class: "note" }, "Blue: by this model's vector alone.") : null;
-  return panel("Tokens it promotes", ...lists, note);
+  const note = `${several ? "Blue: by this model's vector alone. " : ""}Read by the output layer as if no layer came ` +
+    "between: after a middle layer mostly noise.";
+  return panel("Tokens it promotes", ...lists, make("p", { class: "note" }, note));
 }
 
 function firesOn(uses) {
@@ -86,7 +87,9 @@ function nearest(latent) {
       make("td", { class: "tokens" }, chips(data.topTokens[pairs[i]].slice(0, 3)))));
   }
   const head = ["latent", "cosine", ...(columnOf.has("kind") ? ["class"] : []), "fires on"].map((text) => make("th", { scope: "col" }, text));
-  return make("table", { class: "small nearest" }, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows));
+  const table = make("table", { class: "small nearest" }, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows));
+  const vectors = data.directions.length > 1 ? "decoder vectors, both models' as one" : "decoder vectors";
+  return [table, make("p", { class: "note" }, `By the cosine of the ${vectors}.`)];
 }
 
 function exampleSections(latent, { strongest, bands }) {

@@ -13,6 +13,10 @@ function latentOfHash() {
 function route() {
   hideTip();
   const latent = latentOfHash();
+  const asked = new URLSearchParams(location.hash.slice(1)).get("latent");
+  const nowhere = document.getElementById("nowhere");
+  nowhere.hidden = latent !== null || asked === null;
+  nowhere.textContent = `There is no latent “${asked}”: they are numbered from 0 to ${nLatents - 1}.`;
   if (latent === null) openTable();
   else openLatent(latent);
 }

@@ -79,10 +79,11 @@ function lean(value) {
   return make("span", { class: "lean", "aria-hidden": "true" }, mark);
 }
 
-/** How the column that is sorted by is distributed: of all active latents, and of those in the table. */
+/** How the column that is sorted by is distributed: of all active latents, and of those in the table. By distance from
+ * one half the relative norm itself is drawn, which shows the two sides. */
 function drawOverview() {
   const figure = document.getElementById("overview");
-  const column = columnOf.get(view.sort);
+  const column = columnOf.get(view.sort === "norm_distance" ? "relative_decoder_norm" : view.sort);
   figure.hidden = !column || column.kind === "word";
   const state = `${viewToHash()} ${shown.length}`;
   if (figure.hidden || state === overviewDrawn) return;
