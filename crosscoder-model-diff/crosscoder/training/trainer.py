@@ -59,8 +59,7 @@ class StepRecord(NamedTuple):
     l0: float = 0.0
     """Mean active latents a token."""
     explained_variance_of_difference: float | None = None
-    """Of fine-tuned less instruct, in the models' own units; None where a step reads one vector a token (a difference
-    SAE's difference, a stagewise SAE's model of the stage)."""
+    """Of fine-tuned less instruct, in the models' own units; None for the two SAEs, which read one vector a token."""
     difference: float = 0.0
     """The difference term and the L1 price, before their weights; 0 where they are off."""
     l1: float = 0.0
@@ -112,8 +111,7 @@ class Trainer:
             self.model.parameters(), lr=config.learning_rate, betas=config.betas, fused=True
         )
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.steps_done = self.stages_done = 0
-        self.drawn_anew = 0
+        self.steps_done = self.stages_done = self.drawn_anew = 0
         self.first_reconstruction = torch.tensor(torch.inf, device=self.device)
         self._failed_step = torch.zeros((), dtype=torch.int64, device=self.device)
         self._step_kind: StepKind = step
@@ -132,12 +130,10 @@ class Trainer:
                     saved_at = time.monotonic()
         while self.stages_done + 1 < len(self.model.stages):  # those without a step
             self._next_stage()
-        config = self.config
-        for stage in self.model.stages if self.ranks.is_main else ():
-            self.model.stage = stage
-            calibrate(self.model, self.store, self.split.train, config.calibration_tokens, config.seed)
         self.model.stage = None
         if self.ranks.is_main:
+            config = self.config
+            calibrate(self.model, self.store, self.split.train, config.calibration_tokens, config.seed)
             recorded = asdict(self.store.config)["recorded"]
             checkpoint.save_dictionary(self.model, self.folder, training=asdict(config), activations=recorded)
             (self.folder / checkpoint.STATE_FILE).unlink(missing_ok=True)
@@ -164,8 +160,7 @@ class Trainer:
         return schedule.learning_rate(self.config, step % self.steps_a_stage, self.steps_a_stage)
 
     def weights(self, step: int) -> Weights:
-        """k and the weights of the loss at a step counted from 0. What changes from step to step does so in each stage
-        anew."""
+        """k and the weights of the loss at a step counted from 0; what changes does so in each stage anew."""
         step, total = step % self.steps_a_stage, self.steps_a_stage
         return Weights(
             k=schedule.k_at(self.config, self.model.config.k, step, total),
@@ -218,8 +213,7 @@ class Trainer:
         self.liveness.since_positive = tensors["since_positive"].to(self.device)
         self.first_reconstruction = tensors["first_reconstruction"].to(self.device)
         self.generator.set_state(tensors["generator"].to(torch.uint8))
-        self.steps_done = progress["steps_done"]
-        self.stages_done = progress.get("stages_done", 0)
+        self.steps_done, self.stages_done = progress["steps_done"], progress.get("stages_done", 0)
         self.model.stage = self.model.stages[self.stages_done]
         self.drawn_anew = progress["drawn_anew"]
         self.threshold.value = progress["threshold"]
@@ -280,8 +274,8 @@ class Trainer:
     def _update_liveness(self, step: Step) -> None:
         self.liveness.update(step.positive, step.selected, self.config.batch_size)
         every = max(1, self.liveness.window // self.config.batch_size)
-        # A latent that was drawn anew in a later stage would have nothing to do with what it was before.
         in_first = self.steps_done < (1 - self.config.decay_fraction) * self.steps_a_stage
+        # In a later stage what is drawn anew would have nothing to do with what it was before.
         if self.config.draw_anew and self.steps_done % every == 0 and in_first:
             lost = self.liveness.never_positive
             mean_x = self.ranks.mean(step.x.float().mean(dim=0))
