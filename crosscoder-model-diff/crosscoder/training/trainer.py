@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from crosscoder.dictionaries.scaling import equal_difference_weight, fit_scaling
 from crosscoder.dictionaries.threshold import RunningThreshold, calibrate
 from crosscoder.training import schedule
 from crosscoder.training.liveness import Liveness, draw_anew
+from crosscoder.training.run_log import StepRecord
 from crosscoder.training.step import Step, StepKind, TakeStep
 from crosscoder.training.step_choice import new_step
 from finqa.runtime.errors import UserError
@@ -30,39 +31,6 @@ MEDIAN_TOKENS = 16_384
 """Training tokens from which the start of the decoder bias is taken."""
 DIVERGED = 10.0
 """A reconstruction loss of so many times that of the first step ends the run."""
-
-
-class StepRecord(NamedTuple):
-    """What a logged step looked like; every figure is of that step's batch."""
-
-    step: int
-    """Counted from 1."""
-    tokens: int
-    """Read so far."""
-    loss: float
-    reconstruction: float
-    auxiliary: float
-    explained_variance: tuple[float, ...]
-    """Of the instruct and the fine-tuned model, or of their difference alone, on the training batch
-    (losses.batch_explained_variance)."""
-    explained_variance_published: tuple[float, ...]
-    """The published run's figure (losses.published_explained_variance)."""
-    dead_share: float
-    """Latents not selected for a window of tokens."""
-    never_positive_share: float
-    drawn_anew: int
-    """Latents re-initialised so far."""
-    threshold: float | None
-    gradient_norm: float
-    """Before clipping."""
-    learning_rate: float
-    l0: float = 0.0
-    """Mean active latents a token."""
-    explained_variance_of_difference: float | None = None
-    """Of fine-tuned less instruct, in the models' own units; None for the two SAEs, which read one vector a token."""
-    difference: float = 0.0
-    """The difference term and the L1 price, before their weights; 0 where they are off."""
-    l1: float = 0.0
 
 
 class Trainer:
@@ -315,5 +283,6 @@ class Trainer:
                 difference=difference,
                 l1=l1,
                 explained_variance_of_difference=of_difference,
+                stage=self.model.stage,
             )
         )
