@@ -3,9 +3,11 @@
 An addition is a vector for every token, in the models' own units, made from what both models give there. Added to the
 instruct model it should make it more like the fine-tuned one; taken from the fine-tuned model, the reverse.
 
-    latents             sum over S of f_j (W_dec[j,1]/c_1 - W_dec[j,0]/c_0); of a difference SAE f_j W_dec[j]/c
+    latents             sum over S of f_j (W_dec[j,1]/c_1 - W_dec[j,0]/c_0); of a difference SAE f_j W_dec[j]/c; of a
+                        stagewise SAE f_j[1] W_dec[j,1]/c - f_j[0] W_dec[j,0]/c, with a value for each model
     random directions   the latents' values on random directions, each token's vector as long as the set's
-    components          x[1] - x[0] on the first n directions of its (uncentred) PCA
+    components          x[1] - x[0] on the first n directions of its (uncentred) PCA, or of another basis
+    scaled              any of these times a number, so that sets are compared at one injected norm
     mean difference     the mean of x[1] - x[0], the same vector everywhere
     bias                what the dictionary adds where no latent is active
     whole               x[1] - x[0]: the ceiling
@@ -14,14 +16,15 @@ instruct model it should make it more like the fine-tuned one; taken from the fi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.model import BatchTopKCrosscoder, random_directions
+from finqa.runtime.errors import UserError
 
 
 class Reading:
@@ -30,7 +33,7 @@ class Reading:
     def __init__(self, pairs: Tensor):
         """`pairs` [tokens, 2, d_model], raw."""
         self.pairs = pairs.float()
-        self._values: dict[int, Tensor] = {}
+        self._parts: dict[int, Tensor] = {}
         self._last: tuple[Addition, Tensor] | None = None
 
     @property
@@ -38,12 +41,17 @@ class Reading:
         """[tokens, d_model]: fine-tuned less instruct."""
         return self.pairs[:, 1] - self.pairs[:, 0]
 
-    @torch.no_grad()
     def values(self, dictionary: BatchTopKCrosscoder) -> Tensor:
         """[tokens, latent] at the inference threshold."""
-        if id(dictionary) not in self._values:
-            self._values[id(dictionary)] = dictionary.encode(dictionary.scale(self.pairs))
-        return self._values[id(dictionary)]
+        return self.parts(dictionary)[:, 0]
+
+    @torch.no_grad()
+    def parts(self, dictionary: BatchTopKCrosscoder) -> Tensor:
+        """[tokens, part, latent]: values of what each latent adds (BatchTopKCrosscoder.parts); of most methods one."""
+        if id(dictionary) not in self._parts:
+            x = dictionary.scale(self.pairs)
+            self._parts[id(dictionary)] = dictionary.parts(x, dictionary.encode(x))
+        return self._parts[id(dictionary)]
 
     @torch.no_grad()
     def added(self, addition: Addition) -> Tensor:
@@ -95,11 +103,16 @@ class Latents:
         self.label = {"kind": kind, "n": len(self.latents), "seed": seed, "digest": made_of}
 
     def vectors(self) -> Tensor:
-        """[latents, d_model]: what one unit of each adds. Not kept: many sets of a large dictionary are under way."""
-        return difference_decoder(self.dictionary)[self.latents]
+        """[parts * latents, d_model]: what one unit of each adds. Not kept: many sets of a large dictionary are under
+        way."""
+        return difference_parts(self.dictionary)[:, self.latents].flatten(0, 1)
+
+    def values(self, reading: Reading) -> Tensor:
+        """[tokens, parts * latents] fp32: how much of each of `vectors`."""
+        return reading.parts(self.dictionary)[:, :, self.latents].flatten(1).float()
 
     def __call__(self, reading: Reading) -> Tensor:
-        return reading.values(self.dictionary)[:, self.latents].float() @ self.vectors()
+        return self.values(reading) @ self.vectors()
 
 
 class RandomDirections(Latents):
@@ -113,7 +126,7 @@ class RandomDirections(Latents):
         generator = torch.Generator(vectors.device).manual_seed(self.seed)
         drawn = torch.randn(vectors.shape, generator=generator, device=vectors.device)
         drawn *= vectors.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
-        f = reading.values(self.dictionary)[:, self.latents].float()
+        f = self.values(reading)
         ours, wanted = f @ drawn, (f @ vectors).norm(dim=-1, keepdim=True)
         return ours * (wanted / ours.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(ours.dtype).tiny))
 
@@ -130,15 +143,68 @@ class Constant:
 
 
 class Components:
-    """The part of the difference that lies in a few directions: `basis` [directions, d_model], orthonormal."""
+    """The part of the difference that lies in a few directions: `basis` [directions, d_model], orthonormal (see
+    `orthonormal`). Those of the PCA, of an adapter (adapter_directions.py), or random ones (`random_basis`)."""
 
-    def __init__(self, basis: Tensor):
+    def __init__(self, basis: Tensor, kind: str = "components"):
         self.basis = basis
-        self.label = {"kind": "components", "n": len(basis), "digest": digest(basis)}
+        self.label = {"kind": kind, "n": len(basis), "digest": digest(basis)}
 
     def __call__(self, reading: Reading) -> Tensor:
         basis = self.basis.to(reading.pairs)
         return (reading.difference @ basis.T) @ basis
+
+
+class Scaled:
+    """Another addition times a number: sets are compared at one injected norm (`at_norm`)."""
+
+    def __init__(self, addition: Addition, factor: float):
+        self.addition, self.factor = addition, factor
+        its = addition.label
+        self.label = its | {"kind": f"{its['kind']}, scaled", "digest": f"{its.get('digest', '')}-{digest(factor)}"}
+
+    def __call__(self, reading: Reading) -> Tensor:
+        return self.factor * self.addition(reading)
+
+
+def injected_norm(addition: Addition, readings: Iterable[Reading]) -> float:
+    """Root mean square over the tokens of all readings of the length of what is added, in the models' own units."""
+    squares, n_tokens = 0.0, 0
+    for reading in readings:
+        added = addition(reading)
+        squares += float(added.double().square().sum())
+        n_tokens += len(added)
+    return (squares / max(1, n_tokens)) ** 0.5
+
+
+def at_norm(addition: Addition, norm: float, readings: Iterable[Reading]) -> Scaled:
+    """The addition with an `injected_norm` of `norm` on these readings; one factor for all tokens, so where it adds
+    nothing it goes on to. UserError where it adds nothing anywhere."""
+    own = injected_norm(addition, readings)
+    if own == 0:
+        kind, n = addition.label["kind"], addition.label["n"]
+        raise UserError(f"{kind} ({n}) add nothing on these documents, so they have no norm to scale; leave them out")
+    return Scaled(addition, norm / own)
+
+
+def orthonormal(vectors: Tensor) -> Tensor:
+    """[n, d_model] -> [rank, d_model] fp32: an orthonormal basis of what they span; the first k of independent ones are
+    a basis of the first k. A vector that those before it span adds none."""
+    basis: list[Tensor] = []
+    for vector in torch.nn.functional.normalize(vectors.double(), dim=-1):
+        left = vector
+        for _ in range(2):  # once more takes out what rounding has left
+            for direction in basis:
+                left = left - (left @ direction) * direction
+        if left.norm() > 1e-6:
+            basis.append(left / left.norm())
+    return torch.stack(basis).float() if basis else vectors.new_zeros(0, vectors.shape[-1]).float()
+
+
+def random_basis(n: int, d_model: int, seed: int) -> Components:
+    """The part of the difference in `n` directions that are drawn at random."""
+    drawn = random_directions(n, d_model, 1.0, torch.Generator().manual_seed(seed))
+    return Components(orthonormal(drawn), "drawn components")
 
 
 def bias_of(dictionary: BatchTopKCrosscoder) -> Constant:
@@ -182,10 +248,10 @@ _decoders: WeakKeyDictionary[BatchTopKCrosscoder, Tensor] = WeakKeyDictionary()
 _digests: WeakKeyDictionary[BatchTopKCrosscoder, str] = WeakKeyDictionary()
 
 
-def difference_decoder(dictionary: BatchTopKCrosscoder) -> Tensor:
-    """[latent, d_model] fp32: the dictionary's difference_decoder, computed once."""
+def difference_parts(dictionary: BatchTopKCrosscoder) -> Tensor:
+    """[part, latent, d_model] fp32: the dictionary's difference_parts, computed once."""
     if dictionary not in _decoders:
-        _decoders[dictionary] = dictionary.difference_decoder().float()
+        _decoders[dictionary] = dictionary.difference_parts().float()
     return _decoders[dictionary]
 
 
@@ -194,7 +260,8 @@ def dictionary_digest(dictionary: BatchTopKCrosscoder) -> str:
     if dictionary not in _digests:
         means = [] if dictionary.activation_means is None else [dictionary.activation_means]
         thresholds, scales = dictionary.latent_thresholds(), torch.tensor(dictionary.activation_scales)
-        settings = f"{dictionary.config}-{digest(scales, thresholds, *means)}-{weights_digest(dictionary)}"
+        numbers = digest(scales, thresholds, *dictionary.further_thresholds, *means)
+        settings = f"{dictionary.config}-{numbers}-{weights_digest(dictionary)}"
         _digests[dictionary] = hashlib.sha256(settings.encode()).hexdigest()[:16]
     return _digests[dictionary]
 

@@ -21,8 +21,9 @@ from crosscoder.dictionaries.ranks import ALONE, Ranks
 from crosscoder.dictionaries.threshold import RunningThreshold, calibrated_threshold
 from crosscoder.training import plan
 from crosscoder.training.liveness import Liveness, draw_anew
+from crosscoder.training.run_log import StepRecord
 from crosscoder.training.step_choice import not_by_hand
-from crosscoder.training.trainer import StepRecord, Trainer
+from crosscoder.training.trainer import Trainer
 from finqa.runtime.errors import UserError
 from finqa.runtime.memory.needs import Need
 from finqa.runtime.paths import REPOSITORY
@@ -291,6 +292,9 @@ def test_a_step_by_hand_is_for_what_it_was_written_for():
     for device, shape, settings, ranks, reason in [
         (cpu, SHAPE, SETTINGS, ALONE, "the device cpu"),
         (gpu, replace(SHAPE, method="l1"), replace(SETTINGS, l1_weight=1.0), ALONE, "method l1"),
+        (gpu, replace(SHAPE, method="dedicated", reserved_share=0.25), SETTINGS, ALONE, "method dedicated"),
+        (gpu, replace(SHAPE, method="stagewise-sae"), SETTINGS, ALONE, "method stagewise-sae"),
+        (gpu, SHAPE, replace(SETTINGS, freeze_decoder=True), ALONE, "a frozen decoder"),
         (gpu, SHAPE, replace(SETTINGS, difference_weight="equal"), ALONE, "a difference term"),
         (gpu, SHAPE, replace(SETTINGS, l1_weight=1.0), ALONE, "a price of L1"),
         (gpu, SHAPE, SETTINGS, Ranks(0, 2), "2 processes"),
