@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import json_text, write_atomically
+from finqa.runtime.paths import json_text, remove_left_overs, write_atomically
 
 
 class Journal:
@@ -141,7 +141,8 @@ class Journal:
 def only_run_on(folder: Path) -> Iterator[None]:
     """Holds an output folder for this process: UserError where another run holds it; a killed one holds nothing.
 
-    The lock is a file beside the folder, so that the folder may be replaced, and goes with the block.
+    The lock is a file beside the folder, so that the folder may be replaced, and goes with the block. Temporary files
+    that a killed run left in the folder are removed.
     """
     import fcntl
 
@@ -156,6 +157,7 @@ def only_run_on(folder: Path) -> Iterator[None]:
             # The run before may have removed the file between opening and locking it.
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 continue
+            remove_left_overs(folder)
             try:
                 yield
             finally:
