@@ -6,7 +6,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,9 +107,7 @@ def evaluate(
     tasks = _tasks(run, config, folders, student)
     missing = [task for task in tasks if not task.complete]
     report = folders.results / run.dataset / run.model_id
-    with Sandbox(config.sandbox) as sandbox, ExitStack() as held:
-        for task in tasks:
-            held.enter_context(only_run_on(task.folder))
+    with Sandbox(config.sandbox) as sandbox, only_run_on(*(task.folder for task in tasks)):
         for task in tasks:
             if task.complete:
                 _finish(task, run, config, sandbox)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -138,12 +139,20 @@ class Journal:
 
 
 @contextmanager
-def only_run_on(folder: Path) -> Iterator[None]:
-    """Holds an output folder for this process: UserError where another run holds it; a killed one holds nothing.
+def only_run_on(*outputs: Path) -> Iterator[None]:
+    """Holds output folders or files for this process: UserError where another run holds one; a killed one holds none.
 
-    The lock is a file beside the folder, so that the folder may be replaced, and goes with the block. Temporary files
-    that a killed run left in the folder are removed.
+    A lock is a file beside its folder, so that the folder may be replaced, and goes with the block. Temporary files
+    that a killed run left in the folder are removed. On a file system without locks nothing is held.
     """
+    with ExitStack() as held:
+        for output in outputs:
+            held.enter_context(_only_run_on(output))
+        yield
+
+
+@contextmanager
+def _only_run_on(folder: Path) -> Iterator[None]:
     import fcntl
 
     path = folder.with_name(f".{folder.name[:200]}.lock")
@@ -154,6 +163,9 @@ def only_run_on(folder: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"another run is writing to {folder}; wait for it, or end it first") from None
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+                    raise
             # The run before may have removed the file between opening and locking it.
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 continue

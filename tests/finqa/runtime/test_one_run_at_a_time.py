@@ -1,4 +1,4 @@
-"""Temporary files of killed runs go with the next run; those of a living one stay."""
+"""One run at a time on an output; temporary files of killed runs go with the next one, those of a living one stay."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from finqa.runtime.journal import only_run_on
-from finqa.runtime.paths import REPOSITORY, renamed_to, temporary_folder, write_atomically
+from finqa.runtime.paths import REPOSITORY, Folders, renamed_to, temporary_folder, write_atomically
 
 HOLDS = """
 import sys, time
@@ -83,3 +83,22 @@ def test_a_command_that_was_killed_while_writing_leaves_nothing_once_it_ran_agai
     assert any(name.startswith(".test.csv.") for name in names(tmp_path / "clean"))
     subprocess.run([sys.executable, "-m", *words], cwd=REPOSITORY, check=True, capture_output=True)
     assert not any(name.startswith(".") for name in names(tmp_path))
+
+
+STAGES = {
+    ("preprocess_finqa",): Folders.clean,
+    ("process_finqa_code_generation", "--teacher", "program"): Folders.generated,
+    ("filter_valid_answers",): Folders.filtered,
+}
+
+
+def test_a_second_preprocessing_of_a_split_is_refused_in_one_line(tmp_path: Path):
+    for (script, *words), output in STAGES.items():
+        named = ["--dataset", "FinQA-mini", "--data-dir", tmp_path, "--split", "dev"]
+        command = [sys.executable, "-m", f"preprocessing.{script}", *named, *words]
+        place = output(Folders(data=tmp_path), "FinQA-mini", "dev")
+        with only_run_on(place):
+            second = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+        assert second.stderr == f"error: another run is writing to {place}; wait for it, or end it first\n"
+        assert second.returncode == 1 and not place.exists()
+        subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
