@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from crosscoder.activations.collection import Document, assert_same_ids, documents_from_rows, fingerprint
-from crosscoder.activations.store import read_set_config
+from crosscoder.activations.store import ActivationStore, read_set_config
 from crosscoder.names import ActivationChoice, find_folder
 from finqa.models import students
 from finqa.models.weights import weights_hash
@@ -106,14 +106,23 @@ def is_adapter(folder: Path) -> bool:
 
 
 def is_collected(folder: Path, fingerprint: str, overwrite: bool) -> bool:
-    """Whether `folder` holds this very set; UserError where it holds another one that may not be replaced."""
+    """Whether `folder` holds this very set; UserError where it holds another one that may not be replaced.
+
+    A damaged one counts as another, but for its shards, which are read only where it may be replaced.
+    """
     if not (folder / "config.json").exists():
         return False
-    if read_set_config(folder).recorded.get("fingerprint") == fingerprint:
-        return True
-    if not overwrite:
+    try:
+        same = read_set_config(folder).recorded.get("fingerprint") == fingerprint
+        if same and overwrite:
+            ActivationStore(folder, "disk").check()
+    except UserError:
+        if not overwrite:
+            raise
+        return False
+    if not same and not overwrite:
         raise UserError(f"{folder} was made from other inputs (model, rows or settings); replace it with --overwrite")
-    return False
+    return same
 
 
 def adapter_bytes(folder: Path) -> int | None:

@@ -143,7 +143,7 @@ class ActivationStore:
         """
         self.folder = folder
         self.config = read_set_config(folder)
-        check_files(folder, self.config.files, "collect the activations again")
+        check_files(folder, self.config.files, "collect the activations again with --overwrite")
         table = load_file(folder / "tokens.safetensors")
         columns = (table[name].long() if name in table else None for name in RecordedTokens._fields[:-1])
         self.recorded = RecordedTokens(*columns, kept=table["kept"])  # pyright: ignore[reportArgumentType]
@@ -179,7 +179,9 @@ class ActivationStore:
             and bool((recorded.position >= 0).all() & (recorded.position < n_ids[recorded.document]).all())
         )
         if not sound:
-            raise UserError(f"{self.folder}: token table and documents do not fit each other; collect it again")
+            raise UserError(
+                f"{self.folder}: token table and documents do not fit each other; collect it again with --overwrite"
+            )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -224,6 +226,11 @@ class ActivationStore:
         """
         return Feed(self.read, batches, device, ahead)
 
+    def check(self) -> None:
+        """Raises UserError where a shard is not as it was written."""
+        for number in range(len(self._shards)):
+            self._shard(number)
+
     def _shard(self, number: int) -> Tensor:
         """A shard's activations; UserError where they are not as they were written, which the first reading sees."""
         expected = self._unchecked.get(number)
@@ -231,7 +238,9 @@ class ActivationStore:
             path = self.folder / shard_name(number)
             with safe_open(path, framework="pt") as file:
                 if tensors_hash((self._shards[number], file.get_tensor("norms"))) != expected:
-                    raise UserError(f"{path} is not the file that was written; collect the activations again")
+                    raise UserError(
+                        f"{path} is not the file that was written; collect the activations again with --overwrite"
+                    )
             self._unchecked.pop(number, None)
         return self._shards[number]
 
@@ -275,7 +284,9 @@ def read_set_config(folder: Path) -> SetConfig:
     except FileNotFoundError:
         raise UserError(f"{folder} holds no activation set; make it with collect_activations.py") from None
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not an activation set's configuration ({error}); collect it again") from None
+        raise UserError(
+            f"{path} is not an activation set's configuration ({error}); collect it again with --overwrite"
+        ) from None
 
 
 def shard_name(number: int) -> str:
@@ -292,9 +303,11 @@ def _map_shard(path: Path, shape: tuple[int, int, int]) -> Tensor:
         with safe_open(path, framework="pt") as file:
             found = file.get_tensor("activations")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}); collect the activations again") from None
+        raise UserError(f"{path} cannot be read ({error}); collect the activations again with --overwrite") from None
     if tuple(found.shape) != shape or found.dtype != torch.bfloat16:
-        raise UserError(f"{path} has {found.dtype} {list(found.shape)}, not bf16 {list(shape)}; collect it again")
+        raise UserError(
+            f"{path} has {found.dtype} {list(found.shape)}, not bf16 {list(shape)}; collect it again with --overwrite"
+        )
     return found
 
 

@@ -76,13 +76,15 @@ def load_dictionary(name: Path | str) -> BatchTopKCrosscoder:
 
     folder = find_checkpoint(name)
     config = read_config(folder)
-    check_files(folder, config.files, "train the crosscoder again")
+    check_files(folder, config.files, "train the crosscoder again with --overwrite")
     model = new_dictionary(config.crosscoder)
     try:
         tensors = load_file(folder / MODEL_FILE)
         bad = [name for name, each in tensors.items() if each.dtype != torch.float32 or not each.isfinite().all()]
         if bad:
-            raise UserError(f"{folder / MODEL_FILE}: {bad[0]} is not fp32 and finite; train the crosscoder again")
+            raise UserError(
+                f"{folder / MODEL_FILE}: {bad[0]} is not fp32 and finite; train the crosscoder again with --overwrite"
+            )
         model.activation_means = tensors.pop(MEANS, None)
         model.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError) as error:

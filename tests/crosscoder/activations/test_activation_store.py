@@ -14,6 +14,7 @@ from made_up_activations import D_MODEL, DOCUMENT_TOKENS, N_DOCUMENTS, planted_a
 from safetensors.torch import load_file
 
 from crosscoder.activations.feed import Feed
+from crosscoder.activations.recorded_inputs import is_collected
 from crosscoder.activations.store import ActivationStore, Place, ShuffledOrder
 from crosscoder.activations.writer import SetWriter
 from finqa.runtime.errors import UserError
@@ -180,11 +181,18 @@ def test_a_flipped_bit_in_a_shard_is_seen_when_the_shard_is_first_read(tmp_path:
     data = bytearray(path.read_bytes())
     data[at] ^= 4
     path.write_bytes(data)
-    with pytest.raises(UserError, match=f"^{path} is not the file that was written; collect the activations again$"):
+    with pytest.raises(
+        UserError, match=f"^{path} is not the file that was written; collect the activations again with --o"
+    ):
         ActivationStore(folder, place).read(torch.tensor([150]))
+    assert [is_collected(folder, "made up", overwrite) for overwrite in (False, True)] == [True, False]
     first = torch.arange(100)
     assert ActivationStore(folder, "disk").read(first).isfinite().all()  # the other shard is whole
-    change_config(folder, shard_hashes=[])  # as in a set of an earlier version, where it is not seen
+    change_config(folder, d_model="12")
+    with pytest.raises(UserError, match="d_model"):
+        is_collected(folder, "made up", overwrite=False)
+    assert not is_collected(folder, "made up", overwrite=True)
+    change_config(folder, d_model=12, shard_hashes=[])  # as in a set of an earlier version, where it is not seen
     assert len(ActivationStore(folder, place).read(torch.tensor([150]))) == 1
 
 
