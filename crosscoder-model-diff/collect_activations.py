@@ -38,6 +38,7 @@ from crosscoder.names import (
     require_push,
 )
 from finqa.models import hub, students
+from finqa.models.templates import template_facts
 from finqa.models.weights import check_base
 from finqa.runtime import parallel
 from finqa.runtime.command_line import add_flags, at_least_one, flag, from_args, script_parser, settings_of
@@ -117,7 +118,7 @@ class Plan:
     documents: list[Document]
     shards: list[Shard]
     skip_id: int | None
-    """The token that is not recorded."""
+    """BOS, which is not recorded at the start of a document."""
     fine_tuned: Path
     instruct: Path | None
     """The adapter in the base model's place."""
@@ -150,17 +151,17 @@ def make_plan(recording: Recording, choices: list[ActivationChoice], folders: Fo
     instruct = recorded_inputs.find_instruct(first, folders)
     shape = recording_plan.model_shape(base)
     shape.check_layers([choice.resolved_layer for choice in choices])
-    documents, bos_id = recorded_inputs.tokenize(rows, first, fine_tuned)
+    documents, tokenizer = recorded_inputs.tokenize(rows, first, fine_tuned)
 
     device = recording.device or students.default_device()
     dtype = recording.dtype or ("bf16" if device.startswith("cuda") else "fp32")
     facts = recorded_inputs.describe_inputs(first, base, fine_tuned, rows_files, instruct) | {"dtype": dtype}
     batch_tokens = recording.batch_tokens or BATCH_TOKENS.get(device.partition(":")[0], BATCH_TOKENS["cpu"])
-    skip_id = None if first.keep_bos else bos_id
+    skip_id = None if first.keep_bos else tokenizer.bos_token_id
     missing, inputs, writers = [], [], []
     for choice in choices:
         made_from = recorded_inputs.inputs_of(choice, facts, documents)
-        made_from |= {"device": device, "batch_tokens": batch_tokens}
+        made_from |= {"device": device, "batch_tokens": batch_tokens, **template_facts(tokenizer)}
         folder = folders.activations(choice.name)
         if recorded_inputs.is_collected(folder, made_from["fingerprint"], recording.overwrite):
             print(f"{folder} is complete and was made from these inputs")

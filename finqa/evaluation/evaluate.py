@@ -22,11 +22,12 @@ from finqa.models.students import (
     StudentRun,
     default_device,
     find_adapter,
-    load_tokenizer,
     prompt_ids,
     quiet_libraries,
     resolve_model,
+    tokenizer_of,
 )
+from finqa.models.templates import template_facts
 from finqa.models.weights import weights_hash
 from finqa.runtime.command_line import at_least_one, flag
 from finqa.runtime.errors import UserError
@@ -77,6 +78,8 @@ class Task:
     prompt_tokens: list[list[int]]
     folder: Path
     hashes: dict[str, str | None]
+    template: dict[str, str]
+    """`template_facts`."""
     samples: int
     journal: ReplyJournal
 
@@ -127,7 +130,7 @@ def _tasks(run: StudentRun, config: EvaluationConfig, folders: Folders, student:
     data = datasets.dataset(run.dataset)
     instruction = data.instruction if config.instruction is None else config.instruction
     quiet_libraries()
-    tokenizer = load_tokenizer(run.model, run.revision)
+    tokenizer = tokenizer_of(run, student or folders.model(run.dataset, run.model_id))
     base_hash = weights_hash(resolve_model(run.model, run.revision))
     student_hash = weights_hash(student) if student else None
     tasks = []
@@ -147,6 +150,7 @@ def _tasks(run: StudentRun, config: EvaluationConfig, folders: Folders, student:
                     prompt_tokens=[prompt_ids(tokenizer, chat) for chat in chats],
                     folder=folder,
                     hashes=hashes,
+                    template=template_facts(tokenizer),
                     samples=config.generation.samples,
                     journal=ReplyJournal(
                         folder, reply_settings(run, config.generation, eval_type, instruction) | hashes
@@ -227,6 +231,7 @@ def _finish(task: Task, run: StudentRun, config: EvaluationConfig, sandbox: Sand
         data={str(task.data_file): file_hash(task.data_file)},
         sandbox_protections=sandbox.protections,
         seconds=seconds,
+        **task.template,
         **task.hashes,
         **({"adapter_check": earlier["adapter_check"]} if "adapter_check" in earlier else {}),
     )

@@ -53,4 +53,4 @@ def merge(
     whole = pair.unload()
     del layers, pair
     whole.save_pretrained(folder, max_shard_size=max_shard_size)
-    load_tokenizer(model, revision).save_pretrained(folder)
+    load_tokenizer(model, revision, student=student).save_pretrained(folder)

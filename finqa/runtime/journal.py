@@ -156,9 +156,13 @@ def _only_run_on(folder: Path) -> Iterator[None]:
     import fcntl
 
     path = folder.with_name(f".{folder.name[:200]}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with path.open("a") as file:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

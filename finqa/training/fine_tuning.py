@@ -20,10 +20,11 @@ from finqa.models.students import (
     StudentRun,
     default_device,
     is_student,
-    load_tokenizer,
     quiet_libraries,
     resolve_model,
+    tokenizer_of,
 )
+from finqa.models.templates import template_facts
 from finqa.models.weights import weights_hash
 from finqa.runtime import parallel
 from finqa.runtime.command_line import flag
@@ -110,7 +111,7 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
             check_tied(run.settings.lora_modules, base)
         base_hash = weights_hash(base)
         identity = _identity(run, config, base_hash, rows_hash(rows))
-        tokenizer = load_tokenizer(run.model, run.revision)  # before the folder is made
+        tokenizer = tokenizer_of(run, folder)  # before the folder is made
         if parallel.is_first():
             _claim(folder, identity)
         if is_student(folder) and (folder / "run.json").exists():
@@ -151,6 +152,7 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
         processes=parallel.world_size(),
         base_hash=base_hash,
         weights_hash=weights_hash(folder),
+        **template_facts(tokenizer),
         data={str(rows_path): file_hash(rows_path)},
         rows=len(examples),
         rows_too_long=too_long,

@@ -47,10 +47,10 @@ def check_every_split_is_reached(choice: ActivationChoice, n_rows: Sequence[int]
         )
 
 
-def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path) -> tuple[list[Document], int | None]:
-    """The first --num-samples rows as token ids, the same for both models' tokenizers; and the id of BOS."""
+def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path) -> tuple[list[Document], Any]:
+    """The first --num-samples rows as token ids, the same for both models' tokenizers; and the base model's."""
     student = choice.student
-    tokenizer: Any = students.load_tokenizer(student.model, student.revision)
+    tokenizer: Any = students.tokenizer_of(student, fine_tuned)
     longest = student.settings.max_seq_length
     documents = documents_from_rows(rows, tokenizer, choice.raw)
     pairs = [(row, document) for row, document in zip(rows, documents, strict=True) if len(document.ids) <= longest]
@@ -66,7 +66,7 @@ def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path)
         own: Any = AutoTokenizer.from_pretrained(fine_tuned)
         own.chat_template = own.chat_template or tokenizer.chat_template
         assert_same_ids(chosen, documents_from_rows([row for row, _ in pairs], own, choice.raw))
-    return chosen, tokenizer.bos_token_id
+    return chosen, tokenizer
 
 
 def describe_inputs(
