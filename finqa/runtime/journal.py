@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import json_text, remove_left_overs, write_atomically
+from finqa.runtime.paths import json_line, remove_left_overs, write_atomically
 
 
 class Journal:
@@ -82,7 +82,7 @@ class Journal:
         Raises UserError where it cannot be written; nothing is torn then.
         """
         assert self._file is not None, "the journal is not open"
-        data = _line(record)
+        data = json_line(record).encode()
         with self._writing:
             size = os.fstat(self._file.fileno()).st_size
             try:
@@ -100,7 +100,7 @@ class Journal:
 
     def rewrite(self, records: Iterable[dict[str, Any]]) -> None:
         """Put these in the place of all that is in the file, at once; what was taken before stays taken."""
-        write_atomically(self.path, b"".join(map(_line, records)))
+        write_atomically(self.path, "".join(map(json_line, records)))
         if self._file is not None:
             self.close()
             self._open_file()
@@ -193,7 +193,3 @@ class KeyedJournal(Journal):
 
     def add(self, key: str, record: dict[str, Any]) -> None:
         self.append({"key": key, **record})
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    return json_text(record, default=str).encode() + b"\n"  # ASCII: a reply can hold half a surrogate pair

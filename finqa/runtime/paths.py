@@ -120,6 +120,14 @@ def json_text(value: Any, **options: Any) -> str:
         return json.dumps(plain, **options)
 
 
+def json_line(value: Any) -> str:
+    """A line of a JSON-lines file, its line break included; what has no JSON form as its text.
+
+    ASCII, so that a line ends at a line break alone and half a surrogate pair of a reply can be written.
+    """
+    return json_text(value, default=str) + "\n"
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name beside `path` and rename it, so that a killed run leaves no half file.
 

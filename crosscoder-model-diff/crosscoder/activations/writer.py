@@ -27,7 +27,7 @@ from crosscoder.dictionaries.checkpoint import save_tensors, tensor_bytes
 from crosscoder.dictionaries.config import N_MODELS
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import file_hash
-from finqa.runtime.paths import json_text, write_atomically
+from finqa.runtime.paths import json_line, json_text, write_atomically
 
 OUTLIER_FACTOR = 10.0
 """A token above this many median norms, of either model, is an outlier (an attention sink), whatever its id."""
@@ -157,7 +157,7 @@ class SetWriter:
         means = norms[kept].mean(dim=0)
         columns = {name: column.to(torch.int32) for name, column in table.items()}
         save_tensors(self.partial / "tokens.safetensors", {**columns, "kept": kept})
-        lines = "".join(json.dumps(asdict(document)) + "\n" for document in documents)
+        lines = "".join(json_line(asdict(document)) for document in documents)
         write_atomically(self.partial / "documents.jsonl", lines)
         config = SetConfig(
             d_model=self.d_model,
