@@ -21,7 +21,7 @@ from pathlib import Path
 from finqa.evaluation.engines.serving import check_backend, served_models
 from finqa.evaluation.evaluate import MODEL_OF_TYPE
 from finqa.evaluation.generation import GenerationConfig, all_replies
-from finqa.models.students import add_student_flags, find_adapter, load_tokenizer, prompt_ids, student_from_args
+from finqa.models.students import add_student_flags, find_adapter, prompt_ids, student_from_args, tokenizer_of
 from finqa.runtime.command_line import add_flags, flag, from_args, script_parser
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.paths import Folders, Split, add_folder_flags
@@ -51,7 +51,7 @@ def main() -> int:
     if question.answer:
         print(f"answer in the data set: {question.answer}")
     sys.stdout.flush()
-    tokenizer = load_tokenizer(run.model, run.revision)
+    tokenizer = tokenizer_of(run, student)
     config = GenerationConfig(request.vllm, request.max_new_tokens or run.settings.max_new_tokens, batch_size=1)
     with Sandbox() as sandbox:
         for served in served_models(run, student, [MODEL_OF_TYPE[asked] for asked in ASKED], config):

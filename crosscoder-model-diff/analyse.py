@@ -47,6 +47,7 @@ from crosscoder.names import CrosscoderChoice, choice_from_args
 from crosscoder.opening import ReadingConfig, add_reading_flags, open_reading_of
 from finqa.runtime.command_line import add_flags, flag, from_args, script_parser, settings_of
 from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import write_manifest
 from finqa.runtime.paths import Folders, check_writable
 
@@ -89,34 +90,36 @@ def main() -> None:
     extras, config = from_args(Extras, args), from_args(ReadingConfig, args)
     dashboard, crosscoder = from_args(DashboardConfig, args), from_args(CrosscoderChoice, args)
     check_writable(crosscoder.results_dir)
-    reading = open_reading_of(args)
-    model, store = reading.model, reading.store
+    choice, folders = choice_from_args(args), Folders.from_args(args)
+    with only_run_on(crosscoder.results_dir / crosscoder.name_on(choice, folders)):
+        reading = open_reading_of(args)
+        model, store = reading.model, reading.store
 
-    from crosscoder.analysis.findings import find
-    from crosscoder.extra_readings import open_second
-    from crosscoder.results import write_figures, write_numbers, write_page, write_tables
+        from crosscoder.analysis.findings import find
+        from crosscoder.extra_readings import open_second
+        from crosscoder.results import write_figures, write_numbers, write_page, write_tables
 
-    second = open_second(reading, extras.second_seed) if extras.second_seed else None
-    print(f"{reading.name}: {model.config.n_latents:,} latents on {len(store):,} tokens", flush=True)
-    found = find(reading, config)
-    folder = reading.results
-    settings = settings_of(choice_from_args(args), crosscoder, extras) | {"reading": config, "pages": dashboard}
+        second = open_second(reading, extras.second_seed) if extras.second_seed else None
+        print(f"{reading.name}: {model.config.n_latents:,} latents on {len(store):,} tokens", flush=True)
+        found = find(reading, config)
+        folder = reading.results
+        settings = settings_of(choice, crosscoder, extras) | {"reading": config, "pages": dashboard}
 
-    def manifest() -> None:
-        seconds = round(time.perf_counter() - started, 1)
-        write_manifest(folder / "analysis.run.json", settings, activations=store.config.recorded, seconds=seconds)
+        def manifest() -> None:
+            seconds = round(time.perf_counter() - started, 1)
+            write_manifest(folder / "analysis.run.json", settings, activations=store.config.recorded, seconds=seconds)
 
-    n_figures = len(write_figures(found, folder)) // 2
-    n_tables = len(write_tables(found, folder))
-    write_numbers(found, folder)
-    if extras.dashboard:
-        print(write_page(found, dashboard), flush=True)
-    manifest()
-    print(summary(found))
-    print(f"{n_figures} figures, {n_tables} tables and analysis.json in {folder}", flush=True)
-    for name in extra_tables(args, extras, found, second):
-        print(f"{name}.csv in {folder}", flush=True)
+        n_figures = len(write_figures(found, folder)) // 2
+        n_tables = len(write_tables(found, folder))
+        write_numbers(found, folder)
+        if extras.dashboard:
+            print(write_page(found, dashboard), flush=True)
         manifest()
+        print(summary(found))
+        print(f"{n_figures} figures, {n_tables} tables and analysis.json in {folder}", flush=True)
+        for name in extra_tables(args, extras, found, second):
+            print(f"{name}.csv in {folder}", flush=True)
+            manifest()
 
 
 def extra_tables(

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,10 +38,12 @@ from crosscoder.names import (
     require_push,
 )
 from finqa.models import hub, students
+from finqa.models.templates import template_facts
 from finqa.models.weights import check_base
 from finqa.runtime import parallel
 from finqa.runtime.command_line import add_flags, at_least_one, flag, from_args, script_parser, settings_of
 from finqa.runtime.errors import report_errors
+from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import write_manifest
 from finqa.runtime.paths import Folders, chosen_splits
 from finqa.runtime.progress import Progress
@@ -86,13 +89,13 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    with parallel.one_voice():
+    with parallel.one_voice(), ExitStack() as held:
         choices, folders, recording = choices_from_args(args), Folders.from_args(args), from_args(Recording, args)
         with parallel.first_goes_first():
             parallel.check_device(recording.device)
             for choice in choices if args.push else ():  # a name asks for the model, and rows are looked for first
                 require_push(args, choice.student, choice.name)
-            plan = make_plan(recording, choices, folders)
+            plan = make_plan(recording, choices, folders, held)
         if plan.choices:
             collect(recording, plan)
         parallel.part()
@@ -115,7 +118,7 @@ class Plan:
     documents: list[Document]
     shards: list[Shard]
     skip_id: int | None
-    """The token that is not recorded."""
+    """BOS, which is not recorded at the start of a document."""
     fine_tuned: Path
     instruct: Path | None
     """The adapter in the base model's place."""
@@ -124,8 +127,11 @@ class Plan:
     reader: Any
 
 
-def make_plan(recording: Recording, choices: list[ActivationChoice], folders: Folders) -> Plan:
-    """Check all that can be checked without a model, say what is needed, and make ready the folders."""
+def make_plan(recording: Recording, choices: list[ActivationChoice], folders: Folders, held: ExitStack) -> Plan:
+    """Check all that can be checked without a model, say what is needed, and make ready the folders.
+
+    `held` takes what keeps other runs out of them.
+    """
     from crosscoder.activations import recorded_inputs, recording_plan
     from crosscoder.activations.collection import planned_shards
     from crosscoder.activations.readers import Target, default_reader
@@ -145,21 +151,23 @@ def make_plan(recording: Recording, choices: list[ActivationChoice], folders: Fo
     instruct = recorded_inputs.find_instruct(first, folders)
     shape = recording_plan.model_shape(base)
     shape.check_layers([choice.resolved_layer for choice in choices])
-    documents, bos_id = recorded_inputs.tokenize(rows, first, fine_tuned)
+    documents, tokenizer = recorded_inputs.tokenize(rows, first, fine_tuned)
 
     device = recording.device or students.default_device()
     dtype = recording.dtype or ("bf16" if device.startswith("cuda") else "fp32")
     facts = recorded_inputs.describe_inputs(first, base, fine_tuned, rows_files, instruct) | {"dtype": dtype}
     batch_tokens = recording.batch_tokens or BATCH_TOKENS.get(device.partition(":")[0], BATCH_TOKENS["cpu"])
-    skip_id = None if first.keep_bos else bos_id
+    skip_id = None if first.keep_bos else tokenizer.bos_token_id
     missing, inputs, writers = [], [], []
     for choice in choices:
         made_from = recorded_inputs.inputs_of(choice, facts, documents)
-        made_from |= {"device": device, "batch_tokens": batch_tokens}
+        made_from |= {"device": device, "batch_tokens": batch_tokens, **template_facts(tokenizer)}
         folder = folders.activations(choice.name)
         if recorded_inputs.is_collected(folder, made_from["fingerprint"], recording.overwrite):
             print(f"{folder} is complete and was made from these inputs")
             continue
+        if parallel.is_first():
+            held.enter_context(only_run_on(folder))
         shards_of = {**made_from, "shard_tokens": recording.shard_tokens}
         missing.append(choice)
         inputs.append(made_from)

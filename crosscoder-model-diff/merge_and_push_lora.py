@@ -117,7 +117,7 @@ def merge(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     merging.merge(student.model, adapter, partial, student.revision)
-    divergence = compare(student, adapter, partial, checked_rows(student, folders), config.device)
+    divergence = compare(student, adapter, partial, checked_rows(student, adapter, folders), config.device)
     print(
         f"KL from base + adapter over {divergence.n_tokens} tokens: merged {divergence.merged:.2g}, base "
         f"{divergence.base:.2g} nats; {divergence.agreement:.2%} of next tokens agree"
@@ -138,9 +138,9 @@ def merge(
     print(f"merged model in {folder}")
 
 
-def checked_rows(student: students.StudentRun, folders: Folders) -> fidelity.Sequences:
+def checked_rows(student: students.StudentRun, adapter: Path, folders: Folders) -> fidelity.Sequences:
     """A few training rows of whatever split is there, test first; else one bare prompt."""
-    tokenizer = students.load_tokenizer(student.model, student.revision)
+    tokenizer = students.tokenizer_of(student, adapter)
     for split in reversed(SPLITS):
         path = folders.filtered(student.dataset, split)
         rows = read_teacher_rows(path)[:CHECKED_ROWS] if path.exists() else []

@@ -54,6 +54,7 @@ from finqa.models import hub, students
 from finqa.runtime import parallel
 from finqa.runtime.command_line import add_flags, flag, from_args, given, script_parser, settings_of
 from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import write_json, write_manifest
 from finqa.runtime.paths import Folders, check_writable
 from finqa.runtime.tracking import wandb_run
@@ -137,19 +138,20 @@ def main() -> None:
     device = running.device or students.default_device()
     folder, results = crosscoder_folder(folders, name), named.results_dir / name
     run = Run(name, crosscoder, training, running, store, folder, results, device, ranks_from_environment(device))
-    hold(run)
-    if running.overwrite and run.ranks.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
-        (results / "log.jsonl").unlink(missing_ok=True)
-    run.ranks.wait()
-    with RunLog(results / "log.jsonl") as log:
-        model = trained_already(run) or train(run, log)
-    if not run.ranks.is_main:
-        return
-    split = store.split(training.held_out_fraction, training.split_seed)
-    report = crosscoder_report(model.to(device), store, split, log.records)
-    write_results(run, report, log, settings_of(choice, named, running))
-    print(summary(run, report))
+    with only_run_on(*([folder, results] if run.ranks.is_main else [])):
+        hold(run)
+        if running.overwrite and run.ranks.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+            (results / "log.jsonl").unlink(missing_ok=True)
+        run.ranks.wait()
+        with RunLog(results / "log.jsonl") as log:
+            model = trained_already(run) or train(run, log)
+        if not run.ranks.is_main:
+            return
+        split = store.split(training.held_out_fraction, training.split_seed)
+        report = crosscoder_report(model.to(device), store, split, log.records)
+        write_results(run, report, log, settings_of(choice, named, running))
+        print(summary(run, report))
     hub.push_folder(folder, hub_id(choice.student, name) if args.push else None, args.push, args.private)
 
 

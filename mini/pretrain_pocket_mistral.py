@@ -11,7 +11,6 @@ reply forms. Questions of FinQA-mini are left out.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 from finqa.runtime import parallel
 from finqa.runtime.errors import report_errors
 from finqa.runtime.manifest import package_versions, write_json
-from finqa.runtime.paths import SHIPPED_DATA, write_atomically
+from finqa.runtime.paths import SHIPPED_DATA, json_line, write_atomically
 from mini.pretraining_data import Chat, encode_chats, shipped_prompts, tokenizer_texts
 from mini.tokenizer import MAX_POSITIONS, train_tokenizer
 
@@ -280,7 +279,7 @@ def main() -> None:
     )
     model, log = pretrain(config, chats, few_shot, device)
     model.to(torch.bfloat16).save_pretrained(args.output_dir)
-    write_atomically(args.output_dir / "pretraining_log.jsonl", "".join(json.dumps(r) + "\n" for r in log))
+    write_atomically(args.output_dir / "pretraining_log.jsonl", "".join(map(json_line, log)))
     write_json(
         args.output_dir / "pretraining.json",
         {

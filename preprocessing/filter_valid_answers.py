@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 from finqa.runtime.command_line import add_flags, flag, from_args, script_parser
 from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import file_hash, write_manifest
 from finqa.runtime.paths import Folders, add_folder_flags
 from finqa.task.answers import Rule, match
@@ -56,7 +57,8 @@ def main() -> None:
         rows_file("generated", data, split, folders)
     empty: list[str] = []
     for split in splits:
-        summary = filter_split(data.name, split, folders, judging.rule or data.answer_rule, judging.rerun)
+        with only_run_on(folders.filtered(data.name, split)):
+            summary = filter_split(data.name, split, folders, judging.rule or data.answer_rule, judging.rerun)
         print(summary, table_of_reasons(summary), sep="\n", flush=True)
         if summary.rows and not summary.kept:
             empty.append(split)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from finqa.runtime.command_line import add_flags, flag, from_args, script_parser
 from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import file_hash, write_manifest
 from finqa.runtime.paths import Folders, add_folder_flags
 from finqa.task.datasets import Dataset, rows_file
@@ -48,7 +49,8 @@ def main() -> None:
         rows_file("raw", data, split, folders)  # before anything is written
     most, too_many = from_args(Dropping, args).max_failed_share, []
     for split in splits:
-        summary = preprocess_split(data, split, folders)
+        with only_run_on(folders.clean(data.name, split)):
+            summary = preprocess_split(data, split, folders)
         print(summary, flush=True)
         if summary.left_out_share > most:
             too_many.append(f"{summary.left_out_share:.0%} of the rows of {folders.raw(data.name, split)}")

@@ -49,6 +49,7 @@ from typing import Literal
 
 from finqa.runtime.command_line import add_flags, at_least_one, flag, from_args, script_parser
 from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import file_hash, write_manifest
 from finqa.runtime.paths import Folders, add_folder_flags
 from finqa.task.datasets import Dataset, how_to_make, rows_file
@@ -103,8 +104,10 @@ def main() -> None:
             print(f"{data.name} {split}: {teacher.status()}", flush=True)
         else:
             try:
-                check_not_shortened(folders.generated(data.name, split), len(chosen), whole)
-                process_finqa_samples(data, split, folders, chosen, teacher, asking.max_failed_share, of_rows=whole)
+                output = folders.generated(data.name, split)
+                with only_run_on(output):
+                    check_not_shortened(output, len(chosen), whole)
+                    process_finqa_samples(data, split, folders, chosen, teacher, asking.max_failed_share, of_rows=whole)
             except UserError as error:
                 if not asking.batch:
                     raise

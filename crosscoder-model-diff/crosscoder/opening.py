@@ -105,7 +105,8 @@ def open_reading_of(args: argparse.Namespace) -> Reading:
             f"{store.folder}; give the flags of those, or train one on these with: {train} --overwrite"
         )
     training = config.training or TrainingConfig()
-    tokenizer = students.load_tokenizer(choice.student.model, choice.student.revision)
+    trained = folders.model(choice.student.dataset, choice.student.model_id)
+    tokenizer = students.tokenizer_of(choice.student, trained)
     return Reading(
         name=name,
         model=load_dictionary(folder).to(students.default_device()),

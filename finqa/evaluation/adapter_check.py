@@ -26,7 +26,7 @@ from finqa.evaluation.predictions import read_predictions
 from finqa.evaluation.rows import read_rows
 from finqa.models import fidelity, merging
 from finqa.models.fidelity import AGREEMENT, Sequences
-from finqa.models.students import StudentRun, find_adapter, load_tokenizer, prompt_ids, quiet_libraries
+from finqa.models.students import StudentRun, find_adapter, prompt_ids, quiet_libraries, tokenizer_of
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_json
 from finqa.runtime.paths import Folders
@@ -98,7 +98,7 @@ def engine_reading(run: StudentRun, config: EvaluationConfig, folders: Folders, 
 
 def own_replies(run: StudentRun, config: EvaluationConfig, folders: Folders, split: str) -> Sequences:
     """The first questions of a split that the fine-tuned model replied to, each with its reply."""
-    tokenizer = load_tokenizer(run.model, run.revision)
+    tokenizer = tokenizer_of(run, folders.model(run.dataset, run.model_id))
     prompt_of = {row.id: row.prompt for row in read_rows(folders, datasets.dataset(run.dataset), split)[1]}
     sequences = []
     for row in read_predictions(_folder(run, config, folders, split)):

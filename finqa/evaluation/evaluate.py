@@ -6,7 +6,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,12 @@ from finqa.models.students import (
     StudentRun,
     default_device,
     find_adapter,
-    load_tokenizer,
     prompt_ids,
     quiet_libraries,
     resolve_model,
+    tokenizer_of,
 )
+from finqa.models.templates import template_facts
 from finqa.models.weights import weights_hash
 from finqa.runtime.command_line import at_least_one, flag
 from finqa.runtime.errors import UserError
@@ -78,6 +78,8 @@ class Task:
     prompt_tokens: list[list[int]]
     folder: Path
     hashes: dict[str, str | None]
+    template: dict[str, str]
+    """`template_facts`."""
     samples: int
     journal: ReplyJournal
 
@@ -108,9 +110,7 @@ def evaluate(
     tasks = _tasks(run, config, folders, student)
     missing = [task for task in tasks if not task.complete]
     report = folders.results / run.dataset / run.model_id
-    with Sandbox(config.sandbox) as sandbox, ExitStack() as held:
-        for task in tasks:
-            held.enter_context(only_run_on(task.folder))
+    with Sandbox(config.sandbox) as sandbox, only_run_on(*(task.folder for task in tasks)):
         for task in tasks:
             if task.complete:
                 _finish(task, run, config, sandbox)
@@ -130,7 +130,7 @@ def _tasks(run: StudentRun, config: EvaluationConfig, folders: Folders, student:
     data = datasets.dataset(run.dataset)
     instruction = data.instruction if config.instruction is None else config.instruction
     quiet_libraries()
-    tokenizer = load_tokenizer(run.model, run.revision)
+    tokenizer = tokenizer_of(run, student or folders.model(run.dataset, run.model_id))
     base_hash = weights_hash(resolve_model(run.model, run.revision))
     student_hash = weights_hash(student) if student else None
     tasks = []
@@ -150,6 +150,7 @@ def _tasks(run: StudentRun, config: EvaluationConfig, folders: Folders, student:
                     prompt_tokens=[prompt_ids(tokenizer, chat) for chat in chats],
                     folder=folder,
                     hashes=hashes,
+                    template=template_facts(tokenizer),
                     samples=config.generation.samples,
                     journal=ReplyJournal(
                         folder, reply_settings(run, config.generation, eval_type, instruction) | hashes
@@ -230,6 +231,7 @@ def _finish(task: Task, run: StudentRun, config: EvaluationConfig, sandbox: Sand
         data={str(task.data_file): file_hash(task.data_file)},
         sandbox_protections=sandbox.protections,
         seconds=seconds,
+        **task.template,
         **task.hashes,
         **({"adapter_check": earlier["adapter_check"]} if "adapter_check" in earlier else {}),
     )

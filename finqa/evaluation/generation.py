@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from finqa.runtime.command_line import flag, option
 from finqa.runtime.errors import UserError
+from finqa.task import prompts
 from finqa.task.prompts import STOP
 
 FinishReason = Literal["stop", "length", "prompt_too_long"]
@@ -42,6 +43,8 @@ def all_replies(generate: Generate, prompts: Sequence[list[int]]) -> list[Reply]
     return [replies[place] for place in range(len(prompts))]
 
 
+PROMPT_TAIL = 16
+"""Tokens at the end of a prompt in which a template may open the reasoning."""
 DEFAULT_TEMPERATURE = 0.7
 """Of several samples, unless told otherwise."""
 
@@ -102,10 +105,27 @@ class GenerationConfig:
         return self.seed * 1_000_000_007 + place
 
 
-def cut_at_stop(text: str, stop: tuple[str, ...]) -> str:
-    """Text up to the end of the first stop string in it, or all of it."""
-    ends = [text.index(string) + len(string) for string in stop if string in text]
-    return text[: min(ends)] if ends else text
+def cut_at_stop(text: str, stop: tuple[str, ...], opened: bool = False) -> str:
+    """Text up to the end of the first stop string behind its reasoning, or all of it.
+
+    `opened`: the prompt ends inside reasoning.
+    """
+    for start, end in prompts.spoken(text, opened):
+        ends = [at + len(string) for string in stop if (at := text.find(string, start, end)) >= 0]
+        if ends:
+            return text[: min(ends)]
+    return text
+
+
+def is_reasoning(text: str, opened: bool = False) -> bool:
+    """Whether a reply is still inside its reasoning, where no stop string counts."""
+    parts = list(prompts.spoken(text, opened))
+    return not parts or parts[-1][1] is not None
+
+
+def opened_by(prompt: list[int], tokenizer: Any) -> bool:
+    """Whether a prompt ends inside reasoning."""
+    return prompts.opens_reasoning(tokenizer.decode(prompt[-PROMPT_TAIL:]))
 
 
 def prompt_too_long(prompt: list[int]) -> Reply:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finqa.evaluation.generation import FinishReason
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import json_text, write_atomically
+from finqa.runtime.paths import json_line, write_atomically
 from finqa.sandbox.results import ERROR_KINDS
 from finqa.task.answers import Rule
 
@@ -82,8 +82,7 @@ def prompt_hash(ids: Sequence[int]) -> str:
 def write_predictions(folder: Path, predictions: Sequence[Prediction]) -> None:
     """Write predictions.jsonl, one row a line; `samples` is left out where there is but one reply."""
     rows = ({k: v for k, v in asdict(row).items() if k != "samples" or v is not None} for row in predictions)
-    # Escaped to ASCII: a reply can hold half a surrogate pair, which no UTF-8 file can.
-    write_atomically(folder / FILE, "".join(json_text(row) + "\n" for row in rows))
+    write_atomically(folder / FILE, "".join(map(json_line, rows)))
 
 
 def read_predictions(folder: Path) -> list[Prediction]:

@@ -12,14 +12,15 @@ from finqa.models.adapters import check_adapter
 from finqa.models.students import load_adapter, load_base, load_tokenizer, resolve_model
 from finqa.runtime.memory.needs import MERGED_FILE_GB
 from finqa.runtime.memory.plan import plan_merging
+from finqa.runtime.paths import temporary_folder
 
 
 @contextmanager
 def merged(model: str, student: Path, revision: str | None = None) -> Iterator[Path]:
     """A temporary folder with base model, adapter and tokenizer as one model."""
-    with tempfile.TemporaryDirectory(prefix="merged-") as folder:
-        merge(model, student, Path(folder), revision)
-        yield Path(folder)
+    with temporary_folder(Path(tempfile.gettempdir()) / "finqa-merged") as folder:
+        merge(model, student, folder, revision)
+        yield folder
 
 
 def merge(
@@ -52,4 +53,4 @@ def merge(
     whole = pair.unload()
     del layers, pair
     whole.save_pretrained(folder, max_shard_size=max_shard_size)
-    load_tokenizer(model, revision).save_pretrained(folder)
+    load_tokenizer(model, revision, student=student).save_pretrained(folder)

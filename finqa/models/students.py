@@ -12,13 +12,13 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass, field, replace
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finqa.models import hub
 from finqa.models.adapters import check_adapter, check_layers, check_plain
 from finqa.models.settings import StudentSettings, settings_for
+from finqa.models.templates import TEMPLATE_DATE, put_template, read_template
 from finqa.models.weights import SAFETENSORS, check_base, check_model_folder
 from finqa.runtime.command_line import add_flags, flag, given, option, words_of
 from finqa.runtime.commands import typed
@@ -36,8 +36,6 @@ DEFAULT_MODEL = "mistralai/Mistral-7B-Instruct-v0.3"
 POCKET = "pocket-mistral"
 ACCOUNT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 """What may be the name of a Hub account."""
-TEMPLATE_DATE = date(2024, 7, 26)
-"""What a chat template is told when it asks for today's date: the token ids of a row are the same on every day."""
 LONGEST_ID = 96 - len("-merged")
 """Letters of a model id, so that the Hub takes its repository and that of the merged model."""
 
@@ -62,6 +60,8 @@ class StudentRun:
     """Suffix that keeps runs of other settings apart."""
     revision: str | None = flag(None, group="name")
     """Revision of the base model on the Hub."""
+    chat_template: Path | None = flag(None, group="name", metavar="FILE")
+    """Chat template, for a base model that has none; trained students bring it along."""
     given_hf_name: str | None = flag(None, "HF_NAME", shown="HF_NAME, then the logged-in user")
     """Hub account."""
 
@@ -151,6 +151,8 @@ def student_from_args(args: argparse.Namespace, base: StudentSettings | None = N
     if names.get("given_hf_name") == "HF_NAME":  # pasted from a document: the variable, or the logged-in user
         del names["given_hf_name"]
     datasets.dataset(names["dataset"])
+    if names.get("chat_template"):
+        changes["chat_template"] = read_template(names["chat_template"])
     return StudentRun(**names, settings=replace(base or settings_for(names["model"]), **changes))
 
 
@@ -178,19 +180,23 @@ def resolve_model(name: str, revision: str | None = None) -> str:
     return str(fetched)
 
 
-def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Tokenizer with a chat template and a padding token (padding never carries loss or attention)."""
+def tokenizer_of(run: StudentRun, student: Path | None) -> PreTrainedTokenizerBase:
+    """The student's tokenizer; `student` is the folder where it is, or will be."""
+    return load_tokenizer(run.model, run.revision, run.settings.chat_template, student)
+
+
+def load_tokenizer(
+    model: str, revision: str | None = None, template: str | None = None, student: Path | None = None
+) -> PreTrainedTokenizerBase:
+    """Tokenizer with a chat template and a padding token (padding never carries loss or attention).
+
+    A model without a chat template takes `template`, else that of the fine-tuned student in the folder `student`.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     folder = resolve_model(model, revision)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = settings_for(model).chat_template
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"the tokenizer of {model} has no chat template; use an instruct model, or put its template as "
-            "chat_template.jinja into a local folder of the model, and give that folder"
-        )
+    put_template(tokenizer, model, template, student)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {model} has no end token, so a reply could never end")
     embedded = AutoConfig.from_pretrained(folder).get_text_config().vocab_size

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import json_text, write_atomically
+from finqa.runtime.paths import json_line, remove_left_overs, write_atomically
 
 
 class Journal:
@@ -81,7 +82,7 @@ class Journal:
         Raises UserError where it cannot be written; nothing is torn then.
         """
         assert self._file is not None, "the journal is not open"
-        data = _line(record)
+        data = json_line(record).encode()
         with self._writing:
             size = os.fstat(self._file.fileno()).st_size
             try:
@@ -99,7 +100,7 @@ class Journal:
 
     def rewrite(self, records: Iterable[dict[str, Any]]) -> None:
         """Put these in the place of all that is in the file, at once; what was taken before stays taken."""
-        write_atomically(self.path, b"".join(map(_line, records)))
+        write_atomically(self.path, "".join(map(json_line, records)))
         if self._file is not None:
             self.close()
             self._open_file()
@@ -138,24 +139,41 @@ class Journal:
 
 
 @contextmanager
-def only_run_on(folder: Path) -> Iterator[None]:
-    """Holds an output folder for this process: UserError where another run holds it; a killed one holds nothing.
+def only_run_on(*outputs: Path) -> Iterator[None]:
+    """Holds output folders or files for this process: UserError where another run holds one; a killed one holds none.
 
-    The lock is a file beside the folder, so that the folder may be replaced, and goes with the block.
+    A lock is a file beside its folder, so that the folder may be replaced, and goes with the block. Temporary files
+    that a killed run left in the folder are removed. On a file system without locks nothing is held.
     """
+    with ExitStack() as held:
+        for output in outputs:
+            held.enter_context(_only_run_on(output))
+        yield
+
+
+@contextmanager
+def _only_run_on(folder: Path) -> Iterator[None]:
     import fcntl
 
     path = folder.with_name(f".{folder.name[:200]}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with path.open("a") as file:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"another run is writing to {folder}; wait for it, or end it first") from None
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+                    raise
             # The run before may have removed the file between opening and locking it.
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 continue
+            remove_left_overs(folder)
             try:
                 yield
             finally:
@@ -175,7 +193,3 @@ class KeyedJournal(Journal):
 
     def add(self, key: str, record: dict[str, Any]) -> None:
         self.append({"key": key, **record})
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    return json_text(record, default=str).encode() + b"\n"  # ASCII: a reply can hold half a surrogate pair

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import glob
 import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 SplitOrAll = Literal["train", "dev", "test", "all"]
+TEMPORARY = ".tmp"
+"""Ending of temporary names: `.<name>.<eight letters>.tmp` beside the file or folder that it is for."""
 SHIPPED_DATA = REPOSITORY / "data"
 """Holds FinQA-mini and pocket-mistral, which are valid names with any --data-dir."""
 
@@ -115,6 +120,14 @@ def json_text(value: Any, **options: Any) -> str:
         return json.dumps(plain, **options)
 
 
+def json_line(value: Any) -> str:
+    """A line of a JSON-lines file, its line break included; what has no JSON form as its text.
+
+    ASCII, so that a line ends at a line break alone and half a surrogate pair of a reply can be written.
+    """
+    return json_text(value, default=str) + "\n"
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name beside `path` and rename it, so that a killed run leaves no half file.
 
@@ -142,13 +155,69 @@ def follow_umask(path: Path) -> None:
 @contextmanager
 def renamed_to(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends, and goes where the block fails."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with _temporary(path, _new_file) as temporary:
         yield temporary
         follow_umask(temporary)  # mkstemp makes it private
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, for what is to become it; it goes with the block, or by the next run if this is killed.
+
+    Raises OSError where it cannot be made.
+    """
+    with _temporary(path, tempfile.mkdtemp) as temporary:
+        yield temporary
+
+
+def remove_left_overs(folder: Path, name: str = "*") -> None:
+    """Remove what killed runs left under temporary names, of files called `name` alone if given.
+
+    A living run holds a lock on its own, and so keeps it; where files cannot be locked nothing is removed.
+    """
+    import fcntl
+
+    for left_over in folder.glob(f".{name}.{'?' * 8}{TEMPORARY}"):
+        is_folder = left_over.is_dir()
+        with contextlib.suppress(OSError):  # of a living run or another user, or gone meanwhile
+            # On network file systems what is not open for writing cannot be locked against all others.
+            handle = os.open(left_over, os.O_RDONLY if is_folder else os.O_RDWR)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left_over) if is_folder else left_over.unlink()
+            finally:
+                os.close(handle)
+
+
+def _new_file(**where: Any) -> str:
+    handle, name = tempfile.mkstemp(**where)
+    os.close(handle)
+    return name
+
+
+@contextmanager
+def _temporary(path: Path, make: Callable[..., str]) -> Iterator[Path]:
+    """What `make` (as tempfile.mkdtemp) makes beside `path`, locked while the block runs and gone after it."""
+    import fcntl
+
+    remove_left_overs(path.parent, glob.escape(path.name))
+    while True:
+        temporary = Path(make(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY))
+        try:
+            handle = os.open(temporary, os.O_RDONLY)
+        except FileNotFoundError:  # another run found it before it was locked
+            continue
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        if temporary.exists():
+            break
+        os.close(handle)
+    try:
+        yield temporary
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+        os.close(handle)

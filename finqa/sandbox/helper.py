@@ -52,8 +52,9 @@ def main(given: str) -> int:
     warnings.simplefilter("ignore")
     os.environ.clear()
     take_default_signals()
+    sys.orig_argv.clear()
     size_b = own_size_b()
-    shared = shut_in(settings["folder"])
+    shared = shut_in()
     steps = protections(settings, size_b)
     active = try_out(steps) or try_out([step for step in steps if step[0] != SYSTEM_CALLS])
     if not active:

@@ -62,9 +62,11 @@ def own_size_b() -> int:
 # Shared by helper and programs
 
 
-def shut_in(folder: str) -> list[str]:
-    """Give up what this process and its programs never need. Returns the names of what the system allowed."""
-    os.chdir(folder)
+def shut_in() -> list[str]:
+    """Give up what this process and its programs never need, all folders but the empty one that it was started in.
+
+    Returns the names of what the system allowed.
+    """
     if sys.platform != "linux":
         return ["empty folder"]
     libc = ctypes.CDLL(None, use_errno=True)

@@ -25,6 +25,7 @@ What this does not cover:
 - Side channels: a program can read the clock and measure the machine. It has no way to tell anyone.
 - A hole in the kernel behind the calls that remain, or in the processor.
 - CPU and memory up to the limits, once a worker.
+- A program can find out where the interpreter and its standard library lie, and nothing else of the machine's paths.
 - Without seccomp (macOS, or pyseccomp missing) a program is held by the limits and what namespaces there are. The
   limits keep every file closed, but without an empty root folder it could remove files of its user, and without a pid
   namespace send signals and, as root, leave processes behind. macOS has none of the namespaces and does not keep the
@@ -48,9 +49,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import REPOSITORY
 from finqa.sandbox.filter import compiled_filter
 from finqa.sandbox.helper import HEADER, REQUEST
 from finqa.sandbox.program import RESULT_FD
@@ -62,10 +63,16 @@ LONGEST_PROGRAM = 1_000_000
 """Characters of source; a longer program is not run, its error kind is memory."""
 _GRACE_S = 30.0
 _TRIES = 2
-_START_HELPER = (
-    "import sys; sys.path.append(sys.argv[1]); from finqa.sandbox.helper import main; sys.exit(main(sys.argv[2]))"
-)
-"""The standard library comes first on the path, so that no file of ours is taken for one of its own."""
+_MODULES = ("program", "protections", "helper")
+"""What the helper is made of, in the order in which they import each other."""
+_START_HELPER = """
+import json, sys, types
+for name, source in json.loads(sys.stdin.buffer.readline()).items():
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(compile(source, name, "exec"), module.__dict__)
+sys.exit(module.main(sys.argv[1]))
+"""
+"""The helper gets its source, and not the folder where it lies, so that no program can read that anywhere in it."""
 
 
 @dataclass(frozen=True)
@@ -207,9 +214,12 @@ class _Helper:
     def _start(self) -> None:
         system_calls = compiled_filter(RESULT_FD).hex()
         with tempfile.TemporaryDirectory(prefix="finqa-sandbox-") as folder, tempfile.TemporaryFile() as errors:
-            settings = json.dumps({**asdict(self._limits), "folder": folder, "filter": system_calls})
+            settings = json.dumps({**asdict(self._limits), "filter": system_calls})
+            # The interpreter itself, and not the link to it in an environment that may lie in a user's folder.
+            interpreter = os.path.realpath(sys.executable)
             self._process = subprocess.Popen(
-                [sys.executable, "-s", "-S", "-P", "-B", "-c", _START_HELPER, str(REPOSITORY), settings],
+                [interpreter, "-s", "-S", "-P", "-B", "-c", _START_HELPER, settings],
+                cwd=folder,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -220,12 +230,12 @@ class _Helper:
             )
             assert self._process.stdin is not None and self._process.stdout is not None
             self._requests, self._replies = self._process.stdin, self._process.stdout
-            first = self._receive()
+            first = self._receive() if self._send(_helper_source()) else None
             if first is None:
                 self.kill()
                 errors.seek(0)
                 lines = errors.read().decode(errors="replace").strip().splitlines() or ["(it says nothing)"]
-                raise UserError(f"the sandbox's helper process ({sys.executable}) does not start: {lines[-1]}")
+                raise UserError(f"the sandbox's helper process ({interpreter}) does not start: {lines[-1]}")
             # The folder goes now. The helper stays in it, and nothing can be made in a folder that is gone.
         self.protections: tuple[str, ...] = tuple(json.loads(first[1])["protections"])
 
@@ -290,6 +300,14 @@ class _Helper:
         self._process.wait()
         self._requests.close()
         self._replies.close()
+
+
+@functools.cache
+def _helper_source() -> bytes:
+    """A line of JSON: the modules of the helper, by name."""
+    here = Path(__file__).parent
+    sources = {f"finqa.sandbox.{name}": (here / f"{name}.py").read_text(encoding="utf-8") for name in _MODULES}
+    return json.dumps({"finqa": "", "finqa.sandbox": "", **sources}).encode() + b"\n"
 
 
 @functools.cache

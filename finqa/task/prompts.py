@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 from finqa.runtime.errors import UserError
@@ -140,6 +141,31 @@ def extract_code(reply: str) -> str:
         ranked = sorted(blocks, key=lambda block: (not _IS_PYTHON.search(block[0]), bool(block[0])))
         text = ranked[0][1]
     return textwrap.dedent(text.strip("\n")).strip()
+
+
+def opens_reasoning(prompt: str) -> bool:
+    """Whether a prompt, with its chat mark-up, ends inside reasoning, as templates of thinking models do."""
+    *_, last = _END_OF_REASONING.split(prompt)
+    return any(not last[found.end() :].strip() for found in _REASONING.finditer(last))
+
+
+def spoken(text: str, opened: bool = False) -> Iterator[tuple[int, int | None]]:
+    """The parts of a reply that are no reasoning, as (start, end); the end of the last is None, unless reasoning is.
+
+    `opened`: the prompt ends inside reasoning.
+    """
+    start = 0
+    while True:
+        if opened:
+            end = _END_OF_REASONING.search(text, start)
+            if end is None:
+                return
+            start = end.end()
+        begin = _REASONING.search(text, start)
+        yield start, begin.start() if begin else None
+        if begin is None:
+            return
+        opened, start = True, begin.end()
 
 
 def _without_reasoning(text: str) -> str:

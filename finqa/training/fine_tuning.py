@@ -20,10 +20,11 @@ from finqa.models.students import (
     StudentRun,
     default_device,
     is_student,
-    load_tokenizer,
     quiet_libraries,
     resolve_model,
+    tokenizer_of,
 )
+from finqa.models.templates import template_facts
 from finqa.models.weights import weights_hash
 from finqa.runtime import parallel
 from finqa.runtime.command_line import flag
@@ -85,8 +86,7 @@ def fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders) -> Path
     do not suffice.
     """
     folder = folders.model(run.dataset, run.model_id)
-    held = only_run_on(folder) if parallel.is_first() else contextlib.nullcontext()
-    with parallel.one_voice(), held, told_when_full(folder):
+    with parallel.one_voice(), only_run_on(*([folder] if parallel.is_first() else [])), told_when_full(folder):
         try:
             _fine_tune(run, config, folders, folder)
             parallel.wait_for_all()
@@ -111,7 +111,7 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
             check_tied(run.settings.lora_modules, base)
         base_hash = weights_hash(base)
         identity = _identity(run, config, base_hash, rows_hash(rows))
-        tokenizer = load_tokenizer(run.model, run.revision)  # before the folder is made
+        tokenizer = tokenizer_of(run, folder)  # before the folder is made
         if parallel.is_first():
             _claim(folder, identity)
         if is_student(folder) and (folder / "run.json").exists():
@@ -152,6 +152,7 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
         processes=parallel.world_size(),
         base_hash=base_hash,
         weights_hash=weights_hash(folder),
+        **template_facts(tokenizer),
         data={str(rows_path): file_hash(rows_path)},
         rows=len(examples),
         rows_too_long=too_long,

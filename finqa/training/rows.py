@@ -14,6 +14,7 @@ from finqa.models import students
 from finqa.models.students import training_ids
 from finqa.runtime import parallel
 from finqa.runtime.errors import UserError
+from finqa.runtime.paths import temporary_folder
 from finqa.task import prompts
 from finqa.task.records import TeacherRow, read_teacher_rows
 
@@ -122,8 +123,8 @@ def _all_tokenised(rows: Sequence[TeacherRow], tokenizer: PreTrainedTokenizerBas
     file = cache / f"{fingerprint}.arrow"
     cache.mkdir(parents=True, exist_ok=True)
     if not _is_whole(file, len(rows)):
-        with tempfile.TemporaryDirectory(prefix=".", dir=cache) as partial:
-            made = Path(partial) / file.name
+        with temporary_folder(file) as partial:
+            made = partial / file.name
             # Named here: the name that Dataset.from_dict makes pickles pyarrow itself where that lies outside of a
             # folder called site-packages (pip install --target), which fails.
             Dataset(InMemoryTable.from_pydict(texts), fingerprint=fingerprint).map(

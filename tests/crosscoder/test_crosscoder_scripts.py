@@ -17,6 +17,7 @@ from hub_server import hub_server
 
 from crosscoder.activations.store import ActivationStore
 from crosscoder.dictionaries.checkpoint import load_dictionary
+from finqa.runtime.journal import only_run_on
 from finqa.runtime.paths import REPOSITORY
 
 FOLDER = REPOSITORY / "crosscoder-model-diff"
@@ -101,6 +102,32 @@ def test_the_merged_model_answers_as_the_pair_does(diff, data_folder):
     assert manifest["check"]["merged"] < 0.1 * manifest["check"]["base"]
     card = (merged / "README.md").read_text()
     assert "library_name: transformers" in card and "base_model:" not in card  # a folder is no model of the Hub
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "words", "output"),
+    [
+        (("collect_activations.py",), ("--layer", "1"), "activations/{student}-layer1-mlp-1024"),
+        (("train.py",), ("--layer", "2"), "models/crosscoders/{name}"),
+        (("train.py",), ("--layer", "2"), "results/{name}"),
+        (("analyse.py",), ("--layer", "2"), "results/{name}"),
+        (("-m", "crosscoder.dashboard"), ("--layer", "2"), "results/{name}/dashboard.html"),
+    ],
+)
+def test_a_second_run_on_an_output_is_refused_in_one_line(diff, data_folder, tiny_student, script, words, output):
+    results, student = diff[1], "tiny-student-peftq_proj_k_proj_v_proj_o_proj-bs1-ne1-FinQA-mini-test"
+    output = output.format(student=student, name=results.name)
+    held = results.parents[0] / output[8:] if output.startswith("results/") else data_folder / output
+    names = ["FinQA-mini", tiny_student, "--data-dir", data_folder]
+    if "collect_activations.py" not in script:
+        names += ["--results-dir", results.parent]
+    if "train.py" in script:
+        names += ["--epochs", "20"]
+    with only_run_on(held):
+        second = run(*script, *names, *words)
+    assert second.returncode == 1
+    assert second.stderr.splitlines()[-1] == f"error: another run is writing to {held}; wait for it, or end it first"
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from finqa.models.weights import weights_hash
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.journal import Journal
 from finqa.runtime.manifest import write_json, write_manifest
-from finqa.runtime.paths import REPOSITORY, Folders, write_atomically
+from finqa.runtime.paths import REPOSITORY, Folders, json_line, write_atomically
 from finqa.task.datasets import dataset, load_finqa
 
 
@@ -163,3 +163,12 @@ def test_help_needs_no_torch(script: list[str]):
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "argparse" in imported
     assert not imported & {"torch", "vllm", "transformers", "pandas", "datasets", "wandb", "openai"}
+
+
+@pytest.mark.parametrize("text", ["a\u2028b", "a\u0085b", "\ud800", "a\r\nb", "収入", '"quoted"'])
+def test_a_json_line_is_one_line_that_reads_as_it_was_written(tmp_path: Path, text: str):
+    values = [{"reply": text, "number": value, "path": tmp_path} for value in (1.5, float("nan"), float("inf"))]
+    write_atomically(tmp_path / "x.jsonl", "".join(map(json_line, values)))
+    lines = (tmp_path / "x.jsonl").read_text(encoding="ascii").splitlines()
+    read = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in lines]
+    assert read == [{"reply": text, "number": number, "path": str(tmp_path)} for number in (1.5, None, None)]

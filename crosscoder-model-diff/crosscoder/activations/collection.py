@@ -95,7 +95,7 @@ def planned_shards(
 
     The order of tokens follows from the documents alone: by length of document, then its index, then position. A
     shard is full at `shard_tokens` recorded tokens; a batch, padded, has at most `batch_tokens` tokens (or is one
-    document). `skip_id` is the token that is not recorded.
+    document). `skip_id` is BOS, which is not recorded where a document starts with it; it may be the end token, too.
     """
     shards: list[Shard] = []
     waiting: list[int] = []
@@ -103,7 +103,7 @@ def planned_shards(
     order = sorted(range(len(documents)), key=lambda i: len(documents[i].ids))
     for place, index in enumerate(order):
         waiting.append(index)
-        n_tokens += sum(token != skip_id for token in documents[index].ids)
+        n_tokens += len(documents[index].ids) - (documents[index].ids[0] == skip_id)
         if n_tokens >= shard_tokens or place == len(order) - 1:
             batches = batches_by_length([len(documents[i].ids) for i in waiting], batch_tokens)
             named = tuple(tuple(waiting[i] for i in batch) for batch in batches)
@@ -190,7 +190,7 @@ def token_table(documents: Sequence[Document], shards: Sequence[Shard], skip_id:
         columns["kind"] = []
     for index in (i for shard in shards for batch in shard.batches for i in batch):
         ids = torch.tensor(documents[index].ids)
-        position = (ids != skip_id).nonzero().squeeze(-1) if skip_id is not None else torch.arange(len(ids))
+        position = torch.arange(int(documents[index].ids[0] == skip_id), len(ids))
         columns["document"].append(torch.full_like(position, index))
         columns["position"].append(position)
         columns["token_id"].append(ids[position])
@@ -217,7 +217,7 @@ def padded(rows: Sequence[tuple[int, ...]], skip_id: int | None) -> tuple[Tensor
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     wanted = torch.arange(ids.shape[1]) < lengths[:, None]
     if skip_id is not None:
-        wanted &= ids != skip_id
+        wanted[:, 0] &= ids[:, 0] != skip_id
     return ids, wanted.flatten().nonzero().squeeze(-1)
 
 

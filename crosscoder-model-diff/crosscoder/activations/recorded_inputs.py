@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from crosscoder.activations.collection import Document, assert_same_ids, documents_from_rows, fingerprint
-from crosscoder.activations.store import read_set_config
+from crosscoder.activations.store import ActivationStore, read_set_config
 from crosscoder.names import ActivationChoice, find_folder
 from finqa.models import students
 from finqa.models.weights import weights_hash
@@ -47,10 +47,10 @@ def check_every_split_is_reached(choice: ActivationChoice, n_rows: Sequence[int]
         )
 
 
-def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path) -> tuple[list[Document], int | None]:
-    """The first --num-samples rows as token ids, the same for both models' tokenizers; and the id of BOS."""
+def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path) -> tuple[list[Document], Any]:
+    """The first --num-samples rows as token ids, the same for both models' tokenizers; and the base model's."""
     student = choice.student
-    tokenizer: Any = students.load_tokenizer(student.model, student.revision)
+    tokenizer: Any = students.tokenizer_of(student, fine_tuned)
     longest = student.settings.max_seq_length
     documents = documents_from_rows(rows, tokenizer, choice.raw)
     pairs = [(row, document) for row, document in zip(rows, documents, strict=True) if len(document.ids) <= longest]
@@ -66,7 +66,7 @@ def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path)
         own: Any = AutoTokenizer.from_pretrained(fine_tuned)
         own.chat_template = own.chat_template or tokenizer.chat_template
         assert_same_ids(chosen, documents_from_rows([row for row, _ in pairs], own, choice.raw))
-    return chosen, tokenizer.bos_token_id
+    return chosen, tokenizer
 
 
 def describe_inputs(
@@ -106,14 +106,23 @@ def is_adapter(folder: Path) -> bool:
 
 
 def is_collected(folder: Path, fingerprint: str, overwrite: bool) -> bool:
-    """Whether `folder` holds this very set; UserError where it holds another one that may not be replaced."""
+    """Whether `folder` holds this very set; UserError where it holds another one that may not be replaced.
+
+    A damaged one counts as another, but for its shards, which are read only where it may be replaced.
+    """
     if not (folder / "config.json").exists():
         return False
-    if read_set_config(folder).recorded.get("fingerprint") == fingerprint:
-        return True
-    if not overwrite:
+    try:
+        same = read_set_config(folder).recorded.get("fingerprint") == fingerprint
+        if same and overwrite:
+            ActivationStore(folder, "disk").check()
+    except UserError:
+        if not overwrite:
+            raise
+        return False
+    if not same and not overwrite:
         raise UserError(f"{folder} was made from other inputs (model, rows or settings); replace it with --overwrite")
-    return False
+    return same
 
 
 def adapter_bytes(folder: Path) -> int | None:

@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from xxhash import xxh3_64
 
 from crosscoder.activations.store import VERSION, SetConfig, StoredDocument, shard_name
-from crosscoder.dictionaries.checkpoint import save_tensors
+from crosscoder.dictionaries.checkpoint import save_tensors, tensor_bytes
 from crosscoder.dictionaries.config import N_MODELS
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import file_hash
-from finqa.runtime.paths import json_text, write_atomically
+from finqa.runtime.paths import json_line, json_text, write_atomically
 
 OUTLIER_FACTOR = 10.0
 """A token above this many median norms, of either model, is an outlier (an attention sink), whatever its id."""
@@ -34,12 +35,14 @@ MODELS = ("instruct", "fine-tuned")
 BATCHES_BEHIND = 3
 """Batches that may wait for the disk; with more the GPU waits too."""
 PLAN_FILE = "plan.json"
+HASH = "xxh3"
 
 
 class ShardFile:
     """A shard under way: tokens are appended, `close` gives it its name.
 
-    The file is safetensors with its header written first, so that nothing larger than a batch is held in memory.
+    The file is safetensors with its header written first, so that nothing larger than a batch is held in memory. The
+    header is written again at the end, with the checksum of what follows it.
     """
 
     def __init__(self, path: Path, n_tokens: int, d_model: int):
@@ -48,7 +51,7 @@ class ShardFile:
         self._n_tokens = n_tokens
         self._norms: list[Tensor] = []
         activations_start, end = 8 * N_MODELS * n_tokens, (8 + 2 * d_model) * N_MODELS * n_tokens
-        layout = {
+        self._layout = {
             "norms": {"dtype": "F64", "shape": [n_tokens, N_MODELS], "data_offsets": [0, activations_start]},
             "activations": {
                 "dtype": "BF16",
@@ -56,25 +59,27 @@ class ShardFile:
                 "data_offsets": [activations_start, end],
             },
         }
-        text = json.dumps(layout, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._norms_at = 8 + len(text)
+        self._digest = xxh3_64()
+        self._norms_at = len(self._header())
         self._file = self._temporary.open("wb", buffering=0)
-        self._write(len(text).to_bytes(8, "little") + text)
         self._file.seek(self._norms_at + activations_start)
 
     def add(self, activations: Tensor, norms: Tensor) -> None:
         """Append tokens: activations [n, 2, d_model] bf16 and their norms [n, 2] fp64, both on the CPU."""
         self._norms.append(norms)
-        self._write(_bytes(activations))
+        data = tensor_bytes(activations)
+        self._digest.update(data)
+        self._write(data)
 
     def close(self) -> None:
         """Write the norms and give the shard its name."""
         norms = torch.cat(self._norms)
         if len(norms) != self._n_tokens:
             raise ValueError(f"{self._path.name} got {len(norms)} tokens, planned were {self._n_tokens}")
-        self._file.seek(self._norms_at)
-        self._write(_bytes(norms))
+        self._digest.update(tensor_bytes(norms))
+        self._file.seek(0)
+        self._write(self._header())
+        self._write(tensor_bytes(norms))
         self._file.close()
         self._temporary.replace(self._path)
 
@@ -82,6 +87,13 @@ class ShardFile:
         """Leave nothing behind; does nothing after `close`."""
         self._file.close()
         self._temporary.unlink(missing_ok=True)
+
+    def _header(self) -> bytes:
+        """Of one length, whatever has been written."""
+        about = {"__metadata__": {HASH: self._digest.hexdigest()}}
+        text = json.dumps(about | self._layout, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
 
     def _write(self, data: bytes | memoryview) -> None:
         left = memoryview(data)
@@ -141,10 +153,11 @@ class SetWriter:
         kept = torch.ones(len(norms), dtype=torch.bool)
         if self.drop_outliers:
             kept = (norms <= OUTLIER_FACTOR * norms.median(dim=0).values).all(dim=-1)
+        hashes = [self._hash(number) for number in range(len(shard_tokens))]
         means = norms[kept].mean(dim=0)
         columns = {name: column.to(torch.int32) for name, column in table.items()}
         save_tensors(self.partial / "tokens.safetensors", {**columns, "kept": kept})
-        lines = "".join(json.dumps(asdict(document)) + "\n" for document in documents)
+        lines = "".join(json_line(asdict(document)) for document in documents)
         write_atomically(self.partial / "documents.jsonl", lines)
         config = SetConfig(
             d_model=self.d_model,
@@ -155,6 +168,7 @@ class SetWriter:
             recorded=recorded,
             version=VERSION,
             files={name: file_hash(self.partial / name) for name in ("tokens.safetensors", "documents.jsonl")},
+            shard_hashes=tuple(hashes) if all(hashes) else (),
         )
         add_to(self.partial)
         write_atomically(self.partial / "config.json", json_text(asdict(config), indent=2) + "\n")
@@ -193,6 +207,11 @@ class SetWriter:
     def _tensor(self, number: int, name: str) -> Tensor:
         with safe_open(self.partial / shard_name(number), framework="pt") as file:
             return file.get_tensor(name)
+
+    def _hash(self, number: int) -> str:
+        """What a shard says its checksum is; nothing in one of an earlier version."""
+        with safe_open(self.partial / shard_name(number), framework="pt") as file:
+            return (file.metadata() or {}).get(HASH, "")
 
 
 class _Job(NamedTuple):
@@ -277,8 +296,3 @@ class BackgroundWriter:
 def _to_pinned(tensor: Tensor) -> Tensor:
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    array: Any = tensor.contiguous().view(torch.uint8).reshape(-1).numpy()
-    return memoryview(array)

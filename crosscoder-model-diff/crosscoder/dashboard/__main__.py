@@ -17,6 +17,7 @@ from pathlib import Path
 from crosscoder.dashboard.records import DashboardConfig
 from finqa.runtime.command_line import add_flags, from_args
 from finqa.runtime.errors import report_errors
+from finqa.runtime.journal import only_run_on
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
@@ -56,7 +57,8 @@ def main() -> None:
     rows = tables.latent_table(model, statistics, store, reading.tokenizer, reading.unembedding, scaling)
     dashboard = build_dashboard(reading, statistics, rows, config, explained)
     path = args.out or reading.results / "dashboard.html"
-    size = write_dashboard(path, dashboard)
+    with only_run_on(path):
+        size = write_dashboard(path, dashboard)
     n = sum(page.examples is not None for page in dashboard.pages)
     print(f"{path}: {size / 1e6:.1f} MB, {len(dashboard.pages):,} latents, {n:,} with examples")
 

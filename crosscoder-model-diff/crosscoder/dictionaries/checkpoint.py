@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -78,13 +79,15 @@ def load_dictionary(name: Path | str) -> BatchTopKCrosscoder:
 
     folder = find_checkpoint(name)
     config = read_config(folder)
-    check_files(folder, config.files, "train the crosscoder again")
+    check_files(folder, config.files, "train the crosscoder again with --overwrite")
     model = new_dictionary(config.crosscoder)
     try:
         tensors = load_file(folder / MODEL_FILE)
         bad = [name for name, each in tensors.items() if each.dtype != torch.float32 or not each.isfinite().all()]
         if bad:
-            raise UserError(f"{folder / MODEL_FILE}: {bad[0]} is not fp32 and finite; train the crosscoder again")
+            raise UserError(
+                f"{folder / MODEL_FILE}: {bad[0]} is not fp32 and finite; train the crosscoder again with --overwrite"
+            )
         model.activation_means = tensors.pop(MEANS, None)
         model.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -148,18 +151,56 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, in its order; not a copy where it is contiguous."""
+    import torch
+
+    array: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def tensors_hash(tensors: Iterable[Tensor], text: str = "") -> str:
+    """XXH3 (64 bits, hexadecimal) of `text` and of the bytes of all tensors in their order.
+
+    It sees damage, not intent, and takes 0.15 s a GB on one core, less than reading them from a disk.
+    """
+    from xxhash import xxh3_64
+
+    digest = xxh3_64(text.encode())
+    for tensor in tensors:
+        digest.update(tensor_bytes(tensor.detach().cpu()))
+    return digest.hexdigest()
+
+
 def save_training_state(folder: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
     """Write what a run goes on from; `progress` is small and JSON, and lies in the same file as the tensors."""
-    save_tensors(folder / STATE_FILE, tensors, {"progress": json.dumps(progress)})
+    text = json.dumps(progress)
+    save_tensors(folder / STATE_FILE, tensors, {"progress": text, "xxh3": _state_hash(tensors, text)})
 
 
 def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The inverse of `save_training_state`; None where no run is under way in `folder`."""
-    from safetensors import safe_open
+    """The inverse of `save_training_state`; None where no run is under way in `folder`.
+
+    Raises UserError where it is not as it was written.
+    """
+    from safetensors import SafetensorError, safe_open
 
     path = folder / STATE_FILE
     if not path.exists():
         return None
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(file.metadata()["progress"])
+    damaged = UserError(f"{path} is not the file that was written; train from the start with --overwrite")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = file.metadata()
+    except SafetensorError:
+        raise damaged from None
+    # A state of an earlier version has no checksum.
+    if "xxh3" in about and about["xxh3"] != _state_hash(tensors, about.get("progress", "")):
+        raise damaged
+    return tensors, json.loads(about["progress"])
+
+
+def _state_hash(tensors: dict[str, Tensor], progress: str) -> str:
+    names = sorted(tensors)
+    return tensors_hash((tensors[name] for name in names), json.dumps([names, progress]))

@@ -19,7 +19,7 @@ from crosscoder.interventions.causal import Cell, patched_value
 from crosscoder.interventions.halves import Pair, edited, site_module
 from crosscoder.interventions.patching import sides
 from crosscoder.interventions.sets import Reading
-from finqa.evaluation.generation import Reply, cut_at_stop, end_ids
+from finqa.evaluation.generation import Reply, cut_at_stop, end_ids, is_reasoning
 from finqa.sandbox.running import Sandbox
 from finqa.task import answers, prompts
 
@@ -140,7 +140,9 @@ def _stops(tokens: list[int], tokenizer: Any, stop: tuple[str, ...]) -> bool:
     if not stop:
         return False
     tail = tokenizer.decode(tokens[-STOP_TAIL:], skip_special_tokens=True)
-    return any(string in tail for string in stop)
+    if not any(string in tail for string in stop):
+        return False
+    return not is_reasoning(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def _reply(tokens: list[int], n_prompt: int, tokenizer: Any, stop: tuple[str, ...], ends: set[int]) -> Reply:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from finqa.runtime.journal import Journal
-from finqa.runtime.paths import json_text
+from finqa.runtime.paths import json_line
 from finqa.runtime.progress import StepProgress
 
 
@@ -97,7 +97,7 @@ class RunLog:
             Journal(self._path).rewrite(self._records)
         else:
             with self._path.open("a") as file:
-                file.write(json_text(values) + "\n")
+                file.write(json_line(values))
         if self.wandb_run is not None:
             self.wandb_run.log(_flat(values), step=record.step)
         speed = self._tokens_per_second(record)

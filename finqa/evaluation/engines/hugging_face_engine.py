@@ -9,7 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
-from finqa.evaluation.generation import Generate, GenerationConfig, Reply, cut_at_stop, end_ids, prompt_too_long
+from finqa.evaluation.generation import (
+    Generate,
+    GenerationConfig,
+    Reply,
+    cut_at_stop,
+    end_ids,
+    is_reasoning,
+    opened_by,
+    prompt_too_long,
+)
 
 
 def hugging_face(model: Any, tokenizer: Any, config: GenerationConfig) -> Generate:
@@ -68,13 +77,23 @@ class GumbelNoise:
 
 
 class Ends:
-    """A stopping criterion: a row ends with a stop string or an end token, and `tell` gets it at that moment."""
+    """A stopping criterion: a row ends with a stop string or an end token, and `tell` gets it at that moment.
 
-    def __init__(self, tokenizer: Any, config: GenerationConfig, ends: set[int], tell: Callable[[int, Any], None]):
+    A stop string inside reasoning ends nothing. `is_reasoning(row, ids)` says whether a row is there.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        config: GenerationConfig,
+        ends: set[int],
+        is_reasoning: Callable[[int, list[int]], bool],
+        tell: Callable[[int, Any], None],
+    ):
         from transformers.generation.stopping_criteria import StopStringCriteria
 
         self.stop_strings: Any = StopStringCriteria(tokenizer, list(config.stop))
-        self.ends, self.tell = ends, tell
+        self.ends, self.is_reasoning, self.tell = ends, is_reasoning, tell
         self.told: set[int] = set()
         self.given_up = threading.Event()
 
@@ -82,7 +101,10 @@ class Ends:
         """Which rows of `input_ids` [batch, tokens] have ended: bool [batch]; all of them where nobody waits."""
         import torch
 
-        ended = self.stop_strings(input_ids, scores) | torch.isin(input_ids[:, -1], input_ids.new_tensor([*self.ends]))
+        stopped = self.stop_strings(input_ids, scores)
+        for row in stopped.nonzero()[:, 0].tolist():
+            stopped[row] = row in self.told or not self.is_reasoning(row, input_ids[row].tolist())
+        ended = stopped | torch.isin(input_ids[:, -1], input_ids.new_tensor([*self.ends]))
         for row in ended.nonzero()[:, 0].tolist():
             if row not in self.told:
                 self.told.add(row)
@@ -102,17 +124,23 @@ def _batch(
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     sampling = [GumbelNoise(config.temperature, seeds, model.device)] if config.temperature else []
 
-    def reply_of(new: list[int], n_prompt_tokens: int) -> Reply:
+    opened = [opened_by(prompt, tokenizer) for prompt in prompts]
+
+    def reply_of(row: int, new: list[int]) -> Reply:
         length = next((i for i, token in enumerate(new) if token in ends), len(new))
         ended = length < len(new)
         text = tokenizer.decode(new[:length], skip_special_tokens=True)
-        cut = cut_at_stop(text, config.stop)
-        stopped = cut.endswith(config.stop)
+        cut = cut_at_stop(text, config.stop, opened[row])
+        stopped = cut.endswith(config.stop) and not is_reasoning(cut, opened[row])
         count = length + (ended and not stopped)
-        return Reply(cut, n_prompt_tokens, count, "stop" if ended or stopped else "length")
+        return Reply(cut, len(prompts[row]), count, "stop" if ended or stopped else "length")
 
     written: SimpleQueue[Any] = SimpleQueue()
-    stopping = Ends(tokenizer, config, ends, lambda row, ids: written.put((row, ids)))
+
+    def reasons(row: int, ids: list[int]) -> bool:
+        return is_reasoning(tokenizer.decode(ids[longest:], skip_special_tokens=True), opened[row])
+
+    stopping = Ends(tokenizer, config, ends, reasons, lambda row, ids: written.put((row, ids)))
 
     @torch.inference_mode()
     def write() -> None:
@@ -135,7 +163,7 @@ def _batch(
         try:
             while (got := written.get()) is not None:
                 row, tokens = got
-                yield row, reply_of(tokens[longest:], len(prompts[row]))
+                yield row, reply_of(row, tokens[longest:])
             writing.result()  # raises what generate raised
         finally:
             stopping.given_up.set()

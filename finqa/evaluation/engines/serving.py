@@ -25,9 +25,9 @@ from finqa.models.students import (
     default_device,
     load_adapter,
     load_base,
-    load_tokenizer,
     quiet_libraries,
     resolve_model,
+    tokenizer_of,
 )
 from finqa.models.weights import check_base
 from finqa.runtime.errors import UserError
@@ -112,7 +112,7 @@ def _by_hugging_face(
 ) -> Iterator[Served]:
     from finqa.evaluation.engines.hugging_face_engine import hugging_face
 
-    tokenizer = load_tokenizer(run.model, run.revision)
+    tokenizer = tokenizer_of(run, student)
     facts = {"engine": "transformers", "device": default_device(), "dtype": "bfloat16", "batch_size": config.batch_size}
     if "base" in wanted or adapter:
         model: Any = load_base(run.model, None, None, run.load_in_4bit, run.revision)
@@ -135,7 +135,7 @@ def _by_vllm_with_requests(
     An adapter of rank 512 takes 2.2 times the base's time on a 7B model (benchmarks/results/evaluation_lora.md), which
     is less than merging it and starting a second engine for the thousand rows of a split.
     """
-    tokenizer: Any = load_tokenizer(run.model, run.revision)
+    tokenizer: Any = tokenizer_of(run, student)
     ends = end_ids(tokenizer.eos_token_id)
     path = resolve_model(run.model, run.revision)
     with running_engine(EngineArguments(path, path, run.load_in_4bit, config, student)) as engine:
@@ -148,7 +148,7 @@ def _by_vllm_with_requests(
 def _by_vllm_one_at_a_time(
     run: StudentRun, student: Path | None, adapter: bool, wanted: Sequence[Model], config: GenerationConfig
 ) -> Iterator[Served]:
-    tokenizer: Any = load_tokenizer(run.model, run.revision)
+    tokenizer: Any = tokenizer_of(run, student)
     ends = end_ids(tokenizer.eos_token_id)
     base = resolve_model(run.model, run.revision)
     for model in _in_order(wanted):

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from finqa.evaluation.generation import FinishReason, Generate, GenerationConfig, Reply, cut_at_stop, prompt_too_long
+from finqa.evaluation.generation import (
+    FinishReason,
+    Generate,
+    GenerationConfig,
+    Reply,
+    cut_at_stop,
+    is_reasoning,
+    opened_by,
+    prompt_too_long,
+)
 from finqa.models.students import default_device
 from finqa.runtime.errors import UserError
 from finqa.runtime.memory.free import free_memory
@@ -159,7 +168,8 @@ def vllm_generate(engine: Any, ends: Collection[int], config: GenerationConfig, 
 
     The engine is stepped here and not by `LLM.generate`, which gives nothing before all is written. What shares a
     batch differs between a run and one that goes on, so in bf16 a near-tie may fall the other way; a sample that
-    draws from its own seed has the same near-ties.
+    draws from its own seed has the same near-ties. A reply that a stop string ended inside its reasoning is asked for
+    again from there: vLLM knows no place where its stop strings do not count.
     """
 
     def generate(prompts: Sequence[list[int]], done: Collection[int] = ()) -> Iterator[tuple[int, Reply]]:
@@ -167,41 +177,53 @@ def vllm_generate(engine: Any, ends: Collection[int], config: GenerationConfig, 
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        steps, request = engine.llm_engine, _lora_request(adapter)
+        steps, request, tokenizer = engine.llm_engine, _lora_request(adapter), engine.get_tokenizer()
         limit = engine.model_config.max_model_len
         under_way: set[str] = set()
-        for place in sorted(set(range(len(prompts))) - set(done)):
-            if len(prompts[place]) + config.max_new_tokens > limit:
-                yield place, prompt_too_long(prompts[place])
-                continue
+        before: dict[int, list[int]] = {}
+
+        def ask(place: int) -> None:
+            tokens = before.get(place, [])
             sampling = SamplingParams(
                 temperature=config.temperature,
-                seed=config.seed_of(place) if config.temperature else None,
-                max_tokens=config.max_new_tokens,
+                seed=config.seed_of(place) + len(tokens) if config.temperature else None,
+                max_tokens=config.max_new_tokens - len(tokens),
                 stop=list(config.stop),
                 include_stop_str_in_output=True,
                 stop_token_ids=sorted(ends),
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            prompt = TokensPrompt(prompt_token_ids=prompts[place])
-            steps.add_request(str(place), prompt, sampling, lora_request=request)
-            under_way.add(str(place))
+            prompt, name = TokensPrompt(prompt_token_ids=[*prompts[place], *tokens]), f"{place}.{len(tokens)}"
+            steps.add_request(name, prompt, sampling, lora_request=request)
+            under_way.add(name)
+
+        for place in sorted(set(range(len(prompts))) - set(done)):
+            if len(prompts[place]) + config.max_new_tokens > limit:
+                yield place, prompt_too_long(prompts[place])
+                continue
+            ask(place)
         try:
             while under_way:
                 for output in steps.step():
                     under_way.discard(output.request_id)
-                    place = int(output.request_id)
-                    yield place, _reply(prompts[place], output.outputs[0], config)
+                    place, written = int(output.request_id.partition(".")[0]), output.outputs[0]
+                    opened, text = opened_by(prompts[place], tokenizer), written.text
+                    tokens = [*before.pop(place, []), *written.token_ids]
+                    if len(tokens) > len(written.token_ids):
+                        text = tokenizer.decode(tokens, skip_special_tokens=True)
+                    thinks = isinstance(written.stop_reason, str) and is_reasoning(text, opened)
+                    if thinks and len(tokens) < config.max_new_tokens:
+                        before[place] = tokens
+                        ask(place)
+                        continue
+                    reason: FinishReason = "length" if thinks or written.finish_reason == "length" else "stop"
+                    cut = cut_at_stop(text, config.stop, opened)
+                    yield place, Reply(cut, len(prompts[place]), len(tokens), reason)
         finally:
             if under_way:
                 steps.abort_request(sorted(under_way))
 
     return generate
-
-
-def _reply(prompt: list[int], written: Any, config: GenerationConfig) -> Reply:
-    reason: FinishReason = "length" if written.finish_reason == "length" else "stop"
-    return Reply(cut_at_stop(written.text, config.stop), len(prompt), len(written.token_ids), reason)
 
 
 def vllm_logprobs(engine: Any, adapter: Path | None) -> LogProbs:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import write_atomically
+from finqa.runtime.manifest import write_json
+from finqa.runtime.paths import json_line
 from preprocessing.teacher.answer_journal import Answer, AnswerJournal, Failure
 from preprocessing.teacher.chat_request import answer_from, as_sent, one_line, status_fault, status_kind
 from preprocessing.teacher.config import LimitName, OpenAITeacherConfig, api_key
@@ -69,7 +70,7 @@ def read_records(path: Path) -> list[BatchRecord]:
 
 
 def write_records(path: Path, records: Iterable[BatchRecord]) -> None:
-    write_atomically(path, json.dumps([asdict(record) for record in records], indent=1) + "\n")
+    write_json(path, [asdict(record) for record in records])
 
 
 def under_way(path: Path) -> set[str]:
@@ -94,7 +95,7 @@ def split_into_files(
         name = custom_id(one)
         body = as_sent(one.request, limit_name)
         line = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body}
-        data = json.dumps(line).encode() + b"\n"
+        data = json_line(line).encode()
         if names and (len(names) >= most_requests or len(content) + len(data) > most_bytes):
             yield tuple(names), bytes(content)
             names, content = [], bytearray()

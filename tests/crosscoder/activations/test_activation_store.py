@@ -14,7 +14,8 @@ from made_up_activations import D_MODEL, DOCUMENT_TOKENS, N_DOCUMENTS, planted_a
 from safetensors.torch import load_file
 
 from crosscoder.activations.feed import Feed
-from crosscoder.activations.store import ActivationStore, ShuffledOrder
+from crosscoder.activations.recorded_inputs import is_collected
+from crosscoder.activations.store import ActivationStore, Place, ShuffledOrder
 from crosscoder.activations.writer import SetWriter
 from finqa.runtime.errors import UserError
 
@@ -169,6 +170,38 @@ def test_a_set_whose_documents_or_tokens_were_changed_is_refused(tmp_path: Path,
         (folder / "documents.jsonl").write_text("".join([*lines, lines[-1]] if "twice" in change else lines[:-1]))
     with pytest.raises(UserError, match="is not the file that was written" if checksums else "do not fit each other"):
         ActivationStore(folder)
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("at", [-1, -3000, 600], ids=["last activation", "an activation", "a norm"])
+def test_a_flipped_bit_in_a_shard_is_seen_when_the_shard_is_first_read(tmp_path: Path, place: Place, at: int):
+    folder = tmp_path / "set"
+    write_store(folder, planted_activations(200, D_MODEL, 16), document_tokens=50, shard_tokens=100)
+    path = folder / "shard-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(
+        UserError, match=f"^{path} is not the file that was written; collect the activations again with --o"
+    ):
+        ActivationStore(folder, place).read(torch.tensor([150]))
+    assert [is_collected(folder, "made up", overwrite) for overwrite in (False, True)] == [True, False]
+    first = torch.arange(100)
+    assert ActivationStore(folder, "disk").read(first).isfinite().all()  # the other shard is whole
+    change_config(folder, d_model="12")
+    with pytest.raises(UserError, match="d_model"):
+        is_collected(folder, "made up", overwrite=False)
+    assert not is_collected(folder, "made up", overwrite=True)
+    change_config(folder, d_model=12, shard_hashes=[])  # as in a set of an earlier version, where it is not seen
+    assert len(ActivationStore(folder, place).read(torch.tensor([150]))) == 1
+
+
+def test_a_shard_in_the_place_of_another_is_seen(tmp_path: Path):
+    folder = tmp_path / "set"
+    write_store(folder, planted_activations(200, D_MODEL, 16), document_tokens=50, shard_tokens=100)
+    (folder / "shard-00001.safetensors").write_bytes((folder / "shard-00000.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors is not the file that was written"):
+        ActivationStore(folder, "memory")
 
 
 def test_held_out_documents_share_no_token_with_training(store):

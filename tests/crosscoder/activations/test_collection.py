@@ -236,6 +236,14 @@ def test_a_batch_is_padded_on_the_right_and_padding_is_not_recorded():
     assert rows.tolist() == [1, 2, 5, 6, 7]
 
 
+def test_an_end_token_that_is_bos_is_recorded(adapted, tokenizer, tmp_path: Path):
+    bos = tokenizer.bos_token_id
+    documents = [Document("0", (bos, 5, 6, bos), 2), Document("1", (7, bos, 8, 9, bos), 3)]
+    (store,) = make_sets([tmp_path / "set"], adapter_readers(adapted, [MLP_2]), documents, skip_id=bos)
+    assert store.token_id.tolist() == [5, 6, bos, 7, bos, 8, 9, bos]
+    assert store.position.tolist() == [1, 2, 3, 0, 1, 2, 3, 4]
+
+
 def test_the_fingerprint_changes_with_ids_and_facts(documents):
     first = fingerprint(documents, {"layer": 1})
     assert first == fingerprint(documents, {"layer": 1})

@@ -12,7 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from crosscoder.dictionaries.checkpoint import load_dictionary, save_dictionary, save_tensors
+from crosscoder.dictionaries.checkpoint import (
+    load_dictionary,
+    load_training_state,
+    save_dictionary,
+    save_tensors,
+    save_training_state,
+)
 from crosscoder.dictionaries.config import CrosscoderConfig, ScoreNorm, TrainingConfig
 from crosscoder.dictionaries.model import BatchTopKCrosscoder, batch_topk
 from finqa.runtime.errors import UserError
@@ -235,6 +241,21 @@ def test_weights_that_were_changed_are_refused(tmp_path: Path, change, checksums
     if change != "flipped bit":  # without a checksum, as in a checkpoint of an earlier version, that is not seen
         with pytest.raises(UserError, match="W_enc is not fp32 and finite"):
             load_dictionary(tmp_path)
+
+
+@pytest.mark.parametrize("at", [b"\x80\x3f", b"done\\", b"progress", b"W_enc", b'"steps"', b"F32"], ids=str)
+def test_a_training_state_with_a_flipped_bit_is_not_gone_on_with(tmp_path: Path, at: bytes):
+    tensors = {"model.W_enc": torch.randn(4, 3), "steps": torch.tensor(7), "held": torch.ones(3, dtype=torch.bfloat16)}
+    save_training_state(tmp_path, tensors, {"steps_done": 7})
+    found = load_training_state(tmp_path)
+    assert found is not None and found[1] == {"steps_done": 7}
+    assert all(torch.equal(found[0][name], tensor) for name, tensor in tensors.items())
+    path = tmp_path / "training_state.safetensors"
+    data = bytearray(path.read_bytes())
+    data[data.rindex(at) + 1] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="is not the file that was written; train from the start with --overwrite"):
+        load_training_state(tmp_path)
 
 
 def test_encoding_before_training_has_set_a_threshold_is_an_error(x):

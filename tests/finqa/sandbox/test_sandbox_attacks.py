@@ -7,11 +7,14 @@ run as an ordinary user, too, by test_sandbox_ordinary_user.py.
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from attacking import QUICK, assert_stopped, attack, helper_ids, libc, needs_filter, sandbox
 
+from finqa.runtime.paths import REPOSITORY
 from finqa.sandbox.running import Sandbox
 
 __all__ = ["sandbox"]
@@ -145,6 +148,33 @@ def test_its_own_environment_is_empty(monkeypatch: pytest.MonkeyPatch):
     with Sandbox(QUICK, workers=1) as opened:
         assert opened.run("import os\nans = len(os.environ)").answer == 0.0
         assert opened.run(in_c).answer is True
+
+
+READS_PATHS = {
+    "command line": "import sys\nans = repr((sys.orig_argv, sys.argv, sys.path, sys.executable, sys.prefix))",
+    "frames": (
+        "import sys\nframe, found = sys._getframe(), []\nwhile frame:\n"
+        "    found.append((frame.f_code.co_filename, frame.f_globals.get('__file__')))\n    frame = frame.f_back\n"
+        "ans = repr(found)"
+    ),
+    "modules": "import sys\nans = repr([name for name in sys.modules if 'finqa' in name])",
+    "stack": (  # the name of the executable stands at its top, above the command line and the environment
+        "import ctypes\nget = ctypes.CDLL(None).getauxval\nget.restype = ctypes.c_ulong\ntop = get(31)\n"
+        "raw = (ctypes.string_at(top - 20_000, 20_000) + ctypes.string_at(top)).decode('latin-1')\n"
+        "ans = repr([text for text in raw.split('\\0') if '/' in text])[:4000]"
+    ),
+}
+
+
+@needs_filter
+@pytest.mark.parametrize("code", READS_PATHS.values(), ids=READS_PATHS.keys())
+def test_no_path_of_the_machine_but_the_interpreters_can_be_read(sandbox: Sandbox, code: str):
+    found = attack(sandbox, code).answer
+    assert isinstance(found, str)
+    mine = {str(REPOSITORY), str(Path.cwd()), str(Path.home()), tempfile.gettempdir(), "finqa-sandbox", sys.prefix}
+    its_own = str(Path(sys.base_prefix).resolve())
+    assert not [path for path in mine - {sys.base_prefix} if path in found.replace(its_own, "")]
+    assert "site-packages" not in found
 
 
 CHANGES_A_FILE = {
