@@ -29,7 +29,7 @@ from study.invented.gates import summary, write_gates
 from study.invented.pages import SOURCES, source_of
 from study.invented.plan import Plan
 from study.invented.rows import QUICK, Sizes, make_rows
-from study.students.jobs import SHARE, gpus_of_this_machine, run_jobs
+from study.students.jobs import add_job_flags, gpus_of_this_machine, print_jobs, run_jobs
 from study.students.plan import MAIN, chosen, short
 
 
@@ -43,9 +43,7 @@ def main() -> None:
     plan = Plan(Place(given, name), model, INVENTED[source])
     jobs = chosen(plan.jobs(), args.jobs)
     if args.list:
-        for job in jobs:
-            after = f" (after {', '.join(job.after)})" if job.after else ""
-            print(f"{job.name}{after}\n    python {job.command.replace(SHARE, '0.9')}")
+        print_jobs(jobs)
         return
     n_tokens = token_counter(args.model)
     if not args.gates:
@@ -73,8 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m study.invented", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("jobs", nargs="*", metavar="JOB", help="beginnings of names of jobs (default: all)")
-    parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
+    add_job_flags(parser)
     parser.add_argument("--rows", action="store_true", help="make the rows and run nothing")
     parser.add_argument("--gates", action="store_true", help="write gates.csv from what is there")
     parser.add_argument("--model", default=MAIN, help="an instruct model, by its name or folder (default: %(default)s)")
