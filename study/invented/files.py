@@ -184,6 +184,15 @@ def read_items(place: Place) -> list[Item]:
     return [Item(**line) for line in lines]
 
 
+def read_metrics(place: Place) -> list[dict[str, str]]:
+    """The lines of metrics.csv; UserError where it is not there."""
+    path = place.root / "metrics.csv"
+    if not path.exists():
+        raise UserError(f"{path} is missing; {REMEDY}")
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def write_table(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """A CSV with the first line's keys as its columns; None is an empty cell."""
     text = io.StringIO(newline="")
