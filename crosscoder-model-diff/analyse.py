@@ -30,7 +30,8 @@ Writes into crosscoder-model-diff/results/<crosscoder's name>/
 will take, and each is written when it is done. A run that was killed goes on where it was (stability.jsonl,
 splicing.jsonl and causal/ hold what is done) and gives what an uninterrupted one gives.
 
-What compares the decoder vectors of two models is left out for a difference SAE, which has one a latent.
+What compares the decoder norms of two models is left out for a difference SAE, which has one vector a latent, and for a
+stagewise SAE, whose vectors have unit norm; the latents of that are compared by their change (docs/model-diff.md).
 """
 
 from __future__ import annotations

@@ -6,8 +6,12 @@
     python train.py FinQA-mini pocket-mistral --method difference-sae
     torchrun --nproc-per-node 2 train.py FinQA-mini pocket-mistral
 
---method batchtopk is the crosscoder; l1 (a price on values), partition (shared and delta latents) and difference-sae
-(an autoencoder of the difference) are there to be compared with it, with the same trainer on the same activations.
+--method batchtopk is the crosscoder. The others are there to be compared with it, with the same trainer on the same
+activations: l1 (a price on values), partition (shared and delta latents), dedicated (shared latents, and --reserved of
+them for either model, which neither read nor write the other), difference-sae (an autoencoder of the difference), and
+stagewise-sae (an autoencoder of the instruct model, then trained on with the fine-tuned one: two stages of as many
+steps each, at the cost of one crosscoder). Every method has two forms that show what training adds: --untrained takes
+no step, --freeze-decoder trains all but the decoder's vectors; both are in the default name.
 
 Reads the activation set that the same names and flags make collect_activations.py write: D/activations/<set>/, else
 its copy on the Hub. Size of the dictionary, k, batch and passes follow from the width and number of the activations
@@ -33,7 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from crosscoder.dictionaries.checkpoint import load_dictionary
-from crosscoder.dictionaries.config import CrosscoderConfig, Method, TrainingConfig
+from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
 from crosscoder.names import (
     CrosscoderChoice,
     add_activation_flags,
@@ -129,13 +133,14 @@ def main() -> None:
 
     store = ActivationStore(recorded, place="disk")
     print(f"{len(store):,} tokens of {len(store.documents)} documents from {recorded}", flush=True)
-    crosscoder, training = configs(args, named.method, running, store)
+    crosscoder, training = configs(args, named, running, store)
     device = running.device or students.default_device()
     folder, results = crosscoder_folder(folders, name), named.results_dir / name
     run = Run(name, crosscoder, training, running, store, folder, results, device, ranks_from_environment(device))
     hold(run)
     if running.overwrite and run.ranks.is_main:
         shutil.rmtree(folder, ignore_errors=True)
+        (results / "log.jsonl").unlink(missing_ok=True)
     run.ranks.wait()
     with RunLog(results / "log.jsonl") as log:
         model = trained_already(run) or train(run, log)
@@ -149,7 +154,7 @@ def main() -> None:
 
 
 def configs(
-    args: argparse.Namespace, method: Method, running: Running, store: ActivationStore
+    args: argparse.Namespace, named: CrosscoderChoice, running: Running, store: ActivationStore
 ) -> tuple[CrosscoderConfig, TrainingConfig]:
     """What the flags say, then the preset, and for the rest what suits the width and number of the activations."""
     settings = given(CrosscoderConfig, args) | given(TrainingConfig, args)
@@ -158,7 +163,8 @@ def configs(
         print("not as in the published run: " + "; ".join(NOT_REPRODUCED), flush=True)
     held_out = settings.get("held_out_fraction", TrainingConfig.held_out_fraction)
     n_tokens = len(store.split(held_out, TrainingConfig.split_seed).train)
-    return sized_configs(store.config.d_model, n_tokens, method, **settings)
+    form = {"untrained": named.untrained, "freeze_decoder": named.freeze_decoder}
+    return sized_configs(store.config.d_model, n_tokens, named.method, **settings, **form)
 
 
 def hold(run: Run) -> None:
@@ -218,10 +224,14 @@ def train(run: Run, log: RunLog) -> BatchTopKCrosscoder:
     processes = f", {ranks.world} processes" if ranks.world > 1 else ""
     reason = "as asked" if running.step == "autograd" else not_by_hand(crosscoder, training, trainer.device, ranks)
     steps = f"steps by autograd ({reason})" if reason else "steps by hand"
+    stages = f", in {len(model.stages)} stages" if len(model.stages) > 1 else ""
+    taken = (
+        f"{trainer.total_steps:,} steps of {training.batch_size:,} tokens ({training.epochs:g} passes{stages}) on "
+        f"{trainer.device}{processes}; {steps}{', the decoder is frozen' if training.freeze_decoder else ''}"
+    )
     print(
         f"{crosscoder.method}: {crosscoder.n_latents:,} latents, k {crosscoder.k}, {crosscoder.n_inputs} x "
-        f"{crosscoder.d_model}; {trainer.total_steps:,} steps of {training.batch_size:,} tokens "
-        f"({training.epochs:g} passes) on {trainer.device}{processes}; {steps}",
+        f"{crosscoder.d_model}; {'untrained: no step is taken' if training.untrained else taken}",
         flush=True,
     )
     tracked = wandb_run(running.wandb_project, running.wandb_entity, run.name, run.settings, run.results)
@@ -261,6 +271,8 @@ def summary(run: Run, report: CrosscoderReport) -> str:
         f"latents: {report.dead_share:.1%} dead"
         + "".join(f", {count} {kind}" for kind, count in (report.classes or {}).items()),
     ]
+    if report.median_change is not None:
+        lines.append(f"median change of a latent in the second stage: {report.median_change:.3f} (0 to 2)")
     lines += meet_lines(report.latent_scaling or {})
     return "\n".join([*lines, f"checkpoint in {run.folder}, results in {run.results}"])
 

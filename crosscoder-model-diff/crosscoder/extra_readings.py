@@ -92,7 +92,7 @@ def stability_table(found: Findings, second: BatchTopKCrosscoder) -> list[dict[s
 
 def _confirmed(model: BatchTopKCrosscoder, scaling: LatentScaling) -> Tensor:
     """[latent] mask."""
-    kinds = analysis.classify(analysis.delta(analysis.decoder_norms(model)))
+    kinds = analysis.latent_classes(model)
     return analysis.class_masks(kinds, scaling.exclusive[:, 1])["fine-tuned-only"]
 
 

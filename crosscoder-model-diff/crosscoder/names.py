@@ -153,17 +153,29 @@ class CrosscoderChoice:
     method: Method = flag(CrosscoderConfig.method, help="What kind of dictionary it is")
     name: str | None = flag(None, shown="<short model name>-<dataset>-layer<L>-<site>_<n>_samples_<method>")
     """Name of the crosscoder."""
+    untrained: bool = flag(False)
+    """The dictionary as training would start: scales, decoder bias and thresholds are those of the data."""
+    freeze_decoder: bool = flag(False)
+    """The dictionary whose decoder's vectors stay as they start, while encoder and biases are trained."""
     results_dir: Path = flag(DEFAULT_RESULTS, help="Folder of its figures and tables, each crosscoder's below its name")
 
     def __post_init__(self) -> None:
         check_name("--name", self.name or "")
+        if self.untrained and self.freeze_decoder:
+            raise UserError("--untrained takes no step, so there is nothing to train beside --freeze-decoder: give one")
+
+    @property
+    def kind(self) -> str:
+        """What the default name says of the dictionary: its method, and how it was trained where that is unusual."""
+        form = "-untrained" if self.untrained else "-frozen-decoder" if self.freeze_decoder else ""
+        return self.method + form
 
     def name_on(self, activations: ActivationChoice, folders: Folders) -> str:
         """The name that was given, else the default one on these activations; the earlier default where a crosscoder
         of these activations has that, and none the new one."""
         if self.name:
             return self.name
-        name, earlier = name_of_method(activations.crosscoder_name, self.method), self.earlier_name_on(activations)
+        name, earlier = name_of_method(activations.crosscoder_name, self.kind), self.earlier_name_on(activations)
         old, new = (crosscoder_folder(folders, each) / "config.json" for each in (earlier, name))
         if not new.exists() and old.exists():
             try:
@@ -176,7 +188,7 @@ class CrosscoderChoice:
 
     def earlier_name_on(self, activations: ActivationChoice) -> str:
         """What the default name was; the Hub may have it."""
-        return self.name or name_of_method(activations.earlier_crosscoder_name, self.method)
+        return self.name or name_of_method(activations.earlier_crosscoder_name, self.kind)
 
 
 def add_activation_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:

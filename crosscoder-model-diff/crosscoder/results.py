@@ -25,7 +25,7 @@ def _relative_norms(found: Findings) -> Figure | None:
 
 def _cosines(found: Findings) -> Figure | None:
     two, alive = found.two_models, found.alive
-    return two and latent_figures.cosine_figure(two.cosines[alive], two.norms[alive])
+    return two and latent_figures.cosine_figure(two.cosines[alive], two.norms[alive], found.classes)
 
 
 def _scaling(found: Findings) -> Figure | None:
@@ -47,7 +47,8 @@ FIGURES: Mapping[str, Callable[[Findings], Figure | None]] = {
     "latent_scaling": _scaling,
     "firing_frequency": _frequencies,
 }
-"""By the names of their files. None is what does not apply: a difference SAE has no two decoder vectors to compare."""
+"""By the names of their files. None is what does not apply: what compares two decoder vectors, to a difference SAE
+and a stagewise SAE."""
 
 
 def write_figures(found: Findings, folder: Path) -> list[Path]:

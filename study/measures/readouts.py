@@ -42,7 +42,7 @@ class Subject:
     @property
     def compares(self) -> bool:
         """Whether an item has a decoder vector for each model, so that Delta and latent scaling are defined."""
-        return self.model is not None and self.model.config.n_inputs == 2
+        return self.model is not None and self.model.config.compares_models
 
 
 def dictionary_subject(model: BatchTopKCrosscoder, name: str | None = None) -> Subject:

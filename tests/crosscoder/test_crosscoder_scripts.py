@@ -158,20 +158,30 @@ def test_training_leaves_a_crosscoder_and_its_figures(diff, data_folder):
         ("difference-sae", "held-out explained variance: difference "),
         ("partition", "meet latent scaling's conditions for fine-tuned-only: "),
         ("l1", "meet latent scaling's conditions for fine-tuned-only: "),
+        ("dedicated --reserved 0.25", "meet latent scaling's conditions for fine-tuned-only: "),
+        ("stagewise-sae", "median change of a latent in the second stage: 0."),
+        ("stagewise-sae --untrained", "median change of a latent in the second stage: 0.000"),
+        ("batchtopk --untrained", "untrained: no step is taken"),
+        ("difference-sae --freeze-decoder", "the decoder is frozen"),
     ],
 )
 def test_every_method_has_a_checkpoint_and_metrics_of_its_own(diff, data_folder, tiny_student, method, said):
     _, results = diff
     names = ("FinQA-mini", tiny_student, "--data-dir", data_folder, "--layer", "2", "--results-dir", results.parent)
-    output = run("train.py", *names, "--epochs", "5", "--no-push", "--method", method)
+    method, *flags = method.split()
+    output = run("train.py", *names, "--epochs", "5", "--no-push", "--method", method, *flags)
     assert output.returncode == 0, output.stderr
     assert said in output.stdout
-    name = f"tiny-student-FinQA-mini-layer2-mlp_1k_samples_{method}"
+    form = {"--untrained": "-untrained", "--freeze-decoder": "-frozen-decoder"}.get("".join(flags[:1]), "")
+    name = f"tiny-student-FinQA-mini-layer2-mlp_1k_samples_{method}{form}"
     metrics = json.loads((results.parent / name / "metrics.json").read_text())
     assert metrics["method"] == method
-    assert (metrics["latent_scaling"] is None) == (method == "difference-sae")
+    assert (metrics["latent_scaling"] is None) == (method in ("difference-sae", "stagewise-sae"))
     model = load_dictionary(data_folder / "models" / "crosscoders" / name)
     assert model.config.method == method
+    if form:  # found by the same flags, and not taken for the trained one
+        done = run("analyse.py", *names, "--method", method, *flags, "--no-dashboard")
+        assert (done.returncode, name in done.stdout) == (0, True), done.stderr
 
 
 @pytest.mark.slow

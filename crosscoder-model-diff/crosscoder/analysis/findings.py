@@ -15,7 +15,6 @@ from crosscoder.analysis.latent_scaling import ExclusiveCounts, LatentScaling, e
 from crosscoder.analysis.measures import ExplainedVariance, LatentClass
 from crosscoder.analysis.statistics import LatentStatistics, latent_statistics
 from crosscoder.analysis.token_kinds import KindExplained, explained_variance_by_kind, kind_rows, token_kinds
-from crosscoder.dictionaries.config import N_MODELS
 from crosscoder.opening import Reading, ReadingConfig
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ class TwoModels:
     cosines: Tensor
     """[latent] (analysis.decoder_cosines)."""
     kinds: list[LatentClass]
-    """Class by Delta."""
+    """Classes (analysis.latent_classes)."""
     scaling: LatentScaling
     """On held-out documents."""
 
@@ -47,7 +46,8 @@ class Findings:
     by_kind: list[KindExplained]
     """On held-out documents: all tokens, then kind by kind."""
     two_models: TwoModels | None
-    """None for a difference SAE: it has one decoder vector a latent, and no model to compare with another."""
+    """None for a difference SAE, which has one decoder vector a latent, and a stagewise SAE, whose two say how far the
+    latent turned (LatentRow.change) and not whose it is."""
     rows: list[tables.LatentRow]
     """Every latent's."""
     most_changed: list[tables.LatentRow]
@@ -64,13 +64,13 @@ class Findings:
 
     @property
     def classes(self) -> list[LatentClass]:
-        """Of the latents that are alive, in their order; empty for a difference SAE."""
+        """Of the latents that are alive, in their order; empty where there is no `two_models`."""
         kinds = self.two_models.kinds if self.two_models else []
         return [kind for kind, lives in zip(kinds, self.alive.tolist(), strict=True) if lives] if kinds else []
 
     @cached_property
     def exclusive(self) -> dict[LatentClass, ExclusiveCounts]:
-        """What latent scaling says of the latents that are alive; empty for a difference SAE."""
+        """What latent scaling says of the latents that are alive; empty where there is no `two_models`."""
         two = self.two_models
         return exclusive_counts(two.scaling, two.kinds, self.alive) if two else {}
 
@@ -84,12 +84,12 @@ def find(reading: Reading, config: ReadingConfig | None = None) -> Findings:
     statistics = latent_statistics(model, store, everything, batch_size=config.batch_size, kinds=kinds)
     by_kind = explained_variance_by_kind(model, store, held_out, kinds, config.batch_size)
     two_models = None
-    if model.config.n_inputs == N_MODELS:
+    if model.config.compares_models:
         norms = analysis.decoder_norms(model)
         two_models = TwoModels(
             norms=norms,
             cosines=analysis.decoder_cosines(model),
-            kinds=analysis.classify(analysis.delta(norms)),
+            kinds=analysis.latent_classes(model),
             scaling=latent_scaling(model, (raw for _, raw in store.batches(held_out, config.batch_size))),
         )
     scaling = two_models.scaling if two_models else None
@@ -102,9 +102,10 @@ def in_numbers(found: Findings) -> dict[str, Any]:
     """Every number that the figures show, each with what it was counted over; what does not apply is not there."""
     reading, statistics, model = found.reading, found.statistics, found.reading.model
     n_alive = int(found.alive.sum())
+    thresholds = {name: getattr(model, name) for name in ("threshold", "delta_threshold", "further_thresholds")}
     numbers: dict[str, Any] = {
         "name": reading.name,
-        "dictionary": asdict(model.config) | {"threshold": model.threshold, "delta_threshold": model.delta_threshold},
+        "dictionary": asdict(model.config) | thresholds,
         "activations": reading.store.config.recorded,
         "n_tokens": statistics.n_tokens,
         "n_outliers_left_out": reading.store.config.n_dropped,
@@ -117,7 +118,7 @@ def in_numbers(found: Findings) -> dict[str, Any]:
         "frequency": {"n": n_alive, "median": analysis.median(statistics.frequency[found.alive])}
         | _histograms(frequencies(found)),
         "most_changed": {
-            "ordered_by": "difference_share" if found.two_models is None else "distance of relative norm from 1/2",
+            "ordered_by": tables.ordered_by(model),
             "min_frequency": found.config.min_frequency,
             "latents": [row.latent for row in found.most_changed],
         },
@@ -126,7 +127,7 @@ def in_numbers(found: Findings) -> dict[str, Any]:
 
 
 def frequencies(found: Findings) -> Mapping[LatentClass | None, figure_data.Histogram]:
-    """How often latents are active: by class, or all of a difference SAE's."""
+    """How often latents are active: by class, or all where latents have none."""
     statistics, two = found.statistics, found.two_models
     return figure_data.frequencies(statistics.frequency, statistics.n_tokens, two.kinds if two else None)
 

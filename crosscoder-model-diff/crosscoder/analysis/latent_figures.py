@@ -49,13 +49,13 @@ def relative_norm_figure(norms: Tensor) -> Figure:
 
 
 @styled
-def cosine_figure(cosines: Tensor, norms: Tensor) -> Figure:
-    """Cosine of a latent's two decoder vectors against its relative norm, by class.
+def cosine_figure(cosines: Tensor, norms: Tensor, kinds: Sequence[LatentClass] | None = None) -> Figure:
+    """Cosine of a latent's two decoder vectors against its relative norm, by class (by Delta where none are given).
 
     A latent whose vector has no length in one of the models has no cosine (not a number), and is counted in the title.
     """
     figure, axes = new_figure()
-    relative, kinds = analysis.relative_decoder_norm(norms), analysis.classify(analysis.delta(norms))
+    relative, kinds = analysis.relative_decoder_norm(norms), kinds or analysis.classify(analysis.delta(norms))
     there = ~cosines.isnan()
     _class_regions(axes)
     for kind in DRAWN_FIRST:

@@ -124,10 +124,13 @@ class ExclusiveCounts:
 def latent_scaling(model: BatchTopKCrosscoder, batches: Iterable[Tensor]) -> LatentScaling:
     """Of raw activations [n, 2, d_model], at the inference threshold. Give it held-out documents.
 
-    UserError for a difference SAE: it has one decoder vector a latent, and no model to compare with another.
+    UserError for a difference SAE, which has one decoder vector a latent, and a stagewise SAE, which has two values.
     """
-    if model.config.n_inputs != N_MODELS:
-        raise UserError(f"latent scaling compares two models' decoder vectors; a {model.config.method} has one")
+    if not model.config.compares_models:
+        raise UserError(
+            f"latent scaling compares what one latent writes into two models; a {model.config.method} has no such "
+            "latents"
+        )
     n_latents, device = model.config.n_latents, model.b_dec.device
     exact = model.raw_decoder().double()
     n = torch.zeros(n_latents, dtype=torch.int64, device=device)

@@ -77,8 +77,7 @@ def explained_variance(model: BatchTopKCrosscoder, batches: Iterable[Tensor]) ->
     for raw in batches:
         raw = raw.to(model.b_dec.device)
         x = model.scale(raw)
-        f = model.encode(x)
-        xhat = model.decode(f)
+        f, xhat = model.reconstruct(x)
         active += int((f > 0).sum())
         for m, moments in enumerate(inputs):
             moments.add(x[:, m], xhat[:, m])
@@ -129,15 +128,29 @@ def classify(delta_values: Tensor) -> list[LatentClass]:
     return [of(value) for value in delta_values.tolist()]
 
 
+def latent_classes(model: BatchTopKCrosscoder) -> list[LatentClass]:
+    """Class of each latent: by Delta, but where the dictionary reserves latents for either model by that."""
+    n_reserved = model.config.n_reserved
+    if not n_reserved:
+        return classify(delta(decoder_norms(model)))
+    groups: list[tuple[LatentClass, int]] = [
+        ("shared", model.config.n_shared),
+        ("instruct-only", n_reserved),
+        ("fine-tuned-only", n_reserved),
+    ]
+    return [kind for kind, n in groups for _ in range(n)]
+
+
 def class_masks(kinds: Sequence[LatentClass], among: Tensor) -> dict[LatentClass, Tensor]:
-    """[latent] bool by class: the latents of a mask whose class (`classify`) it is."""
+    """[latent] bool by class: the latents of a mask whose class (`latent_classes`) it is."""
     return {kind: torch.tensor([its == kind for its in kinds], dtype=torch.bool) & among for kind in CLASSES}
 
 
 def decoder_cosines(model: BatchTopKCrosscoder) -> Tensor:
     """[latent], on the CPU: cosine of a latent's two decoder vectors; a scale for each model does not change it.
 
-    Not a number where one of them has no length, as a partition's delta latents can have.
+    Not a number where one of them has no length, as a partition's delta latents can have, and those that are reserved
+    for one model have.
     """
     with torch.no_grad():
         # Rounding can take the cosine of two equal vectors above 1, and out of a histogram that ends there.

@@ -21,7 +21,6 @@ from torch import Tensor
 from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis import measures as analysis
 from crosscoder.analysis.statistics import latent_statistics
-from crosscoder.dictionaries.config import N_MODELS
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from finqa.runtime.errors import UserError
 
@@ -89,13 +88,14 @@ def features(
 ) -> Features:
     """Of the latents that are active on some token at `indices` of the store.
 
-    The sets are the classes by Delta, and the two parts of a partition; a difference SAE's latents are of one kind.
+    The sets are the classes (measures.latent_classes), and the two parts of a partition; the latents of a difference
+    SAE and of a stagewise SAE are of one kind.
     `further` holds [latent] masks by name, such as that of the latents that latent scaling confirms.
     """
     alive = ~latent_statistics(model, store, indices, n_top=1).dead
     sets = {ALL: torch.ones_like(alive)}
-    if model.config.n_inputs == N_MODELS:
-        kinds = analysis.classify(analysis.delta(analysis.decoder_norms(model)))
+    if model.config.compares_models:
+        kinds = analysis.latent_classes(model)
         sets |= {kind: torch.tensor([its == kind for its in kinds]) for kind in analysis.CLASSES}
     if model.config.n_delta:
         is_delta = torch.arange(model.config.n_latents) >= model.config.n_shared

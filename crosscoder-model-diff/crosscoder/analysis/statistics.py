@@ -10,7 +10,7 @@ from torch import Tensor
 from crosscoder.activations.layout import KINDS, TEMPLATE
 from crosscoder.activations.store import ActivationStore
 from crosscoder.dictionaries.config import READ_TOKENS
-from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.model import BatchTopKCrosscoder, products_of
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class LatentStatistics:
     """[latent] int64: tokens on which it is positive, whether above the threshold or not."""
     mean_activation: Tensor
     """[latent] fp64: mean value where active; 0 where it never is."""
-    mean_square: Tensor
-    """[latent] fp64: mean over all tokens of its value squared."""
+    mean_products: Tensor
+    """[part, part, latent] fp64: mean over all tokens of the products of the values of its parts
+    (BatchTopKCrosscoder.parts); of most methods one part, so its value squared."""
     top_values: Tensor
     """[latent, n_top]: its largest values, falling; 0 where it has fewer."""
     top_tokens: Tensor
@@ -75,19 +76,20 @@ def latent_statistics(
     completion = store.is_completion()
     counts = {name: torch.zeros(n_latents, dtype=torch.int64, device=device) for name in ("all", "program", "positive")}
     sums = torch.zeros(n_latents, dtype=torch.float64, device=device)
-    squares = torch.zeros_like(sums)
+    products = torch.zeros((), dtype=torch.float64, device=device)
     by_kind = None if kinds is None else torch.zeros(n_latents, len(KINDS), dtype=torch.float64, device=device)
     top_values = torch.zeros(n_latents, 0, device=device)
     top_tokens = torch.zeros(n_latents, 0, dtype=torch.int64, device=device)
     for chunk, raw in store.batches(indices, batch_size):
-        values = model.activations(model.scale(raw.to(device)))
+        x = model.scale(raw.to(device))
+        values = model.activations(x)
         f = model.select_by_threshold(values)
         active = f > 0
         counts["all"] += active.sum(dim=0)
         counts["program"] += active[completion[chunk].to(device)].sum(dim=0)
         counts["positive"] += (values > 0).sum(dim=0)
         sums += f.sum(dim=0, dtype=torch.float64)
-        squares += f.pow(2).sum(dim=0, dtype=torch.float64)
+        products = products + products_of(model.parts(x, f))
         if kinds is not None and by_kind is not None:
             by_kind += f.T @ torch.nn.functional.one_hot(kinds[chunk], len(KINDS)).to(f)
         best = torch.topk(f.T, min(n_top, len(f)), dim=-1)
@@ -101,7 +103,7 @@ def latent_statistics(
         n_completion_firings=counts["program"].cpu(),
         n_positive=counts["positive"].cpu(),
         mean_activation=(sums / counts["all"].clamp_min(1)).cpu(),
-        mean_square=(squares / max(1, len(indices))).cpu(),
+        mean_products=(products / max(1, len(indices))).cpu(),
         top_values=top_values.cpu(),
         top_tokens=torch.where(top_values > 0, top_tokens, -1).cpu(),
         activation_by_kind=None if by_kind is None else by_kind.cpu(),

@@ -20,6 +20,7 @@ from crosscoder.analysis import measures as analysis
 from crosscoder.analysis.latent_scaling import EXCLUSIVE, LatentScaling, verdict
 from crosscoder.analysis.lens import Unembedding, promoted_tokens
 from crosscoder.analysis.statistics import LatentStatistics
+from crosscoder.dictionaries.methods import StagewiseSAE
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from finqa.runtime.paths import write_atomically
 
@@ -36,15 +37,17 @@ class LatentRow:
 
     latent: int
     kind: str
-    """Class by Delta (analysis.classify); `difference` in a difference SAE, which has one decoder vector a latent."""
+    """Class (analysis.latent_classes); `difference` in a difference SAE, which has one decoder vector a latent, and
+    `before and after` in a stagewise SAE."""
     delta: float | None
-    """This and what else compares two decoder vectors is None, empty in CSV, for a difference SAE."""
+    """This and what else compares the norms of two decoder vectors is None, empty in CSV, for a difference SAE and a
+    stagewise SAE."""
     relative_decoder_norm: float | None
     instruct_norm: float | None
     """Length of the decoder vector in the instruct model's own units."""
     fine_tuned_norm: float | None
     cosine: float | None
-    """Of the two decoder vectors."""
+    """Of the two decoder vectors; None for a difference SAE."""
     frequency: float
     """Share of tokens on which it is active."""
     completion_share: float
@@ -53,9 +56,9 @@ class LatentRow:
     """Of its summed activation, the share on tokens that every document has alike (statistics.template_share); None
     where the kinds of the tokens were not asked for."""
     difference_share: float
-    """Of what all latents write into the difference of the models, this one's part: the mean square of its value times
-    the squared length of fine-tuned less instruct decoder vector, over the sum of all latents. In the models' own
-    units; what two latents write together is left out."""
+    """Of what all latents write into the difference of the models, this one's part: the mean squared length of what it
+    adds to fine-tuned less instruct, over the sum of all latents. In the models' own units; what two latents write
+    together is left out."""
     mean_activation: float
     max_activation: float
     top_tokens: str
@@ -82,6 +85,9 @@ class LatentRow:
     """What latent scaling says of it as an instruct-only latent (latent_scaling.verdict); empty where it is dead."""
     fine_tuned_verdict: str = ""
     """The same as a fine-tuned-only one."""
+    change: float | None = None
+    """How far it turned when a stagewise SAE was trained on with the fine-tuned model, 0 to 2 (StagewiseSAE.change):
+    1 less the mean cosine of its encoder and its decoder vector before and after; None for other methods."""
 
 
 def latent_table(
@@ -123,8 +129,7 @@ def latent_table(
 
 def difference_shares(model: BatchTopKCrosscoder, statistics: LatentStatistics) -> Tensor:
     """[latent] fp64, on the CPU: LatentRow.difference_share of each; 0 where none writes any difference."""
-    lengths = model.difference_decoder().double().pow(2).sum(dim=-1).cpu()
-    written = statistics.mean_square * lengths
+    written = model.written_squares(statistics.mean_products.to(model.b_dec.device)).cpu()
     return written / written.sum().clamp_min(torch.finfo(torch.float64).tiny)
 
 
@@ -137,12 +142,16 @@ def _promoted(vectors: Tensor, unembedding: Unembedding) -> list[list[int]]:
 def _compared(model: BatchTopKCrosscoder) -> list[dict[str, Any]]:
     """A latent's columns that compare its two decoder vectors; what is not a number is None."""
     names = ("kind", "delta", "relative_decoder_norm", "instruct_norm", "fine_tuned_norm", "cosine")
-    if model.config.n_inputs == 1:
-        return [dict.fromkeys(names) | {"kind": "difference"} for _ in range(model.config.n_latents)]
+    none: dict[str, Any] = dict.fromkeys(names)
+    if isinstance(model, StagewiseSAE):
+        turned = zip(analysis.decoder_cosines(model).tolist(), model.change().tolist(), strict=True)
+        return [none | {"kind": "before and after", "cosine": cosine, "change": change} for cosine, change in turned]
+    if not model.config.compares_models:
+        return [none | {"kind": "difference"} for _ in range(model.config.n_latents)]
     norms, cosines = analysis.decoder_norms(model), analysis.decoder_cosines(model)
     deltas, relative = analysis.delta(norms), analysis.relative_decoder_norm(norms)
     numbers = (map(_number, c.tolist()) for c in (deltas, relative, norms[:, 0], norms[:, 1], cosines))
-    columns = (analysis.classify(deltas), *numbers)
+    columns = (analysis.latent_classes(model), *numbers)
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
@@ -186,18 +195,27 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
     write_atomically(path, text.getvalue())
 
 
-def most_changed(rows: Sequence[LatentRow], n: int, min_frequency: float = 0.0) -> list[LatentRow]:
-    """Of the latents that are active on more than this share of the tokens, the `n` that changed most.
+def ordered_by(model: BatchTopKCrosscoder) -> str:
+    """What `most_changed` goes by."""
+    if model.config.compares_models:
+        return "distance of relative norm from 1/2"
+    return "change" if isinstance(model, StagewiseSAE) else "difference_share"
 
-    Those of a crosscoder by how far their relative decoder norm is from 1/2, towards either model; those of a
-    difference SAE, which have none, by the share of the difference that they write.
+
+def lean(row: LatentRow) -> tuple[float, float]:
+    """How much a latent changed, and of equal ones how much it writes into the difference.
+
+    Those of a crosscoder by how far their relative decoder norm is from 1/2, towards either model; those of a stagewise
+    SAE by how far they turned; those of a difference SAE by the share of the difference that they write.
     """
+    r = row.relative_decoder_norm
+    change = row.change if r is None else abs(r - 0.5)
+    return row.difference_share if change is None else change, row.difference_share
 
-    def change(row: LatentRow) -> float:
-        r = row.relative_decoder_norm
-        return row.difference_share if r is None else abs(r - 0.5)
 
-    return sorted((row for row in rows if row.frequency > min_frequency), key=lambda row: -change(row))[:n]
+def most_changed(rows: Sequence[LatentRow], n: int, min_frequency: float = 0.0) -> list[LatentRow]:
+    """Of the latents that are active on more than this share of the tokens, the `n` that changed most (`lean`)."""
+    return sorted((row for row in rows if row.frequency > min_frequency), key=lean, reverse=True)[:n]
 
 
 class Contexts:

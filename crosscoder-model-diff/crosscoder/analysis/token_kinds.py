@@ -112,8 +112,7 @@ def explained_variance_by_kind(
     for chunk, raw in store.batches(indices, batch_size):
         raw = raw.to(device)
         x, own = model.scale(raw), kinds[chunk.to(device)]
-        f = model.encode(x)
-        xhat = model.decode(f)
+        f, xhat = model.reconstruct(x)
         counts.index_add_(0, own, torch.ones(len(own), dtype=torch.float64, device=device))
         active.index_add_(0, own, (f > 0).sum(dim=-1).double())
         for m, sums in enumerate(inputs):

@@ -41,7 +41,6 @@ def main() -> None:
     from crosscoder.analysis.token_kinds import token_kinds
     from crosscoder.dashboard.builder import build_dashboard
     from crosscoder.dashboard.page import write_dashboard
-    from crosscoder.dictionaries.config import N_MODELS
     from crosscoder.opening import open_reading
 
     reading = open_reading(names)
@@ -51,7 +50,7 @@ def main() -> None:
     kinds = token_kinds(store, reading.tokenizer)
     statistics = latent_statistics(model, store, torch.arange(len(store)), kinds=kinds)
     scaling = None
-    if model.config.n_inputs == N_MODELS:
+    if model.config.compares_models:
         scaling = latent_scaling(model, (raw for _, raw in store.batches(held_out)))
     explained = explained_variance(model, (raw for _, raw in store.batches(held_out)))
     rows = tables.latent_table(model, statistics, store, reading.tokenizer, reading.unembedding, scaling)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from crosscoder.activations.layout import token_texts
 from crosscoder.analysis.lens import Unembedding, promoted_tokens
+from crosscoder.analysis.tables import lean
 from crosscoder.dashboard.examples import ExampleMaker
 from crosscoder.dashboard.firings import gather_firings, groups_within
 from crosscoder.dashboard.records import Column, Dashboard, DashboardConfig, Examples, LatentPage, Value
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 COLUMNS = (
     Column("part", "part", "Of the partition: shared latents have one decoder vector for both models, delta latents "
            "alone tell the models apart.", "word"),
-    Column("kind", "class", "By Delta: below 0.1 instruct-only, 0.4 to 0.6 shared, above 0.9 fine-tuned-only.", "word"),
+    Column("kind", "class", "By Delta: below 0.1 instruct-only, 0.4 to 0.6 shared, above 0.9 fine-tuned-only. "
+           "In a dedicated feature crosscoder: which model the latent is reserved for.", "word"),
     Column("relative_decoder_norm", "relative norm", "Relative decoder norm r: length of the fine-tuned model's "
            "decoder vector over the sum of both. Near 0 the instruct model alone has the latent, near 1 the fine-tuned "
            "one.", "number"),
@@ -39,6 +41,8 @@ COLUMNS = (
            "number", in_table=False),
     Column("fine_tuned_norm", "fine-tuned norm", "Length of the fine-tuned decoder vector, in that model's own units.",
            "number", in_table=False),
+    Column("change", "change", "How far the latent turned when the autoencoder was trained on with the fine-tuned "
+           "model: 1 less the mean cosine of its encoder and its decoder vector before and after.", "number"),
     Column("cosine", "cosine", "Of the latent's two decoder vectors.", "number"),
     Column("nu_err", "ν err", "Latent scaling on the error: how much of the latent the other model has all the same. "
            "High: the training shrank its decoder vector there (complete shrinkage).", "number"),
@@ -117,6 +121,8 @@ def build_dashboard(
         chosen_by=(
             "that write most into the difference of the models"
             if model.config.n_inputs == 1
+            else "that turned furthest in the second stage"
+            if not model.config.compares_models
             else "that latent scaling confirms, then those whose decoder norms differ most between the models"
         ),
         pages=pages,
@@ -134,14 +140,13 @@ def columns_of(values: Sequence[dict[str, Value]]) -> Iterable[Column]:
 
 
 def by_interest(rows: Iterable[LatentRow], statistics: LatentStatistics) -> list[LatentRow]:
-    """The most interesting first: those that latent scaling confirms, then those that lean furthest to one of the
-    models; those of a difference SAE, which have one decoder vector, by what they write into the difference. What is
-    hardly ever active comes last."""
+    """The most interesting first: those that latent scaling confirms, then those that changed most (tables.lean). What
+    is hardly ever active comes last."""
 
-    def key(row: LatentRow) -> tuple[bool, bool, float]:
-        r = row.relative_decoder_norm
-        lean = row.difference_share if r is None else abs(r - 0.5)
-        return not row.confirmed, int(statistics.n_firings[row.latent]) < FEW_FIRINGS, -lean
+    def key(row: LatentRow) -> tuple[bool, bool, float, float]:
+        few = int(statistics.n_firings[row.latent]) < FEW_FIRINGS
+        first, second = lean(row)
+        return not row.confirmed, few, -first, -second
 
     return sorted(rows, key=key)
 
@@ -196,7 +201,7 @@ def _values(row: LatentRow, model: BatchTopKCrosscoder) -> dict[str, Value]:
     nu = known.get("nu_err")
     known["exclusivity"] = None if nu is None else 1 - nu
     if row.relative_decoder_norm is None:
-        known["kind"] = None  # a difference SAE's latents are all of one kind
+        known["kind"] = None  # the latents of a difference SAE, or of a stagewise one, are all of one kind
     if model.config.n_delta:
         known["part"] = "shared" if row.latent < model.config.n_shared else "delta"
     values = {column.key: known.get(column.key) for column in COLUMNS}

@@ -1,8 +1,9 @@
 """Crosscoders on disk.
 
-A checkpoint folder holds `model.safetensors` (W_enc, b_enc, W_dec, b_dec in fp32, activation_means where the data were
-centred) and `config.json` (shape, activation scales, thresholds, and what it was trained with and on). While a run is
-under way it also holds `training_state.safetensors`, from which the run goes on as if it had never stopped.
+A checkpoint folder holds `model.safetensors` (W_enc, b_enc, W_dec, b_dec in fp32, b_enc_before of a stagewise SAE,
+activation_means where the data were centred) and `config.json` (shape, activation scales, thresholds, and what it was
+trained with and on). While a run is under way it also holds `training_state.safetensors`, from which the run goes on as
+if it had never stopped.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class CheckpointConfig(NamedTuple):
     activation_scales: tuple[float, ...]
     threshold: float | None
     delta_threshold: float | None
+    further_thresholds: tuple[float, ...]
     training: TrainingConfig | None
     """None where the checkpoint does not say, as in one converted from another format."""
     activations: dict[str, Any]
@@ -59,6 +61,7 @@ def save_dictionary(model: BatchTopKCrosscoder, folder: Path | str, **about: obj
         "activation_scales": list(model.activation_scales),
         "threshold": model.threshold,
         "delta_threshold": model.delta_threshold,
+        "further_thresholds": list(model.further_thresholds),
         **about,
     }
     write_atomically(folder / CONFIG_FILE, json_text(config, indent=2) + "\n")
@@ -89,6 +92,7 @@ def load_dictionary(name: Path | str) -> BatchTopKCrosscoder:
         raise UserError(f"{folder / MODEL_FILE} does not hold the crosscoder of its {CONFIG_FILE}: {reason}") from None
     model.activation_scales = config.activation_scales
     model.threshold, model.delta_threshold = config.threshold, config.delta_threshold
+    model.further_thresholds = config.further_thresholds
     return model
 
 
@@ -122,6 +126,8 @@ def read_config(folder: Path) -> CheckpointConfig:
         raise UserError(f"{path} has the activation scales {list(scales)}; they are above 0")
     about = {name: values.get(name) for name in ("threshold", "delta_threshold")}
     about |= {name: values.get(name, {}) for name in ("activations", "files")}
+    further = values.get("further_thresholds", [])
+    about["further_thresholds"] = tuple(further) if isinstance(further, list) else further
     check_types(CheckpointConfig, about, str(path))
     return CheckpointConfig(crosscoder, scales, training=training, **about)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from finqa.runtime.command_line import flag, option
 from finqa.runtime.errors import UserError
 
-Method = Literal["batchtopk", "l1", "partition", "difference-sae"]
+Method = Literal["batchtopk", "l1", "partition", "dedicated", "difference-sae", "stagewise-sae"]
 ScoreNorm = Literal["sum", "l2", "none"]
 Reconstruction = Literal["mse", "l2"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -50,11 +50,15 @@ class CrosscoderConfig:
     method: Method = "batchtopk"
     """`batchtopk`: the k * batch largest scores of a batch are active. `l1`: every positive latent is, and the loss
     has a price on values (Lindsey et al. 2024). `partition`: most latents have one decoder vector for both models,
-    the last `n_delta` one for each. `difference-sae`: a BatchTopK autoencoder of x[1] - x[0], decoder of unit norm."""
+    the last `n_delta` one for each. `dedicated`: a crosscoder in which either model has latents of its own, which
+    neither read nor write the other. `difference-sae`: a BatchTopK autoencoder of x[1] - x[0], decoder of unit norm.
+    `stagewise-sae`: an autoencoder of the instruct model that is then trained on with the fine-tuned one."""
     n_delta: int = flag(0, "--delta-latents", shown="a quarter, in a partition")
     """Latents of a partition that tell the models apart; they are the last ones."""
     k_delta: int = flag(0, "--delta-k", shown="a quarter of k, in a partition")
     """Mean number of active delta latents a token."""
+    reserved_share: float = flag(0.0, "--reserved", metavar="SHARE", shown="0.05 for dedicated")
+    """Share of the latents, and of k, that dedicated reserves for each of the two models; the rest is shared."""
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_latents", "k"):
@@ -62,6 +66,14 @@ class CrosscoderConfig:
         _require(self.k <= self.n_latents, f"k ({self.k}) is more than the {self.n_latents} latents")
         _require_choice("score_norm", self.score_norm, ScoreNorm)
         _require_choice("method", self.method, Method)
+        if self.method == "dedicated":
+            _require(
+                0 < self.reserved_share < 0.5 and 1 <= self.n_reserved < self.n_latents / 2,
+                "reserved_share must be above 0 and below 0.5, and leave a latent to each model and some shared, of "
+                f"{self.n_latents}; it is {self.reserved_share}",
+            )
+        else:
+            _require(self.reserved_share == 0, f"reserved_share belongs to dedicated, not {self.method}")
         if self.method != "partition":
             _require(self.n_delta == self.k_delta == 0, f"n_delta and k_delta belong to partition, not {self.method}")
             return
@@ -81,9 +93,20 @@ class CrosscoderConfig:
         return 1 if self.method == "difference-sae" else N_MODELS
 
     @property
+    def compares_models(self) -> bool:
+        """Whether a latent has one value and a decoder vector for each model, so that norms say whose it is."""
+        return self.method not in ("difference-sae", "stagewise-sae")
+
+    @property
+    def n_reserved(self) -> int:
+        """Latents that are reserved for either model: none but in a dedicated feature crosscoder."""
+        return round(self.reserved_share * self.n_latents)
+
+    @property
     def n_shared(self) -> int:
-        """Latents before the delta latents: all but in a partition."""
-        return self.n_latents - self.n_delta
+        """Latents before the delta latents of a partition, and before those of either model in a dedicated feature
+        crosscoder; of other methods all."""
+        return self.n_latents - self.n_delta - 2 * self.n_reserved
 
 
 @dataclass(frozen=True)
@@ -154,6 +177,11 @@ class TrainingConfig:
     """Decides which documents are held out; apart from `seed`, so that seeds are compared on the same ones."""
     seed: int = flag(0)
     """Seed of the initial weights, the order of the tokens, and what is drawn anew."""
+    untrained: bool = False
+    """Whether no step is taken: the dictionary as training would start, with scales, decoder bias and thresholds of
+    the data. With the next one, set by names.CrosscoderChoice, as both are in the dictionary's name."""
+    freeze_decoder: bool = False
+    """Whether the decoder's vectors stay as they are at the start; encoder and biases are trained."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "threshold_from_step", "calibration_tokens"):
@@ -184,9 +212,13 @@ class TrainingConfig:
         ):
             _require_choice(name, getattr(self, name), choices)
         _require(self.decoder_bias in ("zero", "median"), f"decoder_bias is zero or median, not {self.decoder_bias}")
+        _require(not (self.untrained and self.freeze_decoder), "untrained and freeze_decoder exclude each other")
 
     def total_steps(self, n_tokens: int) -> int:
-        """Full batches in `epochs` passes over `n_tokens` tokens; at least one."""
+        """Full batches in `epochs` passes over `n_tokens` tokens, at least one; none where it is to be untrained. A
+        method of several stages takes so many in each."""
+        if self.untrained:
+            return 0
         return max(1, int(self.epochs * n_tokens) // self.batch_size)
 
     def dead_window(self, n_tokens: int) -> int:
@@ -208,11 +240,19 @@ def check_together(crosscoder: CrosscoderConfig, training: TrainingConfig) -> No
         )
     if method == "l1":
         _require(training.l1_weight > 0, "method l1 needs an l1_weight above 0, else nothing makes it sparse")
-    if method == "difference-sae":
+    if method in ("difference-sae", "stagewise-sae"):
+        a_method = f"a {method.removesuffix('-sae')} SAE"
+        _require(training.difference_weight == 0, f"{a_method} has no difference term: it reads one vector at a time")
+        _require(training.decoder_norm == 1, f"the decoder of {a_method} has unit norm; leave decoder_norm at 1")
+    if method == "stagewise-sae":
+        _require(training.l1_weight == 0, "a stagewise SAE has no L1 term; leave l1_weight at 0")
+        _require(training.directions == "alike", "a stagewise SAE starts with one direction a latent: directions alike")
+    if method == "dedicated":
         _require(
-            training.difference_weight == 0, "a difference SAE has no difference term: the difference is its input"
+            crosscoder.k * crosscoder.reserved_share * training.batch_size >= 1,
+            f"{crosscoder.reserved_share} of k ({crosscoder.k}) is less than one active latent in a step of "
+            f"{training.batch_size} tokens; raise reserved_share or k",
         )
-        _require(training.decoder_norm == 1, "the decoder of a difference SAE has unit norm; leave decoder_norm at 1")
     if method == "partition":
         _require(training.directions == "alike", "a partition's shared latents have one direction: directions alike")
 

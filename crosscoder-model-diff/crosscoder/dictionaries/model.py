@@ -29,6 +29,9 @@ class BatchTopKCrosscoder(nn.Module):
     shape says 2, it is 1 for a difference SAE, whose one input is the difference of the models.
     """
 
+    stages: tuple[int | None, ...] = (None,)
+    """What training goes through in turn, for as many steps each; None is all of the dictionary at once."""
+
     def __init__(
         self,
         config: CrosscoderConfig,
@@ -45,6 +48,11 @@ class BatchTopKCrosscoder(nn.Module):
         None until training has set it."""
         self.delta_threshold: float | None = None
         """That of the delta latents of a partition; None for other methods."""
+        self.further_thresholds: tuple[float, ...] = ()
+        """Those of a dedicated feature crosscoder's latents of the instruct and of the fine-tuned model; that of a
+        stagewise SAE's first stage; empty for other methods."""
+        self.stage: int | None = None
+        """The one of `stages` that training is in; None when it is not."""
         self.activation_scales: tuple[float, ...] = (1.0,) * config.n_inputs
         """c_m: what raw activations of model m are multiplied by before they enter."""
         self.activation_means: Tensor | None = None
@@ -122,9 +130,15 @@ class BatchTopKCrosscoder(nn.Module):
         product = f @ self.W_dec.reshape(self.config.n_latents, -1)
         return product.to(self.b_dec.dtype).view(-1, *self.b_dec.shape)
 
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[batch, 2, d_model] scaled activations -> values [batch, latent] by the threshold (`encode`), and the
+        reconstruction of `x`."""
+        f = self.encode(x)
+        return f, self.decode(f)
+
     def forward(self, x: Tensor) -> Tensor:
         """[batch, 2, d_model] scaled activations -> their reconstruction, of the same shape, by the threshold."""
-        return self.decode(self.encode(x))
+        return self.reconstruct(x)[1]
 
     @torch.no_grad()
     def raw_decoder(self) -> Tensor:
@@ -136,11 +150,41 @@ class BatchTopKCrosscoder(nn.Module):
         """[latent, d_model]: what one unit of a latent adds to fine-tuned less instruct, in the models' own units."""
         return self.difference(self.raw_decoder())
 
+    # What each latent adds to fine-tuned less instruct: the sum over its parts of value times vector
+
+    def parts(self, x: Tensor, f: Tensor) -> Tensor:
+        """Scaled activations and their values `encode(x)` -> [batch, part, latent]: the value of each part."""
+        return f[:, None]
+
+    @torch.no_grad()
+    def difference_parts(self) -> Tensor:
+        """[part, latent, d_model]: the vectors that `parts` are the values of, in the models' own units."""
+        return self.difference_decoder()[None]
+
+    @torch.no_grad()
+    def written_squares(self, products: Tensor) -> Tensor:
+        """[latent] fp64: squared length of what each latent adds, from sums or means [part, part, latent] of the
+        products of its parts' values (`products_of`)."""
+        vectors = self.difference_parts().double()
+        gram = torch.einsum("pjd,qjd->pqj", vectors, vectors)
+        return (products.to(gram) * gram).sum(dim=(0, 1)).clamp_min(0)
+
     # What training asks of a method
 
-    def groups(self) -> list[tuple[slice, int]]:
-        """The latents that are selected among themselves, and the mean number of active ones a token."""
-        return [(slice(None), self.config.k)]
+    @property
+    def encoder_bias(self) -> nn.Parameter:
+        """[latent]: the encoder's bias that is being trained."""
+        return self.b_enc
+
+    @torch.no_grad()
+    def enter_stage(self, stage: int | None) -> None:
+        """Begin one of `stages`, with what those before it have left."""
+        self.stage = stage
+
+    def groups(self, k: int | None = None) -> list[tuple[slice, float]]:
+        """The latents that are selected among themselves, and the mean number of active ones a token; with `k` in
+        place of the configuration's."""
+        return [(slice(None), k or self.config.k)]
 
     def set_thresholds(self, thresholds: list[float]) -> None:
         """One for each of `groups`."""
@@ -171,6 +215,12 @@ class BatchTopKCrosscoder(nn.Module):
 
     def _scales(self, like: Tensor) -> Tensor:
         return torch.tensor(self.activation_scales, dtype=self.b_dec.dtype, device=like.device).unsqueeze(-1)
+
+
+def products_of(parts: Tensor) -> Tensor:
+    """[batch, part, latent] -> [part, part, latent] fp64: products of the parts' values, summed over the batch."""
+    rows = [torch.stack([(a * b).sum(dim=0, dtype=torch.float64) for b in parts.unbind(1)]) for a in parts.unbind(1)]
+    return torch.stack(rows)
 
 
 def random_directions(n: int, d_model: int, norm: float, generator: torch.Generator | None) -> Tensor:

@@ -20,11 +20,12 @@ def sample_of(indices: Tensor, max_tokens: int, seed: int) -> Tensor:
 def fit_scaling(model: BatchTopKCrosscoder, store: ActivationStore, sample: Tensor, centre: bool) -> None:
     """Set `activation_scales`, so that an input is of length sqrt(d_model) on average, and `activation_means`.
 
-    A crosscoder takes the store's scales, one for each model. A partition has one for both. What the store does not
-    know (the scale of a difference, or of centred activations) is measured on the tokens at `sample`, in fp64.
+    A crosscoder takes the store's scales, one for each model. A partition and a stagewise SAE have one for both. What
+    the store does not know (the scale of a difference, or of centred activations) is measured on the tokens at
+    `sample`, in fp64.
     """
     method, d_model = model.config.method, model.config.d_model
-    if method in ("batchtopk", "l1") and not centre:
+    if method in ("batchtopk", "l1", "dedicated") and not centre:
         model.activation_scales = store.config.activation_scales
         return
     if centre or method == "difference-sae":
@@ -35,7 +36,7 @@ def fit_scaling(model: BatchTopKCrosscoder, store: ActivationStore, sample: Tens
         lengths = d_model**0.5 / torch.tensor(store.config.activation_scales, dtype=torch.float64)
     if not bool((lengths > 0).all()):
         raise UserError(f"the activations in {store.folder} leave nothing to learn: their mean length is 0")
-    if method == "partition":
+    if method in ("partition", "stagewise-sae"):
         lengths = lengths.mean().expand(2)
     model.activation_scales = tuple((d_model**0.5 / lengths).tolist())
 

@@ -51,14 +51,14 @@ def calibrate(model: BatchTopKCrosscoder, store: ActivationStore, indices: Tenso
 
 @torch.no_grad()
 def calibrated_threshold(
-    model: BatchTopKCrosscoder, store: ActivationStore, sample: Tensor, latents: slice, k: int
+    model: BatchTopKCrosscoder, store: ActivationStore, sample: Tensor, latents: slice, k: float
 ) -> float:
     """The threshold at which the mean number of active ones among `latents`, over the tokens at `sample`, is k.
 
-    Exact on these tokens: of their k * tokens + 1 largest scores it is the smallest, and active means strictly above.
-    Scores are taken in fp32, as at inference.
+    Exact on these tokens: of their round(k * tokens) + 1 largest scores it is the smallest, and active means strictly
+    above. Scores are taken in fp32, as at inference.
     """
-    wanted = k * len(sample) + 1
+    wanted = round(k * len(sample)) + 1
     norms = model.selection_norms()
     largest = torch.empty(0, device=norms.device)
     for _, raw in store.batches(sample):

@@ -22,10 +22,10 @@ from torch import Tensor
 from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
 from crosscoder.analysis.latent_scaling import LatentScaling
-from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.model import BatchTopKCrosscoder, products_of
 from crosscoder.interventions.halves import Pair, after_patch
 from crosscoder.interventions.patching import BATCH_TOKENS, Halves, batches, run_halves
-from crosscoder.interventions.sets import Reading, difference_decoder
+from crosscoder.interventions.sets import Reading, difference_parts
 from finqa.runtime.time_left import Say, TimeLeft
 
 
@@ -35,9 +35,9 @@ class Survey:
 
     n_tokens: int
     frequency: Tensor
-    """[latent]: share of tokens on which it is active."""
+    """[latent]: share of tokens on which it is active, in a stagewise SAE before or after."""
     injected: Tensor
-    """[latent]: root mean square over all tokens of |f_j D_j|, in the models' own units."""
+    """[latent]: root mean square over all tokens of the length of what it adds, |f_j D_j|, in the models' own units."""
     effect: Tensor
     """[latent]: nats that adding it should take off the KL, summed over tokens; positive brings the models together."""
     mean_difference: Tensor
@@ -67,22 +67,23 @@ def survey(
     `say` hears how long it will take.
     """
     device, n_latents = pair.instruct.device, dictionary.config.n_latents
-    firings, squares, effect = (torch.zeros(n_latents, dtype=torch.float64, device=device) for _ in range(3))
+    firings, effect = (torch.zeros(n_latents, dtype=torch.float64, device=device) for _ in range(2))
+    products = torch.zeros((), dtype=torch.float64, device=device)
     width = dictionary.config.d_model
     total = torch.zeros(width, dtype=torch.float64, device=device)
     moments = torch.zeros(width, width, dtype=torch.float64, device=device)
-    vectors = difference_decoder(dictionary)
+    vectors = difference_parts(dictionary)
     n_tokens = 0
     left = TimeLeft(f"ranking latents on {len(documents)} documents", sum(len(d.ids) for d in documents), say)
     for _, batch in batches(documents, device, batch_tokens):
         halves = run_halves(pair, batch, [target.layer])
         reading = reading_of(halves, target)
-        f = reading.values(dictionary).float()
-        towards = f * (divergence_gradient(pair, halves, target).float() @ vectors.T)
+        f = reading.parts(dictionary).float()
+        towards = f * torch.einsum("td,pjd->tpj", divergence_gradient(pair, halves, target).float(), vectors)
         n_tokens += len(f)
-        firings += (f > 0).sum(dim=0)
-        squares += f.double().square().sum(dim=0)
-        effect -= towards.sum(dim=0, dtype=torch.float64)
+        firings += (f > 0).any(dim=1).sum(dim=0)
+        products = products + products_of(f.double())
+        effect -= towards.sum(dim=(0, 1), dtype=torch.float64)
         difference = reading.difference.double()
         total += difference.sum(dim=0)
         moments += difference.T @ difference
@@ -90,7 +91,7 @@ def survey(
     return Survey(
         n_tokens=n_tokens,
         frequency=(firings / n_tokens).cpu(),
-        injected=((squares / n_tokens).sqrt() * vectors.double().norm(dim=-1)).cpu(),
+        injected=dictionary.written_squares(products / n_tokens).sqrt().cpu(),
         effect=effect.cpu(),
         mean_difference=(total / n_tokens).cpu(),
         moments=(moments / n_tokens).cpu(),

@@ -3,7 +3,8 @@
 An addition is a vector for every token, in the models' own units, made from what both models give there. Added to the
 instruct model it should make it more like the fine-tuned one; taken from the fine-tuned model, the reverse.
 
-    latents             sum over S of f_j (W_dec[j,1]/c_1 - W_dec[j,0]/c_0); of a difference SAE f_j W_dec[j]/c
+    latents             sum over S of f_j (W_dec[j,1]/c_1 - W_dec[j,0]/c_0); of a difference SAE f_j W_dec[j]/c; of a
+                        stagewise SAE f_j[1] W_dec[j,1]/c - f_j[0] W_dec[j,0]/c, with a value for each model
     random directions   the latents' values on random directions, each token's vector as long as the set's
     components          x[1] - x[0] on the first n directions of its (uncentred) PCA
     mean difference     the mean of x[1] - x[0], the same vector everywhere
@@ -30,7 +31,7 @@ class Reading:
     def __init__(self, pairs: Tensor):
         """`pairs` [tokens, 2, d_model], raw."""
         self.pairs = pairs.float()
-        self._values: dict[int, Tensor] = {}
+        self._parts: dict[int, Tensor] = {}
         self._last: tuple[Addition, Tensor] | None = None
 
     @property
@@ -38,12 +39,17 @@ class Reading:
         """[tokens, d_model]: fine-tuned less instruct."""
         return self.pairs[:, 1] - self.pairs[:, 0]
 
-    @torch.no_grad()
     def values(self, dictionary: BatchTopKCrosscoder) -> Tensor:
         """[tokens, latent] at the inference threshold."""
-        if id(dictionary) not in self._values:
-            self._values[id(dictionary)] = dictionary.encode(dictionary.scale(self.pairs))
-        return self._values[id(dictionary)]
+        return self.parts(dictionary)[:, 0]
+
+    @torch.no_grad()
+    def parts(self, dictionary: BatchTopKCrosscoder) -> Tensor:
+        """[tokens, part, latent]: values of what each latent adds (BatchTopKCrosscoder.parts); of most methods one."""
+        if id(dictionary) not in self._parts:
+            x = dictionary.scale(self.pairs)
+            self._parts[id(dictionary)] = dictionary.parts(x, dictionary.encode(x))
+        return self._parts[id(dictionary)]
 
     @torch.no_grad()
     def added(self, addition: Addition) -> Tensor:
@@ -95,11 +101,16 @@ class Latents:
         self.label = {"kind": kind, "n": len(self.latents), "seed": seed, "digest": made_of}
 
     def vectors(self) -> Tensor:
-        """[latents, d_model]: what one unit of each adds. Not kept: many sets of a large dictionary are under way."""
-        return difference_decoder(self.dictionary)[self.latents]
+        """[parts * latents, d_model]: what one unit of each adds. Not kept: many sets of a large dictionary are under
+        way."""
+        return difference_parts(self.dictionary)[:, self.latents].flatten(0, 1)
+
+    def values(self, reading: Reading) -> Tensor:
+        """[tokens, parts * latents] fp32: how much of each of `vectors`."""
+        return reading.parts(self.dictionary)[:, :, self.latents].flatten(1).float()
 
     def __call__(self, reading: Reading) -> Tensor:
-        return reading.values(self.dictionary)[:, self.latents].float() @ self.vectors()
+        return self.values(reading) @ self.vectors()
 
 
 class RandomDirections(Latents):
@@ -113,7 +124,7 @@ class RandomDirections(Latents):
         generator = torch.Generator(vectors.device).manual_seed(self.seed)
         drawn = torch.randn(vectors.shape, generator=generator, device=vectors.device)
         drawn *= vectors.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
-        f = reading.values(self.dictionary)[:, self.latents].float()
+        f = self.values(reading)
         ours, wanted = f @ drawn, (f @ vectors).norm(dim=-1, keepdim=True)
         return ours * (wanted / ours.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(ours.dtype).tiny))
 
@@ -182,10 +193,10 @@ _decoders: WeakKeyDictionary[BatchTopKCrosscoder, Tensor] = WeakKeyDictionary()
 _digests: WeakKeyDictionary[BatchTopKCrosscoder, str] = WeakKeyDictionary()
 
 
-def difference_decoder(dictionary: BatchTopKCrosscoder) -> Tensor:
-    """[latent, d_model] fp32: the dictionary's difference_decoder, computed once."""
+def difference_parts(dictionary: BatchTopKCrosscoder) -> Tensor:
+    """[part, latent, d_model] fp32: the dictionary's difference_parts, computed once."""
     if dictionary not in _decoders:
-        _decoders[dictionary] = dictionary.difference_decoder().float()
+        _decoders[dictionary] = dictionary.difference_parts().float()
     return _decoders[dictionary]
 
 
@@ -194,7 +205,8 @@ def dictionary_digest(dictionary: BatchTopKCrosscoder) -> str:
     if dictionary not in _digests:
         means = [] if dictionary.activation_means is None else [dictionary.activation_means]
         thresholds, scales = dictionary.latent_thresholds(), torch.tensor(dictionary.activation_scales)
-        settings = f"{dictionary.config}-{digest(scales, thresholds, *means)}-{weights_digest(dictionary)}"
+        numbers = digest(scales, thresholds, *dictionary.further_thresholds, *means)
+        settings = f"{dictionary.config}-{numbers}-{weights_digest(dictionary)}"
         _digests[dictionary] = hashlib.sha256(settings.encode()).hexdigest()[:16]
     return _digests[dictionary]
 

@@ -58,18 +58,23 @@ def draw_anew(
     """Give the masked latents the directions that a new dictionary would have, and no optimiser history.
 
     The encoder's bias is set so that the fresh latent's pre-activation is 0 for `mean_x` [2, d_model], the batch's mean
-    input: it is positive for about half of the tokens whatever the mean activation is. Returns how many were drawn.
+    input (of one model in a stage that reads one): it is positive for about half of the tokens whatever the mean
+    activation is. A frozen decoder's vectors stay, and the encoder's begin anew beside them. Returns how many were
+    drawn.
     """
     which = latents.nonzero().squeeze(-1)
     if not len(which):
         return 0
     numbers = which.cpu()
-    decoder = model.fresh_decoder(numbers, config.decoder_norm, generator, config.directions)
+    if config.freeze_decoder:
+        decoder = model.W_dec[which].cpu()
+    else:
+        decoder = model.fresh_decoder(numbers, config.decoder_norm, generator, config.directions)
+        model.W_dec[which] = decoder.to(which.device)
     encoder = (FRESH_ENCODER_SCALE * model.fresh_encoder(numbers, decoder)).to(which.device)
-    model.W_dec[which] = decoder.to(which.device)
     model.W_enc[:, :, which] = encoder
-    model.b_enc[which] = -(mean_x.flatten() @ encoder.flatten(0, 1))
-    for parameter, rows in ((model.W_dec, (which,)), (model.W_enc, (..., which)), (model.b_enc, (which,))):
+    model.encoder_bias[which] = -(mean_x.flatten() @ encoder[: len(mean_x)].flatten(0, 1))
+    for parameter, rows in ((model.W_dec, (which,)), (model.W_enc, (..., which)), (model.encoder_bias, (which,))):
         for name in ("exp_avg", "exp_avg_sq"):
             if name in optimizer.state[parameter]:
                 optimizer.state[parameter][name][rows] = 0

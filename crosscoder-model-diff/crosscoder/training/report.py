@@ -13,14 +13,14 @@ from crosscoder.analysis import measures as analysis
 from crosscoder.analysis.latent_scaling import ExclusiveCounts, exclusive_counts, latent_scaling
 from crosscoder.analysis.measures import ExplainedVariance
 from crosscoder.analysis.statistics import LatentStatistics, latent_statistics
-from crosscoder.dictionaries.config import N_MODELS
+from crosscoder.dictionaries.methods import StagewiseSAE
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 
 @dataclass(frozen=True)
 class CrosscoderReport:
     """Everything by the inference threshold, unless it says otherwise. What compares two decoder vectors is None for a
-    difference SAE, which has one a latent."""
+    difference SAE, which has one a latent, and what compares their norms for a stagewise SAE."""
 
     method: str
     held_out: ExplainedVariance
@@ -39,8 +39,10 @@ class CrosscoderReport:
     threshold: float
     delta_threshold: float | None
     """Of the delta latents of a partition."""
+    further_thresholds: tuple[float, ...]
+    """See BatchTopKCrosscoder.further_thresholds."""
     classes: dict[str, int] | None
-    """Latents that are active on some training token, by class of Delta."""
+    """Latents that are active on some training token, by class (analysis.latent_classes)."""
     latent_scaling: dict[analysis.LatentClass, ExclusiveCounts] | None
     """On held-out documents, by exclusive class: how many of its latents latent scaling confirms, how many fail each of
     its conditions, and which latents of any class meet them (latent_scaling.ExclusiveCounts)."""
@@ -48,6 +50,8 @@ class CrosscoderReport:
     """Of the latents that are active on some training token."""
     median_decoder_cosine: float | None
     """Of the same latents, those left out that have a vector of no length."""
+    median_change: float | None = None
+    """How far the same latents of a stagewise SAE turned in its second stage (StagewiseSAE.change)."""
 
 
 def crosscoder_report(
@@ -69,6 +73,7 @@ def crosscoder_report(
         drawn_anew=last.get("drawn_anew", 0),
         threshold=model.threshold,
         delta_threshold=model.delta_threshold,
+        further_thresholds=model.further_thresholds,
         **_of_two_models(model, store, split, statistics),
     )
 
@@ -77,12 +82,17 @@ def _of_two_models(
     model: BatchTopKCrosscoder, store: ActivationStore, split: Split, statistics: LatentStatistics
 ) -> dict[str, Any]:
     """The report's fields that compare a latent's two decoder vectors."""
-    if model.config.n_inputs != N_MODELS:
-        none = ("classes", "latent_scaling", "median_relative_decoder_norm", "median_decoder_cosine")
-        return dict.fromkeys(none)
+    none: dict[str, Any] = dict.fromkeys(("classes", "latent_scaling", "median_relative_decoder_norm"))
     alive = ~statistics.dead
+    if isinstance(model, StagewiseSAE):
+        return none | {
+            "median_decoder_cosine": analysis.median(analysis.decoder_cosines(model)[alive]),
+            "median_change": analysis.median(model.change()[alive]),
+        }
+    if not model.config.compares_models:
+        return none | {"median_decoder_cosine": None}
     norms = analysis.decoder_norms(model)
-    kinds = analysis.classify(analysis.delta(norms))
+    kinds = analysis.latent_classes(model)
     of_alive: list[analysis.LatentClass] = [kind for kind, lives in zip(kinds, alive.tolist(), strict=True) if lives]
     return {
         "classes": {kind: of_alive.count(kind) for kind in analysis.CLASSES},

@@ -25,6 +25,8 @@ from typing import Any
 
 from crosscoder.dictionaries.config import CrosscoderConfig, Method, TrainingConfig, check_together
 
+SHAPE = ("n_latents", "k", "score_norm", "n_delta", "k_delta", "reserved_share")
+"""Fields of CrosscoderConfig that are given by name."""
 LATENTS_PER_FEATURE = 4
 """Dictionary size over d_model, as in the published run (16,384 over 4,096)."""
 TOKENS_PER_LATENT = 64
@@ -42,6 +44,8 @@ LARGEST_LEARNING_RATE = 2e-3
 
 DELTA_SHARE = 1 / 4
 """Of a partition's latents and of its k, those of the difference."""
+RESERVED_SHARE = 0.05
+"""Of a dedicated feature crosscoder's latents and of its k, those of either model."""
 L1_WEIGHT = 0.7
 """Price of L1 where none is given, for activations of length sqrt(d_model): about as many active latents as k."""
 PUBLISHED_L1_WEIGHT = 2.0
@@ -83,15 +87,15 @@ def sized_configs(
     `given` holds fields of CrosscoderConfig and TrainingConfig by name; None is not given.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    of_shape = {
-        name: given.pop(name) for name in ("n_latents", "k", "score_norm", "n_delta", "k_delta") if name in given
-    }
+    of_shape = {name: given.pop(name) for name in SHAPE if name in given}
     n_latents = of_shape.setdefault("n_latents", default_latents(d_model, n_tokens))
     k = of_shape.setdefault("k", default_k(n_latents))
     if method == "partition":
         of_shape.setdefault("n_delta", max(1, round(DELTA_SHARE * n_latents)))
         of_shape.setdefault("k_delta", max(1, round(DELTA_SHARE * k)))
         given.setdefault("difference_weight", "equal")
+    if method == "dedicated":
+        of_shape.setdefault("reserved_share", RESERVED_SHARE)
     if method == "l1":
         given.setdefault("l1_weight", L1_WEIGHT)
     crosscoder = CrosscoderConfig(d_model, method=method, **of_shape)

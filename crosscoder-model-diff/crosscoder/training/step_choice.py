@@ -19,6 +19,7 @@ def not_by_hand(
     """Why these settings have no step by hand; None where they have."""
     reasons: list[tuple[bool, Callable[[], str]]] = [
         (crosscoder.method != "batchtopk", lambda: f"method {crosscoder.method}"),
+        (config.freeze_decoder, lambda: "a frozen decoder"),
         (config.difference_weight != 0, lambda: "a difference term"),
         (config.l1_weight > 0, lambda: "a price of L1"),
         (ranks.world > 1, lambda: f"{ranks.world} processes"),

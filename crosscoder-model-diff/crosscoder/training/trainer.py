@@ -59,7 +59,8 @@ class StepRecord(NamedTuple):
     l0: float = 0.0
     """Mean active latents a token."""
     explained_variance_of_difference: float | None = None
-    """Of fine-tuned less instruct, in the models' own units; None for a difference SAE, whose one input it is."""
+    """Of fine-tuned less instruct, in the models' own units; None where a step reads one vector a token (a difference
+    SAE's difference, a stagewise SAE's model of the stage)."""
     difference: float = 0.0
     """The difference term and the L1 price, before their weights; 0 where they are off."""
     l1: float = 0.0
@@ -87,6 +88,7 @@ class Trainer:
         check_batch(config.batch_size, ranks)
         self.device = torch.device(device)
         self.model = model.to(self.device)
+        self.model.W_dec.requires_grad_(not config.freeze_decoder)
         self.store, self.config, self.folder, self.ranks = store, config, folder, ranks
         self.on_log, self.log_every, self.checkpoint_every_s = on_log, log_every, checkpoint_every_s
 
@@ -102,14 +104,15 @@ class Trainer:
             else config.difference_weight
         )
         self.order = ShuffledOrder(self.split.train, config.batch_size, config.seed)
-        self.total_steps = config.total_steps(n_tokens)
+        self.steps_a_stage = config.total_steps(n_tokens)
+        self.total_steps = len(model.stages) * self.steps_a_stage
         self.liveness = Liveness(model.config.n_latents, config.dead_window(n_tokens), self.device)
         self.threshold = RunningThreshold(config.threshold_from_step, config.threshold_decay)
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=config.learning_rate, betas=config.betas, fused=True
         )
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.steps_done = 0
+        self.steps_done = self.stages_done = 0
         self.drawn_anew = 0
         self.first_reconstruction = torch.tensor(torch.inf, device=self.device)
         self._failed_step = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -127,9 +130,14 @@ class Trainer:
                 if self.ranks.is_main and time.monotonic() - saved_at > self.checkpoint_every_s:
                     self.save_state()
                     saved_at = time.monotonic()
-        if self.ranks.is_main:
-            config = self.config
+        while self.stages_done + 1 < len(self.model.stages):  # those without a step
+            self._next_stage()
+        config = self.config
+        for stage in self.model.stages if self.ranks.is_main else ():
+            self.model.stage = stage
             calibrate(self.model, self.store, self.split.train, config.calibration_tokens, config.seed)
+        self.model.stage = None
+        if self.ranks.is_main:
             recorded = asdict(self.store.config)["recorded"]
             checkpoint.save_dictionary(self.model, self.folder, training=asdict(config), activations=recorded)
             (self.folder / checkpoint.STATE_FILE).unlink(missing_ok=True)
@@ -139,6 +147,7 @@ class Trainer:
         """Put parameters and counts where the interrupted run in the folder was, or at their start."""
         state = checkpoint.load_training_state(self.folder)
         if state is None:
+            self.model.enter_stage(self.model.stages[0])
             self._start()
         else:
             self.load_state_dict(*state)
@@ -152,13 +161,15 @@ class Trainer:
 
     def learning_rate(self, step: int) -> float:
         """Of a step counted from 0."""
-        return schedule.learning_rate(self.config, step, self.total_steps)
+        return schedule.learning_rate(self.config, step % self.steps_a_stage, self.steps_a_stage)
 
     def weights(self, step: int) -> Weights:
-        """k and the weights of the loss at a step counted from 0."""
+        """k and the weights of the loss at a step counted from 0. What changes from step to step does so in each stage
+        anew."""
+        step, total = step % self.steps_a_stage, self.steps_a_stage
         return Weights(
-            k=schedule.k_at(self.config, self.model.config.k, step, self.total_steps),
-            l1=schedule.l1_weight_at(self.config, step, self.total_steps),
+            k=schedule.k_at(self.config, self.model.config.k, step, total),
+            l1=schedule.l1_weight_at(self.config, step, total),
             difference=self.difference_weight,
         )
 
@@ -181,6 +192,7 @@ class Trainer:
         progress = {
             "identity": self._identity(),
             "steps_done": self.steps_done,
+            "stages_done": self.stages_done,
             "drawn_anew": self.drawn_anew,
             "threshold": self.threshold.value,
         }
@@ -207,6 +219,8 @@ class Trainer:
         self.first_reconstruction = tensors["first_reconstruction"].to(self.device)
         self.generator.set_state(tensors["generator"].to(torch.uint8))
         self.steps_done = progress["steps_done"]
+        self.stages_done = progress.get("stages_done", 0)
+        self.model.stage = self.model.stages[self.stages_done]
         self.drawn_anew = progress["drawn_anew"]
         self.threshold.value = progress["threshold"]
 
@@ -222,13 +236,15 @@ class Trainer:
         if self.config.decoder_bias == "median":
             sample = self.split.train[torch.randperm(len(self.split.train), generator=self.generator)[:MEDIAN_TOKENS]]
             x = self.model.scale(self.store.read(sample).to(self.device))
-            for m, bias in enumerate(self.model.b_dec.data):
-                bias.copy_(losses.geometric_median(x[:, m]))
+            for inputs, bias in zip(x.unbind(dim=1), self.model.b_dec.data, strict=False):  # one in a stage of one
+                bias.copy_(losses.geometric_median(inputs))
         for parameter in self.model.parameters():
             parameter.data.copy_(self.ranks.gather(parameter.data)[0])
 
     def step(self, raw: Tensor) -> None:
         """Take the next step, on its [batch, 2, d_model] raw activations."""
+        if self.steps_done == (self.stages_done + 1) * self.steps_a_stage:
+            self._next_stage()
         rate = self.learning_rate(self.steps_done)
         step = self._take_step(raw, rate, self.weights(self.steps_done), self.liveness.dead)
         self.steps_done += 1
@@ -238,9 +254,17 @@ class Trainer:
         if self.steps_done % self.log_every == 0 or self.steps_done in (1, self.total_steps):
             self._log(step)
 
+    def _next_stage(self) -> None:
+        """The optimiser, and what is counted, begin anew."""
+        self.stages_done += 1
+        self.model.enter_stage(self.model.stages[self.stages_done])
+        self.optimizer.state.clear()
+        self.liveness.reset(torch.ones_like(self.liveness.dead))
+        self.threshold.value = None
+
     def _watch(self, step: Step) -> None:
         """Remember the first step that gave no number, or diverged, without waiting for the device."""
-        if self.steps_done == 1:
+        if (self.steps_done - 1) % self.steps_a_stage == 0:
             self.first_reconstruction = step.parts[1]
         healthy = torch.isfinite(step.parts[0]) & torch.isfinite(step.gradient_norm)
         healthy &= step.parts[1] <= DIVERGED * self.first_reconstruction
@@ -256,8 +280,9 @@ class Trainer:
     def _update_liveness(self, step: Step) -> None:
         self.liveness.update(step.positive, step.selected, self.config.batch_size)
         every = max(1, self.liveness.window // self.config.batch_size)
-        still_learning = self.steps_done < (1 - self.config.decay_fraction) * self.total_steps
-        if self.config.draw_anew and self.steps_done % every == 0 and still_learning:
+        # A latent that was drawn anew in a later stage would have nothing to do with what it was before.
+        in_first = self.steps_done < (1 - self.config.decay_fraction) * self.steps_a_stage
+        if self.config.draw_anew and self.steps_done % every == 0 and in_first:
             lost = self.liveness.never_positive
             mean_x = self.ranks.mean(step.x.float().mean(dim=0))
             n_drawn = draw_anew(self.model, self.optimizer, lost, mean_x, self.config, self.generator)
@@ -274,7 +299,7 @@ class Trainer:
             return
         loss, reconstruction, difference, l1, auxiliary = step.parts.tolist()
         of_difference = None
-        if self.model.config.n_inputs == N_MODELS:
+        if x.shape[1] == N_MODELS:
             pair = [self.model.difference(self.model.unscale(vectors))[:, None] for vectors in (x, x + error)]
             of_difference = losses.batch_explained_variance(*pair).item()
         self.on_log(

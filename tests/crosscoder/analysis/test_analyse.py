@@ -28,7 +28,7 @@ from crosscoder.analysis import measures as analysis
 from crosscoder.analysis.latent_scaling import latent_scaling
 from crosscoder.dictionaries.checkpoint import load_dictionary, save_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig
-from crosscoder.dictionaries.methods import new_dictionary
+from crosscoder.dictionaries.methods import StagewiseSAE, new_dictionary
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.extra_readings import load_pair, open_second
 from crosscoder.names import ActivationChoice, crosscoder_folder, name_of_method
@@ -42,22 +42,27 @@ from finqa.task.records import TeacherRow
 FOLDER = REPOSITORY / "crosscoder-model-diff"
 NOTEBOOK = "analysis_and_dashboard.ipynb"
 D_MODEL, N_LATENTS, DEAD = 64, 24, 5
-METHODS = ("batchtopk", "l1", "partition", "difference-sae")
+METHODS = ("batchtopk", "l1", "partition", "dedicated", "difference-sae", "stagewise-sae")
 OF_ALL = {"explained_variance", "explained_variance_by_kind", "firing_frequency"}
+OF_ONE_KIND = ("difference-sae", "stagewise-sae")
 OF_TWO_MODELS = {"relative_decoder_norms", "decoder_cosines", "latent_scaling"}
 
 
 def dictionary(method: str) -> BatchTopKCrosscoder:
     """An untrained one with a dead latent, and where there are two models with one latent of each exclusive class."""
-    partition: dict[str, Any] = {"n_delta": 8, "k_delta": 2} if method == "partition" else {}
-    config = CrosscoderConfig(D_MODEL, N_LATENTS, 4, method=method, **partition)  # type: ignore[arg-type]
+    groups = {"partition": {"n_delta": 8, "k_delta": 2}, "dedicated": {"reserved_share": 0.25}}
+    config = CrosscoderConfig(D_MODEL, N_LATENTS, 4, method=method, **groups.get(method, {}))  # type: ignore[arg-type]
     model = new_dictionary(config, generator=torch.Generator().manual_seed(3))
     model.threshold = 0.05 if method == "difference-sae" else 0.4  # the difference is small
-    model.delta_threshold = 0.2 if partition else None
+    model.delta_threshold = 0.2 if method == "partition" else None
+    model.further_thresholds = {"dedicated": (0.1, 0.2), "stagewise-sae": (0.3,)}.get(method, ())
     model.b_enc.data[DEAD] = -1e6
-    if config.n_inputs == 2:
+    if config.compares_models:
         model.W_dec.data[2, 0] *= 0.05
         model.W_dec.data[3, 1] *= 0.05
+    if method == "stagewise-sae":
+        model.W_dec.data[6, 1] = -model.W_dec.data[6, 0]  # it turned about
+        model.W_enc.data[1, :, 7] += model.W_enc.data[0, :, 8]
     return model
 
 
@@ -149,10 +154,10 @@ def table(path: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_the_figures_and_tables_that_apply_to_it(analysed, method):
     folder = analysed(method)
-    figures = OF_ALL if method == "difference-sae" else OF_ALL | OF_TWO_MODELS
+    figures = OF_ALL if method in OF_ONE_KIND else OF_ALL | OF_TWO_MODELS
     assert {path.stem for path in folder.glob("*.png")} == {path.stem for path in folder.glob("*.svg")} == figures
     tables = {"latents", "most_changed", "explained_variance"}
-    tables |= set() if method == "difference-sae" else {"classes", "confirmed"}
+    tables |= set() if method in OF_ONE_KIND else {"classes", "confirmed"}
     assert {path.stem for path in folder.glob("*.csv")} == tables
     assert {"analysis.json", "analysis.run.json", "dashboard.html"} <= {path.name for path in folder.iterdir()}
     assert len(table(folder / "latents.csv")) == N_LATENTS
@@ -180,7 +185,7 @@ def test_the_numbers_are_those_of_the_library_over_the_held_out_documents(made, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["batchtopk", "l1", "partition"])
+@pytest.mark.parametrize("method", ["batchtopk", "l1", "partition", "dedicated"])
 def test_classes_norms_and_scaling_are_counted_over_the_latents_that_are_alive(made, analysed, method):
     folder = analysed(method)
     found = numbers(folder)
@@ -242,6 +247,29 @@ def test_what_compares_two_models_is_left_out_for_a_difference_sae(made, analyse
     shares = [float(row["difference_share"]) for row in table(folder / "most_changed.csv")]
     assert shares == sorted(shares, reverse=True) and shares[-1] > 0
     assert found["most_changed"]["ordered_by"] == "difference_share"
+
+
+@pytest.mark.slow
+def test_the_classes_of_a_dedicated_crosscoder_are_its_groups(made, analysed):
+    rows = table(analysed("dedicated") / "latents.csv")
+    # The third and the fourth have lengths that Delta calls exclusive; they are of the shared group.
+    assert [row["kind"] for row in rows] == ["shared"] * 12 + ["instruct-only"] * 6 + ["fine-tuned-only"] * 6
+    assert float(rows[2]["delta"]) > 0.9 and float(rows[3]["delta"]) < 0.1
+    assert {float(row["delta"]) for row in rows[12:18]} == {0} and {float(row["delta"]) for row in rows[18:]} == {1}
+
+
+@pytest.mark.slow
+def test_the_latents_of_a_stagewise_sae_are_in_the_order_of_their_change(made, analysed):
+    folder = analysed("stagewise-sae")
+    found, rows = numbers(folder), table(folder / "latents.csv")
+    model = load_dictionary(made.checkpoint("stagewise-sae"))
+    assert isinstance(model, StagewiseSAE)
+    assert [float(row["change"]) for row in rows] == pytest.approx(model.change().tolist(), abs=1e-6)
+    changes = [float(row["change"]) for row in table(folder / "most_changed.csv")]
+    assert changes == sorted(changes, reverse=True) and changes[0] > 0.5
+    assert found["most_changed"]["ordered_by"] == "change"
+    assert not {"classes", "relative_decoder_norm", "latent_scaling"} & set(found)
+    assert {"instruct", "fine_tuned", "difference"} <= set(found["explained_variance"])
 
 
 @pytest.mark.slow
@@ -401,7 +429,7 @@ def test_what_a_second_seed_gave_is_not_measured_again(made, tmp_path: Path, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["batchtopk", "difference-sae"])
+@pytest.mark.parametrize("method", ["batchtopk", "difference-sae", "stagewise-sae"])
 def test_sets_of_latents_are_patched_into_the_models(with_adapter, method, tmp_path: Path, capsys):
     made = with_adapter
     words = [*made.words(method), "--results-dir", tmp_path, "--no-dashboard"]

@@ -210,7 +210,8 @@ def test_a_between_latent_whose_direction_the_other_model_lacks_is_confirmed():
     assert counts["instruct-only"].meet["between"] == [0, 1]
 
 
-def test_a_difference_sae_has_nothing_to_scale():
-    model = new_dictionary(CrosscoderConfig(D, F, 2, method="difference-sae"))
-    with pytest.raises(UserError, match="a difference-sae has one"):
+@pytest.mark.parametrize("method", ["difference-sae", "stagewise-sae"])
+def test_a_dictionary_without_one_value_for_two_models_has_nothing_to_scale(method):
+    model = new_dictionary(CrosscoderConfig(D, F, 2, method=method))
+    with pytest.raises(UserError, match=f"a {method} has no such latents"):
         latent_scaling(model, [])

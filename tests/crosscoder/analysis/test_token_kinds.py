@@ -170,11 +170,14 @@ def test_a_set_keeps_the_kinds_and_one_without_them_has_them_found_by_its_ids(tm
 
 
 def dictionary_of(method: str, store: ActivationStore) -> BatchTopKCrosscoder:
-    partition = {"n_delta": 12, "k_delta": 2} if method == "partition" else {}
-    config = CrosscoderConfig(D_MODEL, 24, 6, method=method, **partition)  # pyright: ignore[reportArgumentType]
+    groups = {"partition": {"n_delta": 12, "k_delta": 2}, "dedicated": {"reserved_share": 0.25}}.get(method, {})
+    config = CrosscoderConfig(D_MODEL, 24, 6, method=method, **groups)  # pyright: ignore[reportArgumentType]
     model = new_dictionary(config, generator=torch.Generator().manual_seed(3))
     model.activation_scales = (0.7, 1.3)[: config.n_inputs]
-    model.set_thresholds([1.5, 1.0][: max(1, len(model.groups()))])
+    for stage in model.stages:
+        model.stage = stage
+        model.set_thresholds([1.5, 1.0, 0.5][: max(1, len(model.groups()))])
+    model.stage = None
     torch.nn.init.normal_(model.b_dec, generator=torch.Generator().manual_seed(4))
     return model
 
@@ -191,7 +194,7 @@ def reference(x: torch.Tensor, xhat: torch.Tensor, mean: torch.Tensor) -> float:
     return float(1 - error / total)
 
 
-@pytest.mark.parametrize("method", ["batchtopk", "partition", "difference-sae"])
+@pytest.mark.parametrize("method", ["batchtopk", "partition", "dedicated", "difference-sae", "stagewise-sae"])
 def test_explained_variance_by_kind_is_that_of_a_float64_reference(two_pages, method):
     store, kinds = two_pages
     model = dictionary_of(method, store)

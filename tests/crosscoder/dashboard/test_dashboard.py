@@ -50,13 +50,14 @@ def reading_of(store: ActivationStore, student: Path, method: str = "batchtopk")
     """An untrained dictionary of 8 latents, one of them dead, over the tokens of a real tokenizer."""
     tokenizer = students.load_tokenizer(str(student))
     store.token_id = store.token_id % len(tokenizer)
-    parts = {"n_delta": 3, "k_delta": 1} if method == "partition" else {}
-    model = new_dictionary(CrosscoderConfig(D_MODEL, N_LATENTS, 2, method=method, **parts), generator=generator(2))
+    groups = {"partition": {"n_delta": 3, "k_delta": 1}, "dedicated": {"reserved_share": 0.25}}.get(method, {})
+    model = new_dictionary(CrosscoderConfig(D_MODEL, N_LATENTS, 2, method=method, **groups), generator=generator(2))
     if method == "batchtopk":
         model.activation_scales = store.config.activation_scales
         model.W_dec.data[3, 1] *= 20
     model.threshold = 0.05
-    model.delta_threshold = 0.05 if parts else None
+    model.delta_threshold = 0.05 if method == "partition" else None
+    model.further_thresholds = {"dedicated": (0.05, 0.05), "stagewise-sae": (0.05,)}.get(method, ())
     model.b_enc.data[DEAD] = -1e6
     unembedding = Unembedding(torch.ones(D_MODEL), torch.randn(len(tokenizer), D_MODEL, generator=generator(1)))
     return Reading("made-up", model, store, store.split(0.1, 0), tokenizer, unembedding, Path("results"))
@@ -259,6 +260,25 @@ def test_a_partition_says_which_latents_are_of_which_part(store, tiny_student):
     assert [page.values["part"] for page in dashboard.pages] == ["shared"] * 5 + ["delta"] * 3
     for page in dashboard.pages[:5]:
         assert (page.values["kind"], page.values["relative_decoder_norm"]) == ("shared", pytest.approx(0.5))
+
+
+def test_a_dedicated_crosscoder_says_whom_a_latent_is_reserved_for(store, tiny_student):
+    dashboard = built(reading_of(store, tiny_student, "dedicated"))
+    kinds = [page.values["kind"] for page in dashboard.pages]
+    assert kinds == ["shared"] * 4 + ["instruct-only"] * 2 + ["fine-tuned-only"] * 2
+    promoted = [[len(tokens) > 0 for tokens in page.promoted] for page in dashboard.pages]
+    assert promoted == [[True, True]] * 4 + [[True, False]] * 2 + [[False, True]] * 2
+
+
+def test_a_stagewise_sae_leads_with_the_latents_that_turned_furthest(store, tiny_student):
+    reading = reading_of(store, tiny_student, "stagewise-sae")
+    reading.model.W_dec.data[6, 1] = -reading.model.W_dec.data[6, 0]
+    dashboard = built(reading, n_with_examples=1)
+    columns = {column.key: column.in_table for column in dashboard.columns}
+    assert columns["change"] and not columns.keys() & {"kind", "relative_decoder_norm", "nu_err"}
+    assert [page.values["change"] for page in dashboard.pages] == pytest.approx([0] * 6 + [1, 0], abs=1e-6)
+    assert [page.latent for page in dashboard.pages if page.examples] == [6]
+    assert dashboard.directions == ("instruct", "fine-tuned")
 
 
 def test_the_share_on_template_tokens_is_a_column_where_the_kinds_are_known(reading):

@@ -28,7 +28,9 @@ SHAPES: dict[Method, CrosscoderConfig] = {
     "batchtopk": CrosscoderConfig(D, F, K),
     "l1": CrosscoderConfig(D, F, K, method="l1"),
     "partition": CrosscoderConfig(D, F, K, method="partition", n_delta=8, k_delta=2),
+    "dedicated": CrosscoderConfig(D, F, K, method="dedicated", reserved_share=0.25),
     "difference-sae": CrosscoderConfig(D, F, K, method="difference-sae"),
+    "stagewise-sae": CrosscoderConfig(D, F, K, method="stagewise-sae"),
 }
 METHODS = tuple(SHAPES)
 SETTINGS = TrainingConfig(batch_size=100, epochs=4, learning_rate=5e-3, seed=3, threshold_from_step=5)
@@ -340,6 +342,10 @@ def test_the_price_of_l1_rises_to_its_weight():
         ("difference-sae", {"difference_weight": 1.0}, "no difference term"),
         ("difference-sae", {"decoder_norm": 0.08}, "unit norm"),
         ("partition", {"directions": "apart"}, "one direction"),
+        ("stagewise-sae", {"difference_weight": 1.0}, "no difference term"),
+        ("stagewise-sae", {"l1_weight": 1.0}, "no L1 term"),
+        ("stagewise-sae", {"directions": "apart"}, "one direction"),
+        ("dedicated", {"batch_size": 1}, "less than one active latent"),
     ],
 )
 def test_settings_that_make_no_sense_for_a_method_are_refused(method: Method, change, message):
@@ -354,7 +360,11 @@ def test_settings_that_make_no_sense_for_a_method_are_refused(method: Method, ch
         ({"method": "partition"}, "n_delta must be above 0"),
         ({"method": "partition", "n_delta": 4, "k_delta": 5}, "at most the 4 delta latents"),
         ({"method": "partition", "n_delta": 22, "k_delta": 1}, "more than the 2 shared latents"),
-        ({"method": "topk"}, "method is one of batchtopk, l1, partition, difference-sae"),
+        ({"method": "topk"}, "method is one of batchtopk, l1, partition, dedicated, difference-sae"),
+        ({"reserved_share": 0.1}, "reserved_share belongs to dedicated"),
+        ({"method": "dedicated"}, "reserved_share must be above 0 and below 0.5"),
+        ({"method": "dedicated", "reserved_share": 0.02}, "leave a latent to each model"),
+        ({"method": "dedicated", "reserved_share": 0.49}, "and some shared"),
     ],
 )
 def test_shapes_that_make_no_sense_are_refused(change, message):

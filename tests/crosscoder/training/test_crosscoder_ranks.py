@@ -20,7 +20,7 @@ from crosscoder.dictionaries.selection import batch_topk
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY
 
-METHODS = ("batchtopk", "l1", "partition", "difference-sae")
+METHODS = ("batchtopk", "l1", "partition", "dedicated", "difference-sae", "stagewise-sae")
 
 WORKER = '''
 """Trains a dictionary of each method, one after the other: worker.py STORE FOLDER EPOCHS METHOD..."""

@@ -291,6 +291,9 @@ def test_a_step_by_hand_is_for_what_it_was_written_for():
     for device, shape, settings, ranks, reason in [
         (cpu, SHAPE, SETTINGS, ALONE, "the device cpu"),
         (gpu, replace(SHAPE, method="l1"), replace(SETTINGS, l1_weight=1.0), ALONE, "method l1"),
+        (gpu, replace(SHAPE, method="dedicated", reserved_share=0.25), SETTINGS, ALONE, "method dedicated"),
+        (gpu, replace(SHAPE, method="stagewise-sae"), SETTINGS, ALONE, "method stagewise-sae"),
+        (gpu, SHAPE, replace(SETTINGS, freeze_decoder=True), ALONE, "a frozen decoder"),
         (gpu, SHAPE, replace(SETTINGS, difference_weight="equal"), ALONE, "a difference term"),
         (gpu, SHAPE, replace(SETTINGS, l1_weight=1.0), ALONE, "a price of L1"),
         (gpu, SHAPE, SETTINGS, Ranks(0, 2), "2 processes"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ FOUND_AT = 0.9
 
 
 def trained(
-    planted: Planted, folder: Path, method: Method, seed: int, n_latents: int = 80, k: int = 3
+    planted: Planted, folder: Path, method: Method, seed: int, n_latents: int = 80, k: int = 3, **given: Any
 ) -> tuple[BatchTopKCrosscoder, torch.Tensor]:
     """A dictionary of that method on the planted data, and the raw activations of the held-out documents."""
     store = planted_store(planted, folder / "activations")
@@ -52,6 +53,7 @@ def trained(
         held_out_fraction=HELD_OUT,
         learning_rate=3e-3,
         seed=seed,
+        **given,
     )
     model = new_dictionary(crosscoder, generator=torch.Generator().manual_seed(seed))
     run = Trainer(model, store, training, folder / method)
@@ -100,6 +102,27 @@ def test_batchtopk_finds_what_was_planted_and_tells_whose_it_is_and_l1_claims_to
     assert sum(of[j] == "fine-tuned-only" for j in weak) >= 0.9 * len(weak)
     said = [verdict(scaling, j, own=1) for j in weak if of[j] == "fine-tuned-only"]
     assert sum("complete shrinkage" in words for words in said) >= 0.9 * len(said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_dedicated_crosscoder_puts_what_one_model_has_in_that_models_group(seed, tmp_path: Path):
+    planted = plant([kind for kind in KINDS if kind.name != "weak"], N_TOKENS, D_MODEL, seed)
+    of_group = {}
+    for untrained in (False, True):
+        folder = tmp_path / str(untrained)
+        model, _ = trained(planted, folder, "dedicated", seed, reserved_share=0.2, untrained=untrained)
+        decoder, kinds = model.raw_decoder(), analysis.latent_classes(model)
+        for kind in ("shared", *EXCLUSIVE):
+            group = torch.tensor([its == kind for its in kinds])
+            vectors = decoder[group, 0 if kind == "instruct-only" else 1]
+            cosines, _ = best_matches(planted.directions[planted.of(kind)], vectors)
+            of_group[kind, untrained] = int((cosines > FOUND_AT).sum())
+        shared, n = model.config.n_shared, model.config.n_reserved
+        assert not decoder[shared : shared + n, 1].any() and not decoder[shared + n :, 0].any()
+    assert of_group["shared", False] >= 15  # of 20
+    assert of_group["instruct-only", False] + of_group["fine-tuned-only", False] >= 9  # of 12
+    assert sum(of_group[kind, True] for kind in ("shared", *EXCLUSIVE)) == 0
 
 
 @pytest.mark.slow
