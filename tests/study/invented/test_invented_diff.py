@@ -20,7 +20,7 @@ from study.invented.diff.items import Board, auroc_elsewhere, board, item_rows, 
 from study.invented.diff.plan import BY_RUN, Lengths, diff_jobs, equal_l0, sites, study_flags
 from study.invented.diff.readings import before_operation
 from study.invented.diff.sources import Directions, Scaled, principal, top
-from study.invented.files import Item, Place
+from study.invented.files import Item, Place, link_adapters
 from study.invented.plan import Plan
 from study.students.plan import chosen
 
@@ -205,3 +205,16 @@ def test_no_dictionary_is_trained_before_the_gates_hold(monkeypatch: pytest.Monk
     monkeypatch.setattr(Plan, "is_rehearsal", False)
     with pytest.raises(UserError, match=r"items\.csv is missing; make the rows with"):
         dictionaries.choose_settings(plan, BY_RUN["K-seed3"], sites(plan)["residual2"])
+
+
+def test_adapters_that_were_brought_into_an_arm_are_shared_by_all_parts(tmp_path: Path):
+    adapters, arm = tmp_path / "adapters", tmp_path / "A" / "models"
+    (arm / "FinQA-invented" / "A-seed3").mkdir(parents=True)
+    (arm / "FinQA-invented" / "A-seed3" / "run.json").write_text("{}")
+    for part in ("A", "test", "A"):
+        link_adapters(tmp_path / part / "models", adapters)
+    assert (tmp_path / "test" / "models" / "FinQA-invented" / "A-seed3" / "run.json").read_text() == "{}"
+    assert arm.is_symlink() and (adapters / "FinQA-invented" / "A-seed3").is_dir()
+    (tmp_path / "B" / "models" / "FinQA-invented" / "A-seed3").mkdir(parents=True)
+    with pytest.raises(UserError, match="are both there; delete one of them"):
+        link_adapters(tmp_path / "B" / "models", adapters)
