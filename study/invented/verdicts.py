@@ -147,7 +147,7 @@ def d1(method: str, rates: Rates, untrained: Rates, p: float | None, converged: 
     end below the bound and converged dictionaries."""
     low, high = rates.interval or (None, None)
     above = _less(rates.mean_added, untrained.mean_added)
-    conditions = [
+    conditions: list[Any] = [
         ("added less absent", rates.difference, low, high, ADDED_LESS_ABSENT,
          _at_least(rates.difference, ADDED_LESS_ABSENT)),
         ("hit where added, above untrained", above, None, None, ABOVE_UNTRAINED, _at_least(above, ABOVE_UNTRAINED)),
@@ -155,7 +155,7 @@ def d1(method: str, rates: Rates, untrained: Rates, p: float | None, converged: 
     ]  # fmt: skip
     verdict = _verdict("finds", "does not find", [c[-1] for c in conditions], high, ADDED_LESS_ABSENT, converged)
     conditions.append(("converged", float(converged), None, None, 1.0, converged))
-    return [Finding(method, "trained", "D1", *condition, verdict) for condition in conditions]
+    return [Finding(method, "trained", "D1", *condition, verdict=verdict) for condition in conditions]
 
 
 def d2(method: str, carried: Sequence[Row], converged: bool) -> list[Finding]:
@@ -186,7 +186,7 @@ def d2(method: str, carried: Sequence[Row], converged: bool) -> list[Finding]:
     conditions.append(("right on the other arm's metrics", wrong, None, None, OTHER_ARM_AT_MOST,
                        None if wrong is None else wrong <= OTHER_ARM_AT_MOST + TOLERANCE))  # fmt: skip
     verdict = _verdict("carries", "does not carry", [c[-1] for c in conditions], high, SHARE_OF_WHOLE, converged)
-    return [Finding(method, "trained", "D2", *condition, verdict) for condition in conditions]
+    return [Finding(method, "trained", "D2", *condition, verdict=verdict) for condition in conditions]
 
 
 def answers(carried: Iterable[Row], method: str, form: str, scaled_to: str, group: str) -> Tensor:

@@ -12,7 +12,6 @@ from crosscoder.activations.readers import Target
 from crosscoder.interventions.sets import Addition, Reading
 from finqa.task.records import TeacherRow
 from study.invented.diff.ceilings import Models
-from study.invented.diff.plan import Lengths
 from study.invented.diff.sources import Scaled
 from study.invented.files import Item
 
@@ -30,6 +29,7 @@ class Carrier:
         from study.invented.diff.readings import patched_pairs
 
         self.models, self.target, self.arm = models, target, arm
+        asked = of_first_pages(asked, models.lengths.carry_pages)
         self.own = [one for one in asked if one[0].kind == arm]
         self.other = [one for one in asked if one[0].kind != arm]
         documents = documents_from_rows([row for _, row in self.own], models.tokenizer)
@@ -68,8 +68,7 @@ class Carrier:
 
         asked = [*self.own, *(self.other if others else ())]
         if multiple != 1:
-            pages = sorted({item.page for item, _ in asked})[: self._lengths.sweep_pages]
-            asked = [one for one in asked if one[0].page in pages]
+            asked = of_first_pages(asked, self.models.lengths.sweep_pages)
         right = self.models.right(self.target, Cell(addition, direction, "own"), asked)
         norm = self.norm(addition)
         counted: dict[tuple[str, str], list[bool]] = {}
@@ -92,6 +91,8 @@ class Carrier:
             for (group, metric), answers in counted.items()
         ]
 
-    @property
-    def _lengths(self) -> Lengths:
-        return self.models.lengths
+
+def of_first_pages(asked: Sequence[tuple[Item, TeacherRow]], n: int | None) -> list[tuple[Item, TeacherRow]]:
+    """The questions of the first n pages; None is all."""
+    pages = sorted({item.page for item, _ in asked})[:n]
+    return [one for one in asked if one[0].page in pages]

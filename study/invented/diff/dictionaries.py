@@ -22,8 +22,8 @@ from finqa.runtime.manifest import write_json
 from finqa.task.records import read_teacher_rows
 from study.invented.diff.plan import GAIN, METHODS, Compared, Form, Lengths, equal_l0, lengths, site_name
 from study.invented.files import DOCUMENTS
-from study.invented.gates import read_answers, read_items, text_gates
 from study.invented.gates import model_gates as gates_of_models
+from study.invented.gates import read_answers, read_items, text_gates
 from study.invented.plan import Plan
 from study.work import read_json
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 L1_PRICE, L1_PRICE_AT, L1_PRICE_FALL = 0.7, 25, 0.85
-"""The library's price of L1 leaves about 25 latents active; the price falls by this power of how many there shall be."""
+"""The library's price of L1 leaves about 25 latents active; it falls by this power of how many there shall be."""
 
 
 @dataclass(frozen=True)

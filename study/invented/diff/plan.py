@@ -81,6 +81,10 @@ class Lengths:
     """What injected norms are multiplied by for the figure, besides 1."""
     sweep_pages: int = 15
     """Test pages that are asked for it."""
+    carry_pages: int | None = None
+    """Test pages whose questions are answered by the base with items in it; None is all of them."""
+    other_sites: int = 3
+    """Sites besides the primary one."""
     batch: int = 192
     """Replies that are written at one time."""
     max_new_tokens: int = 200
@@ -88,11 +92,15 @@ class Lengths:
 
 GAIN = 0.01
 """Explained variance of the difference: a dictionary has converged where twice the passes gain less."""
-QUICK = Lengths(seeds=(0,), latents=(64, 128), ks=(4, 8), rates=(1.0,), passes=1, most_passes=2, random=64,
-                logit_documents=8, factors=(2.0,), sweep_pages=2, batch=64, max_new_tokens=8)  # fmt: skip
-POCKET = Lengths(seeds=(0,), latents=(512, 1024), ks=(16, 32), rates=(1.0,), most_passes=8, factors=(2.0,),
-                 sweep_pages=8, batch=64, max_new_tokens=120)  # fmt: skip
-"""pocket-mistral on two cores, in an hour."""
+QUICK = Lengths(
+    seeds=(0,), other_seeds=(), latents=(64, 128), ks=(4, 8), rates=(1.0,), passes=1, most_passes=2, random=64,
+    logit_documents=8, factors=(2.0,), sweep_pages=1, carry_pages=1, other_sites=1, batch=64, max_new_tokens=8,
+)  # fmt: skip
+POCKET = Lengths(
+    seeds=(0,), latents=(512, 1024), ks=(16, 32), rates=(1.0,), most_passes=8, factors=(2.0,), sweep_pages=4,
+    carry_pages=6, batch=64, max_new_tokens=120,
+)  # fmt: skip
+"""pocket-mistral on all rows, which two cores take hours for: its rehearsal is the quick one."""
 
 
 def lengths(plan: Plan) -> Lengths:
