@@ -2,7 +2,8 @@
 
 R/invented/<model>/diff/<site>/<run>/<method>-<form>-<seed>.json holds `quality` of a dictionary, `items` (a row a
 metric and ranking) and `carried` (a row a metric and set). A file that is there is not made again. Activations are
-recorded only where one is missing, and deleted at the end; of the dictionaries the trained ones of the first seed stay.
+recorded only where one is missing, and deleted at the end; of the dictionaries the trained ones of the
+first seed at the primary site stay.
 """
 
 from __future__ import annotations
@@ -69,13 +70,16 @@ class Subject:
 
 
 def subjects(plan: Plan, is_primary: bool) -> list[Subject]:
-    """In the order in which they need each other: the untrained form before the trained, frozen last."""
+    """In the order in which they need each other: the untrained form before the trained, and last, of the first seed,
+    the frozen one."""
     how_long = lengths(plan)
     found = [Subject(ENDS, "baseline", 0)] if is_primary else []
     found += [Subject(method, "baseline", 0) for method in (*DIRECTIONS, *WITHOUT)]
-    forms: tuple[Form, ...] = ("untrained", "trained", "frozen") if is_primary else ("untrained", "trained")
-    seeds = how_long.seeds if is_primary else how_long.other_seeds
-    return found + [Subject(method, form, seed) for seed in seeds for method in METHODS for form in forms]
+    forms: tuple[Form, ...] = ("untrained", "trained", "frozen")
+    for seed in how_long.seeds if is_primary else how_long.other_seeds:
+        of_seed = forms if is_primary and seed == how_long.seeds[0] else forms[:2]
+        found += [Subject(method, form, seed) for method in METHODS for form in of_seed]
+    return found
 
 
 def results_of(plan: Plan, compared: Compared, target: Target, subject: Subject) -> Path:
@@ -100,7 +104,7 @@ class Comparison:
 
     def __init__(self, plan: Plan, compared: Compared, target: Target, is_primary: bool):
         self.plan, self.compared, self.target = plan, compared, target
-        self.carries = is_primary and compared.arm in ADDED
+        self.is_primary, self.carries = is_primary, is_primary and compared.arm in ADDED
         self.lengths, self.device = lengths(plan), students.default_device()
         self.folder = dicts.folder_of(plan, compared, target)
         self.questions = asked_of(plan, "test", ("A", "B"))
@@ -138,7 +142,8 @@ class Comparison:
         if exclusive is not None:
             rows += self._rows(source, by_nu := sources.top(exclusive, TOP), "1 - nu", by_nu)
         carried = list(self._carried(subject, source, order)) if self.carries else []
-        if subject.form == "frozen" or (subject.form, subject.seed > 0) == ("trained", True):
+        kept = self.is_primary and subject.seed == self.lengths.seeds[0]
+        if subject.form == "frozen" or (subject.form == "trained" and not kept):
             self._delete(subject)
         return {"quality": made.quality, "items": rows, "carried": carried}
 

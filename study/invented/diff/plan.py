@@ -71,7 +71,7 @@ class Lengths:
     """Learning rates, over the library's default for the size."""
     passes: int = 4
     """Over the documents; doubled until the explained variance of the difference gains less than GAIN."""
-    most_passes: int = 64
+    most_passes: int = 16
     """Where doubling ends, converged or not."""
     random: int = 1024
     """Random directions, of which the top ones are taken."""
@@ -85,6 +85,8 @@ class Lengths:
     """Test pages whose questions are answered by the base with items in it; None is all of them."""
     other_sites: int = 3
     """Sites besides the primary one."""
+    pairs_elsewhere: int = len(SEEDS) * len(ARMS)
+    """Pairs that are read at them."""
     batch: int = 192
     """Replies that are written at one time."""
     max_new_tokens: int = 200
@@ -94,7 +96,8 @@ GAIN = 0.01
 """Explained variance of the difference: a dictionary has converged where twice the passes gain less."""
 QUICK = Lengths(
     seeds=(0,), other_seeds=(), latents=(64, 128), ks=(4, 8), rates=(1.0,), passes=1, most_passes=2, random=64,
-    logit_documents=8, factors=(2.0,), sweep_pages=1, carry_pages=1, other_sites=1, batch=64, max_new_tokens=8,
+    logit_documents=8, factors=(2.0,), sweep_pages=1, carry_pages=1, other_sites=1, pairs_elsewhere=1,
+    batch=64, max_new_tokens=8,
 )  # fmt: skip
 POCKET = Lengths(
     seeds=(0,), latents=(512, 1024), ks=(16, 32), rates=(1.0,), most_passes=8, factors=(2.0,), sweep_pages=4,
@@ -163,10 +166,10 @@ def diff_jobs(plan: Plan, folders: str) -> list[Job]:
         job(name, f"ceilings {pair.run}", GENERATION_GB, [f"train-{pair.run}"])
         for name, pair in zip(ceilings, added, strict=True)
     ]
-    control = run_name(CONTROL, SEEDS[0])
-    jobs.append(job("settings", f"settings {control}", ALL_ROWS_GB, [*ceilings, f"train-{control}"]))
-    for step in ("diff", "sites"):
-        for pair in ordered:
+    before = [job.name for job in plan.jobs()]  # no dictionary is trained before the gates are measured
+    jobs.append(job("settings", f"settings {run_name(CONTROL, SEEDS[0])}", ALL_ROWS_GB, [*before, *ceilings]))
+    for step, compared in (("diff", ordered), ("sites", ordered[: lengths(plan).pairs_elsewhere])):
+        for pair in compared:
             needed = [pair.run, *(run_name(arm, pair.seed) for arm in READ_TOO.get(pair.arm, ()))]
             after = ["settings", *(f"train-{run}" for run in needed)]
             jobs.append(job(f"{step}-{pair.run}", f"{step} {pair.run}", ALL_ROWS_GB, after))
