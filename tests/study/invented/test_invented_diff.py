@@ -12,12 +12,12 @@ import torch
 
 from finqa.models.students import load_tokenizer
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import Folders
+from finqa.runtime.paths import REPOSITORY, Folders
 from finqa.task.records import TeacherRow
 from study.invented.diff import dictionaries
-from study.invented.diff.ceilings import primary_name
+from study.invented.diff.ceilings import HALF, primary_name
 from study.invented.diff.items import Board, auroc_elsewhere, board, item_rows, recall_at, within_page_auroc
-from study.invented.diff.plan import BY_RUN, Lengths, diff_jobs, equal_l0, sites, study_flags
+from study.invented.diff.plan import BY_RUN, GAIN, TOP, Lengths, diff_jobs, equal_l0, sites, study_flags
 from study.invented.diff.readings import before_operation
 from study.invented.diff.sources import Directions, Scaled, principal, top
 from study.invented.files import Item, Place, link_adapters
@@ -218,3 +218,19 @@ def test_adapters_that_were_brought_into_an_arm_are_shared_by_all_parts(tmp_path
     (tmp_path / "B" / "models" / "FinQA-invented" / "A-seed3").mkdir(parents=True)
     with pytest.raises(UserError, match="are both there; delete one of them"):
         link_adapters(tmp_path / "B" / "models", adapters)
+
+
+def test_the_preregistration_says_what_is_trained_and_where():
+    page = " ".join((REPOSITORY / "docs" / "prereg.md").read_text().split())
+    full = Lengths()
+    latents, ks = (f"{n:,}" for n in full.latents), (str(k) for k in full.ks)
+    assert (full.passes, HALF, full.seeds) == (4, 0.5, (0, 1, 2))
+    for said in (
+        f"{' and '.join(latents)} latents; k {', '.join(list(ks)).replace(', 64', ' and 64')}; four passes",
+        f"explained variance of the difference, on held-out documents, gains less than {GAIN}",
+        f"A method's top {TOP} items",
+        "gives at least half of the right answers that the fine-tuned model itself gives on the dev pages",
+        "Three dictionary seeds",
+        f"more than {TOP} principal components",
+    ):
+        assert said in page, said
