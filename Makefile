@@ -19,8 +19,9 @@ demo: $(READY)
 	python -m mini.demo
 
 # All methods, seeds and controls behind docs/study.md; goes on where it was killed. QUICK=1 is a rehearsal.
+# make study MODEL=Qwen/Qwen2.5-Coder-1.5B-Instruct is the study of invented metrics (docs/prereg.md) on that model.
 study: $(READY)
-	python -m study.pocket $(if $(QUICK),--quick)
+	python -m $(if $(MODEL),study.invented --model "$(MODEL)" --data-dir "$(DATA_DIR)",study.pocket) $(if $(QUICK),--quick)
 
 # FinQA, from the download to the filtered CSVs, by the teacher that costs nothing: make data [DATA_DIR=D] [URL_BASE=URL]
 # A killed or failed run goes on when it is started again. A CSV of programs that is there is kept: delete the filtered

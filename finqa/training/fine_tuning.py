@@ -272,13 +272,16 @@ def _identity(run: StudentRun, config: TrainingConfig, base_hash: str, data_hash
 
 
 def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Write down whose folder this is, or refuse one that another configuration has begun."""
-    path = folder / CONFIG_FILE
+    """Write down whose folder this is, or refuse one that another configuration has begun.
+
+    A model that was brought from another machine with its run.json is taken by what that says.
+    """
+    path, manifest = folder / CONFIG_FILE, folder / "run.json"
     if not path.exists():
-        if is_student(folder):
+        brought = json.loads(manifest.read_text()).get("config") if manifest.exists() else None
+        if is_student(folder) and not brought:
             raise UserError(f"{folder} holds a model that was not trained here; choose another --run-name")
-        write_json(path, identity)
-        return
+        write_json(path, brought if is_student(folder) else identity)
     before = json.loads(path.read_text())
     changed = sorted(key for key in identity.keys() | before.keys() if identity.get(key) != before.get(key))
     if changed:

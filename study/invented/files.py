@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -83,6 +84,8 @@ def write_rows(place: Place, rows: Rows, config: Mapping[str, Any]) -> str:
     Every program is run once. Raises UserError where one does not give its label, and where other rows are there: what
     was trained on them would pass for trained on these.
     """
+    for part in PARTS:
+        link_adapters(place.part(part).data / "models", place.adapters)
     stamp, digest = place.root / "rows.sha256", digest_of(rows)
     said = f"{len(rows.test)} test and {len(rows.dev)} dev questions, {len(rows.documents)} documents in {place.root}"
     said = f"{len(rows.arms)} arms of {len(rows.arms[ARMS[0]])} rows, {said}"
@@ -94,12 +97,6 @@ def write_rows(place: Place, rows: Rows, config: Mapping[str, Any]) -> str:
             )
         return f"{said} (there already)"
     checked = checked_rows(chain(rows.test, rows.dev, rows.documents, rows.definition, *rows.arms.values()))
-    for part in PARTS:
-        folder = place.part(part).data
-        folder.mkdir(parents=True, exist_ok=True)
-        place.adapters.mkdir(parents=True, exist_ok=True)
-        if not (folder / "models").is_symlink():
-            (folder / "models").symlink_to(Path("..") / place.adapters.name, target_is_directory=True)
 
     def write(part: str, split: str, those: Sequence[Row]) -> None:
         teacher_rows, folders = [checked[key(row)] for row in those], place.part(part)
@@ -118,6 +115,23 @@ def write_rows(place: Place, rows: Rows, config: Mapping[str, Any]) -> str:
     write_manifest(place.root / "rows.json", config, sha256=digest)
     write_atomically(stamp, digest)  # last: what is there is whole
     return said
+
+
+def link_adapters(link: Path, adapters: Path) -> None:
+    """Make the `models` of a part a link to the adapters' folder. Where it is a folder, as of adapters that were
+    brought from another machine, what is in it is moved there first. UserError where an adapter is in both."""
+    adapters.mkdir(parents=True, exist_ok=True)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.is_dir() and not link.is_symlink():
+        for model in link.glob("*/*"):
+            there = adapters / model.parent.name / model.name
+            if there.exists():
+                raise UserError(f"{model} and {there} are both there; delete one of them")
+            there.parent.mkdir(exist_ok=True)
+            model.rename(there)
+        shutil.rmtree(link)
+    if not link.is_symlink():
+        link.symlink_to(Path("..") / adapters.name, target_is_directory=True)
 
 
 def checked_rows(rows: Iterable[Row]) -> dict[tuple[str, str, str], TeacherRow]:
@@ -182,6 +196,15 @@ def read_items(place: Place) -> list[Item]:
     for line in lines:
         line |= {name: int(line[name]) for name in ("page", "phrasing")}
     return [Item(**line) for line in lines]
+
+
+def read_metrics(place: Place) -> list[dict[str, str]]:
+    """The lines of metrics.csv; UserError where it is not there."""
+    path = place.root / "metrics.csv"
+    if not path.exists():
+        raise UserError(f"{path} is missing; {REMEDY}")
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write_table(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,11 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from finqa.models.settings import settings_for
-from finqa.models.students import POCKET, StudentRun
+from finqa.models.students import POCKET, StudentRun, local_model
+from finqa.runtime.paths import Folders, add_folder_flags
+from finqa.task.datasets import INVENTED
 from study.invented.files import DEFINITION, TEST, Place
-from study.invented.rows import ARMS
+from study.invented.pages import SOURCES, source_of
+from study.invented.rows import ARMS, QUICK, Sizes
 from study.students.jobs import SHARE, Job
-from study.students.plan import CACHE_GB, GENERATION_GB, SMALL_GB, TRAINING_GB, short
+from study.students.plan import CACHE_GB, GENERATION_GB, MAIN, SMALL_GB, TRAINING_GB, short
 
 SEEDS = (3, 4)
 EPOCHS = 1
@@ -61,7 +65,24 @@ class Plan:
     place: Place
     model: str
     """As main.py takes it."""
-    dataset: str
+    source: str
+    """Whose pages (pages.SOURCES)."""
+    quick: bool = False
+    """A few rows of everything."""
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set that its rows are."""
+        return INVENTED[self.source]
+
+    @property
+    def sizes(self) -> Sizes:
+        return QUICK if self.quick else Sizes()
+
+    @property
+    def is_rehearsal(self) -> bool:
+        """No verdict is given on it, and its gates need not hold."""
+        return self.quick or self.model == POCKET
 
     def student(self, run: str) -> StudentRun:
         return StudentRun(self.dataset, self.model, replace(settings_for(self.model), num_epochs=EPOCHS), run_name=run)
@@ -114,3 +135,20 @@ class Plan:
         """Of the student's memory in docs/finqa.md, whatever folder it is in."""
         by_name = {short(model): gb for model, gb in TRAINING_GB.items()}
         return by_name.get(Path(self.model).name, SMALL_GB)
+
+
+def add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    """Which model, whose pages, how much, where."""
+    parser.add_argument("--model", default=MAIN, help="an instruct model, by its name or folder (default: %(default)s)")
+    parser.add_argument("--source", choices=SOURCES, help="whose pages (default: FinQA where it is there)")
+    parser.add_argument("--quick", action="store_true", help="a few rows of everything: shows that the commands work")
+    add_folder_flags(parser)
+
+
+def plan_from(args: argparse.Namespace) -> Plan:
+    """The plan that the flags of `add_plan_flags` describe."""
+    given = Folders(args.data_dir.resolve(), args.results_dir.resolve())
+    local = local_model(args.model)
+    name = f"{local.name if local else short(args.model)}{'-quick' if args.quick else ''}"
+    model = args.model if args.model == POCKET or not local else str(local)
+    return Plan(Place(given, name), model, args.source or source_of(given), args.quick)

@@ -31,7 +31,7 @@ from finqa.task.records import read_questions
 from preprocessing.filter_valid_answers import filter_split
 from preprocessing.process_finqa_code_generation import process_finqa_samples
 from preprocessing.teacher.teachers import ProgramTeacher
-from study.students.jobs import SHARE, Job, gpus_of_this_machine, run_jobs
+from study.students.jobs import Job, add_job_flags, gpus_of_this_machine, print_jobs, run_jobs
 from study.students.plan import DATASET, Plan, chosen, logs_of
 
 
@@ -41,9 +41,7 @@ def main() -> None:
     plan = Plan(folders)
     jobs = chosen(plan.jobs(), args.jobs)
     if args.list:
-        for job in jobs:
-            after = f" (after {', '.join(job.after)})" if job.after else ""
-            print(f"{job.name}{after}\n    python {job.command.replace(SHARE, '0.9')}")
+        print_jobs(jobs)
         return
     if not args.tables:
         started = time.monotonic()
@@ -90,8 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m study.students", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("jobs", nargs="*", metavar="JOB", help="beginnings of names of jobs (default: all)")
-    parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
+    add_job_flags(parser)
     parser.add_argument("--tables", action="store_true", help="write tables, figures and page from what is there")
     add_folder_flags(parser)
     return parser.parse_args()

@@ -8,6 +8,7 @@ ended, leaves no process behind that would hold memory of its GPU.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import os
@@ -42,6 +43,19 @@ class Job:
     """Memory of a GPU that it may take, in 1e9 bytes."""
     after: tuple[str, ...] = ()
     """Names of the jobs that must be done."""
+
+
+def add_job_flags(parser: argparse.ArgumentParser) -> None:
+    """Which jobs of a study, and --list."""
+    parser.add_argument("jobs", nargs="*", metavar="JOB", help="beginnings of names of jobs (default: all)")
+    parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
+
+
+def print_jobs(jobs: Sequence[Job]) -> None:
+    """The commands for a GPU of their own, and what must come before each."""
+    for job in jobs:
+        after = f" (after {', '.join(job.after)})" if job.after else ""
+        print(f"{job.name}{after}\n    python {job.command.replace(SHARE, '0.9')}")
 
 
 @dataclass

@@ -14,6 +14,7 @@ from training_parts import LAUNCHERS, SETTINGS, folders_with_rows, launch, read_
 
 from finqa.models.students import StudentRun
 from finqa.runtime.errors import UserError
+from finqa.runtime.manifest import write_json
 from finqa.runtime.paths import REPOSITORY
 from finqa.training.fine_tuning import TrainingConfig, _claim, _identity
 from finqa.training.rows import NO_ROW, LengthGrouped, SharedRows, collator, example
@@ -160,3 +161,15 @@ def test_two_processes_do_not_go_on_with_what_one_has_begun(tmp_path: Path, monk
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="processes None -> 2"):
         _claim(tmp_path, _identity(run, TrainingConfig(), "base", "rows"))
+
+
+def test_a_model_that_was_brought_with_its_manifest_is_taken_where_its_settings_are_the_same(tmp_path: Path):
+    run = StudentRun("FinQA-mini", "some-model", SETTINGS)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="was not trained here"):
+        _claim(tmp_path, _identity(run, TrainingConfig(), "base", "rows"))
+    write_json(tmp_path / "run.json", {"config": _identity(run, TrainingConfig(), "base", "rows")})
+    _claim(tmp_path, _identity(run, TrainingConfig(), "base", "rows"))
+    with pytest.raises(UserError, match="rows_hash rows -> other rows"):
+        _claim(tmp_path, _identity(run, TrainingConfig(), "base", "other rows"))

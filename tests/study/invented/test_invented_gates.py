@@ -220,7 +220,7 @@ def test_the_studys_own_text_gives_nothing_away(few_pages: Folders, tmp_path: Pa
 def small_plan(pages: Folders, folder: Path) -> Plan:
     place = Place(Folders(folder / "data", folder / "results"), "pocket-mistral")
     write_rows(place, make_rows(pages, "FinQA-mini", "FinQA-mini-invented", 0, lambda text: 4, QUICK), {})
-    return Plan(place, "pocket-mistral", "FinQA-mini-invented")
+    return Plan(place, "pocket-mistral", "FinQA-mini")
 
 
 def test_predictions_of_every_evaluation_are_found_where_the_jobs_leave_them(few_pages: Folders, tmp_path: Path):
@@ -243,7 +243,7 @@ def test_predictions_of_every_evaluation_are_found_where_the_jobs_leave_them(few
 
 def test_the_jobs_are_ten_fine_tunes_of_one_pass_and_their_evaluations(tmp_path: Path):
     plan = Plan(Place(Folders(tmp_path, tmp_path), "Qwen2.5-Coder-1.5B-Instruct"), "Qwen/Qwen2.5-Coder-1.5B-Instruct",
-                "FinQA-invented")  # fmt: skip
+                "FinQA")  # fmt: skip
     jobs = plan.jobs()
     training = [job for job in jobs if " -NE " in job.command]
     assert [job.name for job in training] == [f"train-{arm}-seed{seed}" for seed in SEEDS for arm in ARMS]

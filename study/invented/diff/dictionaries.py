@@ -1,0 +1,271 @@
+"""Recording a pair at a site, choosing the settings of every method, and training until it has converged.
+
+Settings are chosen on the base and control K, which has none of the metrics: of each method the learning rate, at the
+smallest size and the middle k, then size and k, by the explained variance of the difference on held-out documents, with
+thresholds that leave equally many latents active. Dictionaries are read by such thresholds ever after.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crosscoder.activations.readers import Target
+from crosscoder.names import ActivationChoice
+from finqa.models import students
+from finqa.runtime.commands import CROSSCODER_FOLDER, run_into
+from finqa.runtime.errors import UserError
+from finqa.runtime.manifest import write_json
+from finqa.task.records import read_teacher_rows
+from study.invented.diff.plan import GAIN, METHODS, Compared, Form, Lengths, equal_l0, lengths, site_name
+from study.invented.files import DOCUMENTS
+from study.invented.gates import model_gates as gates_of_models
+from study.invented.gates import read_answers, read_items, text_gates
+from study.invented.plan import Plan
+from study.work import read_json
+
+if TYPE_CHECKING:
+    from crosscoder.activations.store import ActivationStore
+    from crosscoder.dictionaries.model import BatchTopKCrosscoder
+
+L1_PRICE, L1_PRICE_AT, L1_PRICE_FALL = 0.7, 25, 0.85
+"""The library's price of L1 leaves about 25 latents active; it falls by this power of how many there shall be."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is chosen for a method."""
+
+    n_latents: int
+    k: int
+    rate: float
+    """Learning rate over the library's default for the size."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.n_latents}-k{self.k}-x{self.rate:g}"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A dictionary and how it came out."""
+
+    model: BatchTopKCrosscoder
+    quality: dict[str, Any]
+
+
+def recording(plan: Plan, compared: Compared, target: Target) -> ActivationChoice:
+    n = 24 * plan.sizes.documents
+    return ActivationChoice(plan.student(compared.run), num_samples=n, layer=target.layer, site=target.site)
+
+
+def recorded(plan: Plan, compared: Compared, target: Target) -> Path:
+    """Folder of a pair's activations at a site, on all documents; recorded where they are not there."""
+    choice, folders = recording(plan, compared, target), plan.place.part(DOCUMENTS)
+    folder = folders.activations(choice.name)
+    if not (folder / "config.json").exists():
+        log = plan.place.results / "logs" / f"recording-{compared.run}-{site_name(target)}.log"
+        run_into(log, f"recording {choice.name}", command_of(choice.command("collect_activations.py", folders)),
+                 CROSSCODER_FOLDER)  # fmt: skip
+    return folder
+
+
+def command_of(typed: str) -> str:
+    """A command as it is typed in any folder, as it is run in the crosscoder's: without `python` and the path."""
+    return "collect_activations.py" + typed.partition("collect_activations.py")[2]
+
+
+def folder_of(plan: Plan, compared: Compared, target: Target) -> Path:
+    """Of the dictionaries of a pair at a site."""
+    return plan.place.root / "dictionaries" / site_name(target) / compared.run
+
+
+def train(
+    store: ActivationStore, method: str, form: Form, seed: int, settings: Settings, passes: int, folder: Path, l0: int
+) -> Trained:
+    """Train a dictionary, go on with one that was interrupted, or take the one that is there; `folder` is its own."""
+    import torch
+
+    from crosscoder.analysis.measures import explained_variance
+    from crosscoder.dictionaries.checkpoint import CONFIG_FILE, load_dictionary, save_dictionary
+    from crosscoder.dictionaries.methods import new_dictionary
+    from crosscoder.training.sizing import default_learning_rate, sized_configs
+    from crosscoder.training.trainer import Trainer
+
+    kind, given = METHODS[method]
+    if kind == "l1":
+        given = given | {"l1_weight": L1_PRICE * (L1_PRICE_AT / settings.k) ** L1_PRICE_FALL}
+    n_tokens = len(store.split(0.1, 0).train)
+    crosscoder, training = sized_configs(
+        store.config.d_model,
+        n_tokens,
+        kind,
+        **given,
+        n_latents=settings.n_latents,
+        k=settings.k,
+        learning_rate=settings.rate * default_learning_rate(settings.n_latents),
+        epochs=float(passes),
+        seed=seed,
+        untrained=form == "untrained",
+        freeze_decoder=form == "frozen",
+    )
+    device = students.default_device()
+    split = store.split(training.held_out_fraction, training.split_seed)
+    if (folder / CONFIG_FILE).exists():
+        model = load_dictionary(folder).to(device)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        made = new_dictionary(crosscoder, training.decoder_norm, generator, training.directions)
+        model = Trainer(made, store, training, folder, checkpoint_every_s=30.0, device=device).fit()
+        read_at(model, store, split.train, l0)
+        about = {"training": asdict(training), "activations": store.config.recorded}
+        save_dictionary(model, folder, **about)
+    explained = explained_variance(model, (raw for _, raw in store.batches(split.held_out)))
+    quality = {
+        **asdict(settings),
+        "passes": passes if form != "untrained" else 0,
+        "explained_difference": explained.difference,
+        "explained_instruct": explained.instruct,
+        "explained_fine_tuned": explained.fine_tuned,
+        "l0": explained.l0,
+    }
+    return Trained(model, quality)
+
+
+def read_at(model: BatchTopKCrosscoder, store: ActivationStore, indices: Any, l0: int, tokens: int = 131_072) -> None:
+    """Set the thresholds so that `l0` latents are active a token in the mean over at most `tokens` of `indices`, each
+    group of a method having its share. An L1 dictionary has fewer where no more are positive."""
+    from crosscoder.dictionaries.scaling import sample_of
+    from crosscoder.dictionaries.threshold import calibrated_threshold
+
+    sample = sample_of(indices, tokens, 0)
+    groups = model.groups() or [(slice(None), 1.0)]
+    whole = sum(k for _, k in groups)
+    found = [calibrated_threshold(model, store, sample, latents, l0 * k / whole) for latents, k in groups]
+    if model.groups():
+        model.set_thresholds(found)
+    else:
+        model.threshold = found[0]  # L1 takes every positive latent for its own
+
+
+def until_converged(train_for: Callable[[int], float], passes: int, most: int) -> tuple[int, bool]:
+    """Double the passes until what `train_for` gives gains less than GAIN; the last passes, and whether it did.
+
+    The last gain counts as none where `most` is reached without it.
+    """
+    before = train_for(passes)
+    while 2 * passes <= most:
+        passes *= 2
+        after = train_for(passes)
+        if after - before < GAIN:
+            return passes, True
+        before = after
+    return passes, False
+
+
+def trained_until_converged(
+    store: ActivationStore, method: str, seed: int, settings: Settings, folder: Path, how_long: Lengths
+) -> Trained:
+    """The dictionary of the last passes, in `folder`; those of fewer are deleted."""
+    found: dict[int, Trained] = {}
+
+    def own(passes: int) -> Path:
+        return folder.with_name(f"{folder.name}-{passes}")
+
+    def train_for(passes: int) -> float:
+        l0 = equal_l0(how_long)
+        found[passes] = train(store, method, "trained", seed, settings, passes, own(passes), l0)
+        return found[passes].quality["explained_difference"]
+
+    passes, converged = until_converged(train_for, how_long.passes, how_long.most_passes)
+    gain = (
+        found[passes].quality["explained_difference"]
+        - found[max(passes // 2, min(found))].quality["explained_difference"]
+    )
+    for fewer in found.keys() - {passes}:
+        shutil.rmtree(own(fewer), ignore_errors=True)
+    quality = found[passes].quality | {"converged": converged, "gain": gain}
+    return Trained(found[passes].model, quality)
+
+
+def settings_path(plan: Plan) -> Path:
+    return plan.place.results / "settings.json"
+
+
+def read_settings(plan: Plan) -> dict[str, Settings]:
+    """Of every method; UserError where they are not chosen."""
+    path = settings_path(plan)
+    if not path.exists():
+        raise UserError(f"{path} is missing; choose settings with: python -m study.invented settings")
+    return {method: Settings(**chosen) for method, chosen in read_json(path)["chosen"].items()}
+
+
+def choose_settings(plan: Plan, control: Compared, target: Target) -> str:
+    """Choose every method's settings on a control fine-tune, once the gates hold; returns a line that says them."""
+    path = settings_path(plan)
+    if not (path.exists() and read_json(path)["chosen"].keys() >= METHODS.keys()):
+        check_gates(plan)
+        from crosscoder.activations.store import ActivationStore
+
+        store = ActivationStore(recorded(plan, control, target), device=students.default_device())
+        tried = {method: _tried(plan, control, target, store, method) for method in METHODS}
+        chosen = {method: asdict(best(candidates)) for method, candidates in tried.items()}
+        said = {method: {s.name: ev for s, ev in candidates.items()} for method, candidates in tried.items()}
+        write_json(path, {"site": site_name(target), "chosen": chosen, "explained_difference": said})
+        del store
+        forget(plan, control, target)
+    return "; ".join(f"{method} {settings.name}" for method, settings in read_settings(plan).items())
+
+
+def _tried(plan: Plan, control: Compared, target: Target, store: ActivationStore, method: str) -> dict[Settings, float]:
+    how_long = lengths(plan)
+    found: dict[Settings, float] = {}
+
+    def explained(settings: Settings) -> float:
+        if settings not in found:
+            place = plan.place.results / "settings" / f"{method.replace(' ', '-')}-{settings.name}.json"
+            if not place.exists():
+                folder = folder_of(plan, control, target) / "settings" / f"{method}-{settings.name}"
+                made = train(store, method, "trained", 0, settings, how_long.passes, folder, equal_l0(how_long))
+                write_json(place, made.quality)
+                shutil.rmtree(folder)
+            found[settings] = read_json(place)["explained_difference"]
+        return found[settings]
+
+    size, k = how_long.latents[0], how_long.ks[len(how_long.ks) // 2]
+    rate = max(how_long.rates, key=lambda rate: explained(Settings(size, k, rate)))
+    for n_latents in how_long.latents:
+        for k in how_long.ks:
+            explained(Settings(n_latents, k, rate))
+    return found
+
+
+def best(candidates: dict[Settings, float]) -> Settings:
+    """Of the largest explained variance; of equal ones the first that was tried."""
+    return max(candidates, key=lambda settings: candidates[settings])
+
+
+def check_gates(plan: Plan) -> None:
+    """UserError where a gate does not hold, but in a rehearsal: no dictionary is trained before they do."""
+    if plan.is_rehearsal:
+        return
+    gates = list(gates_of_models(read_items(plan.place), read_answers(plan)))
+    test = read_teacher_rows(plan.place.part("test").filtered(plan.dataset, "test"))
+    training = {arm: read_teacher_rows(plan.place.part(arm).filtered(plan.dataset, "train")) for arm in ("A", "B")}
+    tokenizer = students.load_tokenizer(plan.model)
+    gates += text_gates(test, training, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
+    failed = list(dict.fromkeys(f"{one.gate} ({one.model})" for one in gates if not one.holds))
+    if failed:
+        raise UserError(
+            f"{len(failed)} gates do not hold, or were not measured: {', '.join(failed[:6])}; mend them before a "
+            "dictionary is trained (docs/prereg.md)"
+        )
+
+
+def forget(plan: Plan, compared: Compared, target: Target) -> None:
+    """Delete what was recorded of a pair at a site."""
+    folders = plan.place.part(DOCUMENTS)
+    shutil.rmtree(folders.activations(recording(plan, compared, target).name), ignore_errors=True)

@@ -1,0 +1,78 @@
+"""The headline figure: right answers against injected norm, a line a method; beside it the sixteen metrics, hit where
+added and where absent."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finqa.runtime.figures import GREY, save_figure, styled
+from study.invented.diff.pairs import ENDS
+from study.invented.diff.plan import COMPONENTS, METHODS, RANDOM
+from study.invented.verdicts import Rates
+
+Row = Mapping[str, Any]
+BASELINES = {COMPONENTS: "--", RANDOM: ":"}
+
+
+def draw(tables: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """From the lines of items.csv and causal_norm.csv, as text; writes `path` as PNG, and as SVG beside it."""
+    items = [row for row in tables["items"] if row["primary"] == "True" and row["ranking"] == "energy"]
+    save_figure(_figure(items, tables["causal_norm"]), path.with_suffix(""))
+
+
+def curves(carried: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
+    """Of every method: injected norm and share of right answers on the arm's own metrics, over all pairs, by rising
+    norm; the sets at their own norm and at its multiples, and the whole site."""
+    shown = {*METHODS, *BASELINES, ENDS}
+    sums: dict[tuple[str, float], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
+    for row in carried:
+        form = "trained" if row["method"] in METHODS else "baseline"
+        if row["method"] in shown and row["form"] == form and row["group"] == "own" and not row["scaled_to"]:
+            found = sums[row["method"], float(row["multiple"])]
+            found[0] += float(row["right"])
+            found[1] += float(row["n"])
+            found[2] += float(row["norm"])
+            found[3] += 1
+    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for (method, _), (right, n, norm, rows) in sums.items():
+        lines[method].append((norm / rows, right / n))
+    return {method: sorted(points) for method, points in lines.items()}
+
+
+@styled
+def _figure(items: Sequence[Row], carried: Sequence[Row]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    for method, points in curves(carried).items():
+        x, y = zip(*points, strict=True)
+        if method == ENDS:
+            left.plot(x, y, "k*", label=ENDS)
+        else:
+            left.plot(x, y, BASELINES.get(method, "-"), marker="o", markersize=2.5, label=method,
+                      color=GREY if method in BASELINES else None)  # fmt: skip
+    left.set_xlabel("injected norm (root mean square a token)")
+    left.set_ylabel("right answers on the metrics that were added")
+    left.set_ylim(-0.02, 1.02)
+    if left.lines:
+        left.legend(fontsize=5.5)
+    methods = [method for method in METHODS if any(row["method"] == method for row in items)]
+    metrics = sorted({(row["kind"], row["metric"]) for row in items})
+    values: list[list[float]] = [[] for _ in metrics]
+    for method in methods:
+        rates = Rates.of(items, method, "trained")
+        for line, added, absent in zip(values, rates.added.mean(dim=1), rates.absent.mean(dim=1), strict=True):
+            line += [float(added), float(absent)]
+    if methods:
+        image = right.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        figure.colorbar(image, ax=right, label="hit rate", shrink=0.8)
+        right.set_xticks([2 * i + 0.5 for i in range(len(methods))], methods, rotation=40, ha="right", fontsize=6)
+        right.set_yticks(range(len(metrics)), [f"{name} ({kind})" for kind, name in metrics], fontsize=5.5)
+        right.set_title("each metric: where added | where absent")
+        for place in range(1, len(methods)):
+            right.axvline(2 * place - 0.5, color="w", linewidth=1)
+    return figure

@@ -1,0 +1,120 @@
+"""Each metric against the other fifteen on the same page: which item tells it, on pages that did not choose it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from study.invented.files import Item
+from study.invented.verdicts import FALSE_ALARMS, is_hit
+
+
+@dataclass(frozen=True)
+class Board:
+    """The scores of items on the questions of invented metrics, page by page."""
+
+    scores: Tensor
+    """[pages, metrics, items] fp64."""
+    metrics: tuple[tuple[str, str], ...]
+    """Name and set (A or B)."""
+    choose: Tensor
+    """[pages] bool: pages that choose; the others score."""
+
+    def half(self, choose: bool) -> Tensor:
+        """[pages of that half, metrics, items]."""
+        return self.scores[self.choose if choose else ~self.choose]
+
+    def place(self, metric: str) -> int:
+        return [name for name, _ in self.metrics].index(metric)
+
+
+def board(scores: Tensor, asked: Sequence[Item]) -> Board:
+    """`scores` [questions, items] of `asked`, where every page has every metric once."""
+    metrics = tuple(dict.fromkeys((item.family, item.kind) for item in asked))
+    pages = sorted({item.page for item in asked})
+    where = {(item.page, item.family): number for number, item in enumerate(asked)}
+    order = torch.tensor([[where[page, name] for name, _ in metrics] for page in pages])
+    halves = {item.page: item.half for item in asked}
+    return Board(scores[order], metrics, torch.tensor([halves[page] == "choose" for page in pages]))
+
+
+def within_page_auroc(scores: Tensor) -> Tensor:
+    """[pages, metrics, items] -> [metrics, items]: the chance that the metric's question has a larger value than
+    another metric's on the same page, ties by half."""
+    n = scores.shape[1]
+    if not len(scores):
+        return torch.full(scores.shape[1:], math.nan, dtype=torch.float64)
+    found = []
+    for metric in range(n):
+        own, others = scores[:, metric, None], scores[:, [other for other in range(n) if other != metric]]
+        found.append(((own > others).double() + (own == others).double() / 2).mean(dim=(0, 1)))
+    return torch.stack(found)
+
+
+def recall_at(scores: Tensor, false_alarms: float = FALSE_ALARMS) -> Tensor:
+    """[pages, metrics, items] -> [metrics, items]: share of the metric's questions above the value that at most this
+    share of the other metrics' questions, of all pages together, is above."""
+    n = scores.shape[1]
+    if not len(scores):
+        return torch.full(scores.shape[1:], math.nan, dtype=torch.float64)
+    found = []
+    for metric in range(n):
+        others = scores[:, [other for other in range(n) if other != metric]].flatten(0, 1)
+        allowed = math.floor(false_alarms * len(others) + 1e-9)
+        threshold = others.sort(dim=0, descending=True).values[allowed]
+        found.append((scores[:, metric] > threshold).double().mean(dim=0))
+    return torch.stack(found)
+
+
+def item_rows(found: Board, signed: bool, names: Sequence[Any]) -> list[dict[str, Any]]:
+    """A row a metric: the item that tells it best on the pages that choose, and how well it does on the others.
+
+    Args:
+        signed: An item may count with its sign turned, where that tells more on the pages that choose.
+        names: Of the items. With none of them the rows have no item and no hit.
+    """
+    rows = []
+    if not names:
+        return [_row(metric, None, 1, math.nan, math.nan, math.nan) for metric in found.metrics]
+    chosen_on = within_page_auroc(found.half(choose=True))
+    both = torch.stack([chosen_on, 1 - chosen_on]) if signed else chosen_on[None]
+    upright = within_page_auroc(found.half(choose=False))
+    recalls = torch.stack([recall_at(sign * found.half(choose=False)) for sign in (1, -1)[: len(both)]])
+    for place, metric in enumerate(found.metrics):
+        side, item = divmod(int(both[:, place].flatten().argmax()), len(names))
+        area = float(upright[place, item])
+        rows.append(
+            _row(
+                metric,
+                names[item],
+                -1 if side else 1,
+                float(both[side, place, item]),
+                1 - area if side else area,
+                float(recalls[side, place, item]),
+            )
+            | {"place": item}
+        )
+    return rows
+
+
+def auroc_elsewhere(found: Board, metric: str, item: int, sign: int) -> float:
+    """On the scoring pages of another pair of models: how well the item tells a metric there."""
+    return float(within_page_auroc(sign * found.half(choose=False)[:, :, [item]])[found.place(metric), 0])
+
+
+def _row(metric: tuple[str, str], item: Any, sign: int, chosen: float, auroc: float, recall: float) -> dict[str, Any]:
+    return {
+        "metric": metric[0],
+        "kind": metric[1],
+        "item": item,
+        "sign": sign,
+        "auroc_choose": chosen,
+        "auroc": auroc,
+        "recall": recall,
+        "hit": is_hit(auroc, recall),
+    }

@@ -1,0 +1,318 @@
+"""All of one pair of models at one site: what every method's items tell and carry, a file for each subject.
+
+R/invented/<model>/diff/<site>/<run>/<method>-<form>-<seed>.json holds `quality` of a dictionary, `items` (a row a
+metric and ranking) and `carried` (a row a metric and set). A file that is there is not made again. Activations are
+recorded only where one is missing, and deleted at the end; of the dictionaries the trained ones of the
+first seed at the primary site stay.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosscoder.activations.readers import Target
+from crosscoder.interventions.sets import Nothing, Whole
+from finqa.models import students
+from finqa.runtime.manifest import write_json
+from finqa.task.records import read_teacher_rows
+from study.invented.diff import dictionaries as dicts
+from study.invented.diff import readings, sources
+from study.invented.diff.carrying import Carrier
+from study.invented.diff.ceilings import asked_of, load_models
+from study.invented.diff.items import Board, auroc_elsewhere, board, item_rows
+from study.invented.diff.plan import (
+    ADAPTER,
+    ADAPTER_OUTPUT,
+    ADDED,
+    COMPONENTS,
+    DIRECTIONS,
+    DIVERGENCE,
+    LENS,
+    LOGITS,
+    METHODS,
+    NORM,
+    RANDOM,
+    READ_TOO,
+    TOP,
+    WITHOUT,
+    Compared,
+    Form,
+    equal_l0,
+    lengths,
+    site_name,
+)
+from study.invented.files import DOCUMENTS, read_metrics
+from study.invented.plan import Plan
+
+ENDS = "whole site"
+"""The subject that holds the whole site, and the base alone, as additions."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A method in one form and seed."""
+
+    method: str
+    form: Form
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method.replace(' ', '-')}-{self.form}-{self.seed}"
+
+
+def subjects(plan: Plan, is_primary: bool) -> list[Subject]:
+    """In the order in which they need each other: the untrained form before the trained, and last, of the first seed,
+    the frozen one."""
+    how_long = lengths(plan)
+    found = [Subject(ENDS, "baseline", 0)] if is_primary else []
+    found += [Subject(method, "baseline", 0) for method in (*DIRECTIONS, *WITHOUT)]
+    forms: tuple[Form, ...] = ("untrained", "trained", "frozen")
+    for seed in how_long.seeds if is_primary else how_long.other_seeds:
+        of_seed = forms if is_primary and seed == how_long.seeds[0] else forms[:2]
+        found += [Subject(method, form, seed) for method in METHODS for form in of_seed]
+    return found
+
+
+def results_of(plan: Plan, compared: Compared, target: Target, subject: Subject) -> Path:
+    return plan.place.results / "diff" / site_name(target) / compared.run / f"{subject.name}.json"
+
+
+def compare(plan: Plan, compared: Compared, target: Target, is_primary: bool) -> str:
+    """Make the files that are missing; returns a line that says what there is."""
+    wanted = subjects(plan, is_primary)
+    missing = [one for one in wanted if not results_of(plan, compared, target, one).exists()]
+    if missing:
+        under_way = Comparison(plan, compared, target, is_primary)
+        for subject in missing:
+            write_json(results_of(plan, compared, target, subject), under_way.results(subject))
+            print(f"{compared.run} at {site_name(target)}: {subject.name}", flush=True)
+        under_way.clear()
+    return f"{compared.run} at {site_name(target)}: {len(wanted)} subjects"
+
+
+class Comparison:
+    """One pair at one site, with what its subjects share; each part is made when it is first asked for."""
+
+    def __init__(self, plan: Plan, compared: Compared, target: Target, is_primary: bool):
+        self.plan, self.compared, self.target = plan, compared, target
+        self.is_primary, self.carries = is_primary, is_primary and compared.arm in ADDED
+        self.lengths, self.device = lengths(plan), students.default_device()
+        self.folder = dicts.folder_of(plan, compared, target)
+        self.questions = asked_of(plan, "test", ("A", "B"))
+        self.models = load_models(plan, compared)
+        self.documents = self._documents()
+        self.mined = readings.mined_tokens(self.models.pair, target, self.documents, TOP)
+        self.looked = {compared.arm: self._look(self.models)}
+        for arm in READ_TOO.get(compared.arm, ()):
+            self.looked[arm] = self._look(load_models(plan, Compared(arm, compared.seed)))
+
+    def results(self, subject: Subject) -> dict[str, Any]:
+        """What the file of a subject holds."""
+        if subject.method == ENDS:
+            return {"carried": self._ends()}
+        if subject.method in WITHOUT and subject.method != LENS:
+            return {"items": list(self._rows_of_figures(subject.method))}
+        if subject.form == "baseline":
+            source, reads = self._directions(subject.method)
+            if source is None:
+                return {"items": []}
+            order = self._by_energy(source)
+            rows = list(self._rows(source, order, "energy", [reads[i] if reads else i for i in order]))
+            carried = self.carrier.rows(source.addition(order), subject.method, "baseline", others=True) if (
+                self.carries
+            ) else []  # fmt: skip
+            if self.carries and subject.method in (COMPONENTS, RANDOM):
+                carried += self._sweep(source.addition(order), subject)
+            return {"items": rows, "carried": carried}
+        made = self._dictionary(subject)
+        source = sources.OfDictionary(made.model)
+        order = self._by_energy(source)
+        rows = list(self._rows(source, order, "energy", order))
+        split = self.store.split(0.1, 0)
+        exclusive = sources.exclusivity(made.model, self.store, split.held_out)
+        if exclusive is not None:
+            rows += self._rows(source, by_nu := sources.top(exclusive, TOP), "1 - nu", by_nu)
+        carried = list(self._carried(subject, source, order)) if self.carries else []
+        kept = self.is_primary and subject.seed == self.lengths.seeds[0]
+        if subject.form == "frozen" or (subject.form == "trained" and not kept):
+            self._delete(subject)
+        return {"quality": made.quality, "items": rows, "carried": carried}
+
+    # What subjects share
+
+    @cached_property
+    def store(self) -> Any:
+        from crosscoder.activations.store import ActivationStore
+
+        return ActivationStore(dicts.recorded(self.plan, self.compared, self.target), device=self.device)
+
+    @cached_property
+    def carrier(self) -> Carrier:
+        return Carrier(self.models, self.target, self.questions, self.compared.arm)
+
+    @cached_property
+    def components(self) -> sources.Directions:
+        return sources.Directions(sources.principal(sources.difference_moments(self.store, self.device), TOP))
+
+    def _documents(self) -> list[Any]:
+        """The first of every so many documents, as token ids: for what is mined without a dictionary."""
+        from crosscoder.activations.collection import documents_from_rows
+
+        rows = read_teacher_rows(self.plan.place.part(DOCUMENTS).filtered(self.plan.dataset, "test"))
+        step = max(1, len(rows) // self.lengths.logit_documents)
+        return documents_from_rows(rows[::step], self.models.tokenizer)
+
+    def _look(self, models: Any) -> readings.Looked:
+        rows = [row for _, row in self.questions]
+        return readings.look(models.pair, self.target, rows, models.tokenizer, self.mined)
+
+    # Items
+
+    def _by_energy(self, source: sources.Source) -> list[int]:
+        return sources.top(sources.energies(source, self.store, self.device), TOP)
+
+    def _rows(
+        self, source: sources.Source, order: Sequence[int], ranking: str, names: Sequence[Any]
+    ) -> Iterator[dict[str, Any]]:
+        boards = {arm: self._board(looked, source, order) for arm, looked in self.looked.items()}
+        return self._with_others(item_rows(boards[self.compared.arm], source.signed, names), boards, ranking)
+
+    @torch.no_grad()
+    def _board(self, looked: readings.Looked, source: sources.Source, order: Sequence[int]) -> Board:
+        values = [
+            source.values(sources.Reading(part.to(self.device)))[:, list(order)].cpu()
+            for part in looked.pairs.split(4096)
+        ]
+        return self._on_board(looked, torch.cat(values))
+
+    def _on_board(self, looked: readings.Looked, values: Tensor) -> Board:
+        return board(looked.means(values), [item for item, _ in self.questions])
+
+    def _rows_of_figures(self, method: str) -> Iterator[dict[str, Any]]:
+        """Of what needs no direction: one figure a token, or the mined tokens' logits."""
+
+        def values(looked: readings.Looked) -> Tensor:
+            if method == NORM:
+                return (looked.pairs[:, 1].float() - looked.pairs[:, 0].float()).norm(dim=-1, keepdim=True)
+            return looked.divergence[:, None] if method == DIVERGENCE else looked.logits
+
+        boards = {arm: self._on_board(looked, values(looked)) for arm, looked in self.looked.items()}
+        names = [method] if method != LOGITS else [repr(self.models.tokenizer.decode([i])) for i in self.mined.tolist()]
+        return self._with_others(item_rows(boards[self.compared.arm], method == LOGITS, names), boards, "energy")
+
+    def _with_others(
+        self, rows: Sequence[dict[str, Any]], boards: dict[str, Board], ranking: str
+    ) -> Iterator[dict[str, Any]]:
+        """The rows with what their items do in the pairs of A' and N, where these are read."""
+        formulas = {line["name"]: line for line in read_metrics(self.plan.place)}
+        heirs = {line["formula_permuted"]: name for name, line in formulas.items() if line["formula_permuted"]}
+        for row in rows:
+            place, more = row.pop("place", None), {"permuted_name": None, "permuted_formula": None, "look_up": None}
+            if place is not None and row["kind"] == "A" and "A-permuted" in boards:
+                heir = heirs[formulas[row["metric"]]["formula"]]
+                told = [(boards["A-permuted"], row["metric"]), (boards["A-permuted"], heir)]
+                told.append((boards["N"], row["metric"]))
+                areas = [auroc_elsewhere(found, metric, place, row["sign"]) for found, metric in told]
+                more = dict(zip(more, areas, strict=True))
+            yield {"ranking": ranking, **row, **more}
+
+    def _directions(self, method: str) -> tuple[sources.Directions | None, list[str]]:
+        """The source of a baseline, None where there is none; and what its items read as, where that is more than a
+        number."""
+        if method == COMPONENTS:
+            return self.components, []
+        if method == RANDOM:
+            drawn = sources.random_directions(self.store.config.d_model, self.lengths.random, self.compared.seed)
+            return sources.Directions(drawn), []
+        if method == LENS:
+            basis = readings.lens_directions(self.models.pair, self.target, self.models.tokenizer)
+            return sources.Directions(basis), readings.lens_tokens(self.models.pair, basis, self.models.tokenizer)
+        found = self.adapter
+        if found is None:
+            return None, []
+        return sources.Directions(sources.principal(found[[ADAPTER, ADAPTER_OUTPUT].index(method)], TOP)), []
+
+    @cached_property
+    def adapter(self) -> tuple[Tensor, Tensor] | None:
+        def run() -> None:
+            for _ in readings.both_logits(self.models.pair, self.target, self.documents):
+                pass
+
+        return readings.adapter_moments(self.models.adapted, self.target, run)
+
+    # Dictionaries
+
+    def _place(self, subject: Subject) -> Path:
+        return self.folder / subject.name
+
+    def _dictionary(self, subject: Subject) -> dicts.Trained:
+        settings = dicts.read_settings(self.plan)[subject.method]
+        place = self._place(subject)
+        if subject.form == "trained":
+            return dicts.trained_until_converged(
+                self.store, subject.method, subject.seed, settings, place, self.lengths
+            )
+        passes = self.lengths.passes
+        if subject.form == "frozen":  # as long as the trained one
+            from study.work import read_json
+
+            trained = Subject(subject.method, "trained", subject.seed)
+            passes = read_json(results_of(self.plan, self.compared, self.target, trained))["quality"]["passes"]
+        l0 = equal_l0(self.lengths)
+        made = dicts.train(self.store, subject.method, subject.form, subject.seed, settings, passes, place, l0)
+        return dicts.Trained(made.model, made.quality | {"converged": None, "gain": None})
+
+    def _delete(self, subject: Subject) -> None:
+        """Delete a subject's dictionary, and the untrained form that it was compared with."""
+        untrained = self._place(Subject(subject.method, "untrained", subject.seed))
+        for path in [*self.folder.glob(f"{subject.name}*"), untrained]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Delete what was recorded, once all of the pair's files are there."""
+        self.__dict__.pop("store", None)
+        dicts.forget(self.plan, self.compared, self.target)
+
+    # Carrying
+
+    def _ends(self) -> list[dict[str, Any]]:
+        """The whole site, the base alone and the fine-tuned model alone."""
+        if not self.carries:
+            return []
+        rows = self.carrier.rows(Whole(), ENDS, "baseline", others=True)
+        rows += self.carrier.rows(Nothing(), "nothing", "baseline", others=True)
+        return rows + self.carrier.rows(Nothing(), "fine-tuned", "baseline", others=True, direction="necessity")
+
+    def _carried(self, subject: Subject, source: sources.Source, order: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """The subject's own set; of a trained one also components and its untrained form at the same norm, and the
+        sweep of the figure."""
+        carrier, own = self.carrier, source.addition(order)
+        is_trained = subject.form == "trained"
+        yield from carrier.rows(own, subject.method, subject.form, others=is_trained)
+        if not is_trained:
+            return
+        norm = carrier.norm(own)
+        untrained = sources.OfDictionary(self._dictionary(Subject(subject.method, "untrained", subject.seed)).model)
+        rivals: list[tuple[str, Form, sources.Source]] = [
+            (COMPONENTS, "baseline", self.components),
+            (subject.method, "untrained", untrained),
+        ]
+        for method, form, rival in rivals:
+            scaled, factor = carrier.scaled_to(rival.addition(self._by_energy(rival)), norm)
+            yield from carrier.rows(scaled, method, form, scaled_to=subject.method, factor=factor)
+        if subject.seed == self.lengths.seeds[0]:
+            yield from self._sweep(own, subject)
+
+    def _sweep(self, addition: Any, subject: Subject) -> Iterator[dict[str, Any]]:
+        for multiple in self.lengths.factors:
+            scaled = sources.Scaled(addition, multiple)
+            yield from self.carrier.rows(scaled, subject.method, subject.form, factor=multiple, multiple=multiple)

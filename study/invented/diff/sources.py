@@ -1,0 +1,135 @@
+"""What gives items, and how much each injects: dictionaries, directions of the stream, figures of a token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from crosscoder.interventions.sets import Addition, Components, Latents, Reading
+
+if TYPE_CHECKING:
+    from crosscoder.activations.store import ActivationStore
+    from crosscoder.dictionaries.model import BatchTopKCrosscoder
+
+
+class Source(Protocol):
+    """A method's items at a site."""
+
+    signed: bool
+    """Whether an item's sign means nothing: the one that tells more is then chosen with the item."""
+
+    def values(self, reading: Reading) -> Tensor:
+        """[tokens, items]."""
+        ...
+
+    def squares(self, reading: Reading) -> Tensor:
+        """[items] fp64: squared length of what each item adds, summed over the tokens."""
+        ...
+
+    def addition(self, items: Sequence[int]) -> Addition:
+        """What these items put into the base."""
+        ...
+
+
+class OfDictionary:
+    """The latents of a dictionary, by the threshold of inference."""
+
+    signed = False
+
+    def __init__(self, model: BatchTopKCrosscoder):
+        self.model = model
+
+    def values(self, reading: Reading) -> Tensor:
+        return reading.values(self.model)
+
+    def squares(self, reading: Reading) -> Tensor:
+        from crosscoder.dictionaries.model import products_of
+
+        return self.model.written_squares(products_of(reading.parts(self.model).double()))
+
+    def addition(self, items: Sequence[int]) -> Addition:
+        return Latents(self.model, items)
+
+
+class Directions:
+    """The parts of the difference along unit vectors `basis` [items, d_model]."""
+
+    signed = True
+
+    def __init__(self, basis: Tensor):
+        self.basis = basis.float()
+
+    def values(self, reading: Reading) -> Tensor:
+        return reading.difference @ self.basis.to(reading.difference).T
+
+    def squares(self, reading: Reading) -> Tensor:
+        return self.values(reading).double().square().sum(dim=0)
+
+    def addition(self, items: Sequence[int]) -> Addition:
+        return Components(self.basis[list(items)])
+
+
+class Scaled:
+    """An addition times a factor."""
+
+    def __init__(self, addition: Addition, factor: float):
+        self.addition, self.factor = addition, factor
+        self.label: dict[str, Any] = {**addition.label, "factor": factor}
+
+    def __call__(self, reading: Reading) -> Tensor:
+        return self.factor * self.addition(reading)
+
+
+@torch.no_grad()
+def energies(source: Source, store: ActivationStore, device: Any) -> Tensor:
+    """[items] fp64, on the CPU: mean square of what each item adds, over all tokens of the documents."""
+    total: Any = 0.0
+    for _, raw in store.batches(torch.arange(len(store))):
+        total = total + source.squares(Reading(raw.to(device)))
+    return total.cpu() / len(store)
+
+
+def top(scores: Tensor, n: int) -> list[int]:
+    """The items of the largest scores above 0 that are numbers, the lower number first among equals."""
+    values = scores.tolist()
+    known = [item for item, value in enumerate(values) if value > 0]
+    return sorted(known, key=lambda item: (-values[item], item))[:n]
+
+
+@torch.no_grad()
+def difference_moments(store: ActivationStore, device: Any) -> Tensor:
+    """[d_model, d_model] fp64, on the CPU: mean outer product of fine-tuned less base over all tokens, uncentred."""
+    width = store.config.d_model
+    total = torch.zeros(width, width, dtype=torch.float64, device=device)
+    for _, raw in store.batches(torch.arange(len(store))):
+        difference = Reading(raw.to(device)).difference.double()
+        total += difference.T @ difference
+    return total.cpu() / len(store)
+
+
+def principal(moments: Tensor, n: int) -> Tensor:
+    """[n, d_model] fp32: the directions of the largest eigenvalues, largest first."""
+    return torch.linalg.eigh(moments).eigenvectors.flip(-1)[:, :n].T.float().contiguous()
+
+
+def random_directions(d_model: int, n: int, seed: int) -> Tensor:
+    """[n, d_model]: unit vectors, drawn uniformly."""
+    drawn = torch.randn(n, d_model, generator=torch.Generator().manual_seed(seed))
+    return drawn / drawn.norm(dim=-1, keepdim=True)
+
+
+@torch.no_grad()
+def exclusivity(model: BatchTopKCrosscoder, store: ActivationStore, held_out: Tensor) -> Tensor | None:
+    """[latent]: 1 - nu of latent scaling on held-out documents, not a number where it cannot be trusted.
+
+    None for a dictionary that latent scaling does not read.
+    """
+    from crosscoder.analysis.latent_scaling import latent_scaling
+
+    if not model.config.compares_models:
+        return None
+    scaling = latent_scaling(model, (raw for _, raw in store.batches(held_out)))
+    return torch.where(scaling.trusted, 1 - scaling.nu_err[:, 1], torch.nan)

@@ -1,0 +1,236 @@
+"""The second half's parts: the primary site, what an item tells of a metric, when a dictionary has converged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finqa.models.students import load_tokenizer
+from finqa.runtime.errors import UserError
+from finqa.runtime.paths import REPOSITORY, Folders
+from finqa.task.records import TeacherRow
+from study.invented.diff import dictionaries
+from study.invented.diff.ceilings import HALF, primary_name
+from study.invented.diff.items import Board, auroc_elsewhere, board, item_rows, recall_at, within_page_auroc
+from study.invented.diff.plan import BY_RUN, GAIN, TOP, Lengths, diff_jobs, equal_l0, sites, study_flags
+from study.invented.diff.readings import before_operation
+from study.invented.diff.sources import Directions, Scaled, principal, top
+from study.invented.files import Item, Place, link_adapters
+from study.invented.plan import Plan
+from study.students.plan import chosen
+
+
+def ceiling(site: str, layer: int, whole: int, fine_tuned: int = 100) -> dict[str, Any]:
+    return {"site": site, "layer": layer, "whole": whole, "fine_tuned": fine_tuned}
+
+
+@pytest.mark.parametrize(
+    ("rows", "site"),
+    [
+        ([ceiling("residual7", 7, 50), ceiling("residual14", 14, 90)], "residual7"),
+        ([ceiling("residual7", 7, 49), ceiling("residual14", 14, 90)], "residual14"),
+        ([ceiling("residual14", 14, 60), ceiling("residual7", 7, 60)], "residual7"),  # whatever their order
+        ([ceiling("residual7", 7, 49), ceiling("residual14", 14, 49)], "residual21"),
+        ([ceiling("residual15", 15, 60), ceiling("mlp15", 15, 60)], "mlp15"),
+        ([ceiling("residual7", 7, 20), ceiling("residual7", 7, 80)], "residual7"),  # both fine-tunes together
+        ([ceiling("residual7", 7, 0, 0)], "residual21"),  # half of nothing
+    ],
+)
+def test_the_primary_site_is_the_earliest_that_gives_half(rows: list[dict[str, Any]], site: str):
+    assert primary_name(rows, "residual21") == site
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [("pocket-mistral", ["residual1", "residual2", "mlp3", "residual4"])],
+)
+def test_the_sites_are_the_quarters_of_the_depth(model: str, names: list[str], tmp_path: Path):
+    assert list(sites(Plan(Place(Folders(tmp_path), "m"), model, "FinQA-mini"))) == names
+
+
+def test_the_sites_of_the_main_model_are_those_of_the_preregistration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("study.invented.diff.plan.model_depth", lambda model: 28)
+    plan = Plan(Place(Folders(tmp_path), "m"), "Qwen/Qwen2.5-Coder-1.5B-Instruct", "FinQA")
+    assert list(sites(plan)) == ["residual7", "residual14", "mlp15", "residual21"]
+
+
+def test_a_pair_waits_for_the_fine_tunes_that_it_reads(tmp_path: Path):
+    plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini")
+    jobs = {job.name: job for job in [*plan.jobs(), *diff_jobs(plan, study_flags(plan))]}
+    assert len(jobs) == 23 + 4 + 1 + 20
+    assert jobs["diff-B-seed4"].after == ("settings", "train-B-seed4")
+    assert jobs["diff-A-seed3"].after == ("settings", "train-A-seed3", "train-A-permuted-seed3", "train-N-seed3")
+    needed = {job.name for job in chosen(list(jobs.values()), ["diff-K-seed4"])}
+    assert needed - {job.name for job in plan.jobs()} == {
+        "diff-K-seed4", "settings", *(f"ceilings-{arm}-seed{seed}" for arm in "AB" for seed in (3, 4))
+    }  # fmt: skip
+    gates = {"base", "base-defined", "evaluate-N-seed4"}
+    assert gates <= needed  # no dictionary is trained before they are measured
+
+
+def asked(pages: int, metrics: Sequence[str] = ("x", "y", "z")) -> list[Item]:
+    return [
+        Item(f"{page}-{name}", "test", page, "choose" if page % 2 == 0 else "score", 6, name, "A", "1", "")
+        for page in range(pages)
+        for name in metrics
+    ]
+
+
+def made(scores: Sequence[Sequence[Sequence[float]]]) -> Board:
+    """[items, pages, metrics]"""
+    table = torch.tensor(scores, dtype=torch.float64)
+    return board(table.flatten(1).T, asked(table.shape[1]))
+
+
+def test_a_question_is_held_against_the_other_metrics_of_its_page():
+    """The first item is always largest for x, by amounts that differ from page to page; the second by ties."""
+    found = made([
+        [[1, 0, 0], [101, 100, 100], [11, 10, 9], [1001, 1000, 1000]],
+        [[1, 1, 0], [1, 1, 0], [1, 1, 0], [1, 1, 0]],
+    ])  # fmt: skip
+    areas = within_page_auroc(found.scores)
+    assert areas[:, 0].tolist() == pytest.approx([1.0, (0.25 * 3 + 0.5) / 4, (0.25 * 3 + 0.0) / 4])
+    assert areas[:, 1].tolist() == pytest.approx([0.75, 0.75, 0.0])
+
+
+@pytest.mark.parametrize(("others_above", "recall"), [(0, 1.0), (2, 1.0), (3, 0.5)])
+def test_recall_is_at_five_per_cent_of_the_other_questions(others_above: int, recall: float):
+    """20 pages of three metrics: 40 others, of which two may be above the threshold."""
+    scores = torch.zeros(20, 3, 1, dtype=torch.float64)
+    scores[:, 0, 0] = torch.tensor([2.0] * 10 + [9.0] * 10)
+    scores[:others_above, 1, 0] = 5.0
+    assert float(recall_at(scores)[0, 0]) == recall
+
+
+def test_recall_counts_no_tie():
+    assert float(recall_at(torch.ones(20, 3, 1, dtype=torch.float64))[0, 0]) == 0.0
+
+
+def test_the_item_is_chosen_on_one_half_of_the_pages_and_scored_on_the_other():
+    """The first item tells x on the pages that choose alone (the even ones), the second a little less, but always."""
+    lucky = [[1, 0, 0], [0, 1, 1]] * 4
+    steady = [[1, 0, 0], [1, 0, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 0, 0], [1, 0, 0], [1, 0, 0]]
+    (x, *_) = item_rows(made([lucky, steady]), signed=False, names=["lucky", "steady"])
+    assert (x["item"], x["auroc_choose"], x["auroc"], x["hit"]) == ("lucky", 1.0, 0.0, False)
+    (x, *_) = item_rows(made([steady]), signed=False, names=["steady"])
+    assert (x["auroc_choose"], x["auroc"], x["recall"], x["hit"]) == (0.9375, 1.0, 1.0, True)
+
+
+def test_a_direction_counts_with_either_sign_and_a_latent_with_its_own():
+    turned = made([[[-1, 0, 0]] * 4])
+    (x, *_) = item_rows(turned, signed=True, names=["d"])
+    assert (x["sign"], x["auroc"], x["recall"], x["hit"]) == (-1, 1.0, 1.0, True)
+    assert auroc_elsewhere(turned, "x", 0, -1) == 1.0 and auroc_elsewhere(turned, "y", 0, -1) == 0.25
+    (x, *_) = item_rows(turned, signed=False, names=["d"])
+    assert (x["sign"], x["auroc"], x["hit"]) == (1, 0.0, False)
+
+
+def test_without_items_nothing_is_hit():
+    rows = item_rows(made([[[1, 0, 0]] * 4]), signed=False, names=[])
+    assert [row["hit"] for row in rows] == [False] * 3 and all(math.isnan(row["auroc"]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("explained", "passes", "converged"),
+    [
+        ({4: 0.5, 8: 0.509}, 8, True),
+        ({4: 0.5, 8: 0.51, 16: 0.515}, 16, True),
+        ({4: 0.5, 8: 0.4}, 8, True),
+        ({4: 0.1, 8: 0.2, 16: 0.3}, 16, False),
+    ],
+)
+def test_passes_are_doubled_until_they_gain_less_than_a_hundredth(
+    explained: dict[int, float], passes: int, converged: bool
+):
+    trained: list[int] = []
+
+    def train_for(n: int) -> float:
+        trained.append(n)
+        return explained[n]
+
+    assert dictionaries.until_converged(train_for, 4, 16) == (passes, converged)
+    assert trained == list(explained)
+
+
+def test_dictionaries_are_compared_where_each_can_have_as_many_latents_active():
+    assert equal_l0(Lengths()) == 32 and equal_l0(Lengths(ks=(4, 8))) == 8
+
+
+def test_settings_are_the_best_by_the_difference_they_explain():
+    one, other = dictionaries.Settings(2048, 16, 1.0), dictionaries.Settings(8192, 64, 0.5)
+    assert dictionaries.best({one: 0.4, other: 0.5}) == other
+    assert dictionaries.best({one: 0.5, other: 0.5}) == one
+
+
+def test_the_top_items_have_energy():
+    assert top(torch.tensor([0.0, 2.0, 3.0, 2.0, math.nan]), 3) == [2, 1, 3]
+    assert top(torch.tensor([0.0, 0.0]), 3) == []
+
+
+def test_directions_add_their_part_of_the_difference_and_scale():
+    from crosscoder.interventions.sets import Reading
+
+    reading = Reading(torch.tensor([[[0.0, 0.0, 0.0], [3.0, 4.0, 5.0]]]))
+    along = Directions(torch.eye(3)[:2])
+    assert along.values(reading).tolist() == [[3.0, 4.0]] and along.squares(reading).tolist() == [9.0, 16.0]
+    assert Scaled(along.addition([1]), 2.0)(reading).tolist() == [[0.0, 8.0, 0.0]]
+    assert principal(torch.diag(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)), 1).abs().tolist() == [[0, 1, 0]]
+
+
+def test_programs_are_read_at_their_look_ups_whatever_the_formula():
+    from crosscoder.activations.collection import documents_from_rows
+    from crosscoder.activations.layout import token_texts
+
+    tokenizer = load_tokenizer("pocket-mistral")
+    codes = [f"value = 5\nvalue_2 = -4\nvalue_3 = 7.5\nstep = {step}\nans = value / step"
+             for step in ("value_2 - value_3", "value + value_2")]  # fmt: skip
+    documents = documents_from_rows([TeacherRow("a page", code, "", "1", "a") for code in codes], tokenizer)
+    texts = token_texts(tokenizer, {i for document in documents for i in document.ids})
+    spelled = []
+    for document, code in zip(documents, codes, strict=True):
+        places = before_operation(document, code, texts)
+        assert places[0] == document.n_prompt
+        spelled.append("".join(texts[document.ids[place]] for place in places))
+    assert spelled == ["\nvalue = 5\nvalue_2 = -4\nvalue_3 = 7.5\n"] * 2
+
+
+def test_no_dictionary_is_trained_before_the_gates_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini")
+    dictionaries.check_gates(plan)  # a rehearsal gives no verdict
+    monkeypatch.setattr(Plan, "is_rehearsal", False)
+    with pytest.raises(UserError, match=r"items\.csv is missing; make the rows with"):
+        dictionaries.choose_settings(plan, BY_RUN["K-seed3"], sites(plan)["residual2"])
+
+
+def test_adapters_that_were_brought_into_an_arm_are_shared_by_all_parts(tmp_path: Path):
+    adapters, arm = tmp_path / "adapters", tmp_path / "A" / "models"
+    (arm / "FinQA-invented" / "A-seed3").mkdir(parents=True)
+    (arm / "FinQA-invented" / "A-seed3" / "run.json").write_text("{}")
+    for part in ("A", "test", "A"):
+        link_adapters(tmp_path / part / "models", adapters)
+    assert (tmp_path / "test" / "models" / "FinQA-invented" / "A-seed3" / "run.json").read_text() == "{}"
+    assert arm.is_symlink() and (adapters / "FinQA-invented" / "A-seed3").is_dir()
+    (tmp_path / "B" / "models" / "FinQA-invented" / "A-seed3").mkdir(parents=True)
+    with pytest.raises(UserError, match="are both there; delete one of them"):
+        link_adapters(tmp_path / "B" / "models", adapters)
+
+
+def test_the_preregistration_says_what_is_trained_and_where():
+    page = " ".join((REPOSITORY / "docs" / "prereg.md").read_text().split())
+    full = Lengths()
+    latents, ks = (f"{n:,}" for n in full.latents), (str(k) for k in full.ks)
+    assert (full.passes, HALF, full.seeds) == (4, 0.5, (0, 1, 2))
+    for said in (
+        f"{' and '.join(latents)} latents; k {', '.join(list(ks)).replace(', 64', ' and 64')}; four passes",
+        f"explained variance of the difference, on held-out documents, gains less than {GAIN}",
+        f"A method's top {TOP} items",
+        "gives at least half of the right answers that the fine-tuned model itself gives on the dev pages",
+        "Three dictionary seeds",
+        f"more than {TOP} principal components",
+    ):
+        assert said in page, said

@@ -1,0 +1,118 @@
+"""Tables, verdicts and figure from the files that the jobs leave, made up here."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finqa.runtime.manifest import write_json
+from finqa.runtime.paths import Folders
+from study.invented.diff import tables
+from study.invented.diff.ceilings import ceilings_path
+from study.invented.diff.figure import curves
+from study.invented.diff.pairs import ENDS, Subject, results_of, subjects
+from study.invented.diff.plan import ADDED, COMPONENTS, METHODS, PAIRS, Compared, sites
+from study.invented.files import TEST, Place, write_table
+from study.invented.plan import Plan
+
+FINDS = "difference SAE"
+NAMES = {"A": [f"a{i}" for i in range(8)], "B": [f"b{i}" for i in range(8)]}
+
+
+def items(compared: Compared, subject: Subject) -> Iterator[dict[str, Any]]:
+    """The difference SAE hits what was added when it is trained; nothing else hits anything."""
+    for kind, names in NAMES.items():
+        for name in names:
+            hit = (subject.method, subject.form, kind) == (FINDS, "trained", compared.arm)
+            read = hit and compared.arm == "A"
+            yield {
+                "ranking": "energy", "metric": name, "kind": kind, "item": 3, "sign": 1, "auroc_choose": float(hit),
+                "auroc": float(hit), "recall": float(hit), "hit": hit, "permuted_name": 0.5 if read else None,
+                "permuted_formula": 0.97 if read else None, "look_up": 0.5 if read else None,
+            }  # fmt: skip
+
+
+def carried(compared: Compared, subject: Subject) -> Iterator[dict[str, Any]]:
+    """The whole site gives 50 of 60; the difference SAE 40, at twice the norm 45; all else 2."""
+    other = "B" if compared.arm == "A" else "A"
+    right = 50 if subject.method == ENDS else 40 if (subject.method, subject.form) == (FINDS, "trained") else 2
+    sets = [(subject.method, subject.form, "", 1.0, right)]
+    if subject.form == "trained":
+        sets += [(COMPONENTS, "baseline", subject.method, 1.0, 2), (subject.method, "trained", "", 2.0, 45)]
+        sets.append((subject.method, "untrained", subject.method, 1.0, 2))
+    for method, form, scaled_to, multiple, count in sets:
+        for group, arm in (("own", compared.arm), ("other", other)):
+            for metric in NAMES[arm]:
+                yield {
+                    "method": method, "form": form, "scaled_to": scaled_to, "multiple": multiple, "factor": multiple,
+                    "norm": 3.0 * multiple, "group": group, "metric": metric, "n": 60,
+                    "right": count if group == "own" else 0,
+                }  # fmt: skip
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """A quick study whose jobs are done."""
+    made = Plan(Place(Folders(tmp_path / "d", tmp_path / "r"), "m"), "pocket-mistral", "FinQA-mini", quick=True)
+    primary = sites(made)["residual2"]
+    quality = {"n_latents": 64, "k": 4, "rate": 1.0, "passes": 2, "explained_difference": 0.5, "l0": 8.0}
+    for pair in PAIRS:
+        if pair.arm in ADDED:
+            ceiling = {"arm": pair.arm, "seed": pair.seed, "n": 160, "base": 0, "fine_tuned": 100}
+            rows = [ceiling | {"site": name, "layer": target.layer, "whole": 30 * target.layer}
+                    for name, target in sites(made).items()]  # fmt: skip
+            write_json(ceilings_path(made, pair), {"rows": rows})
+        for subject in subjects(made, is_primary=True):
+            found: dict[str, Any] = {} if subject.method == ENDS else {"items": list(items(pair, subject))}
+            if subject.form != "baseline":
+                found["quality"] = quality | {"converged": True if subject.form == "trained" else None}
+            if pair.arm in ADDED:
+                found["carried"] = list(carried(pair, subject))
+            write_json(results_of(made, pair, primary, subject), found)
+    item = {"id": "q", "split": "test", "page": 0, "half": "choose", "phrasing": 6, "family": "a0", "kind": "A",
+            "answer": "1", "permuted": "2"}  # fmt: skip
+    write_table(made.place.root / TEST / "items.csv", [item])
+    (made.place.root / "rows.sha256").write_text("of the rows")
+    return made
+
+
+def test_the_tables_give_the_verdicts_that_were_made_up(plan: Plan):
+    output, found = tables.write_tables(plan, [])
+    assert output == plan.place.results / "tables"
+    assert {path.name for path in output.iterdir()} == {
+        "ceilings.csv", "dictionaries.csv", "items.csv", "causal_norm.csv", "findings.csv", "run.json",
+        "headline.png", "headline.svg",
+    }  # fmt: skip
+    verdicts = {(one.method, one.rule): one.verdict for one in found if one.verdict != "no verdict"}
+    for method in METHODS:
+        said = [verdicts[method, rule] for rule in ("D1", "D2", "D3")]
+        finds = ["finds", "carries", "formula"]
+        assert said == (finds if method == FINDS else ["does not find", "does not carry", "unresolved"])
+    with (output / "findings.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["verdict"] for line in lines] == [one.verdict for one in found]
+    (share,) = [line for line in lines if line["method"] == FINDS and line["condition"].startswith("share")]
+    assert (share["value"], share["low"], share["high"], share["holds"]) == ("0.8", "0.8", "0.8", "True")
+
+
+def test_the_curves_have_every_set_at_its_norm_and_not_those_at_anothers(plan: Plan):
+    drawn = curves(tables.diff_rows(plan)["causal_norm"])
+    assert drawn[FINDS] == [(3.0, pytest.approx(40 / 60)), (6.0, pytest.approx(45 / 60))]
+    assert drawn[COMPONENTS] == [(3.0, pytest.approx(2 / 60))] and drawn[ENDS] == [(3.0, pytest.approx(50 / 60))]
+
+
+def test_verdicts_come_from_the_tables_alone(plan: Plan):
+    output, found = tables.write_tables(plan, [])
+    read = {name: tables.read_table(output / f"{name}.csv") for name in ("items", "causal_norm", "dictionaries")}
+    assert tables.judged(read) == found
+
+
+def test_before_the_ceilings_are_measured_the_tables_have_what_there_is(plan: Plan, capsys: pytest.CaptureFixture[str]):
+    ceilings_path(plan, PAIRS[0]).unlink()
+    output, found = tables.write_tables(plan, [])
+    assert found == [] and not (output / "items.csv").exists() and (output / "run.json").exists()
+    assert "no ceilings of [('A', 3)]; measure them with" in capsys.readouterr().out
