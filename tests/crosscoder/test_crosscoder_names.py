@@ -215,3 +215,21 @@ def test_the_command_that_makes_a_merged_model_has_flags_of_merging_alone(
         find_fine_tuned(choice, Folders(data=tmp_path))
     command = f"merge_and_push_lora.py FinQA-mini pocket-mistral -GA 2 --run-name b --data-dir {tmp_path}"
     assert str(refusal.value).endswith(command)
+
+
+@pytest.mark.parametrize(
+    ("form", "ending"),
+    [
+        ({}, "_1k_samples_dedicated"),
+        ({"untrained": True}, "_1k_samples_dedicated-untrained"),
+        ({"freeze_decoder": True}, "_1k_samples_dedicated-frozen-decoder"),
+    ],
+)
+def test_the_form_of_a_dictionary_is_in_its_default_name(form, ending, tmp_path: Path):
+    named = CrosscoderChoice(method="dedicated", **form)
+    assert named.name_on(choice(), Folders(data=tmp_path)).endswith(ending)
+
+
+def test_the_two_forms_exclude_each_other():
+    with pytest.raises(UserError, match="--untrained takes no step"):
+        CrosscoderChoice(untrained=True, freeze_decoder=True)

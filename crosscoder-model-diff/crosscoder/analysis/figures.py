@@ -98,9 +98,13 @@ def training_figure(records: Sequence[dict[str, Any]]) -> Figure:
     loss.set(ylabel="loss", yscale="log" if records else "linear")
     of_models = (("instruct", INSTRUCT), ("fine-tuned", FINE_TUNED))
     of_difference = (("difference", OTHER),)
-    one_input = bool(records) and len(records[0]["explained_variance"]) == 1
+    in_stages = bool(records) and records[0].get("stage") is not None
+    one_input = bool(records) and len(records[0]["explained_variance"]) == 1 and not in_stages
     for m, (name, colour) in enumerate(of_difference if one_input else of_models):
-        values = [record["explained_variance"][m] for record in records]
+        if in_stages:  # a stagewise SAE reads one model, and then the other
+            values = [record["explained_variance"][0] if record["stage"] == m else math.nan for record in records]
+        else:
+            values = [record["explained_variance"][m] for record in records]
         variance.plot(steps, values, color=colour, label=name, ls="-" if m == 0 else "--")
     of_pair = [record.get("explained_variance_of_difference") for record in records]
     if any(value is not None for value in of_pair):  # a log of an earlier version has none

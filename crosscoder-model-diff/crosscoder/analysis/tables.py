@@ -203,14 +203,14 @@ def ordered_by(model: BatchTopKCrosscoder) -> str:
 
 
 def lean(row: LatentRow) -> tuple[float, float]:
-    """How much a latent changed, and of equal ones how much it writes into the difference.
+    """How much a latent changed, and of those that one model has wholly how much they write into the difference.
 
     Those of a crosscoder by how far their relative decoder norm is from 1/2, towards either model; those of a stagewise
     SAE by how far they turned; those of a difference SAE by the share of the difference that they write.
     """
     r = row.relative_decoder_norm
     change = row.change if r is None else abs(r - 0.5)
-    return row.difference_share if change is None else change, row.difference_share
+    return row.difference_share if change is None else change, row.difference_share if change == 0.5 else 0.0
 
 
 def most_changed(rows: Sequence[LatentRow], n: int, min_frequency: float = 0.0) -> list[LatentRow]:

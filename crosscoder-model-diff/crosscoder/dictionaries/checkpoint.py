@@ -36,13 +36,13 @@ class CheckpointConfig(NamedTuple):
     activation_scales: tuple[float, ...]
     threshold: float | None
     delta_threshold: float | None
-    further_thresholds: tuple[float, ...]
     training: TrainingConfig | None
     """None where the checkpoint does not say, as in one converted from another format."""
     activations: dict[str, Any]
     """config.json of the activation set it was trained on; empty where the checkpoint does not say."""
     files: dict[str, str]
     """SHA-256 of the files beside it; empty in a checkpoint of an earlier version."""
+    further_thresholds: tuple[float, ...]
 
 
 def save_dictionary(model: BatchTopKCrosscoder, folder: Path | str, **about: object) -> Path:

@@ -44,9 +44,13 @@ class RunningThreshold:
 
 
 def calibrate(model: BatchTopKCrosscoder, store: ActivationStore, indices: Tensor, max_tokens: int, seed: int) -> None:
-    """Set the model's thresholds, one for each group of latents, on at most `max_tokens` tokens of `indices`."""
+    """Set the model's thresholds, one for each group of latents in each of its stages, on at most `max_tokens` tokens
+    of `indices`."""
     sample = sample_of(indices, max_tokens, seed)
-    model.set_thresholds([calibrated_threshold(model, store, sample, latents, k) for latents, k in model.groups()])
+    for stage in model.stages:
+        model.stage = stage
+        model.set_thresholds([calibrated_threshold(model, store, sample, latents, k) for latents, k in model.groups()])
+    model.stage = None
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ instruct model it should make it more like the fine-tuned one; taken from the fi
     latents             sum over S of f_j (W_dec[j,1]/c_1 - W_dec[j,0]/c_0); of a difference SAE f_j W_dec[j]/c; of a
                         stagewise SAE f_j[1] W_dec[j,1]/c - f_j[0] W_dec[j,0]/c, with a value for each model
     random directions   the latents' values on random directions, each token's vector as long as the set's
-    components          x[1] - x[0] on the first n directions of its (uncentred) PCA
+    components          x[1] - x[0] on the first n directions of its (uncentred) PCA, or of another basis
+    scaled              any of these times a number, so that sets are compared at one injected norm
     mean difference     the mean of x[1] - x[0], the same vector everywhere
     bias                what the dictionary adds where no latent is active
     whole               x[1] - x[0]: the ceiling
@@ -15,14 +16,15 @@ instruct model it should make it more like the fine-tuned one; taken from the fi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.model import BatchTopKCrosscoder, random_directions
+from finqa.runtime.errors import UserError
 
 
 class Reading:
@@ -141,15 +143,68 @@ class Constant:
 
 
 class Components:
-    """The part of the difference that lies in a few directions: `basis` [directions, d_model], orthonormal."""
+    """The part of the difference that lies in a few directions: `basis` [directions, d_model], orthonormal (see
+    `orthonormal`). Those of the PCA, of an adapter (adapter_directions.py), or random ones (`random_basis`)."""
 
-    def __init__(self, basis: Tensor):
+    def __init__(self, basis: Tensor, kind: str = "components"):
         self.basis = basis
-        self.label = {"kind": "components", "n": len(basis), "digest": digest(basis)}
+        self.label = {"kind": kind, "n": len(basis), "digest": digest(basis)}
 
     def __call__(self, reading: Reading) -> Tensor:
         basis = self.basis.to(reading.pairs)
         return (reading.difference @ basis.T) @ basis
+
+
+class Scaled:
+    """Another addition times a number: sets are compared at one injected norm (`at_norm`)."""
+
+    def __init__(self, addition: Addition, factor: float):
+        self.addition, self.factor = addition, factor
+        its = addition.label
+        self.label = its | {"kind": f"{its['kind']}, scaled", "digest": f"{its.get('digest', '')}-{digest(factor)}"}
+
+    def __call__(self, reading: Reading) -> Tensor:
+        return self.factor * self.addition(reading)
+
+
+def injected_norm(addition: Addition, readings: Iterable[Reading]) -> float:
+    """Root mean square over the tokens of all readings of the length of what is added, in the models' own units."""
+    squares, n_tokens = 0.0, 0
+    for reading in readings:
+        added = addition(reading)
+        squares += float(added.double().square().sum())
+        n_tokens += len(added)
+    return (squares / max(1, n_tokens)) ** 0.5
+
+
+def at_norm(addition: Addition, norm: float, readings: Iterable[Reading]) -> Scaled:
+    """The addition with an `injected_norm` of `norm` on these readings; one factor for all tokens, so where it adds
+    nothing it goes on to. UserError where it adds nothing anywhere."""
+    own = injected_norm(addition, readings)
+    if own == 0:
+        kind, n = addition.label["kind"], addition.label["n"]
+        raise UserError(f"{kind} ({n}) add nothing on these documents, so they have no norm to scale; leave them out")
+    return Scaled(addition, norm / own)
+
+
+def orthonormal(vectors: Tensor) -> Tensor:
+    """[n, d_model] -> [rank, d_model] fp32: an orthonormal basis of what they span; the first k of independent ones are
+    a basis of the first k. A vector that those before it span adds none."""
+    basis: list[Tensor] = []
+    for vector in torch.nn.functional.normalize(vectors.double(), dim=-1):
+        left = vector
+        for _ in range(2):  # once more takes out what rounding has left
+            for direction in basis:
+                left = left - (left @ direction) * direction
+        if left.norm() > 1e-6:
+            basis.append(left / left.norm())
+    return torch.stack(basis).float() if basis else vectors.new_zeros(0, vectors.shape[-1]).float()
+
+
+def random_basis(n: int, d_model: int, seed: int) -> Components:
+    """The part of the difference in `n` directions that are drawn at random."""
+    drawn = random_directions(n, d_model, 1.0, torch.Generator().manual_seed(seed))
+    return Components(orthonormal(drawn), "drawn components")
 
 
 def bias_of(dictionary: BatchTopKCrosscoder) -> Constant:

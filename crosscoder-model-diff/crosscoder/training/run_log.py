@@ -5,14 +5,46 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from finqa.runtime.journal import Journal
 from finqa.runtime.paths import json_text
 from finqa.runtime.progress import StepProgress
 
-if TYPE_CHECKING:
-    from crosscoder.training.trainer import StepRecord
+
+class StepRecord(NamedTuple):
+    """What a logged step looked like; every figure is of that step's batch."""
+
+    step: int
+    """Counted from 1."""
+    tokens: int
+    """Read so far."""
+    loss: float
+    reconstruction: float
+    auxiliary: float
+    explained_variance: tuple[float, ...]
+    """Of the instruct and the fine-tuned model, or of their difference alone, on the training batch
+    (losses.batch_explained_variance)."""
+    explained_variance_published: tuple[float, ...]
+    """The published run's figure (losses.published_explained_variance)."""
+    dead_share: float
+    """Latents not selected for a window of tokens."""
+    never_positive_share: float
+    drawn_anew: int
+    """Latents re-initialised so far."""
+    threshold: float | None
+    gradient_norm: float
+    """Before clipping."""
+    learning_rate: float
+    l0: float = 0.0
+    """Mean active latents a token."""
+    explained_variance_of_difference: float | None = None
+    """Of fine-tuned less instruct, in the models' own units; None for the two SAEs, which read one vector a token."""
+    difference: float = 0.0
+    """The difference term and the L1 price, before their weights; 0 where they are off."""
+    l1: float = 0.0
+    stage: int | None = None
+    """The model that a stagewise SAE reads at this step, whose the explained variance then is; None for others."""
 
 
 class RunLog:
@@ -94,7 +126,9 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     flat = {}
     for name, value in values.items():
         if isinstance(value, tuple):
-            of = ("instruct", "fine_tuned") if len(value) == 2 else ("difference",)
+            of: tuple[str, ...] = ("instruct", "fine_tuned")
+            if len(value) == 1:
+                of = ("difference",) if values["stage"] is None else (of[values["stage"]],)
             flat |= {f"{name}/{part}": number for part, number in zip(of, value, strict=True)}
         else:
             flat[name] = value

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from crosscoder.dictionaries.scaling import equal_difference_weight, fit_scaling
 from crosscoder.dictionaries.threshold import RunningThreshold, calibrate
 from crosscoder.training import schedule
 from crosscoder.training.liveness import Liveness, draw_anew
+from crosscoder.training.run_log import StepRecord
 from crosscoder.training.step import Step, StepKind, TakeStep
 from crosscoder.training.step_choice import new_step
 from finqa.runtime.errors import UserError
@@ -30,40 +31,6 @@ MEDIAN_TOKENS = 16_384
 """Training tokens from which the start of the decoder bias is taken."""
 DIVERGED = 10.0
 """A reconstruction loss of so many times that of the first step ends the run."""
-
-
-class StepRecord(NamedTuple):
-    """What a logged step looked like; every figure is of that step's batch."""
-
-    step: int
-    """Counted from 1."""
-    tokens: int
-    """Read so far."""
-    loss: float
-    reconstruction: float
-    auxiliary: float
-    explained_variance: tuple[float, ...]
-    """Of the instruct and the fine-tuned model, or of their difference alone, on the training batch
-    (losses.batch_explained_variance)."""
-    explained_variance_published: tuple[float, ...]
-    """The published run's figure (losses.published_explained_variance)."""
-    dead_share: float
-    """Latents not selected for a window of tokens."""
-    never_positive_share: float
-    drawn_anew: int
-    """Latents re-initialised so far."""
-    threshold: float | None
-    gradient_norm: float
-    """Before clipping."""
-    learning_rate: float
-    l0: float = 0.0
-    """Mean active latents a token."""
-    explained_variance_of_difference: float | None = None
-    """Of fine-tuned less instruct, in the models' own units; None where a step reads one vector a token (a difference
-    SAE's difference, a stagewise SAE's model of the stage)."""
-    difference: float = 0.0
-    """The difference term and the L1 price, before their weights; 0 where they are off."""
-    l1: float = 0.0
 
 
 class Trainer:
@@ -112,8 +79,7 @@ class Trainer:
             self.model.parameters(), lr=config.learning_rate, betas=config.betas, fused=True
         )
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.steps_done = self.stages_done = 0
-        self.drawn_anew = 0
+        self.steps_done = self.stages_done = self.drawn_anew = 0
         self.first_reconstruction = torch.tensor(torch.inf, device=self.device)
         self._failed_step = torch.zeros((), dtype=torch.int64, device=self.device)
         self._step_kind: StepKind = step
@@ -132,12 +98,10 @@ class Trainer:
                     saved_at = time.monotonic()
         while self.stages_done + 1 < len(self.model.stages):  # those without a step
             self._next_stage()
-        config = self.config
-        for stage in self.model.stages if self.ranks.is_main else ():
-            self.model.stage = stage
-            calibrate(self.model, self.store, self.split.train, config.calibration_tokens, config.seed)
         self.model.stage = None
         if self.ranks.is_main:
+            config = self.config
+            calibrate(self.model, self.store, self.split.train, config.calibration_tokens, config.seed)
             recorded = asdict(self.store.config)["recorded"]
             checkpoint.save_dictionary(self.model, self.folder, training=asdict(config), activations=recorded)
             (self.folder / checkpoint.STATE_FILE).unlink(missing_ok=True)
@@ -164,8 +128,7 @@ class Trainer:
         return schedule.learning_rate(self.config, step % self.steps_a_stage, self.steps_a_stage)
 
     def weights(self, step: int) -> Weights:
-        """k and the weights of the loss at a step counted from 0. What changes from step to step does so in each stage
-        anew."""
+        """k and the weights of the loss at a step counted from 0; what changes does so in each stage anew."""
         step, total = step % self.steps_a_stage, self.steps_a_stage
         return Weights(
             k=schedule.k_at(self.config, self.model.config.k, step, total),
@@ -218,8 +181,7 @@ class Trainer:
         self.liveness.since_positive = tensors["since_positive"].to(self.device)
         self.first_reconstruction = tensors["first_reconstruction"].to(self.device)
         self.generator.set_state(tensors["generator"].to(torch.uint8))
-        self.steps_done = progress["steps_done"]
-        self.stages_done = progress.get("stages_done", 0)
+        self.steps_done, self.stages_done = progress["steps_done"], progress.get("stages_done", 0)
         self.model.stage = self.model.stages[self.stages_done]
         self.drawn_anew = progress["drawn_anew"]
         self.threshold.value = progress["threshold"]
@@ -280,8 +242,8 @@ class Trainer:
     def _update_liveness(self, step: Step) -> None:
         self.liveness.update(step.positive, step.selected, self.config.batch_size)
         every = max(1, self.liveness.window // self.config.batch_size)
-        # A latent that was drawn anew in a later stage would have nothing to do with what it was before.
         in_first = self.steps_done < (1 - self.config.decay_fraction) * self.steps_a_stage
+        # In a later stage what is drawn anew would have nothing to do with what it was before.
         if self.config.draw_anew and self.steps_done % every == 0 and in_first:
             lost = self.liveness.never_positive
             mean_x = self.ranks.mean(step.x.float().mean(dim=0))
@@ -321,5 +283,6 @@ class Trainer:
                 difference=difference,
                 l1=l1,
                 explained_variance_of_difference=of_difference,
+                stage=self.model.stage,
             )
         )

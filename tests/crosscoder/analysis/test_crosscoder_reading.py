@@ -379,6 +379,13 @@ def test_the_training_figure_has_the_difference_where_the_log_has_it(new):
     assert new == 0 or lines["difference"].isfinite().tolist() == [False] * (3 - new) + [True] * new
 
 
+def test_the_training_figure_of_stages_shows_the_model_that_each_reads():
+    records = [record_of(step, explained_variance=[step / 10], stage=int(step > 2)) for step in range(1, 5)]
+    lines = {line.get_label(): list(line.get_ydata()) for line in figures.training_figure(records).axes[1].lines}
+    assert set(lines) == {"instruct", "fine-tuned"}
+    assert lines["instruct"][:2] == [0.1, 0.2] and lines["fine-tuned"][2:] == [0.3, 0.4]
+
+
 def test_figures_are_written_as_png_and_as_the_same_svg_for_the_same_data(model, tmp_path: Path):
     for name in ("first", "second"):
         norms = analysis.decoder_norms(model)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from crosscoder.training.run_log import RunLog, progress_line
-from crosscoder.training.trainer import StepRecord
+import pytest
+
+from crosscoder.training.run_log import RunLog, StepRecord, _flat, progress_line
 
 
 def record(step: int, loss: float = 1.0) -> StepRecord:
@@ -62,6 +63,12 @@ def test_progress_is_a_plain_line_without_a_terminal(tmp_path: Path, capsys):
     assert "\r" not in "".join(lines)
     assert lines[-1][8:].startswith(" step 2 of 2")
     assert lines[-1].endswith("tokens/s")
+
+
+@pytest.mark.parametrize(("stage", "of"), [(None, "difference"), (0, "instruct"), (1, "fine_tuned")])
+def test_what_one_vector_is_explained_of_is_said(stage, of):
+    flat = _flat(record(1)._replace(explained_variance=(0.5,), stage=stage)._asdict())
+    assert flat[f"explained_variance/{of}"] == 0.5
 
 
 def test_the_progress_line_gives_speed_where_it_is_known():

@@ -21,8 +21,9 @@ from crosscoder.dictionaries.ranks import ALONE, Ranks
 from crosscoder.dictionaries.threshold import RunningThreshold, calibrated_threshold
 from crosscoder.training import plan
 from crosscoder.training.liveness import Liveness, draw_anew
+from crosscoder.training.run_log import StepRecord
 from crosscoder.training.step_choice import not_by_hand
-from crosscoder.training.trainer import StepRecord, Trainer
+from crosscoder.training.trainer import Trainer
 from finqa.runtime.errors import UserError
 from finqa.runtime.memory.needs import Need
 from finqa.runtime.paths import REPOSITORY

@@ -18,8 +18,9 @@ from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.dictionaries.objective import Weights
+from crosscoder.training.run_log import StepRecord
 from crosscoder.training.step import AutogradStep, StepKind
-from crosscoder.training.trainer import StepRecord, Trainer
+from crosscoder.training.trainer import Trainer
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
