@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finqa.runtime.figures import GREY, save_figure, styled
-from study.invented.diff.pairs import ENDS
-from study.invented.diff.plan import COMPONENTS, METHODS, RANDOM
+from study.invented.diff.plan import COMPONENTS, ENDS, METHODS, RANDOM
 from study.invented.verdicts import Rates
 
 Row = Mapping[str, Any]

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -33,11 +33,10 @@ from study.invented.diff.plan import (
     ADAPTER_OUTPUT,
     ADDED,
     COMPONENTS,
-    DIRECTIONS,
     DIVERGENCE,
+    ENDS,
     LENS,
     LOGITS,
-    METHODS,
     NORM,
     RANDOM,
     READ_TOO,
@@ -45,45 +44,15 @@ from study.invented.diff.plan import (
     WITHOUT,
     Compared,
     Form,
+    Subject,
     equal_l0,
     lengths,
+    results_of,
     site_name,
+    subjects,
 )
 from study.invented.files import DOCUMENTS, read_metrics
 from study.invented.plan import Plan
-
-ENDS = "whole site"
-"""The subject that holds the whole site, and the base alone, as additions."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A method in one form and seed."""
-
-    method: str
-    form: Form
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.method.replace(' ', '-')}-{self.form}-{self.seed}"
-
-
-def subjects(plan: Plan, is_primary: bool) -> list[Subject]:
-    """In the order in which they need each other: the untrained form before the trained, and last, of the first seed,
-    the frozen one."""
-    how_long = lengths(plan)
-    found = [Subject(ENDS, "baseline", 0)] if is_primary else []
-    found += [Subject(method, "baseline", 0) for method in (*DIRECTIONS, *WITHOUT)]
-    forms: tuple[Form, ...] = ("untrained", "trained", "frozen")
-    for seed in how_long.seeds if is_primary else how_long.other_seeds:
-        of_seed = forms if is_primary and seed == how_long.seeds[0] else forms[:2]
-        found += [Subject(method, form, seed) for method in METHODS for form in of_seed]
-    return found
-
-
-def results_of(plan: Plan, compared: Compared, target: Target, subject: Subject) -> Path:
-    return plan.place.results / "diff" / site_name(target) / compared.run / f"{subject.name}.json"
 
 
 def compare(plan: Plan, compared: Compared, target: Target, is_primary: bool) -> str:
@@ -121,24 +90,27 @@ class Comparison:
             return {"carried": self._ends()}
         if subject.method in WITHOUT and subject.method != LENS:
             return {"items": list(self._rows_of_figures(subject.method))}
-        if subject.form == "baseline":
-            source, reads = self._directions(subject.method)
-            if source is None:
-                return {"items": []}
-            order = self._by_energy(source)
-            rows = list(self._rows(source, order, "energy", [reads[i] if reads else i for i in order]))
-            carried = self.carrier.rows(source.addition(order), subject.method, "baseline", others=True) if (
-                self.carries
-            ) else []  # fmt: skip
-            if self.carries and subject.method in (COMPONENTS, RANDOM):
-                carried += self._sweep(source.addition(order), subject)
-            return {"items": rows, "carried": carried}
+        return self._of_directions(subject) if subject.form == "baseline" else self._of_dictionary(subject)
+
+    def _of_directions(self, subject: Subject) -> dict[str, Any]:
+        source, reads = self._directions(subject.method)
+        if source is None:
+            return {"items": []}
+        order = self._by_energy(source)
+        found = {"items": list(self._rows(source, order, "energy", [reads[i] if reads else i for i in order]))}
+        if self.carries:
+            own = source.addition(order)
+            found["carried"] = self.carrier.rows(own, subject.method, "baseline", others=True)
+            if subject.method in (COMPONENTS, RANDOM):
+                found["carried"] += self._sweep(own, subject)
+        return found
+
+    def _of_dictionary(self, subject: Subject) -> dict[str, Any]:
         made = self._dictionary(subject)
         source = sources.OfDictionary(made.model)
         order = self._by_energy(source)
         rows = list(self._rows(source, order, "energy", order))
-        split = self.store.split(0.1, 0)
-        exclusive = sources.exclusivity(made.model, self.store, split.held_out)
+        exclusive = sources.exclusivity(made.model, self.store, self.store.split(0.1, 0).held_out)
         if exclusive is not None:
             rows += self._rows(source, by_nu := sources.top(exclusive, TOP), "1 - nu", by_nu)
         carried = list(self._carried(subject, source, order)) if self.carries else []
@@ -164,12 +136,12 @@ class Comparison:
         return sources.Directions(sources.principal(sources.difference_moments(self.store, self.device), TOP))
 
     def _documents(self) -> list[Any]:
-        """The first of every so many documents, as token ids: for what is mined without a dictionary."""
+        """Some documents, drawn from all, as token ids: for what is mined without a dictionary."""
         from crosscoder.activations.collection import documents_from_rows
 
         rows = read_teacher_rows(self.plan.place.part(DOCUMENTS).filtered(self.plan.dataset, "test"))
-        step = max(1, len(rows) // self.lengths.logit_documents)
-        return documents_from_rows(rows[::step], self.models.tokenizer)
+        drawn = Random(0).sample(rows, min(self.lengths.logit_documents, len(rows)))
+        return documents_from_rows(drawn, self.models.tokenizer)
 
     def _look(self, models: Any) -> readings.Looked:
         rows = [row for _, row in self.questions]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from crosscoder.activations.readers import Target
@@ -147,6 +148,40 @@ class Compared:
 
 PAIRS = tuple(Compared(arm, seed) for seed in SEEDS for arm in ARMS)
 BY_RUN: Mapping[str, Compared] = {pair.run: pair for pair in PAIRS}
+
+
+ENDS = "whole site"
+"""The subject that holds the whole site, and the base alone, as additions."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A method in one form and seed."""
+
+    method: str
+    form: Form
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method.replace(' ', '-')}-{self.form}-{self.seed}"
+
+
+def subjects(plan: Plan, is_primary: bool) -> list[Subject]:
+    """In the order in which they need each other: the untrained form before the trained, and last, of the first seed,
+    the frozen one."""
+    how_long = lengths(plan)
+    found = [Subject(ENDS, "baseline", 0)] if is_primary else []
+    found += [Subject(method, "baseline", 0) for method in (*DIRECTIONS, *WITHOUT)]
+    forms: tuple[Form, ...] = ("untrained", "trained", "frozen")
+    for seed in how_long.seeds if is_primary else how_long.other_seeds:
+        of_seed = forms if is_primary and seed == how_long.seeds[0] else forms[:2]
+        found += [Subject(method, form, seed) for method in METHODS for form in of_seed]
+    return found
+
+
+def results_of(plan: Plan, compared: Compared, target: Target, subject: Subject) -> Path:
+    return plan.place.results / "diff" / site_name(target) / compared.run / f"{subject.name}.json"
 
 
 def diff_jobs(plan: Plan, folders: str) -> list[Job]:

@@ -55,7 +55,8 @@ class OfDictionary:
 
 
 class Directions:
-    """The parts of the difference along unit vectors `basis` [items, d_model]."""
+    """The parts of the difference along unit vectors `basis` [items, d_model], which need not be orthogonal: several
+    add the difference's part in the space that they span."""
 
     signed = True
 
@@ -69,7 +70,7 @@ class Directions:
         return self.values(reading).double().square().sum(dim=0)
 
     def addition(self, items: Sequence[int]) -> Addition:
-        return Components(self.basis[list(items)])
+        return Components(torch.linalg.qr(self.basis[list(items)].T).Q.T.contiguous())
 
 
 class Scaled:

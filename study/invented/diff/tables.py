@@ -18,8 +18,7 @@ from finqa.runtime.manifest import write_manifest
 from finqa.runtime.paths import REPOSITORY
 from study.invented.diff import figure
 from study.invented.diff.ceilings import ceiling_rows, primary_site
-from study.invented.diff.pairs import results_of, subjects
-from study.invented.diff.plan import PAIRS, lengths, site_name, sites
+from study.invented.diff.plan import PAIRS, lengths, results_of, site_name, sites, subjects
 from study.invented.files import read_items, write_table
 from study.invented.gates import Gate, read_answers, share_right
 from study.invented.plan import Plan

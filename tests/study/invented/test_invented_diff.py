@@ -178,6 +178,8 @@ def test_directions_add_their_part_of_the_difference_and_scale():
     reading = Reading(torch.tensor([[[0.0, 0.0, 0.0], [3.0, 4.0, 5.0]]]))
     along = Directions(torch.eye(3)[:2])
     assert along.values(reading).tolist() == [[3.0, 4.0]] and along.squares(reading).tolist() == [9.0, 16.0]
+    askew = Directions(torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0]]))
+    assert askew.addition([0, 1])(reading).flatten().tolist() == pytest.approx([3.0, 4.0, 0.0], abs=1e-6)
     assert Scaled(along.addition([1]), 2.0)(reading).tolist() == [[0.0, 8.0, 0.0]]
     assert principal(torch.diag(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)), 1).abs().tolist() == [[0, 1, 0]]
 

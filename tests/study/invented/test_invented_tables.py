@@ -14,8 +14,18 @@ from finqa.runtime.paths import Folders
 from study.invented.diff import tables
 from study.invented.diff.ceilings import ceilings_path
 from study.invented.diff.figure import curves
-from study.invented.diff.pairs import ENDS, Subject, results_of, subjects
-from study.invented.diff.plan import ADDED, COMPONENTS, METHODS, PAIRS, Compared, sites
+from study.invented.diff.plan import (
+    ADDED,
+    COMPONENTS,
+    ENDS,
+    METHODS,
+    PAIRS,
+    Compared,
+    Subject,
+    results_of,
+    sites,
+    subjects,
+)
 from study.invented.files import TEST, Place, write_table
 from study.invented.plan import Plan
 
