@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from crosscoder.activations.readers import Target
-from crosscoder.interventions.sets import Nothing, Whole
+from crosscoder.adapter_directions import output_directions, strongest, weight_directions
+from crosscoder.dictionaries.model import random_directions
+from crosscoder.interventions.sets import Nothing, Scaled, Whole
 from finqa.models import students
+from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_json
 from finqa.task.records import read_teacher_rows
 from study.invented.diff import dictionaries as dicts
@@ -30,7 +33,6 @@ from study.invented.diff.ceilings import asked_of, load_models
 from study.invented.diff.items import Board, auroc_elsewhere, board, item_rows
 from study.invented.diff.plan import (
     ADAPTER,
-    ADAPTER_OUTPUT,
     ADDED,
     COMPONENTS,
     DIVERGENCE,
@@ -203,23 +205,20 @@ class Comparison:
         if method == COMPONENTS:
             return self.components, []
         if method == RANDOM:
-            drawn = sources.random_directions(self.store.config.d_model, self.lengths.random, self.compared.seed)
+            generator = torch.Generator().manual_seed(self.compared.seed)
+            drawn = random_directions(self.lengths.random, self.store.config.d_model, 1.0, generator)
             return sources.Directions(drawn), []
         if method == LENS:
             basis = readings.lens_directions(self.models.pair, self.target, self.models.tokenizer)
             return sources.Directions(basis), readings.lens_tokens(self.models.pair, basis, self.models.tokenizer)
-        found = self.adapter
-        if found is None:
+        adapted = self.models.adapted
+        try:
+            found = weight_directions(adapted) if method == ADAPTER else output_directions(adapted, self.documents)
+            basis = strongest(found, TOP, self.target)
+        except UserError as error:  # the adapter does not write there
+            print(f"{method}: {error}", flush=True)
             return None, []
-        return sources.Directions(sources.principal(found[[ADAPTER, ADAPTER_OUTPUT].index(method)], TOP)), []
-
-    @cached_property
-    def adapter(self) -> tuple[Tensor, Tensor] | None:
-        def run() -> None:
-            for _ in readings.both_logits(self.models.pair, self.target, self.documents):
-                pass
-
-        return readings.adapter_moments(self.models.adapted, self.target, run)
+        return sources.Directions(basis), []
 
     # Dictionaries
 
@@ -286,5 +285,5 @@ class Comparison:
 
     def _sweep(self, addition: Any, subject: Subject) -> Iterator[dict[str, Any]]:
         for multiple in self.lengths.factors:
-            scaled = sources.Scaled(addition, multiple)
+            scaled = Scaled(addition, multiple)
             yield from self.carrier.rows(scaled, subject.method, subject.form, factor=multiple, multiple=multiple)

@@ -19,7 +19,7 @@ from study.invented.diff.ceilings import HALF, primary_name
 from study.invented.diff.items import Board, auroc_elsewhere, board, item_rows, recall_at, within_page_auroc
 from study.invented.diff.plan import BY_RUN, GAIN, TOP, Lengths, diff_jobs, equal_l0, sites, study_flags
 from study.invented.diff.readings import before_operation
-from study.invented.diff.sources import Directions, Scaled, principal, top
+from study.invented.diff.sources import Directions, principal, top
 from study.invented.files import Item, Place, link_adapters
 from study.invented.plan import Plan
 from study.students.plan import chosen
@@ -180,7 +180,7 @@ def test_directions_add_their_part_of_the_difference_and_scale():
     assert along.values(reading).tolist() == [[3.0, 4.0]] and along.squares(reading).tolist() == [9.0, 16.0]
     askew = Directions(torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0]]))
     assert askew.addition([0, 1])(reading).flatten().tolist() == pytest.approx([3.0, 4.0, 0.0], abs=1e-6)
-    assert Scaled(along.addition([1]), 2.0)(reading).tolist() == [[0.0, 8.0, 0.0]]
+    assert along.addition([1])(reading).tolist() == [[0.0, 4.0, 0.0]]
     assert principal(torch.diag(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)), 1).abs().tolist() == [[0, 1, 0]]
 
 
