@@ -30,7 +30,7 @@ from study.invented.diff import dictionaries as dicts
 from study.invented.diff import readings, sources
 from study.invented.diff.carrying import Carrier
 from study.invented.diff.ceilings import asked_of, load_models
-from study.invented.diff.items import Board, auroc_elsewhere, board, item_rows
+from study.invented.diff.items import Board, board, item_rows, read_elsewhere
 from study.invented.diff.plan import (
     ADAPTER,
     ADDED,
@@ -186,18 +186,9 @@ class Comparison:
     def _with_others(
         self, rows: Sequence[dict[str, Any]], boards: dict[str, Board], ranking: str
     ) -> Iterator[dict[str, Any]]:
-        """The rows with what their items do in the pairs of A' and N, where these are read."""
-        formulas = {line["name"]: line for line in read_metrics(self.plan.place)}
-        heirs = {line["formula_permuted"]: name for name, line in formulas.items() if line["formula_permuted"]}
-        for row in rows:
-            place, more = row.pop("place", None), {"permuted_name": None, "permuted_formula": None, "look_up": None}
-            if place is not None and row["kind"] == "A" and "A-permuted" in boards:
-                heir = heirs[formulas[row["metric"]]["formula"]]
-                told = [(boards["A-permuted"], row["metric"]), (boards["A-permuted"], heir)]
-                told.append((boards["N"], row["metric"]))
-                areas = [auroc_elsewhere(found, metric, place, row["sign"]) for found, metric in told]
-                more = dict(zip(more, areas, strict=True))
-            yield {"ranking": ranking, **row, **more}
+        """The rows with what their items do in the pairs that are read too."""
+        others = {arm: boards[arm] for arm in READ_TOO.get(self.compared.arm, ())}
+        return ({"ranking": ranking, **row} for row in read_elsewhere(rows, others, read_metrics(self.plan.place)))
 
     def _directions(self, method: str) -> tuple[sources.Directions | None, list[str]]:
         """The source of a baseline, None where there is none; and what its items read as, where that is more than a

@@ -16,7 +16,15 @@ from finqa.runtime.paths import REPOSITORY, Folders
 from finqa.task.records import TeacherRow
 from study.invented.diff import dictionaries
 from study.invented.diff.ceilings import HALF, primary_name
-from study.invented.diff.items import Board, auroc_elsewhere, board, item_rows, recall_at, within_page_auroc
+from study.invented.diff.items import (
+    Board,
+    auroc_elsewhere,
+    board,
+    item_rows,
+    read_elsewhere,
+    recall_at,
+    within_page_auroc,
+)
 from study.invented.diff.plan import BY_RUN, GAIN, TOP, Lengths, diff_jobs, equal_l0, sites, study_flags
 from study.invented.diff.readings import before_operation
 from study.invented.diff.sources import Directions, principal, top
@@ -128,6 +136,28 @@ def test_a_direction_counts_with_either_sign_and_a_latent_with_its_own():
     assert auroc_elsewhere(turned, "x", 0, -1) == 1.0 and auroc_elsewhere(turned, "y", 0, -1) == 0.25
     (x, *_) = item_rows(turned, signed=False, names=["d"])
     assert (x["sign"], x["auroc"], x["hit"]) == (1, 0.0, False)
+
+
+METRICS = [
+    {"name": "x", "formula": "a + b", "formula_permuted": "a - b"},
+    {"name": "y", "formula": "a - b", "formula_permuted": "a + b"},
+    {"name": "z", "formula": "a / b", "formula_permuted": ""},
+]
+
+
+def test_an_item_of_a_is_read_in_the_other_mapping_and_where_names_have_no_formula():
+    """In A' the item that told x tells y, which has the formula of x there; in N it tells nothing."""
+    rows = item_rows(made([[[1, 0, 0]] * 4]), signed=False, names=["latent"])
+    boards = {"A-permuted": made([[[0, 1, 0]] * 4]), "N": made([[[0, 0, 0]] * 4])}
+    (x, *_) = read_elsewhere(rows, boards, METRICS)
+    assert (x["hit"], x["permuted_name"], x["permuted_formula"], x["look_up"]) == (True, 0.25, 1.0, 0.5)
+
+
+def test_the_items_of_other_arms_are_read_in_their_own_pair_alone():
+    rows = item_rows(made([[[1, 0, 0]] * 4]), signed=False, names=["latent"])
+    (x, *_) = read_elsewhere(rows, {}, METRICS)
+    assert (x["hit"], x["permuted_name"], x["permuted_formula"], x["look_up"]) == (True, None, None, None)
+    assert "place" not in x
 
 
 def test_without_items_nothing_is_hit():
