@@ -140,15 +140,15 @@ def test_a_direction_counts_with_either_sign_and_a_latent_with_its_own():
 
 METRICS = [
     {"name": "x", "formula": "a + b", "formula_permuted": "a - b"},
-    {"name": "y", "formula": "a - b", "formula_permuted": "a + b"},
-    {"name": "z", "formula": "a / b", "formula_permuted": ""},
+    {"name": "y", "formula": "a - b", "formula_permuted": "a / b"},
+    {"name": "z", "formula": "a / b", "formula_permuted": "a + b"},
 ]
 
 
 def test_an_item_of_a_is_read_in_the_other_mapping_and_where_names_have_no_formula():
-    """In A' the item that told x tells y, which has the formula of x there; in N it tells nothing."""
+    """In A' the item that told x tells z, which has the formula of x there; in N it tells nothing."""
     rows = item_rows(made([[[1, 0, 0]] * 4]), signed=False, names=["latent"])
-    boards = {"A-permuted": made([[[0, 1, 0]] * 4]), "N": made([[[0, 0, 0]] * 4])}
+    boards = {"A-permuted": made([[[0, 0, 1]] * 4]), "N": made([[[0, 0, 0]] * 4])}
     (x, *_) = read_elsewhere(rows, boards, METRICS)
     assert (x["hit"], x["permuted_name"], x["permuted_formula"], x["look_up"]) == (True, 0.25, 1.0, 0.5)
 
