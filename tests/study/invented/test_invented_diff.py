@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from study.invented.diff.plan import BY_RUN, GAIN, TOP, Lengths, diff_jobs, equa
 from study.invented.diff.readings import before_operation
 from study.invented.diff.sources import Directions, principal, top
 from study.invented.files import Item, Place, link_adapters
+from study.invented.gates import Gate
 from study.invented.plan import Plan
 from study.students.plan import chosen
 
@@ -235,7 +237,9 @@ def test_no_dictionary_is_trained_before_the_gates_hold(monkeypatch: pytest.Monk
     plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini")
     dictionaries.check_gates(plan)  # a rehearsal gives no verdict
     monkeypatch.setattr(Plan, "is_rehearsal", False)
-    with pytest.raises(UserError, match=r"items\.csv is missing; make the rows with"):
+    learnt = Gate("learnt", "A-seed3", "x", 60, 0.5, 0.8, None, False)
+    monkeypatch.setattr(dictionaries, "all_gates", lambda *_: [learnt, replace(learnt, gate="own mapping", holds=True)])
+    with pytest.raises(UserError, match=r"1 gates do not hold, or were not measured: learnt \(A-seed3\); mend them"):
         dictionaries.choose_settings(plan, BY_RUN["K-seed3"], sites(plan)["residual2"])
 
 
