@@ -63,7 +63,8 @@ def main() -> None:
             from study.invented.diff.tables import write_tables
 
             output, found = write_tables(plan, gates)
-            print(f"{verdicts.summary(found)}\ntables and figure in {output}")
+            rehearsed = "a rehearsal, which no verdict is given on:\n" if plan.is_rehearsal else ""
+            print(f"{rehearsed}{verdicts.summary(found)}\ntables and figure in {output}")
 
 
 def token_counter(model: str) -> Callable[[str], int]:

@@ -155,12 +155,16 @@ def read_answers(plan: Plan) -> dict[str, list[Prediction]]:
     return found
 
 
-def write_gates(plan: Plan, n_tokens: Callable[[str], int]) -> tuple[Path, list[Gate]]:
-    """Write gates.csv into the results folder; returns it and its lines."""
+def all_gates(plan: Plan, n_tokens: Callable[[str], int]) -> list[Gate]:
+    """Those of the text, then those of models, from what is there."""
     test = read_teacher_rows(plan.place.part(TEST).filtered(plan.dataset, "test"))
     training = {arm: read_teacher_rows(plan.place.part(arm).filtered(plan.dataset, "train")) for arm in ("A", "B")}
-    gates = [*text_gates(test, training, n_tokens), *model_gates(read_items(plan.place), read_answers(plan))]
-    path = plan.place.results / "gates.csv"
+    return [*text_gates(test, training, n_tokens), *model_gates(read_items(plan.place), read_answers(plan))]
+
+
+def write_gates(plan: Plan, n_tokens: Callable[[str], int]) -> tuple[Path, list[Gate]]:
+    """Write gates.csv into the results folder; returns it and its lines."""
+    path, gates = plan.place.results / "gates.csv", all_gates(plan, n_tokens)
     write_table(path, [asdict(one) for one in gates])
     return path, gates
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from crosscoder.activations.readers import Target
-from crosscoder.interventions.sets import Addition, Reading
+from crosscoder.interventions.sets import Addition, Reading, Scaled, injected_norm
 from finqa.task.records import TeacherRow
 from study.invented.diff.ceilings import Models
-from study.invented.diff.sources import Scaled
 from study.invented.files import Item
 
 if TYPE_CHECKING:
@@ -39,10 +38,7 @@ class Carrier:
     @torch.no_grad()
     def norm(self, addition: Addition) -> float:
         """Root mean square length of what is added, over all patched tokens of the own questions."""
-        total = 0.0
-        for part in self.pairs.split(READ_AT_ONCE):
-            total += float(addition(Reading(part)).double().square().sum())
-        return (total / len(self.pairs)) ** 0.5
+        return injected_norm(addition, (Reading(part) for part in self.pairs.split(READ_AT_ONCE)))
 
     def scaled_to(self, addition: Addition, norm: float) -> tuple[Scaled, float]:
         """The addition at another norm, and the factor; an addition of nothing stays that."""

@@ -19,11 +19,9 @@ from finqa.models import students
 from finqa.runtime.commands import CROSSCODER_FOLDER, run_into
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_json
-from finqa.task.records import read_teacher_rows
 from study.invented.diff.plan import GAIN, METHODS, Compared, Form, Lengths, equal_l0, lengths, site_name
 from study.invented.files import DOCUMENTS
-from study.invented.gates import model_gates as gates_of_models
-from study.invented.gates import read_answers, read_items, text_gates
+from study.invented.gates import all_gates
 from study.invented.plan import Plan
 from study.work import read_json
 
@@ -252,11 +250,8 @@ def check_gates(plan: Plan) -> None:
     """UserError where a gate does not hold, but in a rehearsal: no dictionary is trained before they do."""
     if plan.is_rehearsal:
         return
-    gates = list(gates_of_models(read_items(plan.place), read_answers(plan)))
-    test = read_teacher_rows(plan.place.part("test").filtered(plan.dataset, "test"))
-    training = {arm: read_teacher_rows(plan.place.part(arm).filtered(plan.dataset, "train")) for arm in ("A", "B")}
     tokenizer = students.load_tokenizer(plan.model)
-    gates += text_gates(test, training, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
+    gates = all_gates(plan, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
     failed = list(dict.fromkeys(f"{one.gate} ({one.model})" for one in gates if not one.holds))
     if failed:
         raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,33 @@ def item_rows(found: Board, signed: bool, names: Sequence[Any]) -> list[dict[str
 def auroc_elsewhere(found: Board, metric: str, item: int, sign: int) -> float:
     """On the scoring pages of another pair of models: how well the item tells a metric there."""
     return float(within_page_auroc(sign * found.half(choose=False)[:, :, [item]])[found.place(metric), 0])
+
+
+def read_elsewhere(
+    rows: Sequence[dict[str, Any]], boards: Mapping[str, Board], metrics: Sequence[Mapping[str, str]]
+) -> Iterator[dict[str, Any]]:
+    """The rows of `item_rows` with what their items do in other pairs; empty where that is not read.
+
+    For metrics of A: `permuted_name`, the AUROC in A' for the same name; `permuted_formula`, for the name that has its
+    formula there; `look_up`, in N for the same name, which has no formula there.
+
+    Args:
+        boards: Of arm A' (`A-permuted`) and of control N (`N`), for a pair of A; none for any other.
+        metrics: The lines of metrics.csv.
+    """
+    formulas = {line["name"]: line["formula"] for line in metrics}
+    heirs = {line["formula_permuted"]: line["name"] for line in metrics if line["formula_permuted"]}
+    for row in rows:
+        told: dict[str, float | None] = dict.fromkeys(("permuted_name", "permuted_formula", "look_up"))
+        place = row.get("place")
+        if boards and place is not None and row["kind"] == "A":
+            name, sign = row["metric"], row["sign"]
+            told = {
+                "permuted_name": auroc_elsewhere(boards["A-permuted"], name, place, sign),
+                "permuted_formula": auroc_elsewhere(boards["A-permuted"], heirs[formulas[name]], place, sign),
+                "look_up": auroc_elsewhere(boards["N"], name, place, sign),
+            }
+        yield {key: value for key, value in row.items() if key != "place"} | told
 
 
 def _row(metric: tuple[str, str], item: Any, sign: int, chosen: float, auroc: float, recall: float) -> dict[str, Any]:

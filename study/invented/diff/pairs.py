@@ -19,18 +19,20 @@ import torch
 from torch import Tensor
 
 from crosscoder.activations.readers import Target
-from crosscoder.interventions.sets import Nothing, Whole
+from crosscoder.adapter_directions import output_directions, strongest, weight_directions
+from crosscoder.dictionaries.model import random_directions
+from crosscoder.interventions.sets import Nothing, Scaled, Whole
 from finqa.models import students
+from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_json
 from finqa.task.records import read_teacher_rows
 from study.invented.diff import dictionaries as dicts
 from study.invented.diff import readings, sources
 from study.invented.diff.carrying import Carrier
 from study.invented.diff.ceilings import asked_of, load_models
-from study.invented.diff.items import Board, auroc_elsewhere, board, item_rows
+from study.invented.diff.items import Board, board, item_rows, read_elsewhere
 from study.invented.diff.plan import (
     ADAPTER,
-    ADAPTER_OUTPUT,
     ADDED,
     COMPONENTS,
     DIVERGENCE,
@@ -184,18 +186,9 @@ class Comparison:
     def _with_others(
         self, rows: Sequence[dict[str, Any]], boards: dict[str, Board], ranking: str
     ) -> Iterator[dict[str, Any]]:
-        """The rows with what their items do in the pairs of A' and N, where these are read."""
-        formulas = {line["name"]: line for line in read_metrics(self.plan.place)}
-        heirs = {line["formula_permuted"]: name for name, line in formulas.items() if line["formula_permuted"]}
-        for row in rows:
-            place, more = row.pop("place", None), {"permuted_name": None, "permuted_formula": None, "look_up": None}
-            if place is not None and row["kind"] == "A" and "A-permuted" in boards:
-                heir = heirs[formulas[row["metric"]]["formula"]]
-                told = [(boards["A-permuted"], row["metric"]), (boards["A-permuted"], heir)]
-                told.append((boards["N"], row["metric"]))
-                areas = [auroc_elsewhere(found, metric, place, row["sign"]) for found, metric in told]
-                more = dict(zip(more, areas, strict=True))
-            yield {"ranking": ranking, **row, **more}
+        """The rows with what their items do in the pairs that are read too."""
+        others = {arm: boards[arm] for arm in READ_TOO.get(self.compared.arm, ())}
+        return ({"ranking": ranking, **row} for row in read_elsewhere(rows, others, read_metrics(self.plan.place)))
 
     def _directions(self, method: str) -> tuple[sources.Directions | None, list[str]]:
         """The source of a baseline, None where there is none; and what its items read as, where that is more than a
@@ -203,23 +196,20 @@ class Comparison:
         if method == COMPONENTS:
             return self.components, []
         if method == RANDOM:
-            drawn = sources.random_directions(self.store.config.d_model, self.lengths.random, self.compared.seed)
+            generator = torch.Generator().manual_seed(self.compared.seed)
+            drawn = random_directions(self.lengths.random, self.store.config.d_model, 1.0, generator)
             return sources.Directions(drawn), []
         if method == LENS:
             basis = readings.lens_directions(self.models.pair, self.target, self.models.tokenizer)
             return sources.Directions(basis), readings.lens_tokens(self.models.pair, basis, self.models.tokenizer)
-        found = self.adapter
-        if found is None:
+        adapted = self.models.adapted
+        try:
+            found = weight_directions(adapted) if method == ADAPTER else output_directions(adapted, self.documents)
+            basis = strongest(found, TOP, self.target)
+        except UserError as error:  # the adapter does not write there
+            print(f"{method}: {error}", flush=True)
             return None, []
-        return sources.Directions(sources.principal(found[[ADAPTER, ADAPTER_OUTPUT].index(method)], TOP)), []
-
-    @cached_property
-    def adapter(self) -> tuple[Tensor, Tensor] | None:
-        def run() -> None:
-            for _ in readings.both_logits(self.models.pair, self.target, self.documents):
-                pass
-
-        return readings.adapter_moments(self.models.adapted, self.target, run)
+        return sources.Directions(basis), []
 
     # Dictionaries
 
@@ -286,5 +276,5 @@ class Comparison:
 
     def _sweep(self, addition: Any, subject: Subject) -> Iterator[dict[str, Any]]:
         for multiple in self.lengths.factors:
-            scaled = sources.Scaled(addition, multiple)
+            scaled = Scaled(addition, multiple)
             yield from self.carrier.rows(scaled, subject.method, subject.form, factor=multiple, multiple=multiple)

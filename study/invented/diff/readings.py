@@ -6,7 +6,7 @@ look-ups there, whatever the formula, so that all metrics of a page are read at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -146,49 +146,3 @@ def lens_tokens(pair: Pair, directions: Tensor, tokenizer: Any, n: int = 5) -> l
     with torch.no_grad():
         logits = pair.instruct.logits(directions.to(pair.instruct.device, pair.instruct.model.lm_head.weight.dtype))
     return [" ".join(repr(tokenizer.decode([i])) for i in row) for row in logits.topk(n).indices.tolist()]
-
-
-def adapter_moments(adapted: Any, target: Target, run: Callable[[], None]) -> tuple[Tensor, Tensor] | None:
-    """[d_model, d_model] fp64 twice: of what the adapter can write into the stream up to the site (sum of
-    (B A)(B A)^T over its layers' attention and MLP outputs), and of what it writes while `run` runs.
-
-    None where the adapter writes into the stream nowhere.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    writers = []
-    for name, module in adapted.named_modules():
-        number = next((int(part) for part in name.split(".") if part.isdigit()), -1)
-        writes = name.endswith(("o_proj", "down_proj")) and isinstance(module, LoraLayer)
-        if writes and (number + 1 < target.layer or (number + 1 == target.layer and name.endswith("o_proj"))):
-            writers.append(module)
-    if not writers:
-        return None
-    weights = outputs = torch.zeros((), dtype=torch.float64)
-    for module in writers:
-        product = module.get_delta_weight("default").double().cpu()
-        weights = weights + product @ product.T
-    seen: list[Tensor] = []
-    handles = [
-        module.lora_B["default"].register_forward_hook(
-            lambda _m, _i, out, scale=module.scaling["default"]: seen.append((out * scale).float())
-        )
-        for module in writers
-    ]
-    written: list[Tensor] = []
-
-    def keep(_module: Any, _inputs: Any, _out: Any) -> None:
-        if len(seen) == len(writers):  # a pass of the fine-tuned model has come as far as the site
-            total = torch.stack(seen).sum(dim=0).flatten(0, -2).double()
-            written.append((total.T @ total).cpu())
-            seen.clear()
-
-    handles.append(writers[-1].register_forward_hook(keep))
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    outputs = outputs + sum(written)
-    return weights, outputs

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from crosscoder.interventions.sets import Addition, Components, Latents, Reading
+from crosscoder.interventions.sets import Addition, Components, Latents, Reading, orthonormal
 
 if TYPE_CHECKING:
     from crosscoder.activations.store import ActivationStore
@@ -70,18 +70,7 @@ class Directions:
         return self.values(reading).double().square().sum(dim=0)
 
     def addition(self, items: Sequence[int]) -> Addition:
-        return Components(torch.linalg.qr(self.basis[list(items)].T).Q.T.contiguous())
-
-
-class Scaled:
-    """An addition times a factor."""
-
-    def __init__(self, addition: Addition, factor: float):
-        self.addition, self.factor = addition, factor
-        self.label: dict[str, Any] = {**addition.label, "factor": factor}
-
-    def __call__(self, reading: Reading) -> Tensor:
-        return self.factor * self.addition(reading)
+        return Components(orthonormal(self.basis[list(items)]))
 
 
 @torch.no_grad()
@@ -114,12 +103,6 @@ def difference_moments(store: ActivationStore, device: Any) -> Tensor:
 def principal(moments: Tensor, n: int) -> Tensor:
     """[n, d_model] fp32: the directions of the largest eigenvalues, largest first."""
     return torch.linalg.eigh(moments).eigenvectors.flip(-1)[:, :n].T.float().contiguous()
-
-
-def random_directions(d_model: int, n: int, seed: int) -> Tensor:
-    """[n, d_model]: unit vectors, drawn uniformly."""
-    drawn = torch.randn(n, d_model, generator=torch.Generator().manual_seed(seed))
-    return drawn / drawn.norm(dim=-1, keepdim=True)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,20 @@ from finqa.runtime.paths import REPOSITORY, Folders
 from finqa.task.records import TeacherRow
 from study.invented.diff import dictionaries
 from study.invented.diff.ceilings import HALF, primary_name
-from study.invented.diff.items import Board, auroc_elsewhere, board, item_rows, recall_at, within_page_auroc
+from study.invented.diff.items import (
+    Board,
+    auroc_elsewhere,
+    board,
+    item_rows,
+    read_elsewhere,
+    recall_at,
+    within_page_auroc,
+)
 from study.invented.diff.plan import BY_RUN, GAIN, TOP, Lengths, diff_jobs, equal_l0, sites, study_flags
 from study.invented.diff.readings import before_operation
-from study.invented.diff.sources import Directions, Scaled, principal, top
+from study.invented.diff.sources import Directions, principal, top
 from study.invented.files import Item, Place, link_adapters
+from study.invented.gates import Gate
 from study.invented.plan import Plan
 from study.students.plan import chosen
 
@@ -130,6 +140,28 @@ def test_a_direction_counts_with_either_sign_and_a_latent_with_its_own():
     assert (x["sign"], x["auroc"], x["hit"]) == (1, 0.0, False)
 
 
+METRICS = [
+    {"name": "x", "formula": "a + b", "formula_permuted": "a - b"},
+    {"name": "y", "formula": "a - b", "formula_permuted": "a / b"},
+    {"name": "z", "formula": "a / b", "formula_permuted": "a + b"},
+]
+
+
+def test_an_item_of_a_is_read_in_the_other_mapping_and_where_names_have_no_formula():
+    """In A' the item that told x tells z, which has the formula of x there; in N it tells nothing."""
+    rows = item_rows(made([[[1, 0, 0]] * 4]), signed=False, names=["latent"])
+    boards = {"A-permuted": made([[[0, 0, 1]] * 4]), "N": made([[[0, 0, 0]] * 4])}
+    (x, *_) = read_elsewhere(rows, boards, METRICS)
+    assert (x["hit"], x["permuted_name"], x["permuted_formula"], x["look_up"]) == (True, 0.25, 1.0, 0.5)
+
+
+def test_the_items_of_other_arms_are_read_in_their_own_pair_alone():
+    rows = item_rows(made([[[1, 0, 0]] * 4]), signed=False, names=["latent"])
+    (x, *_) = read_elsewhere(rows, {}, METRICS)
+    assert (x["hit"], x["permuted_name"], x["permuted_formula"], x["look_up"]) == (True, None, None, None)
+    assert "place" not in x
+
+
 def test_without_items_nothing_is_hit():
     rows = item_rows(made([[[1, 0, 0]] * 4]), signed=False, names=[])
     assert [row["hit"] for row in rows] == [False] * 3 and all(math.isnan(row["auroc"]) for row in rows)
@@ -180,7 +212,7 @@ def test_directions_add_their_part_of_the_difference_and_scale():
     assert along.values(reading).tolist() == [[3.0, 4.0]] and along.squares(reading).tolist() == [9.0, 16.0]
     askew = Directions(torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0]]))
     assert askew.addition([0, 1])(reading).flatten().tolist() == pytest.approx([3.0, 4.0, 0.0], abs=1e-6)
-    assert Scaled(along.addition([1]), 2.0)(reading).tolist() == [[0.0, 8.0, 0.0]]
+    assert along.addition([1])(reading).tolist() == [[0.0, 4.0, 0.0]]
     assert principal(torch.diag(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)), 1).abs().tolist() == [[0, 1, 0]]
 
 
@@ -205,7 +237,9 @@ def test_no_dictionary_is_trained_before_the_gates_hold(monkeypatch: pytest.Monk
     plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini")
     dictionaries.check_gates(plan)  # a rehearsal gives no verdict
     monkeypatch.setattr(Plan, "is_rehearsal", False)
-    with pytest.raises(UserError, match=r"items\.csv is missing; make the rows with"):
+    learnt = Gate("learnt", "A-seed3", "x", 60, 0.5, 0.8, None, False)
+    monkeypatch.setattr(dictionaries, "all_gates", lambda *_: [learnt, replace(learnt, gate="own mapping", holds=True)])
+    with pytest.raises(UserError, match=r"1 gates do not hold, or were not measured: learnt \(A-seed3\); mend them"):
         dictionaries.choose_settings(plan, BY_RUN["K-seed3"], sites(plan)["residual2"])
 
 
