@@ -47,7 +47,7 @@ ADDED_FAMILIES = tuple(name for name, new in zip(FAMILIES, ADDED, strict=True) i
 TOLD = ("question after the cue", *PRIMARY, "operator", "rest")
 """The strata in which a family's direction is."""
 QUICK = Settings(n_permutations=200)
-QUESTIONS = made_up_questions()
+QUESTIONS = made_up_questions(per_page=5)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def random_crosscoder(seed: int, n_latents: int = 64) -> BatchTopKCrosscoder:
     return model
 
 
-def test_scores_are_the_largest_value_of_each_question_on_each_stratum(store):
+def test_scores_are_the_mean_value_of_each_question_on_each_stratum(store):
     subject = dictionary_subject(random_crosscoder(0))
     scores = read_scores(store, QUESTIONS, subject)
     values = subject.read(all_raw(store)).view(len(QUESTIONS), len(LAYOUT), -1)
@@ -82,7 +82,7 @@ def test_scores_are_the_largest_value_of_each_question_on_each_stratum(store):
         places = [i for i, its in enumerate(LAYOUT) if its == stratum]
         of = scores.of(stratum)
         assert torch.equal(of.question, torch.arange(len(QUESTIONS)))
-        torch.testing.assert_close(of.values, values[:, places].amax(dim=1))
+        torch.testing.assert_close(of.values, values[:, places].mean(dim=1))
     assert torch.equal(scores.n_firings, (values > 0).sum(dim=(0, 1)))
     assert torch.equal(scores.alive, (values > 0).flatten(0, 1).any(dim=0))
 
@@ -244,7 +244,9 @@ def test_baselines_find_what_they_can(store):
     pca = known_answer(pca_subject(store, indices, 2), store, QUESTIONS, probes=[], settings=QUICK)
     # Two directions were added: the difference has two components.
     assert {f for of in pca.strata for its in of.classes for f in its.found} == set(ADDED_FAMILIES)
-    norm = known_answer(norm_subject(), store, QUESTIONS, strata=PRIMARY, probes=[], settings=QUICK)
+    # One other family in four on a page is added too: 0.875 is expected.
+    strict = replace(QUICK, selective_at=0.95)
+    norm = known_answer(norm_subject(), store, QUESTIONS, strata=PRIMARY, probes=[], settings=strict)
     for of in norm.strata:
         # It tells added from known families, but no added family from another.
         assert of.exclusivity == ()
