@@ -244,14 +244,12 @@ def test_baselines_find_what_they_can(store):
     pca = known_answer(pca_subject(store, indices, 2), store, QUESTIONS, probes=[], settings=QUICK)
     # Two directions were added: the difference has two components.
     assert {f for of in pca.strata for its in of.classes for f in its.found} == set(ADDED_FAMILIES)
-    # One other family in four on a page is added too: 0.875 is expected.
-    strict = replace(QUICK, selective_at=0.95)
-    norm = known_answer(norm_subject(), store, QUESTIONS, strata=PRIMARY, probes=[], settings=strict)
+    norm = known_answer(norm_subject(), store, QUESTIONS, strata=PRIMARY, probes=[], settings=QUICK)
     for of in norm.strata:
         # It tells added from known families, but no added family from another.
         assert of.exclusivity == ()
         assert of.best_is_added.value == 1.0
-        assert of.specific_to_added == 0
+        assert all((of.best_items[name].value or 0) < 1 for name in ADDED_FAMILIES)
     one = mean_difference_subject(store, indices).read(all_raw(store))
     assert one.shape == (len(store), 1)
 
