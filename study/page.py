@@ -42,7 +42,8 @@ def share(text: str) -> str:
 
 
 def number(text: str, digits: int = 2) -> str:
-    return f"{float(text):.{digits}f}" if text else NOTHING
+    shown = f"{float(text):.{digits}f}" if text else NOTHING
+    return shown.removeprefix("-") if shown.strip("-0.") == "" and text else shown
 
 
 def count(text: str) -> str:
