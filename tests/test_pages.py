@@ -154,19 +154,6 @@ def test_every_accuracy_with_an_interval_stands_in_the_page_behind_it():
     assert not [figure for figure in shown if figure not in behind]
 
 
-@pytest.mark.parametrize(
-    ("method", "name"),
-    [("BatchTopK crosscoder", "plain"), ("difference SAE", "difference SAE"), ("PCA of the difference",) * 2],
-)
-def test_the_counts_of_specific_latents_are_those_of_the_study(method: str, name: str):
-    text = (DOCS / "study.md").read_text()
-    table = re.findall(r"<!-- table: glance -->\n(.*?)<!-- end", text, re.DOTALL)[0]
-    header, found = cells("| method", table), cells(f"| {name} |", table)
-    pairs = ["base -> fine-tuned", "base -> sham", "base -> other families", "fine-tuned -> fine-tuned, second seed"]
-    counts = [found[header.index(f"{pair}, layer 4 residual")].rpartition(" / ")[0] for pair in pairs]
-    assert cells(f"| {method} |")[1:] == counts
-
-
 def test_what_a_card_holds_is_in_the_records():
     behind = " ".join((DOCS / "reproduce.md").read_text().split())
     table = README.partition("## What a card of")[2].partition("## ")[0]

@@ -60,8 +60,12 @@ class StratumAnswer:
     n_scored: int
     specific_to_added: int
     """Active items whose best family on the choosing half is an added one, and whose AUROC for it on the other half is
-    at least Settings.selective_at."""
+    at least Settings.selective_at; AUROC within pages (selectivity.auroc_within)."""
     specific_to_known: int
+    over_all_pages_added: int
+    """The same count where a family's questions are held against all others, on whatever page and template: what the
+    page and the template give away counts too."""
+    over_all_pages_known: int
     best_is_added: Estimate
     """Share of all active items whose best family is an added one."""
     best_items: dict[str, Estimate]
@@ -113,7 +117,7 @@ class KnownAnswer:
         tokens = None
         if self.tokens is not None:
             tokens = {f.name: getattr(self.tokens, f.name) for f in fields(self.tokens) if f.name != "auroc"}
-            tokens["best"] = asdict(self.tokens.best)
+            tokens |= {name: asdict(getattr(self.tokens, name)) for name in ("best", "decoded")}
         strata = [asdict(answer) for answer in self.strata]
         return {name: getattr(self, name) for name in kept} | {"strata": strata, "tokens": tokens}
 
@@ -138,6 +142,8 @@ class KnownAnswer:
         row: dict[str, Any] = {"pair": self.pair, "subject": self.subject, "stratum": answer.stratum}
         row |= {"n_questions": self.n_questions, "n_items": self.n_items, "n_alive": self.n_alive}
         row |= {"specific_to_added": answer.specific_to_added, "specific_to_known": answer.specific_to_known}
+        row |= {"over all pages: added": answer.over_all_pages_added}
+        row |= {"over all pages: known": answer.over_all_pages_known}
         row |= {"significant_for_added": answer.significant_for_added}
         row |= {"significant_for_known": answer.significant_for_known}
         for of in answer.exclusivity:

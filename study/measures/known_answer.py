@@ -1,5 +1,7 @@
 """Does a diff find what fine-tuning added? All figures of one subject on one pair of models, where the answer is known.
 
+An item is specific to a family where it tells the family's questions from those of other families on the same page.
+
     questions = questions_of(store, rows, tokenizer, finqa_mini_wording())
     answer = known_answer(dictionary_subject(model), store, questions, pair="base -> fine-tuned")
     write_atomically(path, json.dumps(answer.as_json()))
@@ -69,7 +71,9 @@ def known_answer(
     scores = read_scores(store, questions, subject)
     everything = torch.arange(len(store))
     exclusive = exclusivity(subject, store, everything if scaling_tokens is None else scaling_tokens)
-    selective: dict[Stratum, Selectivity] = {s: selectivity(scores.of(s), questions, choosing) for s in strata}
+    selective: dict[Stratum, Selectivity] = {
+        s: selectivity(scores.of(s), questions, choosing, within_pages=True) for s in strata
+    }
     known = dict(zip(questions.families, (~questions.added).tolist(), strict=True))
     return KnownAnswer(
         pair=pair,
@@ -86,6 +90,7 @@ def known_answer(
             _of_stratum(
                 s,
                 selective[s],
+                selectivity(scores.of(s), questions, choosing),
                 exclusive,
                 scores.alive,
                 questions,
@@ -107,6 +112,7 @@ def known_answer(
 def _of_stratum(
     stratum: Stratum,
     selective: Selectivity,
+    over_all: Selectivity,
     exclusive: Exclusivity,
     alive: Tensor,
     questions: Questions,
@@ -122,6 +128,8 @@ def _of_stratum(
         n_scored=selective.n_scored,
         specific_to_added=int((alive & selective.specific(added, at)).sum()),
         specific_to_known=int((alive & selective.specific(~added, at)).sum()),
+        over_all_pages_added=int((alive & over_all.specific(added, at)).sum()),
+        over_all_pages_known=int((alive & over_all.specific(~added, at)).sum()),
         best_is_added=share(int((alive & added[selective.best]).sum()), int(alive.sum())),
         best_items=_best_items(selective, alive, questions),
         exclusivity=tuple(
@@ -144,8 +152,8 @@ def _best_items(selective: Selectivity, alive: Tensor, questions: Questions) -> 
     """For each family the active item that the choosing half likes best, and what it has on the other half."""
     result = {}
     areas = _numbers(selective.best_of(alive))
-    for name, area, n in zip(questions.families, areas, selective.n_of_family.tolist(), strict=True):
-        n_others = selective.n_scored - n
+    sizes = (selective.n_of_family.tolist(), selective.n_others.tolist())
+    for name, area, n, n_others in zip(questions.families, areas, *sizes, strict=True):
         interval = (None, None) if area is None else auroc_interval(area, n, n_others)
         result[name] = Estimate(area, *interval, n, n_others)
     return result

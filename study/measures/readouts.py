@@ -38,6 +38,9 @@ class Subject:
     """The dictionary; None for a baseline."""
     device: torch.device | str = "cpu"
     """Where `read` takes its activations."""
+    decode: Readout | None = None
+    """Raw activations -> [n, d_model]: all that the subject says of x[1] - x[0], in the models' own units. None where
+    it says nothing of it."""
 
     @property
     def compares(self) -> bool:
@@ -52,8 +55,12 @@ def dictionary_subject(model: BatchTopKCrosscoder, name: str | None = None) -> S
     def read(raw: Tensor) -> Tensor:
         return model.encode(model.scale(raw))
 
+    @torch.no_grad()
+    def decode(raw: Tensor) -> Tensor:
+        return model.difference(model.unscale(model(model.scale(raw))))
+
     decoder = model.raw_decoder()
-    return Subject(name or model.config.method, read, decoder[:, -1], model, model.b_dec.device)
+    return Subject(name or model.config.method, read, decoder[:, -1], model, model.b_dec.device, decode)
 
 
 def norm_subject(device: torch.device | str = "cpu") -> Subject:
@@ -68,13 +75,21 @@ def pca_subject(
     off, each in its own direction (even items) and against it (odd ones)."""
     mean, components = principal_components(store, indices, n_components, device)
     directions = torch.stack([components, -components], dim=1).flatten(0, 1)
-    return Subject(
-        "PCA of the difference",
-        lambda raw: torch.relu((difference(raw) - mean) @ directions.T),
-        directions,
-        None,
-        device,
-    )
+
+    def read(raw: Tensor) -> Tensor:
+        return torch.relu((difference(raw) - mean) @ directions.T)
+
+    name = "PCA of the difference"
+    return Subject(name, read, directions, None, device, lambda raw: read(raw) @ directions + mean)
+
+
+def random_subject(store: ActivationStore, indices: Tensor, n_items: int, seed: int = 0) -> Subject:
+    """Random directions, drawn uniformly, on which x[1] - x[0] less its mean over `indices` is projected: dense items
+    that nothing was learnt for, as many as a dictionary has latents."""
+    mean, _ = principal_components(store, indices, 0)
+    drawn = torch.randn(n_items, len(mean), generator=torch.Generator().manual_seed(seed))
+    directions = torch.nn.functional.normalize(drawn, dim=-1)
+    return Subject("random directions", lambda raw: torch.relu((difference(raw) - mean) @ directions.T), directions)
 
 
 def mean_difference_subject(store: ActivationStore, indices: Tensor, device: torch.device | str = "cpu") -> Subject:

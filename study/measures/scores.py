@@ -1,4 +1,8 @@
-"""A number for each question, item and stratum: the largest value that an item has on the stratum's tokens."""
+"""A number for each question, item and stratum: the mean of an item's values on the stratum's tokens.
+
+The mean, since the largest of several values grows with their number, and the number of look-ups alone gives some
+families away.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ class StratumScores:
     """Of one stratum; on the CPU."""
 
     values: Tensor
-    """[n, items] fp32: maximum over the stratum's tokens."""
+    """[n, items] fp32: mean over the stratum's tokens."""
     question: Tensor
     """[n]: which questions these are, those that have a token in the stratum."""
 
@@ -26,8 +30,8 @@ class StratumScores:
 class Scores:
     """Of one subject over all questions of a set; on the CPU."""
 
-    largest: Tensor
-    """[strata, questions, items] fp32; minus infinity where a question has no token in a stratum."""
+    means: Tensor
+    """[strata, questions, items] fp32; not a number where a question has no token in a stratum."""
     n_firings: Tensor
     """[items] int64: tokens of the set on which an item is above 0, whatever the stratum."""
 
@@ -38,8 +42,8 @@ class Scores:
 
     def of(self, stratum: Stratum) -> StratumScores:
         """The questions that have the stratum, and their scores there."""
-        values = self.largest[STRATA.index(stratum)]
-        there = values[:, 0] > -torch.inf
+        values = self.means[STRATA.index(stratum)]
+        there = ~values[:, 0].isnan()
         return StratumScores(values[there], there.nonzero().squeeze(-1))
 
 
@@ -47,19 +51,19 @@ class Scores:
 def read_scores(store: ActivationStore, questions: Questions, subject: Subject) -> Scores:
     """Every token of the set once, through the subject on its device."""
     group = questions.stratum * len(questions) + questions.document
-    largest: Tensor | None = None
+    sums: Tensor | None = None
     n_firings: Tensor | None = None
     for chunk, raw in store.batches(torch.arange(len(store)), BATCH_TOKENS):
         values = subject.read(raw.to(subject.device)).float()
-        if largest is None or n_firings is None:
+        if sums is None or n_firings is None:
             n_groups, n_items = len(STRATA) * len(questions), values.shape[1]
-            largest = values.new_full((n_groups, n_items), -torch.inf)
+            sums = values.new_zeros(n_groups, n_items)
             n_firings = torch.zeros(n_items, dtype=torch.int64, device=values.device)
-        rows = group[chunk].to(values.device)[:, None].expand_as(values)
-        largest.scatter_reduce_(0, rows, values, "amax")
+        sums.index_add_(0, group[chunk].to(values.device), values)
         n_firings += (values > 0).sum(dim=0)
-    assert largest is not None and n_firings is not None
-    return Scores(largest.view(len(STRATA), len(questions), -1).cpu(), n_firings.cpu())
+    assert sums is not None and n_firings is not None
+    means = sums.cpu() / torch.bincount(group, minlength=len(sums))[:, None]
+    return Scores(means.view(len(STRATA), len(questions), -1), n_firings.cpu())
 
 
 def read_means(store: ActivationStore, questions: Questions, device: torch.device | str = "cpu") -> Tensor:

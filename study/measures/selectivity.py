@@ -17,7 +17,8 @@ SELECTIVE_AT = 0.9
 
 @dataclass(frozen=True)
 class Selectivity:
-    """Of every item on one stratum. AUROC is of a family's questions against all others of the same half."""
+    """Of every item on one stratum. AUROC is of a family's questions against others of the same half: all of them, or
+    those of the same page."""
 
     chosen: Tensor
     """[items, families] fp64: AUROC on the half of the pages where items are chosen; not a number for a family that
@@ -25,7 +26,9 @@ class Selectivity:
     scored: Tensor
     """The same on the other half."""
     n_of_family: Tensor
-    """[families] int64: questions of each on that other half."""
+    """[families] int64: questions of each on that other half; within pages, those with another one on their page."""
+    n_others: Tensor
+    """[families] int64: the questions that these are held against."""
     n_chosen: int
     """Questions of the first half."""
     n_scored: int
@@ -60,21 +63,54 @@ class Selectivity:
 
 
 def selectivity(
-    scores: StratumScores, questions: Questions, choosing: Tensor, family: Tensor | None = None
+    scores: StratumScores, questions: Questions, choosing: Tensor, within_pages: bool = False
 ) -> Selectivity:
     """Of a stratum's scores; `choosing` [questions] bool is the half to choose on (`halves`).
 
-    `family` [questions] stands in for the questions' own labels, where they are shuffled.
+    Within pages the negatives are the other families on the same page alone (minimal pairs: the same template, rows
+    and years), so that nothing that a page or a template gives away counts; a page of one question has no say.
     """
-    is_family = questions.is_family(family)[scores.question]
+    is_family = questions.is_family()[scores.question]
+    page = questions.page[scores.question]
     first = choosing[scores.question]
+    areas = []
+    for half in (first, ~first):
+        values, member = scores.values[half], is_family[half]
+        areas.append(auroc_within(values, member, page[half]) if within_pages else auroc(values, member))
+    member, its_page = is_family[~first], page[~first]
+    n_of_family = member.sum(dim=0)
+    n_others = len(member) - n_of_family
+    if within_pages:
+        positive, negative = pairs_within(member, its_page)
+        n_of_family = member[positive.unique()].sum(dim=0)
+        held_against = [negative[member[positive, f]].unique() for f in range(member.shape[1])]
+        n_others = torch.tensor([len(others) for others in held_against])
     return Selectivity(
-        chosen=auroc(scores.values[first], is_family[first]),
-        scored=auroc(scores.values[~first], is_family[~first]),
-        n_of_family=is_family[~first].sum(dim=0),
+        chosen=areas[0],
+        scored=areas[1],
+        n_of_family=n_of_family,
+        n_others=n_others,
         n_chosen=int(first.sum()),
         n_scored=int((~first).sum()),
     )
+
+
+def pairs_within(is_family: Tensor, page: Tensor) -> tuple[Tensor, Tensor]:
+    """[pairs] twice: rows of one page and of two families, every such pair in both orders."""
+    family = is_family.int().argmax(dim=1)
+    differ = (page[:, None] == page) & (family[:, None] != family)
+    positive, negative = differ.nonzero(as_tuple=True)
+    return positive, negative
+
+
+def auroc_within(values: Tensor, is_family: Tensor, page: Tensor) -> Tensor:
+    """[n, items], [n, families] bool and [n] -> [items, families] fp64: over all pairs of a family's question and one
+    of another family on the same page, the share in which the family's has the larger value, ties by half. Not a
+    number for a family without such a pair."""
+    positive, negative = pairs_within(is_family, page)
+    above = (values[positive] > values[negative]).double() + 0.5 * (values[positive] == values[negative])
+    member = is_family[positive].double()
+    return above.T @ member / member.sum(dim=0)
 
 
 def halves(questions: Questions, seed: int = 0) -> Tensor:

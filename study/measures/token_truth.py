@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from crosscoder.activations.collection import Document, padded
 from crosscoder.activations.store import ActivationStore
-from study.measures.auroc import Estimate, auroc_interval, auroc_sparse
+from study.measures.auroc import Estimate, auroc_estimate, auroc_interval, auroc_sparse
+from study.measures.probe import logistic
 from study.measures.readouts import BATCH_TOKENS, Subject, difference
 from study.measures.strata import STRATA, Questions
 
@@ -38,6 +39,8 @@ class TokenTruth:
     """The item of the largest AUROC on the choosing half; None where a half lacks fixed or other predicted tokens."""
     best: Estimate
     """Its AUROC on the other half. Tokens of one question are not independent: the interval is too narrow."""
+    decoded: Estimate
+    """AUROC, on the same half, of the norm of all that the subject decodes for the difference."""
     auroc: Tensor
     """[items] fp64: of every item on the other half."""
 
@@ -66,20 +69,31 @@ def fixed_tokens(
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[store.document, store.position]
 
 
+class NextTokens(NamedTuple):
+    """What a model predicts after every token of one document, from the last of the prompt on; on the CPU."""
+
+    best: Tensor
+    """[ids] int64: the best next token, NOT_PREDICTED before the last token of the prompt."""
+    log_probs: Tensor
+    """[completion + 1, vocabulary] fp16."""
+
+
 @torch.no_grad()
-def predictions(model: Any, documents: Sequence[Document], batch_size: int = 64) -> list[Tensor]:
-    """[ids] int64 of each document, on the CPU: the model's best next token after every one from the last of the prompt
-    on, and NOT_PREDICTED before. The model in eval mode, as it is, on the device where it is."""
-    result = [torch.full((len(document.ids),), NOT_PREDICTED) for document in documents]
+def predictions(model: Any, documents: Sequence[Document], batch_size: int = 64) -> list[NextTokens]:
+    """Of each document. The model in eval mode, as it is, on the device where it is."""
+    result: list[Any] = [None] * len(documents)
     order = sorted(range(len(documents)), key=lambda i: len(documents[i].ids))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         ids, _ = padded([documents[i].ids for i in batch], None)
         first = min(documents[i].n_prompt for i in batch) - 1
         output = model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=ids.shape[1] - first)
-        for row, i in zip(output.logits.argmax(dim=-1).cpu(), batch, strict=True):
-            own = documents[i].n_prompt - 1
-            result[i][own:] = row[own - first : len(documents[i].ids) - first]
+        for logits, i in zip(output.logits, batch, strict=True):
+            own, n = documents[i].n_prompt - 1, len(documents[i].ids)
+            its = logits[own - first : n - first]
+            best = torch.full((n,), NOT_PREDICTED)
+            best[own:] = its.argmax(dim=-1).cpu()
+            result[i] = NextTokens(best, its.float().log_softmax(dim=-1).half().cpu())
     return result
 
 
@@ -93,11 +107,15 @@ def token_truth(
     squares = torch.zeros(len(TOKEN_GROUPS), dtype=torch.float64)
     entries: list[tuple[Tensor, Tensor, Tensor]] = []
     n_items = 0
+    norms = torch.full((len(store),), torch.nan)
     for chunk, raw in store.batches(torch.arange(len(store)), BATCH_TOKENS):
         raw = raw.to(subject.device)
         squares.index_add_(0, groups[chunk], difference(raw).pow(2).sum(dim=-1).double().cpu())
         there = groups[chunk] <= TOKEN_GROUPS.index("other predicted")
-        values = subject.read(raw[there.to(raw.device)]).float()
+        raw = raw[there.to(raw.device)]
+        values = subject.read(raw).float()
+        if subject.decode is not None:
+            norms[chunk[there]] = subject.decode(raw).norm(dim=-1).float().cpu()
         n_items = values.shape[1]
         row, item = values.nonzero(as_tuple=True)
         entries.append((chunk[there][row.cpu()], item.cpu(), values[row, item].cpu()))
@@ -123,8 +141,38 @@ def token_truth(
         },
         best_item=best,
         best=_estimate(areas[1], best, *sizes[1]),
+        decoded=tells_fixed(norms, groups, ~in_choosing),
         auroc=areas[1],
     )
+
+
+def tells_fixed(values: Tensor, groups: Tensor, scored: Tensor) -> Estimate:
+    """How well one number a token [tokens] tells fixed tokens from other predicted ones, over the tokens of `scored`
+    [tokens] bool that have a value."""
+    there = scored & (groups <= TOKEN_GROUPS.index("other predicted"))
+    return auroc_estimate(values[there], groups[there] == TOKEN_GROUPS.index("fixed"))
+
+
+def probe_on_tokens(vectors: Tensor, groups: Tensor, fitted: Tensor) -> Tensor:
+    """[tokens, d_model] -> [tokens]: a linear probe for fixed tokens, fitted on the predicted tokens of `fitted`
+    [tokens] bool. Not a number where these lack one of the two groups."""
+    is_fixed = groups == TOKEN_GROUPS.index("fixed")
+    on = fitted & (groups <= TOKEN_GROUPS.index("other predicted"))
+    if not is_fixed[on].any() or is_fixed[on].all():
+        return torch.full((len(vectors),), torch.nan)
+    weights, bias = logistic(vectors[on].double(), is_fixed[on][:, None])
+    return (vectors.double() @ weights + bias)[:, 0]
+
+
+def divergence(store: ActivationStore, first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """[tokens]: KL(second || first) of the next token, in nats, from every document's log-probabilities (`NextTokens`);
+    not a number before the last token of the prompt."""
+    rows = []
+    for document, before, after in zip(store.documents, first, second, strict=True):
+        p, q = after.float(), before.float()
+        own = (p.exp() * (p - q)).sum(dim=-1)
+        rows.append(torch.cat([torch.full((document.n_ids - len(own),), torch.nan), own]))
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[store.document, store.position]
 
 
 def _estimate(areas: Tensor, item: int | None, n: int, n_others: int) -> Estimate:

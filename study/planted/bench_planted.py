@@ -4,7 +4,9 @@
     python -m study.planted.bench_planted --methods crosscoder 'difference SAE' --seeds 0 --tokens 20000
 
 A narrow fine-tune in small: many features that both models share, a little stronger in the fine-tuned one, and eight
-that it has alone, rare and weak. Every method gets the same tokens and steps, and the learning rate of its kind. A
+that it has alone, rare and weak. Every method gets the same tokens, steps and number of active latents, and its
+settings by one rule that does not know what was added: of the learning rates (and coefficients of L1) that leave about
+K latents active, those that explain most of the held-out difference on tokens of two models without an added feature. A
 planted feature is found where a latent that claims to be exclusive has its direction (cosine at least 0.9); precision
 is the share of claiming latents that have one.
 What claims: in a crosscoder the latents that Delta calls fine-tuned-only; beside it the same after latent scaling; in a
@@ -19,7 +21,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
     from crosscoder.activations.store import ActivationStore
     from crosscoder.dictionaries.model import BatchTopKCrosscoder
-    from study.planted.planted_activations import Planted
+    from study.planted.planted_activations import Kind, Planted
 
 D_MODEL, N_SHARED, N_ADDED = 64, 96, 8
 SHARED_FREQUENCY, ADDED_FREQUENCY = 0.04, 0.01
@@ -40,25 +42,26 @@ MAGNITUDES = (0.45, 0.7)
 """Of the added features; the shared ones have 1."""
 DRIFT, NOISE = 1.15, 0.01
 """Strength of a shared feature in the fine-tuned model; standard deviation of each number's noise."""
-N_LATENTS, BATCH, LEARNING_RATE, EPOCHS = 192, 256, 3e-3, 10.0
-OF_DIFFERENCE = 1e-2
-"""Learning rate of the methods with latents of the difference alone. It and k decide what the difference SAE finds. At
-3e-3 two latents often share a planted feature: both fire exactly where it is, each with a cosine of 0.8 to 0.88, and
-together they are it. At k 4 the same happens. A difference term explained nothing at 1e-2 (one seed)."""
+N_LATENTS, BATCH, EPOCHS = 192, 256, 10.0
+K, NEAR_K = 4, 0.25
+"""Mean active latents of every method, and the share by which L0 may be off."""
+RATES = (1e-3, 3e-3, 1e-2)
+L1_WEIGHTS = (1.0, 2.0, 4.0)
+CONTROL_SEED = 1_000
+"""Of the tokens that settings are chosen on, which no run is scored on."""
 FOUND_AT = 0.9
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "crosscoder": ("batchtopk", {"k": 4}),
-    "crosscoder, joint norm": ("batchtopk", {"k": 4, "score_norm": "l2"}),
-    "difference term 3": ("batchtopk", {"k": 4, "difference_weight": 3.0}),
-    "difference term 15": ("batchtopk", {"k": 4, "difference_weight": 15.0}),
-    "difference term, equal weight": ("batchtopk", {"k": 4, "difference_weight": "equal"}),
-    "L1": ("l1", {"k": 4, "l1_weight": 1.0}),
-    "partition": ("partition", {"k": 4, "n_delta": 48, "k_delta": 1, "learning_rate": OF_DIFFERENCE}),
-    "difference SAE": ("difference-sae", {"k": 2, "learning_rate": OF_DIFFERENCE}),
-    "difference SAE, k 4": ("difference-sae", {"k": 4, "learning_rate": OF_DIFFERENCE}),
+    "crosscoder": ("batchtopk", {"k": K}),
+    "crosscoder, joint norm": ("batchtopk", {"k": K, "score_norm": "l2"}),
+    "difference term 3": ("batchtopk", {"k": K, "difference_weight": 3.0}),
+    "difference term 15": ("batchtopk", {"k": K, "difference_weight": 15.0}),
+    "difference term, equal weight": ("batchtopk", {"k": K, "difference_weight": "equal"}),
+    "L1": ("l1", {"k": K}),
+    "partition": ("partition", {"k": K - 1, "k_delta": 1}),
+    "difference SAE": ("difference-sae", {"k": K}),
 }
-"""By name: the method and its settings. About 3.9 features are active on a token; of those added, 0.08. In the
-difference a shared feature is 0.15 strong, a third of an added one of magnitude 0.45."""
+"""By name: the method and what makes it that method; the rest is chosen. About 3.9 features are active on a token; of
+those added, 0.08. In the difference a shared feature is 0.15 strong, a third of an added one of magnitude 0.45."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--magnitudes", nargs="+", type=float, default=list(MAGNITUDES))
     parser.add_argument(
-        "--learning-rate", type=float, default=LEARNING_RATE, help="of the crosscoders (default: %(default)s)"
+        "--learning-rate", type=float, help="of all methods (default: chosen for each by the rule above)"
     )
     parser.add_argument("--passes", type=float, default=EPOCHS, help="over the tokens (default: %(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -101,7 +104,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     outcomes = []
-    for outcome in runs(args):
+    chosen = choose_settings(args)
+    for outcome in runs(args, chosen):
         outcomes.append(outcome)
         print(
             f"{outcome.method}, magnitude {outcome.magnitude}, seed {outcome.seed}: {outcome.found} of {N_ADDED} "
@@ -120,62 +124,108 @@ def main() -> None:
         "added_frequency": ADDED_FREQUENCY,
         "n_latents": N_LATENTS,
         "batch_tokens": BATCH,
-        "learning_rate": args.learning_rate,
         "epochs": args.passes,
         "tokens": args.tokens,
         "found_at_cosine": FOUND_AT,
-        "methods": {name: {"method": METHODS[name][0], **METHODS[name][1]} for name in args.methods},
+        "methods": {name: {"method": METHODS[name][0], **settings} for name, settings in chosen.items()},
     }
     record = {"settings": settings, "outcomes": [asdict(outcome) for outcome in outcomes]}
     path = write_record("planted", record, text, **({"folder": args.results} if args.results else {}))
     print(f"recorded in {path}")
 
 
-def runs(args: argparse.Namespace) -> Iterator[Outcome]:
-    """One outcome a method, magnitude and seed."""
-    from study.planted.planted_activations import Kind, plant, planted_store
+def kinds_of(magnitude: float | None) -> list[Kind]:
+    """The planted features; without a magnitude none is added."""
+    from study.planted.planted_activations import Kind
 
-    training = {"learning_rate": args.learning_rate, "epochs": args.passes}
+    shared = Kind("shared", N_SHARED, (1, DRIFT), SHARED_FREQUENCY)
+    return [shared] if magnitude is None else [shared, Kind("added", N_ADDED, (0, 1), ADDED_FREQUENCY, magnitude)]
+
+
+def choose_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Every method's settings, chosen on tokens of two models that differ by no added feature."""
+    from study.planted.planted_activations import plant, planted_store
+
+    chosen = {}
+    planted = plant(kinds_of(None), args.tokens, D_MODEL, CONTROL_SEED, NOISE)
+    with tempfile.TemporaryDirectory() as folder:
+        store = planted_store(planted, Path(folder) / "activations")
+        for name in args.methods:
+            tried = [settings | {"epochs": args.passes} for settings in candidates(name, args.learning_rate)]
+            found = []
+            for number, settings in enumerate(tried if len(tried) > 1 else []):
+                where = Path(folder) / f"{name}-{number}"
+                found.append(trained(METHODS[name][0], settings, CONTROL_SEED, store, where)[1])
+            chosen[name] = tried[best_of([(f.l0, f.difference) for f in found]) if found else 0]
+            print(f"{name}: {', '.join(f'{key} {value}' for key, value in chosen[name].items())}", flush=True)
+    return chosen
+
+
+def candidates(name: str, rate: float | None) -> list[dict[str, Any]]:
+    """The settings that a method is tried with."""
+    method, own = METHODS[name]
+    rates = [{"learning_rate": r} for r in (RATES if rate is None else (rate,))]
+    weights: list[dict[str, Any]] = [{"l1_weight": w} for w in L1_WEIGHTS] if method == "l1" else [{}]
+    return [own | r | w for r in rates for w in weights]
+
+
+def best_of(found: Sequence[tuple[float, float]]) -> int:
+    """Place of the chosen one among (L0, explained variance of the difference): the most explained of those with about
+    K active latents; where there is none, of those nearest to it."""
+    off = [max(0.0, abs(l0 - K) / K - NEAR_K) for l0, _ in found]
+    return min(range(len(found)), key=lambda i: (off[i], -found[i][1]))
+
+
+def runs(args: argparse.Namespace, chosen: dict[str, dict[str, Any]]) -> Iterator[Outcome]:
+    """One outcome a method, magnitude and seed."""
+    from study.planted.planted_activations import plant, planted_store
+
     for magnitude in args.magnitudes:
         for seed in args.seeds:
-            kinds = [
-                Kind("shared", N_SHARED, (1, DRIFT), SHARED_FREQUENCY),
-                Kind("added", N_ADDED, (0, 1), ADDED_FREQUENCY, magnitude),
-            ]
-            planted = plant(kinds, args.tokens, D_MODEL, seed, NOISE)
+            planted = plant(kinds_of(magnitude), args.tokens, D_MODEL, seed, NOISE)
             with tempfile.TemporaryDirectory() as folder:
                 store = planted_store(planted, Path(folder) / "activations")
-                for method in args.methods:
-                    yield outcome_of(method, magnitude, seed, planted, store, Path(folder) / method, training)
+                for method, settings in chosen.items():
+                    yield outcome_of(method, settings, magnitude, seed, planted, store, Path(folder) / method)
+
+
+def trained(
+    method: Any, settings: dict[str, Any], seed: int, store: ActivationStore, folder: Path
+) -> tuple[BatchTopKCrosscoder, Any, Tensor]:
+    """A dictionary, what it explains of the held-out tokens (measures.explained_variance), and these tokens."""
+    import torch
+
+    from crosscoder.analysis import measures as analysis
+    from crosscoder.dictionaries.methods import new_dictionary
+    from crosscoder.training.sizing import sized_configs
+    from crosscoder.training.trainer import Trainer
+
+    given = {"n_latents": N_LATENTS, "batch_size": BATCH, **settings, "seed": seed}
+    crosscoder, training = sized_configs(D_MODEL, len(store), method, **given)
+    model = new_dictionary(crosscoder, generator=torch.Generator().manual_seed(seed))
+    run = Trainer(model, store, training, folder)
+    run.fit()
+    held_out = store.read(run.split.held_out)
+    return model, analysis.explained_variance(model, held_out.split(4096)), held_out
 
 
 def outcome_of(
     name: str,
+    settings: dict[str, Any],
     magnitude: float,
     seed: int,
     planted: Planted,
     store: ActivationStore,
     folder: Path,
-    training_settings: dict[str, float],
 ) -> Outcome:
     """Train one dictionary and compare it with what was planted."""
     import torch
 
-    from crosscoder.analysis import measures as analysis
     from crosscoder.analysis.latent_scaling import latent_scaling
-    from crosscoder.dictionaries.methods import new_dictionary
-    from crosscoder.training.sizing import sized_configs
-    from crosscoder.training.trainer import Trainer
     from study.planted.planted_activations import best_matches
 
-    method, settings = METHODS[name]
-    common = {"n_latents": N_LATENTS, "batch_size": BATCH, **training_settings}
-    crosscoder, training = sized_configs(D_MODEL, len(store), method, **{**common, **settings, "seed": seed})
-    model = new_dictionary(crosscoder, generator=torch.Generator().manual_seed(seed))
-    run = Trainer(model, store, training, folder)
-    run.fit()
-    held_out = store.read(run.split.held_out)
-    explained = analysis.explained_variance(model, held_out.split(4096))
+    method = METHODS[name][0]
+    model, explained, held_out = trained(method, settings, seed, store, folder)
     with torch.no_grad():
         active = torch.cat([(model.encode(model.scale(raw)) > 0).any(dim=0)[None] for raw in held_out.split(4096)])
     alive = active.any(dim=0)
@@ -186,7 +236,7 @@ def outcome_of(
     confirmed = None
     if method in ("batchtopk", "l1"):
         scaling = latent_scaling(model, held_out.split(4096))
-        confirmed = claims & torch.tensor([not scaling.failures(j, own=1) for j in range(crosscoder.n_latents)])
+        confirmed = claims & torch.tensor([not scaling.failures(j, own=1) for j in range(N_LATENTS)])
 
     def found_by(latents: Tensor) -> int:
         chosen = decoder[latents]

@@ -1,17 +1,19 @@
 """Does a diff of two models find what fine-tuning added? Everything of docs/study.md, on FinQA-mini; `make study`.
 
-    python -m study.pocket                 all pairs, methods, seeds and controls: about an hour on two cores
+    python -m study.pocket                 all pairs, methods, seeds and controls: about 90 minutes on two cores
     python -m study.pocket --quick         a rehearsal of minutes: fine-tunes that have learnt nothing, two methods
     python -m study.pocket --data-dir D --results-dir R --output docs/reference/study
 
-Base, fine-tunes (two seeds), a sham fine-tune on known families and one on other families are made by main.py and
-scored; the ceilings of all layers and sites decide where activations are read; every pair of models is read over the
-same documents; every method is trained, asked for the families that were added, and put into the models.
+Base, fine-tunes (three seeds), a sham fine-tune on as many questions of known families and one on other families are
+made by main.py and scored; the ceilings of all layers and sites decide where activations are read; every pair of models
+is read over the same documents; every method is trained, and left untrained, and trained with a frozen decoder, asked
+for the families that were added, and put into the models.
 
 Works in D/study/ and R/study/ (study-quick/ in a rehearsal), a log a command in R/study/logs/. Writes to the output
-folder models.csv, ceilings.csv, dictionaries.csv, known_answer.csv, glance.csv, kinds.csv, matrix.csv, tokens.csv,
-probes.csv, causal.csv, causal_controls.csv, ceilings.png, glance.png, causal.png, run.json; and fills the tables of
-docs/study.md where the output folder is the default one, else of study.md, a copy of it, in the output folder.
+folder models.csv, ceilings.csv, dictionaries.csv, known_answer.csv, glance.csv, kinds.csv, matrix.csv, untrained.csv,
+tokens.csv, probes.csv, causal.csv, causal_controls.csv, ceilings.png, glance.png, causal.png, run.json; and fills the
+tables of docs/study.md where the output folder is the default one, else of study.md, a copy of it, in the output
+folder.
 
 A killed study goes on when it is started again: a model, an activation set, a dictionary, a measure that is there is
 not made again (after a change of plan.py delete D/study and R/study). A fine-tune that `make demo` left in D is taken
@@ -97,12 +99,13 @@ def write(
     from finqa.runtime.manifest import write_manifest
     from study import page
     from study.pocket import causes, ceilings, dictionaries, figures, measures, models, tables
-    from study.pocket.plan import SHOWN_STRATUM
+    from study.pocket.plan import BASE, FINE_TUNED, SHOWN_STRATUM
     from study.work import step
 
     with step("tables and figures") as say:
         answers = measures.answers(work, asked)
         patches, controls = causes.csv_rows(work, trained, target)
+        repeated = f"{BASE.name} -> {FINE_TUNED.name}"
         rows = {
             "models": models.accuracy_rows(work),
             "ceilings": ceilings.csv_rows(found),
@@ -111,7 +114,8 @@ def write(
             "glance": tables.glance_rows(answers),
             "kinds": tables.kind_rows(answers),
             "matrix": tables.matrix_rows(answers),
-            "tokens": tables.token_rows(answers),
+            "untrained": tables.untrained_rows(answers, patches, repeated),
+            "tokens": [*tables.token_rows(answers), *measures.reading_rows(work, asked)],
             "probes": tables.probe_rows(answers),
             "causal": patches,
             "causal_controls": controls,
@@ -120,7 +124,7 @@ def write(
             tables.write_csv(work.output / f"{name}.csv", its)
         figures.draw_ceilings(tables.read_csv(work.output / "ceilings.csv"), work.output / "ceilings.png")
         figures.draw_glance(tables.read_csv(work.output / "kinds.csv"), work.output / "glance.png", SHOWN_STRATUM)
-        figures.draw_recovered(patches, controls, work.output / "causal.png")
+        figures.draw_recovered(patches, work.output / "causal.png")
         write_manifest(work.output / "run.json", {"plan": work.plan}, site=list(target), why=why)
         filled = page.fill(PAGE.read_text(), work.output)
         write_atomically(PAGE if work.output == OUTPUT.resolve() else work.output / "study.md", filled)

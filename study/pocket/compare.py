@@ -2,10 +2,10 @@
 
     python -m study.pocket.compare docs/reference/study OTHER [--write again.csv]
 
-Counts of specific latents and measures of exclusivity, of pairs with several dictionary seeds, agree where the ranges
-from the lowest seed to the highest overlap; recovered shares of the KL and of exact programs where their bootstrap
-intervals do. Accuracies of the models have no spread of their own and are printed. Ranges of three seeds are narrow,
-and the models of two runs differ as two seeds of fine-tuning do, so some figures are expected to fall apart.
+Counts of specific latents and measures of exclusivity, of the comparison with several fine-tunes, agree where the
+ranges from the lowest to the highest overlap; recovered shares of the KL and of exact programs where their bootstrap
+intervals do. Accuracies of the models have no spread of their own and are printed. Ranges of three fine-tunes are
+narrow, so some figures are expected to fall apart.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 from finqa.runtime.errors import UserError, report_errors
 from study.page import markdown
 from study.pocket.plan import SHOWN_STRATUM
-from study.pocket.tables import read_csv, write_csv
+from study.pocket.tables import named, read_csv, write_csv
 
 RANGE = ("lowest", "highest")
 FIGURES = ("auroc of Delta", "auroc of 1 - nu_err", "auroc of slopes", "beat the null, added")
@@ -68,11 +68,11 @@ def ranges(folder: Path) -> dict[Key, Range]:
     """Every figure of a run that has a spread."""
     found: dict[Key, Range] = {}
     for row in read_csv(folder / "kinds.csv"):
-        if row["stratum"] == SHOWN_STRATUM and int(row["seeds"]) > 1:
+        if row["stratum"] == SHOWN_STRATUM and int(row["fine-tunes"]) > 1:
             for kind in ("new", "other", "known"):
                 _add(found, ("specific latents", *_place(row), f"specific to {kind}"), row, kind)
     for row in read_csv(folder / "glance.csv"):
-        if row["stratum"] == SHOWN_STRATUM and int(row["seeds"]) > 1:
+        if row["stratum"] == SHOWN_STRATUM and int(row["fine-tunes"]) > 1:
             for figure in FIGURES:
                 _add(found, ("exclusivity", *_place(row), figure), row, figure)
     for row in read_csv(folder / "causal.csv"):
@@ -84,7 +84,7 @@ def ranges(folder: Path) -> dict[Key, Range]:
 
 
 def _place(row: dict[str, str]) -> tuple[str, str, str]:
-    return row["pair"], row["site"], row["method"]
+    return row["pair"], row["site"], named(row) if "form" in row else row["method"]
 
 
 def _add(found: dict[Key, Range], key: Key, row: dict[str, str], name: str) -> None:

@@ -12,13 +12,14 @@ from crosscoder.dictionaries.checkpoint import load_dictionary
 from finqa.runtime.manifest import write_json
 from study.pocket.ceilings import published_target
 from study.pocket.pairs import activations, site_name
-from study.pocket.plan import METHODS, Method, Pair, Plan
+from study.pocket.plan import METHODS, Form, Method, Pair, Plan
 from study.work import Work, in_parallel, read_json
 
 if TYPE_CHECKING:
     from crosscoder.activations.store import ActivationStore
     from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
     from crosscoder.dictionaries.model import BatchTopKCrosscoder
+    from crosscoder.training.trainer import Trainer
 
 QUALITY_FILE = "quality.json"
 
@@ -30,26 +31,34 @@ class Dictionary:
     pair: Pair
     target: Target
     method: Method
-    seed: int
+    form: Form = "trained"
 
     @property
     def name(self) -> str:
-        method = self.method.lower().replace(" ", "-")
-        return f"{self.pair.slug}-layer{self.target.layer}-{self.target.site}-{method}-s{self.seed}"
+        method = f"{self.method} {self.form}".removesuffix(" trained").lower().replace(" ", "-")
+        return f"{self.pair.slug}-layer{self.target.layer}-{self.target.site}-{method}-s{self.pair.seed}"
 
     @property
     def described(self) -> dict[str, Any]:
         """The columns that say which one it is, in every CSV."""
-        return {"pair": self.pair.name, "site": site_name(self.target), "method": self.method, "seed": self.seed}
+        return {"pair": self.pair.name, "site": site_name(self.target), "method": self.method, "form": self.form}
 
 
 def dictionaries(plan: Plan, target: Target) -> list[Dictionary]:
-    """All of a plan, the main pair's first; where another site is chosen, one seed at the published site too."""
-    found = [Dictionary(p, target, m, seed) for p in plan.pairs for seed in p.seeds for m in p.methods]
-    published = published_target()
-    if target != published:
-        found += [Dictionary(p, published, m, 0) for p in plan.pairs if p.published_site for m in p.methods]
-    return found
+    """All of a plan, the main pair's first, and at the published site too for pairs that ask for it.
+
+    A difference term changes nothing before training, so its untrained form is the plain one's.
+    """
+    sites = [(pair, target) for pair in plan.pairs]
+    if target != published_target():
+        sites += [(pair, published_target()) for pair in plan.pairs if pair.published_site]
+    return [
+        Dictionary(pair, site, method, form)
+        for pair, site in sites
+        for form in pair.forms
+        for method in pair.methods
+        if (method, form) != ("difference term", "untrained")
+    ]
 
 
 def targets_of(plan: Plan, pair: Pair, target: Target) -> list[Target]:
@@ -69,7 +78,8 @@ def _shown(found: dict[str, Any]) -> str:
 
 
 def train_one(work: Work, dictionary: Dictionary) -> dict[str, Any]:
-    """Train a dictionary, or go on where a killed run was; returns what it explains, and writes it down."""
+    """Train a dictionary as its form asks, or go on where a killed run was; returns what it explains, and writes it
+    down."""
     import torch
 
     from crosscoder.dictionaries.methods import new_dictionary
@@ -84,11 +94,11 @@ def train_one(work: Work, dictionary: Dictionary) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(training.seed)
     model = new_dictionary(crosscoder, training.decoder_norm, generator, training.directions)
     trainer = Trainer(model, store, training, folder, checkpoint_every_s=30.0, device=device)
-    trainer.fit()
+    make_form(trainer, dictionary.form)
     found = {
         **dictionary.described,
         **quality(model, store, store.split(training.held_out_fraction, training.split_seed).held_out),
-        "steps": trainer.total_steps,
+        "steps": trainer.steps_done,
         "passes": training.epochs,
         "latents": crosscoder.n_latents,
         "k": crosscoder.k,
@@ -101,8 +111,24 @@ def train_one(work: Work, dictionary: Dictionary) -> dict[str, Any]:
     return found
 
 
+def make_form(trainer: Trainer, form: Form) -> None:
+    """Train the trainer's dictionary as `form` asks, and leave it in the trainer's folder. What is untrained is as
+    training would start with it, its thresholds set on data as after training."""
+    from crosscoder.dictionaries.checkpoint import save_dictionary
+    from crosscoder.dictionaries.threshold import calibrate
+
+    if form != "untrained":
+        trainer.model.W_dec.requires_grad_(form != "frozen decoder")
+        trainer.fit()
+        return
+    trainer.begin()
+    config, store = trainer.config, trainer.store
+    calibrate(trainer.model, store, trainer.split.train, config.calibration_tokens, config.seed)
+    save_dictionary(trainer.model, trainer.folder, training=asdict(config), activations=store.config.recorded)
+
+
 def settings(store: ActivationStore, dictionary: Dictionary, steps: int) -> tuple[CrosscoderConfig, TrainingConfig]:
-    """The library's defaults for these activations, but for the number of steps."""
+    """The library's defaults for these activations, but for the number of steps; what is frozen is not drawn anew."""
     from crosscoder.dictionaries.config import TrainingConfig
     from crosscoder.training.sizing import sized_configs
 
@@ -110,8 +136,9 @@ def settings(store: ActivationStore, dictionary: Dictionary, steps: int) -> tupl
     method, given = METHODS[dictionary.method]
     d_model = store.config.d_model
     batch = sized_configs(d_model, n_tokens, method, **given)[1].batch_size
-    epochs = (steps + 0.5) * batch / n_tokens
-    return sized_configs(d_model, n_tokens, method, **given, seed=dictionary.seed, epochs=epochs)
+    draw_anew = None if dictionary.form == "trained" else False
+    given = given | {"seed": dictionary.pair.seed, "epochs": (steps + 0.5) * batch / n_tokens, "draw_anew": draw_anew}
+    return sized_configs(d_model, n_tokens, method, **given)
 
 
 def quality(model: BatchTopKCrosscoder, store: ActivationStore, held_out: Any) -> dict[str, Any]:
@@ -145,7 +172,7 @@ def load(work: Work, dictionary: Dictionary) -> BatchTopKCrosscoder:
 
 def quality_rows(work: Work, wanted: Iterable[Dictionary]) -> list[dict[str, Any]]:
     names = (
-        "pair", "site", "method", "seed", "explained_instruct", "explained_fine_tuned", "explained_joint",
+        "pair", "site", "method", "form", "explained_instruct", "explained_fine_tuned", "explained_joint",
         "explained_difference", "l0", "dead_on_held_out", "latents", "k", "k_delta", "steps", "passes", "seconds",
     )  # fmt: skip
     found = [read_json(work.measure(d.name) / QUALITY_FILE) for d in wanted]

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from study.pocket.tables import named
+
 Row = dict[str, str]
 SITE_NAMES = {"attention": "attention output", "mlp": "MLP output", "residual": "residual stream"}
 DIRECTIONS = {"sufficiency": "put into the base", "necessity": "taken out of the fine-tuned model"}
@@ -44,7 +46,7 @@ def draw_glance(rows: Sequence[Row], path: Path, stratum: str) -> None:
 
     of = [row for row in rows if row["stratum"] == stratum]
     pairs = list(dict.fromkeys((row["pair"], row["site"]) for row in of))
-    methods = list(dict.fromkeys(row["method"] for row in of))[::-1]
+    methods = list(dict.fromkeys(named(row) for row in of))[::-1]
     columns = min(4, len(pairs))
     lines = -(-len(pairs) // columns)
     figure = Figure(figsize=(1.9 + 2.5 * columns, 0.8 + (0.5 + 0.3 * len(methods)) * lines), layout="constrained")
@@ -52,7 +54,7 @@ def draw_glance(rows: Sequence[Row], path: Path, stratum: str) -> None:
     for axes in grid.flat[len(pairs) :]:
         axes.set_visible(False)
     for axes, (pair, site) in zip(grid.flat, pairs, strict=False):
-        its = {row["method"]: row for row in of if (row["pair"], row["site"]) == (pair, site)}
+        its = {named(row): row for row in of if (row["pair"], row["site"]) == (pair, site)}
         places = [i for i, method in enumerate(methods) if method in its]
         found = [its[methods[i]] for i in places]
         for kind, offset, colour in (("new", 0.18, "tab:orange"), ("other", -0.18, "tab:blue")):
@@ -68,55 +70,52 @@ def draw_glance(rows: Sequence[Row], path: Path, stratum: str) -> None:
         axes.set_yticks(range(len(methods)), methods, size=8)
         axes.tick_params(axis="x", labelsize=8)
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8)
-    what = f"latents or directions, {stratum};\nbars are means over seeds, lines reach from lowest to highest"
+    what = f"latents or directions, {stratum};\nbars are means over fine-tunes, lines reach from lowest to highest"
     figure.supxlabel(what, size=8)
     figure.savefig(path, dpi=130)
 
 
-def draw_recovered(rows: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A panel a direction and carrier: share of the KL that sets of latents recover against their size, new families;
-    as bands what random sets do, as single marks the other controls of one size."""
+CONTROLS = {
+    "random sets": ("o", "random sets"),
+    "random directions": (".", "random directions"),
+    "components, equal norm": ("^", "PCA of the difference"),
+    "untrained, equal norm": ("x", "untrained"),
+    "frozen decoder, equal norm": ("+", "frozen decoder"),
+    "sham, equal norm": ("s", "of the sham"),
+}
+"""Kind of a set -> its mark in the figure and what it is called there."""
+
+
+def draw_recovered(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A panel a carrier: share of the KL that sets recover against the norm that they inject, families that were added,
+    first fine-tune; lines are the ranked sets of rising size, marks their controls."""
     from matplotlib.figure import Figure
 
-    def of(of_rows: Sequence[Mapping[str, Any]], direction: str, carrier: str) -> list[Mapping[str, Any]]:
-        wanted = {"measure": "divergence", "group": "new", "direction": direction, "carrier": carrier}
-        return [row for row in of_rows if all(row[name] == value for name, value in wanted.items())]
-
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    colours = dict(zip(methods, ("tab:orange", "tab:blue", "tab:green"), strict=False))
-    figure = Figure(figsize=(9, 6.6), layout="constrained")
-    grid: Any = figure.subplots(len(DIRECTIONS), len(CARRIERS), sharex=True, sharey=True, squeeze=False)
-    for axes_row, (direction, what) in zip(grid, DIRECTIONS.items(), strict=True):
-        for axes, (carrier, above) in zip(axes_row, CARRIERS.items(), strict=True):
-            its = of(rows, direction, carrier)
-            for method in methods:
-                ranked = [r for r in its if r["method"] == method and r["kind"] == "ranked"]
-                sizes = [int(r["n_latents"]) for r in ranked]
-                values = [float(r["recovered"]) for r in ranked]
-                spread = [
-                    [v - float(r["recovered_low"]) for v, r in zip(values, ranked, strict=True)],
-                    [float(r["recovered_high"]) - v for v, r in zip(values, ranked, strict=True)],
-                ]
-                axes.errorbar(sizes, values, spread, marker="o", color=colours[method], label=f"{method}, best latents")
-                for row in of(controls, direction, carrier):
-                    if row["method"] == method and row["control"] == "random sets":
-                        at, low, high = int(row["n_latents"]), float(row["lowest"]), float(row["highest"])
-                        label = f"{method}, random sets"
-                        axes.plot([at, at], [low, high], color=colours[method], lw=5, alpha=0.35, label=label)
-            for kind, marker, label in (
-                ("components", "^", "PCA of the difference"),
-                ("difference SAE of base -> sham", "x", "difference SAE of the sham"),
-            ):
-                marked = next((r for r in its if r["kind"] == kind), None)
-                if marked is not None:
-                    axes.plot(int(marked["n_latents"]), float(marked["recovered"]), f"k{marker}", label=label)
-            axes.axhline(0, color="0.8", lw=0.8)
-            axes.axhline(1, color="0.8", lw=0.8)
-            axes.set_xscale("log", base=2)
-            axes.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
-            axes.set_title(f"{what},\n{above}", size=9)
-    for axes in grid[-1]:
-        axes.set_xlabel("latents or directions")
+    of_kl = [row for row in rows if (row["measure"], row["group"]) == ("divergence", "new")]
+    of_kl = [row for row in of_kl if row["pair"] == of_kl[0]["pair"]]
+    methods = list(dict.fromkeys(row["method"] for row in of_kl))
+    colours = dict(zip(methods, ("tab:orange", "tab:blue"), strict=False))
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    panels: Any = figure.subplots(1, len(CARRIERS), sharex=True, sharey=True)
+    for axes, (carrier, above) in zip(panels, CARRIERS.items(), strict=True):
+        for method in methods:
+            its = [r for r in of_kl if (r["method"], r["carrier"]) == (method, carrier)]
+            ranked = [r for r in its if r["kind"] == "ranked"]
+            values = [float(r["recovered"]) for r in ranked]
+            ends = [
+                [v - float(r["recovered_low"]) for v, r in zip(values, ranked, strict=True)],
+                [float(r["recovered_high"]) - v for v, r in zip(values, ranked, strict=True)],
+            ]
+            at = [float(r["injected_norm"]) for r in ranked]
+            axes.errorbar(at, values, ends, marker="D", color=colours[method], label=f"{method}, best latents")
+            for kind, (mark, called) in CONTROLS.items():
+                marked = [r for r in its if r["kind"] == kind and r["recovered"] not in ("", None)]
+                places = [float(r["injected_norm"]) for r in marked], [float(r["recovered"]) for r in marked]
+                axes.plot(*places, mark, color=colours[method], alpha=0.7, mfc="none", label=f"{method}: {called}")
+        axes.axhline(0, color="0.8", lw=0.8)
+        axes.axhline(1, color="0.8", lw=0.8)
+        axes.set_title(f"put into the base, {above}", size=9)
+        axes.set_xlabel("norm of what is added, root mean square")
     figure.supylabel("share of the whole site's effect on the KL, new families", size=9)
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     figure.savefig(path, dpi=130)

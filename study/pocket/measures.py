@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,13 @@ if TYPE_CHECKING:
     from study.measures.probe import ProbeCeiling
     from study.measures.readouts import Subject
     from study.measures.strata import Questions
+    from study.measures.token_truth import NextTokens
 
 KNOWN_ANSWER_FILE = "known_answer.json"
-BASELINES = ("PCA of the difference", "mean difference", "norm of the difference")
+READINGS_FILE = "readings.json"
+BASELINES = ("PCA of the difference", "random directions", "mean difference", "norm of the difference")
+RANDOM_DIRECTIONS = 1024
+"""As many as a dictionary has latents."""
 HELD_OUT_FRACTION, SPLIT_SEED = 0.1, 0
 """As the dictionaries are trained (config.TrainingConfig's defaults)."""
 
@@ -49,7 +53,7 @@ class Baseline:
 
     @property
     def described(self) -> dict[str, Any]:
-        return {"pair": self.pair.name, "site": site_name(self.target), "method": self.method, "seed": ""}
+        return {"pair": self.pair.name, "site": site_name(self.target), "method": self.method, "form": ""}
 
 
 Asked = Dictionary | Baseline
@@ -84,11 +88,11 @@ def answer_all(work: Work, asked: Sequence[Asked]) -> None:
 
 def answer_group(work: Work, group: Group) -> dict[str, Any]:
     started = time.perf_counter()
-    found = {one: answer_one(work, one) for one in group.asked}
+    read_tokens(work, group.asked[0].pair, group.asked[0].target)
     best: dict[str, int] = {}
-    for one, answer in found.items():
-        [of] = [of for of in answer["strata"] if of["stratum"] == SHOWN_STRATUM]
-        best.setdefault(one.method, of["specific_to_added"])  # of the first seed
+    for one in group.asked:
+        [of] = [of for of in answer_one(work, one)["strata"] if of["stratum"] == SHOWN_STRATUM]
+        best[", ".join(part for part in (one.method, one.described["form"]) if part)] = of["specific_to_added"]
     return {"best": best, "seconds": time.perf_counter() - started}
 
 
@@ -113,7 +117,7 @@ def context(work: Work, pair: Pair, target: Target) -> Context:
     from crosscoder.activations.store import ActivationStore
     from study.measures.probe import probe_ceilings
     from study.measures.selectivity import halves
-    from study.measures.strata import questions_of
+    from study.measures.strata import PRIMARY, questions_of
     from study.measures.token_truth import fixed_tokens, token_groups
     from study.wording import finqa_mini_wording
 
@@ -123,13 +127,14 @@ def context(work: Work, pair: Pair, target: Target) -> Context:
     rows = test_rows(work)
     questions = questions_of(store, rows, students.load_tokenizer(STUDENT), replace(wording, kinds=kinds))
     documents = all_documents(work)
-    without, fine_tuned = (predicted(work, model) for model in (_without(work, pair), pair.fine_tuned))
+    predictions = (predicted(work, model) for model in (_without(work, pair), pair.fine_tuned))
+    without, fine_tuned = ([tokens.best for tokens in of_model] for of_model in predictions)
     fixed = fixed_tokens(store, without, fine_tuned, [document.ids for document in documents])
     return Context(
         store=store,
         questions=questions,
         groups=token_groups(store, questions, fixed),
-        probes=probe_ceilings(store, questions, halves(questions)),
+        probes=probe_ceilings(store, questions, halves(questions), PRIMARY),
         held_out=store.split(HELD_OUT_FRACTION, SPLIT_SEED).held_out,
     )
 
@@ -164,20 +169,55 @@ def _predict(work: Work, model: Model) -> dict[str, float]:
     if model.run_name is not None:
         loaded = students.load_adapter(loaded, adapter(work, model)).eval()
     found = predictions(loaded, documents)
-    write_atomically(_predictions_file(work, model), save({str(i): ids.int() for i, ids in enumerate(found)}))
+    tensors = {f"best {i}": tokens.best.int() for i, tokens in enumerate(found)}
+    tensors |= {f"log_probs {i}": tokens.log_probs for i, tokens in enumerate(found)}
+    write_atomically(_predictions_file(work, model), save(tensors))
     right = total = 0
-    for document, ids in zip(documents, found, strict=True):
+    for document, tokens in zip(documents, found, strict=True):
         true = torch.tensor(document.ids[document.n_prompt :])
-        right += int((ids[document.n_prompt - 1 : -1] == true).sum())
+        right += int((tokens.best[document.n_prompt - 1 : -1] == true).sum())
         total += len(true)
     return {"right": right / total, "seconds": time.perf_counter() - started}
 
 
-def predicted(work: Work, model: Model) -> list[torch.Tensor]:
+def predicted(work: Work, model: Model) -> list[NextTokens]:
     from safetensors.torch import load_file
 
+    from study.measures.token_truth import NextTokens
+
     table = load_file(_predictions_file(work, model))
-    return [table[str(i)].long() for i in range(len(table))]
+    return [NextTokens(table[f"best {i}"].long(), table[f"log_probs {i}"]) for i in range(len(table) // 2)]
+
+
+def read_tokens(work: Work, pair: Pair, target: Target) -> None:
+    """What tells fixed tokens from others without a dictionary, written down: the KL per token between the pair's
+    models, and a linear probe on the first model alone."""
+    import torch
+
+    from study.measures.selectivity import halves
+    from study.measures.token_truth import divergence, probe_on_tokens, tells_fixed
+
+    shared = context(work, pair, target)
+    choosing = halves(shared.questions)[shared.store.document]
+    first, second = ([tokens.log_probs for tokens in predicted(work, m)] for m in (pair.instruct, pair.fine_tuned))
+    vectors = shared.store.read(torch.arange(len(shared.store)))[:, 0].float()
+    readings = {
+        "KL per token": divergence(shared.store, first, second),
+        "linear probe of the first model": probe_on_tokens(vectors, shared.groups, choosing),
+    }
+    found = {name: asdict(tells_fixed(values, shared.groups, ~choosing)) for name, values in readings.items()}
+    write_json(work.measure(Baseline(pair, target, BASELINES[-1]).name) / READINGS_FILE, found)
+
+
+def reading_rows(work: Work, asked: Sequence[Asked]) -> list[dict[str, Any]]:
+    """A row a pair, site and reading, for tokens.csv."""
+    return [
+        {**one.described, "compared": one.pair.compared, "method": name}
+        | {column: area[of] for column, of in (("auroc", "value"), ("low", "low"), ("high", "high"))}
+        for one in asked
+        if one.method == BASELINES[-1]
+        for name, area in read_json(work.measure(one.name) / READINGS_FILE).items()
+    ]
 
 
 def _predictions_file(work: Work, model: Model) -> Path:
@@ -193,6 +233,8 @@ def subject_of(work: Work, one: Asked, shared: Context) -> Subject:
     if one.method == "norm of the difference":
         return readouts.norm_subject()
     train = shared.store.split(HELD_OUT_FRACTION, SPLIT_SEED).train
+    if one.method == "random directions":
+        return readouts.random_subject(shared.store, train, RANDOM_DIRECTIONS, one.pair.seed)
     make = readouts.pca_subject if one.method == "PCA of the difference" else readouts.mean_difference_subject
     return make(shared.store, train)
 
@@ -200,18 +242,16 @@ def subject_of(work: Work, one: Asked, shared: Context) -> Subject:
 def answer_one(work: Work, one: Asked) -> dict[str, Any]:
     """known_answer of one subject, written down with the rows of its tables."""
     from study.measures.known_answer import Settings, known_answer
-    from study.measures.strata import PRIMARY, STRATA
+    from study.measures.strata import PRIMARY
 
     started = time.perf_counter()
     shared = context(work, one.pair, one.target)
-    # All strata for the first seed of the pairs that have several: seven take thrice the time of two.
-    every = isinstance(one, Baseline) or (one.seed == 0 and len(one.pair.seeds) > 1)
     answer = known_answer(
         subject_of(work, one, shared),
         shared.store,
         shared.questions,
         pair=one.pair.name,
-        strata=(*PRIMARY, *(s for s in STRATA if s not in PRIMARY)) if every else PRIMARY,
+        strata=PRIMARY,
         scaling_tokens=shared.held_out,
         groups=shared.groups,
         probes=shared.probes,
@@ -223,8 +263,9 @@ def answer_one(work: Work, one: Asked) -> dict[str, Any]:
         specific = [row["best_family"] for row in items if row["alive"] and row["scored"] >= Settings().selective_at]
         families[stratum] = Counter(specific)
     found = {
-        **one.described,
         **answer.as_json(),
+        **one.described,
+        "compared": one.pair.compared,
         "rows": answer.rows(),
         "specific_by_family": {stratum: dict(counts) for stratum, counts in families.items()},
         "seconds": round(time.perf_counter() - started, 1),

@@ -25,7 +25,7 @@ from finqa.runtime.paths import SHIPPED_DATA, Folders, write_atomically
 from finqa.training.fine_tuning import CONFIG_FILE
 from finqa.training.rows import read_training_rows, rows_hash
 from mini.families import BY_NAME
-from mini.make_finqa_mini import SEED, SIZES, as_json, make_split
+from mini.make_finqa_mini import SEED, SIZES, as_json, make_minimal_pairs, make_split
 from study.pocket.plan import DATASET, SHIPPED_KINDS, STUDENT, Model
 from study.work import Work, folder_flags, in_parallel, read_json, run, step
 
@@ -66,7 +66,8 @@ def _training_questions(work: Work, kinds: str) -> list[dict[str, Any]]:
 
 def _test_questions(work: Work) -> list[dict[str, Any]]:
     other = make_split(OTHER_SPLIT, work.plan.other_questions, ("other",), SEED)
-    return [*_shipped("test")[: work.plan.test_questions], *other]
+    pairs = make_minimal_pairs(work.plan.pair_pages, SEED)
+    return [*_shipped("test")[: work.plan.test_questions], *other, *pairs]
 
 
 def _shipped(split: str) -> list[dict[str, Any]]:
@@ -173,18 +174,19 @@ def _holds(folder: Path, identity: dict[str, Any]) -> bool:
 
 def score_models(work: Work) -> None:
     """Evaluate every model once on the study's test split: the base zero-shot, the others as they were fine-tuned."""
-    vllm = " --VLLM" if find_spec("vllm") else ""
-    for model in work.plan.models:
-        base = model.run_name is None
-        if evaluation(work, model).exists():
-            continue
-        with step(f"accuracy: {model.name}") as say:
-            words = [f"main.py {DATASET} {STUDENT} -P -NT -T --no-push -ET {_eval_type(model)}{vllm}"]
-            words += [f"--run-name {model.run_name}"] if model.run_name else []
-            run(work, f"accuracy {model.name}", " ".join([*words, folder_flags(work.folders)]))
-            kinds = read_json(evaluation(work, model))["accuracy_by_family_kind"]
-            shown = ", ".join(f"{kind} {share:.1%}" for kind, share in kinds.items())
-            say(f"{'zero-shot, ' if base else ''}{shown}")
+    missing = [model for model in work.plan.models if not evaluation(work, model).exists()]
+    in_parallel(work, "accuracy", _score, missing, lambda found: found["shown"])
+
+
+def _score(work: Work, model: Model) -> dict[str, Any]:
+    started = time.perf_counter()
+    words = [f"main.py {DATASET} {STUDENT} -P -NT -T --no-push -ET {_eval_type(model)}"]
+    words += ["--VLLM"] if find_spec("vllm") else []
+    words += [f"--run-name {model.run_name}"] if model.run_name else []
+    run(work, f"accuracy {model.name}", " ".join([*words, folder_flags(work.folders)]))
+    kinds = read_json(evaluation(work, model))["accuracy_by_family_kind"]
+    shown = ", ".join(f"{kind} {share:.1%}" for kind, share in kinds.items())
+    return {"seconds": time.perf_counter() - started, "shown": shown}
 
 
 def _eval_type(model: Model) -> str:

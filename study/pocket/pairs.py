@@ -22,7 +22,7 @@ def choice_of(work: Work, pair: Pair, target: Target) -> ActivationChoice:
     base = pair.instruct.run_name is None
     return ActivationChoice(
         student=student_of(pair.fine_tuned),
-        num_samples=work.plan.test_questions + work.plan.other_questions,
+        num_samples=work.plan.documents,
         layer=target.layer,
         site=target.site,
         against=None if base else pair.instruct.run_name,

@@ -1,21 +1,11 @@
 """What the study trains and measures, and the time it takes.
 
-Measured on two cores of a machine that did a little else, torch 2.13, in one call: 62 minutes,
+By parts that were measured on two quiet cores, torch 2.13, one thread each: a fine-tune of 5,000 questions takes 6
+minutes, an evaluation of 1,100 questions 3, an activation set with its next tokens 1.5, a dictionary 30 s, the known
+answer of one subject 10 s. Everything but ceilings runs two at a time.
 
-    four fine-tunes of 5,000 questions          17 min
-    five evaluations on 1,100 questions          7
-    ceilings of 15 sites                         1
-    eight activation sets, next tokens           6
-    57 dictionaries                             14
-    known answer: 81 subjects                    7
-    patches: two of 200 questions, two of 48    10
-
-everything but evaluations and ceilings two at a time. The fine-tunes were made one after the other then; two at a time
-they take 12 minutes.
-
-Dictionaries take 1,000 steps in place of the library's default, all methods alike, and only the pairs whose seeds are
-compared have three of them. What that costs, the plain crosscoder on the demo's set (MLP output of layer 3, 800
-documents, seed 0), explained variance on held-out documents:
+Dictionaries take 1,000 steps in place of the library's default, all methods alike. What that costs, the plain
+crosscoder on the demo's set (MLP output of layer 3, 800 documents, seed 0), explained variance on held-out documents:
 
     steps          passes   both models   difference   L0     processor time
     2,123          3        0.966         0.629        24.8   52 s, two threads, recorded by the demo
@@ -29,8 +19,8 @@ from typing import Any, Literal
 
 from finqa.training.rows import Families
 
-MINUTES = {"study": 60, "study-quick": 4}
-"""What a study takes where nothing is there yet; see the table above."""
+MINUTES = {"study": 90, "study-quick": 6}
+"""What a study takes where nothing is there yet, estimated from its parts."""
 DATASET, STUDENT = "FinQA-mini", "pocket-mistral"
 
 SHOWN_STRATUM = "program before the operator"
@@ -47,6 +37,11 @@ METHODS: dict[Method, tuple[Any, dict[str, Any]]] = {
     "difference SAE": ("difference-sae", {}),
 }
 """By name: the method of the library, and its settings beside the ones that all share."""
+Form = Literal["trained", "untrained", "frozen decoder"]
+"""`untrained`: as training starts, with the threshold that the data give. `frozen decoder`: only the encoder, its
+threshold and the biases are trained."""
+TRAINED_AND_UNTRAINED: tuple[Form, ...] = ("trained", "untrained")
+ALL_FORMS: tuple[Form, ...] = ("trained", "untrained", "frozen decoder")
 WITHOUT_DIFFERENCE: tuple[Method, ...] = ("plain", "L1")
 """Those that can be trained on two identical models: the others weigh or read their difference, and there is none."""
 
@@ -69,7 +64,11 @@ class Model:
 BASE = Model("base")
 FINE_TUNED = Model("fine-tuned", ("new",), "")
 SECOND_SEED = Model("fine-tuned, second seed", ("new",), "seed-4", seed=4)
-SHAM = Model("sham", (), "sham", families="known")
+THIRD_SEED = Model("fine-tuned, third seed", ("new",), "seed-5", seed=5)
+FINE_TUNES = (FINE_TUNED, SECOND_SEED, THIRD_SEED)
+"""The same fine-tune under several seeds: what figures are means over, and their intervals."""
+SHAM = Model("sham", (), "sham", kinds="known")
+"""Learns from questions of its own, as many distinct ones as the fine-tune has, each seen as often."""
 OTHER = Model("other families", ("other",), "other-families", kinds="known,other")
 
 
@@ -80,8 +79,9 @@ class Pair:
     instruct: Model
     fine_tuned: Model
     methods: tuple[Method, ...] = tuple(METHODS)
-    seeds: tuple[int, ...] = (0,)
+    seed: int = 0
     """Of the dictionaries."""
+    forms: tuple[Form, ...] = TRAINED_AND_UNTRAINED
     published_site: bool = False
     """Whether it is read at the published site too, where another one is chosen."""
     causal: bool = False
@@ -90,6 +90,12 @@ class Pair:
     @property
     def name(self) -> str:
         return f"{self.instruct.name} -> {self.fine_tuned.name}"
+
+    @property
+    def compared(self) -> str:
+        """What is compared, whichever seed of fine-tuning the second model has: such pairs are means of one row."""
+        repeats = self.instruct == BASE and self.fine_tuned in FINE_TUNES
+        return f"{BASE.name} -> {FINE_TUNED.name}" if repeats else self.name
 
     @property
     def slug(self) -> str:
@@ -115,7 +121,9 @@ class Plan:
     test_questions: int
     """Of FinQA-mini's test split, from its top."""
     other_questions: int
-    """Of the families that only the second fine-tune learns; they are in every activation set."""
+    """Of the families that FinQA-mini lacks and one of the fine-tunes learns."""
+    pair_pages: int
+    """Pages of minimal pairs, a multiple of three: each page is asked every family of one template."""
     ceiling_questions: int
     """Of the families that fine-tuning added."""
     causal_questions: int
@@ -131,6 +139,11 @@ class Plan:
     """Rows a fine-tune learns from; None is all of them."""
 
     @property
+    def documents(self) -> int:
+        """Test questions, all of which every activation set has; the three templates have 7, 5 and 3 families."""
+        return self.test_questions + self.other_questions + 5 * self.pair_pages
+
+    @property
     def models(self) -> tuple[Model, ...]:
         """Every model of the pairs, each once."""
         return tuple(dict.fromkeys(m for pair in self.pairs for m in (pair.instruct, pair.fine_tuned)))
@@ -140,36 +153,38 @@ class Plan:
         return tuple(dict.fromkeys(model.kinds for model in self.models if model.run_name is not None))
 
 
-THREE_SEEDS = (0, 1, 2)
 FULL = Plan(
     name="study",
     pairs=(
-        Pair(BASE, FINE_TUNED, seeds=THREE_SEEDS, published_site=True, causal=True),
-        Pair(BASE, SECOND_SEED, seeds=THREE_SEEDS),
+        Pair(BASE, FINE_TUNED, forms=ALL_FORMS, published_site=True, causal=True),
+        Pair(BASE, SECOND_SEED, seed=1, forms=ALL_FORMS, causal=True),
+        Pair(BASE, THIRD_SEED, seed=2, forms=ALL_FORMS, causal=True),
         Pair(SHAM, FINE_TUNED),
         Pair(BASE, SHAM),
         Pair(BASE, OTHER),
         Pair(FINE_TUNED, SECOND_SEED),
         Pair(FINE_TUNED, FINE_TUNED, WITHOUT_DIFFERENCE),
     ),
-    test_questions=800,
-    other_questions=300,
+    test_questions=500,
+    other_questions=100,
+    pair_pages=120,
     ceiling_questions=100,
-    causal_questions=200,
+    causal_questions=120,
     reply_questions=48,
-    random_sets=20,
-    permutations=1000,
+    random_sets=10,
+    permutations=200,
     steps=1000,
 )
 QUICK = Plan(
     name="study-quick",
     pairs=(
-        Pair(BASE, FINE_TUNED, ("plain", "difference SAE"), published_site=True, causal=True),
+        Pair(BASE, FINE_TUNED, ("plain", "difference SAE"), forms=ALL_FORMS, published_site=True, causal=True),
         Pair(SHAM, FINE_TUNED, ("difference SAE",)),
         Pair(FINE_TUNED, FINE_TUNED, ("plain",)),
     ),
     test_questions=72,
     other_questions=12,
+    pair_pages=12,
     ceiling_questions=6,
     causal_questions=8,
     reply_questions=2,
@@ -182,8 +197,7 @@ QUICK = Plan(
 
 def expected(plan: Plan) -> str:
     """The first line of a study: what is made, and how long it takes where nothing is there yet."""
-    trainings = sum(len(pair.seeds) * len(pair.methods) for pair in plan.pairs)
-    trainings += sum(len(pair.methods) for pair in plan.pairs if pair.published_site)
+    trainings = sum((1 + pair.published_site) * len(pair.methods) * len(pair.forms) for pair in plan.pairs)
     n_models, minutes = len(plan.models) - 1, MINUTES[plan.name]
     return (
         f"{plan.name}: {n_models} fine-tunes, {len(plan.pairs)} pairs, up to {trainings} dictionaries; about {minutes} "

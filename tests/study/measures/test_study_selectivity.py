@@ -130,6 +130,47 @@ def test_a_latent_is_chosen_on_one_half_and_scored_on_the_other():
     assert result.best_of(torch.tensor([False, True, True]))[3] == result.scored[1, 3]
 
 
+def test_within_pages_the_negatives_are_the_other_families_of_the_same_page():
+    questions = made_up_questions(per_page=5)
+    choosing = halves(questions)
+    scores = StratumScores(noise(len(questions), 4, seed=0).values.round(), torch.arange(len(questions)))  # with ties
+    result = selectivity(scores, questions, choosing, within_pages=True)
+    for half, areas in ((choosing, result.chosen), (~choosing, result.scored)):
+        for family in range(len(questions.families)):
+            pairs = [
+                (i, j)
+                for i in half.nonzero().flatten().tolist()
+                for j in half.nonzero().flatten().tolist()
+                if questions.page[i] == questions.page[j] and questions.family[i] == family != questions.family[j]
+            ]
+            of, against = (scores.values[list(side)] for side in zip(*pairs, strict=True))
+            expected = ((of > against).double() + 0.5 * (of == against)).mean(dim=0)
+            torch.testing.assert_close(areas[:, family], expected, atol=1e-12, rtol=0)
+
+
+def test_what_a_page_or_a_template_gives_away_is_not_specific_within_pages():
+    # Every page has one template: an item that knows it, and one that knows the page, tell a family from most others.
+    questions = made_up_questions(per_page=2)
+    family = torch.tensor([0, 4, 1, 2, 2, 3, 3, 1]).repeat(25)  # pages of template 0 and of template 1
+    questions = replace(questions, family=family, template=torch.tensor([0, 0, *[1] * 6]).repeat(25))
+    scores = noise(len(questions), 3, seed=0)
+    scores.values[:, 0] = 100.0 * (questions.template == 0) + scores.values[:, 0]
+    scores.values[:, 1] = 100.0 * (family == 4)
+    choosing = halves(questions)
+    over_all = selectivity(scores, questions, choosing)
+    within = selectivity(scores, questions, choosing, within_pages=True)
+    assert over_all.scored[0, 4] > 0.9 and 0.2 < within.scored[0, 4] < 0.8
+    assert within.scored[1, 4] == over_all.scored[1, 4] == 1.0
+    assert within.specific(questions.added).tolist() == [False, True, False]
+
+
+def test_a_page_of_one_question_has_no_say_within_pages():
+    questions = made_up_questions()
+    result = selectivity(noise(len(questions), 3, 0), questions, halves(questions), within_pages=True)
+    assert result.scored.isnan().all()
+    assert not result.specific(torch.ones(5, dtype=torch.bool)).any()
+
+
 def test_a_family_that_one_half_lacks_has_no_figure():
     questions = made_up_questions()
     scores = noise(len(questions), 3, seed=0)

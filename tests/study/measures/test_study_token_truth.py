@@ -16,8 +16,11 @@ from study.measures.selectivity import halves
 from study.measures.token_truth import (
     NOT_PREDICTED,
     TOKEN_GROUPS,
+    divergence,
     fixed_tokens,
     predictions,
+    probe_on_tokens,
+    tells_fixed,
     token_groups,
     token_truth,
 )
@@ -72,10 +75,11 @@ def test_predictions_are_the_models_own_for_documents_of_any_length():
     documents = [Document(f"d{n}", tuple((7 * i + n) % 50 for i in range(n)), n // 3) for n in lengths]
     for document, predicted in zip(documents, predictions(model, documents, batch_size=2), strict=True):
         with torch.no_grad():
-            alone = model(input_ids=torch.tensor([document.ids])).logits[0].argmax(dim=-1)
+            alone = model(input_ids=torch.tensor([document.ids])).logits[0]
         before = document.n_prompt - 1
-        assert torch.equal(predicted[before:], alone[before:])
-        assert (predicted[:before] == NOT_PREDICTED).all()
+        assert torch.equal(predicted.best[before:], alone.argmax(dim=-1)[before:])
+        assert (predicted.best[:before] == NOT_PREDICTED).all()
+        torch.testing.assert_close(predicted.log_probs.float(), alone[before:].log_softmax(dim=-1), atol=5e-3, rtol=0)
 
 
 def test_area_and_mean_square_norm_are_those_of_counting(store):
@@ -98,6 +102,45 @@ def test_area_and_mean_square_norm_are_those_of_counting(store):
     assert truth.best_item in QUESTIONS.added.nonzero().squeeze(-1).tolist()
     assert truth.best.value == truth.auroc[truth.best_item].item()
     assert (truth.best.n, truth.best.n_others) == (int((scored & fixed).sum()), int((scored & other).sum()))
+
+
+def test_the_norm_of_what_is_decoded_is_held_against_the_fixed_tokens(store):
+    # The difference SAE decodes what was added, at every told token of the added families.
+    groups = torch.where(IN_ADDED & OPERATOR, 0, torch.where(IN_ADDED, 3, 1))
+    sae = dictionary_subject(perfect_difference_sae())
+    assert token_truth(sae, store, QUESTIONS, groups, halves(QUESTIONS)).decoded.value == 1.0
+    assert token_truth(norm_subject(), store, QUESTIONS, groups, halves(QUESTIONS)).decoded.value is None
+    raw = store.read(torch.arange(5 * len(LAYOUT)))
+    assert sae.decode is not None
+    torch.testing.assert_close(sae.decode(raw), difference(raw), atol=0.3, rtol=0)
+
+
+def test_a_probe_on_one_model_is_fitted_on_one_half_and_read_on_the_other(store):
+    choosing = halves(QUESTIONS)[store.document]
+    vectors = store.read(torch.arange(len(store))).float()
+    known = ~IN_ADDED & (QUESTIONS.family[QUESTIONS.document] == 0)
+    groups = torch.where(OPERATOR & known, 0, torch.where(OPERATOR, 1, 3))
+    of_first = tells_fixed(probe_on_tokens(vectors[:, 0], groups, choosing), groups, ~choosing)
+    assert of_first.value == 1.0  # a known family is in both models
+    assert (of_first.n, of_first.n_others) == tuple(int((~choosing & (groups == g)).sum()) for g in (0, 1))
+    assert probe_on_tokens(vectors[:, 0], torch.ones_like(groups), choosing).isnan().all()
+
+
+def test_kl_per_token_is_that_of_the_two_models_next_tokens(tmp_path: Path):
+    store = made_up_store(tmp_path / "set", made_up_questions(n=4))
+    n, generator = store.documents[0].n_ids, torch.Generator().manual_seed(0)
+    first, second = (
+        [torch.randn(n - 6, 9, generator=generator).log_softmax(dim=-1) for _ in store.documents] for _ in range(2)
+    )
+    found = divergence(store, first, second)
+    for token in range(len(store)):
+        place = int(store.position[token]) - 6
+        if place < 0:
+            assert found[token].isnan()
+            continue
+        before, after = (its[int(store.document[token])][place] for its in (first, second))
+        expected = torch.nn.functional.kl_div(before, after, reduction="sum", log_target=True)
+        assert found[token].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_an_item_that_is_on_at_the_fixed_tokens_alone_is_perfect(store):

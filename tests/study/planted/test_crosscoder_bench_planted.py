@@ -47,6 +47,18 @@ def test_each_method_claims_by_its_own_reading():
     assert bool(bench_planted.claims_of(new_dictionary(CrosscoderConfig(4, 6, 2, method="difference-sae"))).all())
 
 
+def test_settings_are_chosen_without_knowing_what_was_added():
+    # About K active latents first, then what is explained of the difference.
+    assert bench_planted.best_of([(4.1, 0.2), (4.9, 0.6), (8.9, 0.9)]) == 1
+    assert bench_planted.best_of([(9.0, 0.9), (7.0, 0.1)]) == 1
+    assert [kind.name for kind in bench_planted.kinds_of(None)] == ["shared"]
+    for name in bench_planted.METHODS:
+        tried = bench_planted.candidates(name, None)
+        assert {settings["learning_rate"] for settings in tried} == set(bench_planted.RATES)
+        assert {settings["k"] + settings.get("k_delta", 0) for settings in tried} == {bench_planted.K}
+    assert [settings["learning_rate"] for settings in bench_planted.candidates("crosscoder", 0.5)] == [0.5]
+
+
 @pytest.mark.slow
 def test_a_small_run_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     methods = ["crosscoder", "partition", "difference SAE"]

@@ -8,16 +8,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from crosscoder.activations.readers import Target
+from crosscoder.dictionaries.checkpoint import load_dictionary
+from crosscoder.dictionaries.methods import new_dictionary
+from crosscoder.interventions.sets import Constant, Reading
+from crosscoder.training.sizing import sized_configs
+from crosscoder.training.trainer import Trainer
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import Folders
 from finqa.task.records import TeacherRow, write_teacher_rows
 from study import work
+from study.planted.planted_activations import Kind, plant, planted_store
 from study.pocket import causes, dictionaries, measures, models
 from study.pocket.ceilings import choose_site, published_target
 from study.pocket.pairs import activations, choice_of
-from study.pocket.plan import BASE, FINE_TUNED, FULL, OTHER, QUICK, SECOND_SEED, SHAM, Pair, Plan
+from study.pocket.plan import (
+    BASE,
+    FINE_TUNED,
+    FULL,
+    METHODS,
+    OTHER,
+    QUICK,
+    SECOND_SEED,
+    SHAM,
+    THIRD_SEED,
+    Pair,
+    Plan,
+)
 from study.work import Work, in_parallel, run, step
 
 RESIDUAL = Target(4, "residual")
@@ -43,9 +62,15 @@ def test_what_a_pair_has_to_find_is_what_only_its_second_model_learnt(instruct, 
     assert Pair(instruct, fine_tuned).added == added
 
 
-def test_the_full_study_has_every_pair_of_the_design_and_the_seeds_that_it_asks_for():
-    seeds = {pair.name: pair.seeds for pair in FULL.pairs}
-    assert seeds["base -> fine-tuned"] == seeds["base -> fine-tuned, second seed"] == (0, 1, 2)
+def test_the_full_study_has_every_pair_of_the_design_and_every_form_for_each_fine_tune():
+    repeated = [pair for pair in FULL.pairs if pair.compared == "base -> fine-tuned"]
+    assert [pair.fine_tuned for pair in repeated] == [FINE_TUNED, SECOND_SEED, THIRD_SEED]
+    assert len({pair.seed for pair in repeated}) == 3
+    trained = dictionaries.dictionaries(FULL, RESIDUAL)
+    for pair in repeated:
+        forms = {(d.method, d.form) for d in trained if d.pair == pair}
+        expected = {(method, form) for method in METHODS for form in ("trained", "untrained", "frozen decoder")}
+        assert forms == expected - {("difference term", "untrained")}
     pairs = {(pair.instruct, pair.fine_tuned) for pair in FULL.pairs}
     assert {(BASE, SHAM), (SHAM, FINE_TUNED), (BASE, OTHER), (FINE_TUNED, SECOND_SEED)} < pairs
     assert any(pair.identical for pair in FULL.pairs)
@@ -65,8 +90,25 @@ def test_no_two_trainings_or_measures_share_a_folder(plan: Plan, target: Target)
 def test_the_published_site_is_read_beside_another_one_for_the_main_pair_alone():
     beside = [d for d in dictionaries.dictionaries(FULL, RESIDUAL) if d.target == published_target()]
     assert {d.pair.name for d in beside} == {"base -> fine-tuned"}
-    assert {d.seed for d in beside} == {0}
     assert not [d for d in dictionaries.dictionaries(FULL, published_target()) if d.target != published_target()]
+
+
+def test_the_sham_sees_as_many_distinct_rows_as_the_fine_tune_each_as_often(rehearsal: Work):
+    work = replace(rehearsal, plan=FULL)
+    rows = {kinds: models._training_questions(work, kinds) for kinds in (FINE_TUNED.kinds, SHAM.kinds)}
+    assert FINE_TUNED.families == SHAM.families == "all"
+    texts = {kinds: {(str(r["table"]), r["qa"]["question"]) for r in its} for kinds, its in rows.items()}
+    assert [len(its) for its in rows.values()] == [5000, 5000]
+    assert [len(its) for its in texts.values()] == [5000, 5000]
+    assert {r["qa"]["family_kind"] for r in rows[SHAM.kinds]} == {"known"}
+
+
+def test_every_activation_set_has_the_minimal_pairs(rehearsal: Work):
+    questions = models._test_questions(rehearsal)
+    assert len(questions) == QUICK.documents == choice_of(rehearsal, QUICK.pairs[0], RESIDUAL).num_samples
+    pairs = [record["qa"] for record in questions if "pair" in record["qa"]]
+    assert len({qa["pair"] for qa in pairs}) == QUICK.pair_pages
+    assert len({(qa["pair"], qa["family"]) for qa in pairs}) == len(pairs)
 
 
 def test_two_fine_tunes_are_collected_against_each_other_and_the_base_against_nothing(rehearsal: Work):
@@ -123,15 +165,15 @@ def test_a_step_says_its_main_figure_and_a_failed_one_that_it_is_not_done(capsys
 
 def doubled(_work: Work, pair: Pair) -> dict[str, Any]:
     """A job of another process: it is found by its name."""
-    if pair.seeds[0] < 0:
+    if pair.seed < 0:
         raise UserError("a seed below 0")
-    return {"seconds": 0.0, "twice": 2 * pair.seeds[0]}
+    return {"seconds": 0.0, "twice": 2 * pair.seed}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_jobs_run_side_by_side_or_one_after_the_other_with_one_line_each(rehearsal, capsys, monkeypatch, workers):
     monkeypatch.setattr(work, "n_workers", lambda: workers)
-    over = [Pair(BASE, model, seeds=(seed,)) for seed, model in enumerate((FINE_TUNED, SHAM, OTHER))]
+    over = [Pair(BASE, model, seed=seed) for seed, model in enumerate((FINE_TUNED, SHAM, OTHER))]
     in_parallel(rehearsal, "double", doubled, over, lambda found: f"makes {found['twice']}")
     lines = capsys.readouterr().out.splitlines()
     assert sorted(line.rpartition("makes ")[2] for line in lines) == ["0", "2", "4"]
@@ -141,7 +183,7 @@ def test_jobs_run_side_by_side_or_one_after_the_other_with_one_line_each(rehears
 def test_a_job_that_fails_ends_the_others_and_says_why(rehearsal, monkeypatch, workers):
     monkeypatch.setattr(work, "n_workers", lambda: workers)
     with pytest.raises(UserError, match="below 0"):
-        in_parallel(rehearsal, "double", doubled, [Pair(BASE, SHAM, seeds=(-1,)), Pair(BASE, OTHER)], str)
+        in_parallel(rehearsal, "double", doubled, [Pair(BASE, SHAM, seed=-1), Pair(BASE, OTHER)], str)
 
 
 @pytest.fixture
@@ -176,15 +218,46 @@ def test_a_fine_tune_of_other_rows_or_settings_is_not_taken(rehearsal: Work, tra
     assert not models._holds(trained, models._identity(rehearsal, FINE_TUNED))
 
 
-def test_the_causal_reports_hold_a_crosscoder_against_the_difference_sae_and_the_sham(rehearsal: Work):
+def test_the_causal_reports_hold_a_dictionary_against_its_untrained_forms_and_the_sham(rehearsal: Work):
     target = published_target()
     found = causes.experiments(dictionaries.dictionaries(FULL, target), target)
-    assert {(e.dictionary.method, e.replies) for e in found} == {
-        (method, replies) for method in ("plain", "difference SAE") for replies in (False, True)
+    patched = [(e.dictionary.method, e.dictionary.pair.fine_tuned) for e in found if not e.replies]
+    assert len(patched) == len(set(patched)) == 2 * 3
+    assert {e.dictionary.pair.fine_tuned for e in found if e.replies} == {FINE_TUNED}
+    rivals = {name: (d.pair.name, d.method, d.form) for name, d in found[0].rivals}
+    assert rivals == {
+        "untrained": ("base -> fine-tuned", "plain", "untrained"),
+        "frozen decoder": ("base -> fine-tuned", "plain", "frozen decoder"),
+        "sham": ("base -> sham", "plain", "trained"),
     }
-    rivals = {(d.pair.name, d.method) for d in found[0].rivals}
-    assert rivals == {("base -> fine-tuned", "difference SAE"), ("base -> sham", "plain")}
+
+
+def test_a_set_that_is_matched_adds_the_same_times_one_number():
+    given = Constant("mean difference", torch.tensor([3.0, 4.0]))
+    matched = causes.Matched(given, 0.2, "mean difference, equal norm")
+    reading = Reading(torch.zeros(5, 2, 2))
+    assert matched(reading).norm(dim=-1).tolist() == pytest.approx([1.0] * 5)
+    assert matched.label["kind"] == "mean difference, equal norm"
+    assert matched.label != causes.Matched(given, 0.3, "mean difference, equal norm").label
+
+
+def test_an_untrained_dictionary_is_the_start_of_training_and_a_frozen_decoder_stays_there(tmp_path: Path):
+    planted = plant([Kind("shared", 12, (1, 1.3), 0.1)], 4_000, 16, seed=0)
+    store = planted_store(planted, tmp_path / "activations")
+    for method in ("batchtopk", "partition", "difference-sae"):
+        shape, training = sized_configs(16, 3_600, method, n_latents=32, k=4, epochs=1.0, draw_anew=False)
+        models_of: dict[str, Any] = {}
+        for form in ("untrained", "frozen decoder", "trained"):
+            model = new_dictionary(shape, training.decoder_norm, torch.Generator().manual_seed(0))
+            start = {name: p.detach().clone() for name, p in model.named_parameters()}
+            trainer = Trainer(model, store, training, tmp_path / f"{method} {form}")
+            dictionaries.make_form(trainer, form)
+            moved = {name for name, p in model.named_parameters() if not torch.allclose(p, start[name])}
+            models_of[form] = moved - {"b_dec"}
+            assert load_dictionary(tmp_path / f"{method} {form}").threshold is not None
+        every = {"W_enc", "W_dec", "b_enc"}
+        assert models_of == {"untrained": set(), "frozen decoder": every - {"W_dec"}, "trained": every}
 
 
 def test_every_setting_of_the_plan_is_in_its_record():
-    assert asdict(FULL)["pairs"][0]["seeds"] == (0, 1, 2)
+    assert asdict(FULL)["pairs"][0]["forms"] == ("trained", "untrained", "frozen decoder")

@@ -25,7 +25,9 @@ def estimate(value: float | None) -> dict[str, float | None]:
     return {"value": value, "low": None, "high": None, "n": 3, "n_others": 5}
 
 
-def answer(pair: str, method: str, seed: int, specific: int, delta: float | None, families=("ratio",)) -> dict:
+def answer(
+    pair: str, method: str, specific: int, delta: float | None, families=("ratio",), form: str = "trained"
+) -> dict:
     """What measures.answer_one writes, of two strata."""
     measures = [{"measure": "delta_slope", "added_against_rest": estimate(0.625)}]
     classes = [{"name": "all active", "n": 9, "recall": estimate(0.5), "precision": estimate(0.25)}]
@@ -41,16 +43,20 @@ def answer(pair: str, method: str, seed: int, specific: int, delta: float | None
             "best_items": {"ratio": estimate(0.84), "change": estimate(0.71)},
             "specific_to_added": specific,
             "specific_to_known": 2,
+            "over_all_pages_added": specific + 5,
+            "over_all_pages_known": 3,
             "significant_for_added": 4,
             "significant_for_known": 1,
             "probe": {name: {"ratio": 0.9, "change": None} for name in ("instruct", "fine-tuned", "difference")},
         }
-        for stratum in (*PRIMARY, "passage")
+        for stratum in PRIMARY
     ]
-    which = {"pair": pair, "site": "layer 4 residual", "method": method, "seed": seed}
+    compared = pair.removesuffix(", second seed")
+    which = {"pair": pair, "compared": compared, "site": "layer 4 residual", "method": method, "form": form}
     squares = {"fixed": 1234.5, "other predicted": 8.125, "passage": None}
     tokens = {
         "best": {"value": 0.8125, "low": 0.7, "high": 0.9},
+        "decoded": {"value": 0.955, "low": 0.9, "high": 0.97},
         "n_tokens": {"fixed": 17, "other predicted": 1000},
         "mean_square_norm": squares,
         "share_in_added_families": 1.0,
@@ -67,10 +73,12 @@ def answer(pair: str, method: str, seed: int, specific: int, delta: float | None
 
 
 ANSWERS = [
-    answer("base -> fine-tuned", "plain", 0, 3, 0.44),
-    answer("base -> fine-tuned", "plain", 1, 6, 0.56),
-    answer("base -> fine-tuned", "difference SAE", 0, 47, None),
-    answer("base -> sham", "plain", 0, 0, 0.5, families=()),
+    answer("base -> fine-tuned", "plain", 3, 0.44),
+    answer("base -> fine-tuned, second seed", "plain", 6, 0.56),
+    answer("base -> fine-tuned", "plain", 5, None, form="untrained"),
+    answer("base -> fine-tuned, second seed", "plain", 6, None, form="untrained"),
+    answer("base -> fine-tuned", "difference SAE", 47, None),
+    answer("base -> sham", "plain", 0, 0.5, families=()),
 ]
 
 
@@ -91,10 +99,16 @@ def folder(tmp_path: Path) -> Path:
         for direction in ("sufficiency", "necessity") for carrier in ("own", "other")
     ]  # fmt: skip
     which = {"pair": "base -> fine-tuned", "site": "layer 4 residual", "method": "plain"}
-    quality = {"seed": 0, "explained_joint": 0.96712, "explained_difference": 0.62345, "l0": 24.84}
-    patch = {"kind": "ranked", "n_latents": 16, "direction": "sufficiency", "carrier": "other", "group": "new"}
-    patch |= {"measure": "divergence", "value": 0.3719, "recovered": 0.443, "injected_norm": 7.25}
+    which |= {"compared": "base -> fine-tuned"}
+    quality = {"form": "trained", "explained_joint": 0.96712, "explained_difference": 0.62345, "l0": 24.84}
+    patch = {"n_latents": 16, "direction": "sufficiency", "group": "new", "value": 0.3719, "injected_norm": 7.25}
     patch |= {"recovered_low": 0.39, "recovered_high": 0.51}
+    patches = [
+        {**which, **patch, "kind": kind, "carrier": carrier, "measure": measure, "recovered": recovered}
+        for kind, recovered in (("ranked", 0.443), ("components, equal norm", 0.333), ("untrained, equal norm", 0.137))
+        for carrier in ("own", "other")
+        for measure in ("divergence", "accuracy")
+    ]
     control = {"control": "random sets", "n_latents": 16, "group": "new", "measure": "divergence", "ranked": 0.443}
     control |= {"direction": "sufficiency", "carrier": "other", "mean": 0.12, "lowest": 0.02, "highest": 0.27}
     written = {
@@ -107,7 +121,8 @@ def folder(tmp_path: Path) -> Path:
         "matrix": tables.matrix_rows(ANSWERS),
         "tokens": tables.token_rows(ANSWERS),
         "probes": tables.probe_rows(ANSWERS),
-        "causal": [which | patch],
+        "causal": patches,
+        "untrained": tables.untrained_rows(ANSWERS, patches, "base -> fine-tuned"),
         "causal_controls": [which | control | {"n_sets": 20, "p": 0.0476}],
     }
     for name, rows in written.items():
@@ -149,7 +164,7 @@ def test_every_table_of_the_page_is_filled_and_every_number_in_it_is_in_a_csv(fo
     filled = page.fill(PAGE.read_text(), folder)
     assert page.NOT_RUN not in filled
     numbers, values = shown_numbers(filled), values_of(folder)
-    assert {"98%", "0.44", "47", "44%", "0.81"} <= numbers
+    assert {"98%", "0.44", "47", "44%", "0.81", "0.95", "7.25", "33%"} <= numbers
     assert not [number for number in numbers if not is_in(number, values)]
 
 
@@ -165,57 +180,39 @@ def test_the_committed_page_has_the_committed_figures_and_no_others():
     assert not [number for number in shown_numbers(text) if not is_in(number, values)]
 
 
-@pytest.mark.parametrize(
-    ("section", "following", "at_least"),
-    [("What holds", "Set-up", 10), ("The findings one by one", "Made twice", 20)],
-)
-def test_what_the_page_says_in_words_is_in_the_committed_figures(section: str, following: str, at_least: int):
-    text = PAGE.read_text().partition(f"## {section}\n")[2].partition(f"## {following}\n")[0]
+def test_what_the_page_says_in_words_is_in_the_committed_figures():
+    text = PAGE.read_text().partition("## What holds\n")[2].partition("## Set-up\n")[0]
     numbers, values = set(NUMBER.findall(text)), values_of(COMMITTED)
-    assert len(numbers) > at_least
+    assert len(numbers) > 2
     assert not [number for number in numbers if not is_in(number, values)]
 
 
-def test_what_the_page_says_of_the_other_run_is_in_again_csv():
-    section = PAGE.read_text().partition("## Made twice")[2].partition("## Threats")[0]
-    rows = [row for row in read_csv(COMMITTED / "again.csv") if row["method"] != "L1" or row["group"] == "recovered"]
-    for group, words in (
-        ("specific latents", "counts of specific latents"),
-        ("exclusivity", "other figures"),
-        ("recovered", "bootstrap intervals"),
-    ):
-        overlaps = [row["overlap"] == "1" for row in rows if row["group"] == group]
-        assert re.search(rf"\b{sum(overlaps)} of {len(overlaps)}\s+{words}", section), group
-    for method, words in (("plain", "of the plain crosscoder"), ("difference SAE", "of the difference SAE")):
-        of_kl = [row["overlap"] == "1" for row in rows if "divergence" in row["figure"] and row["method"] == method]
-        assert re.search(rf"\b{sum(of_kl)} of\s+{len(of_kl)} (?:{words})", section), method
-    values = [float(row[name]) for row in rows for name in ("first middle", "second middle")]
-    for number in ("15", "0.3", "5.3", "15.3", "32%", "25%"):
-        assert number in section and is_in(number, values), number
-    second = compare.ranges(COMMITTED)
-    for row in rows:
-        key = tuple(row[name] for name in ("group", "pair", "site", "method", "figure"))
-        assert second[key].middle == pytest.approx(float(row["second middle"]), rel=1e-5, abs=1e-9)
+def test_what_readme_says_of_the_study_is_in_the_committed_figures():
+    text = (REPOSITORY / "README.md").read_text().partition("**Does such a comparison find")[2].partition("[docs/")[0]
+    numbers, values = set(NUMBER.findall(text)), values_of(COMMITTED)
+    assert numbers
+    assert not [number for number in numbers if not is_in(number, values)]
 
 
-def test_two_runs_agree_where_their_spreads_overlap(tmp_path: Path, capsys, monkeypatch):
-    other = shutil.copytree(COMMITTED, tmp_path / "other")
-    rows = compare.compared(COMMITTED, other)
-    assert len(rows) > 100
+def test_two_runs_agree_where_their_spreads_overlap(folder: Path, tmp_path_factory, capsys, monkeypatch):
+    tmp_path = tmp_path_factory.mktemp("runs")
+    other = shutil.copytree(folder, tmp_path / "other")
+    rows = compare.compared(folder, other)
+    assert {row["group"] for row in rows} == {"specific latents", "exclusivity", "recovered"}
     assert all(row["overlap"] for row in rows)
 
     moved = [{**row, "new": 900, "new lowest": 890, "new highest": 910} for row in read_csv(other / "kinds.csv")]
     write_csv(other / "kinds.csv", moved)
-    counts = [row for row in compare.compared(COMMITTED, other) if row["group"] == "specific latents"]
+    counts = [row for row in compare.compared(folder, other) if row["group"] == "specific latents"]
     apart = [row for row in counts if not row["overlap"]]
     assert apart and {row["figure"] for row in apart} == {"specific to new"}
-    monkeypatch.setattr(sys, "argv", ["compare", str(COMMITTED), str(other), "--write", str(tmp_path / "again.csv")])
+    monkeypatch.setattr(sys, "argv", ["compare", str(folder), str(other), "--write", str(tmp_path / "again.csv")])
     compare.main()
     said = capsys.readouterr().out
     assert f"| specific latents | {len(counts)} | {len(counts) - len(apart)} |" in said
     assert len(read_csv(tmp_path / "again.csv")) == len(rows)
     with pytest.raises(UserError, match="no figure in common"):
-        monkeypatch.setattr(sys, "argv", ["compare", str(COMMITTED), str(tmp_path)])
+        monkeypatch.setattr(sys, "argv", ["compare", str(folder), str(tmp_path)])
         compare.main()
 
 
@@ -230,15 +227,40 @@ def test_a_table_that_nobody_knows_is_an_error():
         page.fill("<!-- table: accuracies -->\n<!-- end of table -->", COMMITTED)
 
 
-def test_seeds_are_one_row_with_their_mean_and_their_range():
-    plain = next(row for row in tables.glance_rows(ANSWERS) if row["method"] == "plain")
-    assert (plain["seeds"], plain["specific to added"]) == (2, 4.5)
+def test_fine_tunes_are_one_row_with_their_mean_and_their_range():
+    plain = next(row for row in tables.glance_rows(ANSWERS) if (row["method"], row["form"]) == ("plain", "trained"))
+    assert (plain["fine-tunes"], plain["specific to added"]) == (2, 4.5)
     assert (plain["specific to added lowest"], plain["specific to added highest"]) == (3, 6)
     assert plain["auroc of Delta"] == pytest.approx(0.5)
 
 
+def test_what_training_adds_is_a_difference_over_fine_tunes_with_its_t_interval():
+    patches = [
+        {"compared": "base -> fine-tuned", "pair": pair, "site": "layer 4 residual", "method": "plain", "kind": kind,
+         "n_latents": 16, "direction": "sufficiency", "carrier": "own", "group": "new", "measure": "divergence",
+         "recovered": recovered}
+        for pair, ranked, untrained in (("a", 0.30, 0.11), ("b", 0.33, 0.13), ("c", 0.36, 0.15))
+        for kind, recovered in (("ranked", ranked), ("untrained", 0.9), ("untrained, equal norm", untrained))
+    ]  # fmt: skip
+    counts, of_kl = (
+        [row for row in tables.untrained_rows(ANSWERS, patches, "base -> fine-tuned") if row["figure"] == figure]
+        for figure in ("specific to added", "KL recovered by 16, equal norm")
+    )
+    [row] = [row for row in counts if row["stratum"] == PRIMARY[1]]
+    assert (row["method"], row["control"], row["fine-tunes"]) == ("plain", "untrained", 2)
+    assert (row["trained"], row["of the control"], row["difference"]) == (4.5, 5.5, -1)
+    # Differences of -2 and 0: t(0.975, 1) is 12.706, the standard error 1.
+    assert (row["difference low"], row["difference high"]) == pytest.approx((-13.706, 11.706), abs=1e-3)
+    assert row["verdict"] == "unresolved"
+    [row] = of_kl
+    # Differences of 0.19, 0.20, 0.21: t(0.975, 2) is 4.303, the standard error 0.01 / sqrt 3.
+    assert row["difference"] == pytest.approx(0.2)
+    assert (row["difference low"], row["difference high"]) == pytest.approx((0.17516, 0.22484), abs=1e-4)
+    assert row["verdict"] == "more"
+
+
 def test_an_empty_class_has_no_figure_and_not_the_figure_zero():
-    rows = {(row["pair"], row["method"]): row for row in tables.glance_rows(ANSWERS)}
+    rows = {(r["pair"], r["method"]): r for r in tables.glance_rows(ANSWERS) if r["form"] == "trained"}
     plain, sae = rows["base -> fine-tuned", "plain"], rows["base -> fine-tuned", "difference SAE"]
     assert (plain["only, by Delta"], plain["recall, by Delta"], plain["precision, by Delta"]) == (0, None, None)
     assert sae["auroc of Delta"] is None
@@ -253,13 +275,13 @@ def test_the_matrix_has_every_pair_and_family():
     rows = tables.matrix_rows(ANSWERS)
     assert {row["pair"] for row in rows} == {"base -> fine-tuned", "base -> sham"}
     of_pair = [row for row in rows if row["pair"] == "base -> fine-tuned" and row["stratum"] == PRIMARY[0]]
-    assert {row["method"]: row["specific"] for row in of_pair if row["family"] == "ratio"} == {
-        "plain": 4.5, "difference SAE": 47
+    assert {tables.named(row): row["specific"] for row in of_pair if row["family"] == "ratio"} == {
+        "plain": 4.5, "plain, untrained": 5.5, "difference SAE": 47
     }  # fmt: skip
 
 
 def test_kinds_are_counted_in_pairs_that_add_nothing_too():
-    sham = {**answer("base -> sham", "plain", 0, 0, None, families=())}
+    sham = {**answer("base -> sham", "plain", 0, None, families=())}
     sham["specific_by_family"] = {stratum: {"ratio": 2, "change": 5} for stratum in PRIMARY}
     [row] = [row for row in tables.kind_rows([sham]) if row["stratum"] == PRIMARY[1]]
     assert [row[kind] for kind in ("new", "other", "known")] == [2, 0, 5]
@@ -278,7 +300,5 @@ def test_figures_are_drawn_from_the_csvs(folder: Path):
 
     figures.draw_ceilings(read_csv(folder / "ceilings.csv"), folder / "ceilings.png")
     figures.draw_glance(read_csv(folder / "kinds.csv"), folder / "glance.png", "last prompt token")
-    figures.draw_recovered(
-        read_csv(folder / "causal.csv"), read_csv(folder / "causal_controls.csv"), folder / "causal.png"
-    )
+    figures.draw_recovered(read_csv(folder / "causal.csv"), folder / "causal.png")
     assert all((folder / f"{name}.png").stat().st_size > 10_000 for name in ("ceilings", "glance", "causal"))

@@ -18,7 +18,7 @@ from study.pocket.tables import read_csv
 PAGE = REPOSITORY / "docs" / "study.md"
 STUDY = [sys.executable, "-m", "study.pocket", "--quick"]
 TABLES = (
-    "models", "ceilings", "dictionaries", "known_answer", "glance", "kinds", "matrix", "tokens", "probes",
+    "models", "ceilings", "dictionaries", "known_answer", "glance", "kinds", "matrix", "untrained", "tokens", "probes",
     "causal", "causal_controls",
 )  # fmt: skip
 
@@ -49,7 +49,7 @@ def test_a_killed_rehearsal_goes_on_and_writes_every_table(tmp_path: Path):
     before = made.stat().st_mtime_ns
 
     output, _ = started(tmp_path).communicate()
-    assert "11 tables, 3 figures" in output, output
+    assert "12 tables, 3 figures" in output, output
     assert not [line for line in output.splitlines() if line.startswith(("fine-tune:", "ceilings"))], output
     assert made.stat().st_mtime_ns == before
 
@@ -61,7 +61,16 @@ def test_a_killed_rehearsal_goes_on_and_writes_every_table(tmp_path: Path):
     }  # fmt: skip
     identical = [row for row in rows["tokens"] if row["pair"] == "fine-tuned -> fine-tuned"]
     assert {row["method"] for row in identical} >= {"plain", "norm of the difference"}
-    assert {(row["tokens: fixed"], row["auroc"]) for row in identical} == {("0", "")}
+    readings = {"KL per token", "linear probe of the first model"}
+    assert {(row["tokens: fixed"], row["auroc"]) for row in identical if row["method"] not in readings} == {("0", "")}
+    assert {row["method"] for row in identical} >= readings
+    patched = {row["kind"] for row in rows["causal"]}
+    assert patched >= {"ranked", "untrained, equal norm", "frozen decoder, equal norm", "components, equal norm"}
+    norms = {(r["method"], r["kind"], r["injected_norm"]) for r in rows["causal"] if r["measure"] == "divergence"}
+    for method in ("plain", "difference SAE"):
+        wanted = [float(norm) for m, kind, norm in norms if (m, kind) == (method, "random directions")]
+        matched = [float(norm) for m, kind, norm in norms if m == method and kind.endswith("equal norm")]
+        assert matched == pytest.approx([wanted[0]] * len(matched), rel=1e-3)
     assert len(rows["ceilings"]) == 5 * 3 * 2 * 2
     assert all((out / f"{name}.png").stat().st_size > 10_000 for name in ("ceilings", "glance", "causal"))
     assert json.loads((out / "run.json").read_text())["config"]["plan"]["name"] == "study-quick"
