@@ -16,6 +16,7 @@ from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY, Folders
 from finqa.task.records import TeacherRow
 from study.invented.diff import dictionaries
+from study.invented.diff.carrying import Carrier, of_first_pages
 from study.invented.diff.ceilings import HALF, primary_name
 from study.invented.diff.items import (
     Board,
@@ -214,6 +215,24 @@ def test_directions_add_their_part_of_the_difference_and_scale():
     assert askew.addition([0, 1])(reading).flatten().tolist() == pytest.approx([3.0, 4.0, 0.0], abs=1e-6)
     assert along.addition([1])(reading).tolist() == [[0.0, 4.0, 0.0]]
     assert principal(torch.diag(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)), 1).abs().tolist() == [[0, 1, 0]]
+
+
+def test_sets_are_scaled_to_one_norm_on_the_own_questions():
+    carrier = Carrier.__new__(Carrier)  # without its models
+    carrier.pairs = torch.tensor([[[0.0, 0.0], [3.0, 0.0]], [[0.0, 0.0], [1.0, 2.0]]])
+    along = Directions(torch.eye(2))
+    first, second = along.addition([0]), along.addition([1])
+    assert carrier.norm(first) == pytest.approx(5**0.5) and carrier.norm(second) == pytest.approx(2**0.5)
+    scaled, factor = carrier.scaled_to(second, carrier.norm(first))
+    assert factor == pytest.approx(2.5**0.5) and carrier.norm(scaled) == pytest.approx(5**0.5)
+    carrier.pairs = torch.zeros(2, 2, 2)
+    assert carrier.scaled_to(second, 1.0)[1] == 0.0  # what adds nothing goes on to
+
+
+def test_fewer_pages_are_the_first_ones():
+    row = TeacherRow("", "", "", "", "")
+    both = [(item, row) for item in asked(4)]
+    assert {item.page for item, _ in of_first_pages(both, 2)} == {0, 1} and of_first_pages(both, None) == both
 
 
 def test_programs_are_read_at_their_look_ups_whatever_the_formula():
