@@ -150,16 +150,14 @@ def read_at(model: BatchTopKCrosscoder, store: ActivationStore, indices: Any, l0
 
 
 def until_converged(train_for: Callable[[int], float], passes: int, most: int) -> tuple[int, bool]:
-    """Double the passes until what `train_for` gives gains less than GAIN; the last passes, and whether it did.
-
-    The last gain counts as none where `most` is reached without it.
-    """
+    """Double the passes until what `train_for` gives changes by less than GAIN; the last passes, and whether it has
+    converged: it did so before there were more than `most`, and what it gives is above 0."""
     before = train_for(passes)
     while 2 * passes <= most:
         passes *= 2
         after = train_for(passes)
-        if after - before < GAIN:
-            return passes, True
+        if abs(after - before) < GAIN:
+            return passes, after > 0
         before = after
     return passes, False
 

@@ -94,7 +94,7 @@ class Lengths:
 
 
 GAIN = 0.01
-"""Explained variance of the difference: a dictionary has converged where twice the passes gain less."""
+"""Explained variance of the difference: a dictionary has converged where twice the passes change it by less."""
 QUICK = Lengths(
     seeds=(0,), other_seeds=(), latents=(64, 128), ks=(4, 8), rates=(1.0,), passes=1, most_passes=2, random=64,
     logit_documents=8, factors=(2.0,), sweep_pages=1, carry_pages=1, other_sites=1, pairs_elsewhere=1,

@@ -173,11 +173,12 @@ def test_without_items_nothing_is_hit():
     [
         ({4: 0.5, 8: 0.509}, 8, True),
         ({4: 0.5, 8: 0.51, 16: 0.515}, 16, True),
-        ({4: 0.5, 8: 0.4}, 8, True),
+        ({4: 0.5, 8: 0.4, 16: 0.405}, 16, True),
+        ({4: -0.5, 8: -0.504}, 8, False),
         ({4: 0.1, 8: 0.2, 16: 0.3}, 16, False),
     ],
 )
-def test_passes_are_doubled_until_they_gain_less_than_a_hundredth(
+def test_passes_are_doubled_until_they_change_it_by_less_than_a_hundredth(
     explained: dict[int, float], passes: int, converged: bool
 ):
     trained: list[int] = []
