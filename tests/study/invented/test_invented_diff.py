@@ -283,7 +283,7 @@ def test_the_preregistration_says_what_is_trained_and_where():
     assert (full.passes, HALF, full.seeds) == (4, 0.5, (0, 1, 2))
     for said in (
         f"{' and '.join(latents)} latents; k {', '.join(list(ks)).replace(', 64', ' and 64')}; four passes",
-        f"explained variance of the difference, on held-out documents, gains less than {GAIN}",
+        f"explained variance of the difference, on held-out documents, changes by less than {GAIN}",
         f"A method's top {TOP} items",
         "gives at least half of the right answers that the fine-tuned model itself gives on the dev pages",
         "Three dictionary seeds",
