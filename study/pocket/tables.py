@@ -185,6 +185,8 @@ COMPARED = (
     "fixed tokens, decoded",
 )  # fmt: skip
 MORE, FEWER, UNRESOLVED = "more", "less", "unresolved"
+RESOLVES_FROM = 3
+"""Fine-tunes: two that happen to agree have an interval of no width."""
 
 
 def untrained_rows(answers: Sequence[Row], patches: Sequence[Row], repeated: str) -> list[Row]:
@@ -237,7 +239,8 @@ def _difference(trained: Sequence[float], control: Sequence[float]) -> Row:
     n, middle = len(differences), mean(differences)
     half = float(t.ppf(0.975, n - 1)) * stdev(differences) / n**0.5 if n > 1 else None
     low, high = (None, None) if half is None else (middle - half, middle + half)
-    resolved = UNRESOLVED if low is None or high is None or low <= 0 <= high else MORE if low > 0 else FEWER
+    open_still = n < RESOLVES_FROM or low is None or high is None or low <= 0 <= high
+    resolved = UNRESOLVED if open_still else MORE if middle > 0 else FEWER
     return {
         "fine-tunes": n, "trained": mean(trained), "of the control": mean(control), "difference": middle,
         "difference low": low, "difference high": high, "verdict": resolved,

@@ -257,6 +257,9 @@ def test_what_training_adds_is_a_difference_over_fine_tunes_with_its_t_interval(
     assert row["difference"] == pytest.approx(0.2)
     assert (row["difference low"], row["difference high"]) == pytest.approx((0.17516, 0.22484), abs=1e-4)
     assert row["verdict"] == "more"
+    two = [patch for patch in patches if patch["pair"] != "c"]
+    rows = [r for r in tables.untrained_rows([], two, "base -> fine-tuned") if r["control"] == "untrained"]
+    assert [(r["fine-tunes"], r["verdict"]) for r in rows] == [(2, "unresolved")]
 
 
 def test_an_empty_class_has_no_figure_and_not_the_figure_zero():
