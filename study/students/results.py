@@ -155,7 +155,7 @@ def analyses(plan: Plan) -> dict[str, str]:
         folder = plan.dictionaries / dictionary_name(amount, site, method)
         if (folder / "analysis.json").exists():
             name = f"{amount}_{site}_{method}"
-            made = _without_folders(json.loads((folder / "analysis.json").read_text()))
+            made = without_folders(json.loads((folder / "analysis.json").read_text()))
             found[f"{name}_analysis.json"] = json.dumps(made, indent=1, allow_nan=False) + "\n"
             text = io.StringIO(newline="")
             with (folder / "most_changed.csv").open(newline="", encoding="utf-8") as file:
@@ -197,17 +197,17 @@ def manifests(plan: Plan) -> dict[str, Any]:
         files = [*trained, *sorted(folder.glob("*/*/run.json"))]
         names = ["fine-tune"] * len(trained) + ["/".join(path.parts[-3:-1]) for path in files[len(trained) :]]
         found[f"{student} {run}".strip()] = {
-            name: _without_folders(json.loads(path.read_text())) for name, path in zip(names, files, strict=True)
+            name: without_folders(json.loads(path.read_text())) for name, path in zip(names, files, strict=True)
         }
     return found
 
 
-def _without_folders(value: Any) -> Any:
+def without_folders(value: Any) -> Any:
     """Absolute paths cut to their last part, in keys and values of any depth."""
     if isinstance(value, dict):
-        return {_without_folders(key): _without_folders(inner) for key, inner in value.items()}
+        return {without_folders(key): without_folders(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_without_folders(inner) for inner in value]
+        return [without_folders(inner) for inner in value]
     if isinstance(value, str) and "/" in value:
         return " ".join(Path(word).name if word.startswith("/") else word for word in value.split(" "))
     return value
