@@ -125,5 +125,5 @@ def test_before_the_ceilings_are_measured_the_tables_have_what_there_is(plan: Pl
     ceilings_path(plan, PAIRS[0]).unlink()
     output, found = tables.write_tables(plan, [])
     assert found == [] and not (output / "items.csv").exists() and (output / "run.json").exists()
-    assert str(plan.place.given.data) not in (output / "run.json").read_text()  # the reference names no folder of a machine
+    assert str(plan.place.given.data) not in (output / "run.json").read_text()  # no folder of a machine
     assert "no ceilings of [('A', 3)]; measure them with" in capsys.readouterr().out
