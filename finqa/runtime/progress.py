@@ -6,11 +6,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
+Part = TypeVar("Part", bound=Sized)
 PLAIN_EVERY_S = 15.0
 TERMINAL_EVERY_S = 0.2
 STEPS_EVERY_S = 10.0
@@ -110,6 +111,17 @@ class Progress:
         if self.terminal:
             self.out.write("\r\033[K")
             self.out.flush()
+
+
+def told(what: str, parts: Iterable[Part], total: int) -> Iterator[Part]:
+    """The parts, each counted by its length among `total` once it was used; without a `what` nothing is said."""
+    progress = Progress(what, total)
+    for part in parts:
+        yield part
+        if what:
+            progress.advance(len(part))
+    if what:
+        progress.close()
 
 
 class StepProgress:

@@ -34,6 +34,7 @@ from crosscoder.dictionaries.config import N_MODELS, READ_TOKENS, check_types
 from crosscoder.names import SITES
 from finqa.runtime.errors import UserError
 from finqa.runtime.memory.free import free_memory
+from finqa.runtime.progress import told
 
 Place = Literal["auto", "gpu", "memory", "disk"]
 VERSION = 2
@@ -85,7 +86,8 @@ class SetConfig:
             "activation_scales": min(self.activation_scales) > 0,
             "version": 1 <= self.version <= VERSION,
             "shard_hashes": len(self.shard_hashes) in (0, len(self.shard_tokens)),
-            "recorded": self.recorded.get("site", SITES[0]) in SITES and _is_layer(self.recorded.get("layer", 1)),
+            "recorded": self.recorded.get("site", SITES[0]) in SITES
+            and self.recorded.get("layer", 1) in range(1, MOST_LAYERS + 1),
         }
         for name, holds in sound.items():
             if not holds:
@@ -263,9 +265,12 @@ class ActivationStore:
         is_out = out[self.document]
         return Split((~is_out).nonzero().squeeze(-1), is_out.nonzero().squeeze(-1))
 
-    def batches(self, indices: Tensor, batch_size: int = READ_TOKENS) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of token indices and their activations [n, 2, d_model], in the order of `indices`."""
-        for chunk in indices.split(batch_size):
+    def batches(
+        self, indices: Tensor, batch_size: int = READ_TOKENS, what: str = ""
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of token indices and their activations [n, 2, d_model], in the order of `indices`; a long pass says how
+        far it is, where `what` says what it is for."""
+        for chunk in told(what, indices.split(batch_size), len(indices)):
             yield chunk, self.read(chunk)
 
 
@@ -287,10 +292,6 @@ def read_set_config(folder: Path) -> SetConfig:
 
 def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
-
-
-def _is_layer(value: Any) -> bool:
-    return isinstance(value, int) and 1 <= value <= MOST_LAYERS
 
 
 def _map_shard(path: Path, shape: tuple[int, int, int]) -> Tensor:

@@ -86,11 +86,12 @@ def find(reading: Reading, config: ReadingConfig | None = None) -> Findings:
     two_models = None
     if model.config.compares_models:
         norms = analysis.decoder_norms(model)
+        batches = store.batches(held_out, config.batch_size, "latent scaling, tokens")
         two_models = TwoModels(
             norms=norms,
             cosines=analysis.decoder_cosines(model),
             kinds=analysis.latent_classes(model),
-            scaling=latent_scaling(model, (raw for _, raw in store.batches(held_out, config.batch_size))),
+            scaling=latent_scaling(model, (raw for _, raw in batches)),
         )
     scaling = two_models.scaling if two_models else None
     rows = tables.latent_table(model, statistics, store, reading.tokenizer, reading.unembedding, scaling)

@@ -80,7 +80,7 @@ def latent_statistics(
     by_kind = None if kinds is None else torch.zeros(n_latents, len(KINDS), dtype=torch.float64, device=device)
     top_values = torch.zeros(n_latents, 0, device=device)
     top_tokens = torch.zeros(n_latents, 0, dtype=torch.int64, device=device)
-    for chunk, raw in store.batches(indices, batch_size):
+    for chunk, raw in store.batches(indices, batch_size, "what latents do, tokens"):
         x = model.scale(raw.to(device))
         values = model.activations(x)
         f = model.select_by_threshold(values)

@@ -109,7 +109,7 @@ def explained_variance_by_kind(
     difference = _KindSums.of(model.config.d_model, device)
     counts = torch.zeros(len(KINDS), dtype=torch.float64, device=device)
     active = torch.zeros_like(counts)
-    for chunk, raw in store.batches(indices, batch_size):
+    for chunk, raw in store.batches(indices, batch_size, "explained variance, tokens"):
         raw = raw.to(device)
         x, own = model.scale(raw), kinds[chunk.to(device)]
         f, xhat = model.reconstruct(x)

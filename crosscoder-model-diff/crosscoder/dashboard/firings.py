@@ -56,7 +56,7 @@ def gather_firings(
     ends = largest.to(device, torch.float32).clamp_min(torch.finfo(torch.float32).tiny)
     histograms = torch.zeros(n_latents * n_bins, dtype=torch.int64, device=device)
     owners, tokens, values = ([torch.empty(0, dtype=kind)] for kind in (torch.int32, torch.int32, torch.float32))
-    for indices, raw in store.batches(torch.arange(len(store)), batch_size):
+    for indices, raw in store.batches(torch.arange(len(store)), batch_size, "examples, tokens"):
         f = model.encode(model.scale(raw.to(device)))
         row, latent = f.nonzero(as_tuple=True)
         value = f[row, latent].float()

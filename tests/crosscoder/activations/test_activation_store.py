@@ -328,3 +328,12 @@ def test_a_shard_of_another_length_than_planned_gets_no_name(tmp_path: Path):
     with pytest.raises(ValueError, match="got 3 tokens, planned were 4"):
         file.close()
     assert not writer.has(0)
+
+
+def test_a_long_pass_says_how_far_it_is(store: ActivationStore, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("finqa.runtime.progress.PLAIN_EVERY_S", 0.0)
+    list(store.batches(torch.arange(6), 4))
+    assert capsys.readouterr().err == ""
+    list(store.batches(torch.arange(6), 4, "examples, tokens"))
+    first, second = capsys.readouterr().err.splitlines()
+    assert "examples, tokens: 4 of 6," in first and "examples, tokens: 6 of 6," in second
