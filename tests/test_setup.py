@@ -52,3 +52,16 @@ def test_the_citation_has_the_project_s_version_and_licence(project: dict[str, A
     assert (cited["version"], cited["license"]) == (project["version"], project["license"])
     readme = (REPOSITORY / "README.md").read_text()
     assert f"version = {{{project['version']}}}" in readme and project["name"] in readme
+
+
+@pytest.mark.parametrize(
+    ("given", "command"),
+    [
+        ((), "python -m study.pocket"),
+        (("QUICK=1",), "python -m study.pocket --quick"),
+        (("MODEL=a/b", "QUICK=1"), 'python -m study.invented --model "a/b" --data-dir "data" --quick'),
+    ],
+)
+def test_make_study_runs_the_study_that_is_asked_for(given: tuple[str, ...], command: str):
+    made = subprocess.run(["make", "-n", "study", *given], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert made.stdout.splitlines()[-1].strip() == command

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from crosscoder.activations.store import ActivationStore
     from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
     from crosscoder.dictionaries.model import BatchTopKCrosscoder
-    from crosscoder.training.trainer import Trainer
 
 QUALITY_FILE = "quality.json"
 
@@ -94,7 +93,7 @@ def train_one(work: Work, dictionary: Dictionary) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(training.seed)
     model = new_dictionary(crosscoder, training.decoder_norm, generator, training.directions)
     trainer = Trainer(model, store, training, folder, checkpoint_every_s=30.0, device=device)
-    make_form(trainer, dictionary.form)
+    trainer.fit()
     found = {
         **dictionary.described,
         **quality(model, store, store.split(training.held_out_fraction, training.split_seed).held_out),
@@ -111,24 +110,9 @@ def train_one(work: Work, dictionary: Dictionary) -> dict[str, Any]:
     return found
 
 
-def make_form(trainer: Trainer, form: Form) -> None:
-    """Train the trainer's dictionary as `form` asks, and leave it in the trainer's folder. What is untrained is as
-    training would start with it, its thresholds set on data as after training."""
-    from crosscoder.dictionaries.checkpoint import save_dictionary
-    from crosscoder.dictionaries.threshold import calibrate
-
-    if form != "untrained":
-        trainer.model.W_dec.requires_grad_(form != "frozen decoder")
-        trainer.fit()
-        return
-    trainer.begin()
-    config, store = trainer.config, trainer.store
-    calibrate(trainer.model, store, trainer.split.train, config.calibration_tokens, config.seed)
-    save_dictionary(trainer.model, trainer.folder, training=asdict(config), activations=store.config.recorded)
-
-
 def settings(store: ActivationStore, dictionary: Dictionary, steps: int) -> tuple[CrosscoderConfig, TrainingConfig]:
-    """The library's defaults for these activations, but for the number of steps; what is frozen is not drawn anew."""
+    """The library's defaults for these activations in the dictionary's form, but for the number of steps; what is
+    frozen is not drawn anew."""
     from crosscoder.dictionaries.config import TrainingConfig
     from crosscoder.training.sizing import sized_configs
 
@@ -136,8 +120,12 @@ def settings(store: ActivationStore, dictionary: Dictionary, steps: int) -> tupl
     method, given = METHODS[dictionary.method]
     d_model = store.config.d_model
     batch = sized_configs(d_model, n_tokens, method, **given)[1].batch_size
-    draw_anew = None if dictionary.form == "trained" else False
-    given = given | {"seed": dictionary.pair.seed, "epochs": (steps + 0.5) * batch / n_tokens, "draw_anew": draw_anew}
+    of_form: dict[str, Any] = {
+        "untrained": dictionary.form == "untrained",
+        "freeze_decoder": dictionary.form == "frozen decoder",
+        "draw_anew": None if dictionary.form == "trained" else False,
+    }
+    given = given | of_form | {"seed": dictionary.pair.seed, "epochs": (steps + 0.5) * batch / n_tokens}
     return sized_configs(d_model, n_tokens, method, **given)
 
 
