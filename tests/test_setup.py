@@ -63,5 +63,11 @@ def test_the_citation_has_the_project_s_version_and_licence(project: dict[str, A
     ],
 )
 def test_make_study_runs_the_study_that_is_asked_for(given: tuple[str, ...], command: str):
-    made = subprocess.run(["make", "-n", "study", *given], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    made = subprocess.run(
+        ["make", "--no-print-directory", "-n", "study", *given],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert made.stdout.splitlines()[-1].strip() == command
