@@ -50,6 +50,11 @@ class Page:
         """Equal for pages of one table, whatever their numbers."""
         return page_key(self.table)
 
+    @property
+    def n_columns(self) -> int:
+        """Columns after that of the rows' names."""
+        return len(self.table[0]) - 1
+
     def cell(self, row: str, year: str) -> str:
         return self.table[self.rows[row]][self.columns[year]]
 

@@ -1,9 +1,11 @@
 """One step of the second half, on one fine-tune; the jobs of python -m study.invented run it.
 
     python -m study.invented.diff ceilings A-seed3 --model M     right answers of whole-site patches
-    python -m study.invented.diff settings K-seed3 --model M     settings of every method, chosen on a control
+    python -m study.invented.diff record K-seed3 --model M       activations of a control at the primary site
+    python -m study.invented.diff settings K-seed3 L1 --model M  settings of a method, chosen on it
     python -m study.invented.diff diff A-seed3 --model M         dictionaries, items, carrying at the primary site
-    python -m study.invented.diff sites A-seed3 --model M        the same at the other sites
+    python -m study.invented.diff seeds A-seed3 --model M        dictionaries of further seeds, and items, after that
+    python -m study.invented.diff sites A-seed3 --model M        dictionaries and items at the other sites
 
 Reads the rows and adapters of D/invented/<model>/ and writes R/invented/<model>/{ceilings,diff}/. What is there is not
 made again; activations are deleted when all that reads them is there.
@@ -15,10 +17,10 @@ import argparse
 import sys
 
 from finqa.runtime.errors import report_errors
-from study.invented.diff.plan import BY_RUN, lengths, sites
+from study.invented.diff.plan import BY_RUN, METHODS, lengths, sites, slug
 from study.invented.plan import add_plan_flags, plan_from
 
-STEPS = ("ceilings", "settings", "diff", "sites")
+STEPS = ("ceilings", "record", "settings", "diff", "seeds", "sites")
 
 
 def main() -> None:
@@ -27,6 +29,8 @@ def main() -> None:
     )
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("run", choices=list(BY_RUN), metavar="RUN", help="a fine-tune, such as A-seed3")
+    methods = {slug(method): method for method in METHODS}
+    parser.add_argument("method", nargs="?", choices=list(methods), metavar="METHOD", help="of settings")
     add_plan_flags(parser)
     args = parser.parse_args()
     plan, compared = plan_from(args), BY_RUN[args.run]
@@ -35,14 +39,17 @@ def main() -> None:
     if args.step == "ceilings":
         print(ceilings.measure_ceilings(plan, compared))
         return
-    if args.step == "settings":
-        print(dictionaries.choose_settings(plan, compared, ceilings.primary_site(plan)))
-        return
     primary = ceilings.primary_site(plan)
+    if args.step == "record":
+        print(dictionaries.recorded(plan, compared, primary).name)
+        return
+    if args.step == "settings":
+        for method in [methods[args.method]] if args.method else METHODS:
+            print(dictionaries.choose_settings(plan, compared, primary, method), flush=True)
+        return
     others = [target for target in sites(plan).values() if target != primary][: lengths(plan).other_sites]
-    chosen = [primary] if args.step == "diff" else others
-    for target in chosen:
-        print(pairs.compare(plan, compared, target, is_primary=target == primary), flush=True)
+    for target in others if args.step == "sites" else [primary]:
+        print(pairs.compare(plan, compared, target, args.step), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from finqa.models import students
 from finqa.runtime.commands import CROSSCODER_FOLDER, run_into
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_json
-from study.invented.diff.plan import GAIN, METHODS, Compared, Form, Lengths, equal_l0, lengths, site_name
+from study.invented.diff.plan import GAIN, METHODS, Compared, Form, Lengths, equal_l0, lengths, site_name, slug
 from study.invented.files import DOCUMENTS
 from study.invented.gates import all_gates
 from study.invented.plan import Plan
@@ -187,33 +187,33 @@ def trained_until_converged(
     return Trained(found[passes].model, quality)
 
 
-def settings_path(plan: Plan) -> Path:
-    return plan.place.results / "settings.json"
+def settings_path(plan: Plan, method: str) -> Path:
+    return plan.place.results / "settings" / f"{slug(method)}.json"
 
 
-def read_settings(plan: Plan) -> dict[str, Settings]:
-    """Of every method; UserError where they are not chosen."""
-    path = settings_path(plan)
+def read_settings(plan: Plan, method: str) -> Settings:
+    """Of a method; UserError where they are not chosen."""
+    path = settings_path(plan, method)
     if not path.exists():
         raise UserError(f"{path} is missing; choose settings with: python -m study.invented settings")
-    return {method: Settings(**chosen) for method, chosen in read_json(path)["chosen"].items()}
+    return Settings(**read_json(path)["chosen"])
 
 
-def choose_settings(plan: Plan, control: Compared, target: Target) -> str:
-    """Choose every method's settings on a control fine-tune, once the gates hold; returns a line that says them."""
-    path = settings_path(plan)
-    if not (path.exists() and read_json(path)["chosen"].keys() >= METHODS.keys()):
+def choose_settings(plan: Plan, control: Compared, target: Target, method: str) -> str:
+    """Choose a method's settings on a control fine-tune, once the gates hold; returns a line that says them.
+
+    What was recorded of the control stays, for the other methods.
+    """
+    path = settings_path(plan, method)
+    if not path.exists():
         check_gates(plan)
         from crosscoder.activations.store import ActivationStore
 
         store = ActivationStore(recorded(plan, control, target), device=students.default_device())
-        tried = {method: _tried(plan, control, target, store, method) for method in METHODS}
-        chosen = {method: asdict(best(candidates)) for method, candidates in tried.items()}
-        said = {method: {s.name: ev for s, ev in candidates.items()} for method, candidates in tried.items()}
-        write_json(path, {"site": site_name(target), "chosen": chosen, "explained_difference": said})
-        del store
-        forget(plan, control, target)
-    return "; ".join(f"{method} {settings.name}" for method, settings in read_settings(plan).items())
+        tried = _tried(plan, control, target, store, method)
+        said = {settings.name: explained for settings, explained in tried.items()}
+        write_json(path, {"site": site_name(target), "chosen": asdict(best(tried)), "explained_difference": said})
+    return f"{method}: {read_settings(plan, method).name}"
 
 
 def _tried(plan: Plan, control: Compared, target: Target, store: ActivationStore, method: str) -> dict[Settings, float]:
@@ -222,7 +222,7 @@ def _tried(plan: Plan, control: Compared, target: Target, store: ActivationStore
 
     def explained(settings: Settings) -> float:
         if settings not in found:
-            place = plan.place.results / "settings" / f"{method.replace(' ', '-')}-{settings.name}.json"
+            place = settings_path(plan, f"{method} {settings.name}")
             if not place.exists():
                 folder = folder_of(plan, control, target) / "settings" / f"{method}-{settings.name}"
                 made = train(store, method, "trained", 0, settings, how_long.passes, folder, equal_l0(how_long))

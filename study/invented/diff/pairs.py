@@ -2,8 +2,8 @@
 
 R/invented/<model>/diff/<site>/<run>/<method>-<form>-<seed>.json holds `quality` of a dictionary, `items` (a row a
 metric and ranking) and `carried` (a row a metric and set). A file that is there is not made again. Activations are
-recorded only where one is missing, and deleted at the end; of the dictionaries the trained ones of the
-first seed at the primary site stay.
+recorded only where one is missing, and deleted at the end; of the dictionaries the trained ones of the first seed at
+the primary site stay where metrics were added.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from study.invented.diff.plan import (
     WITHOUT,
     Compared,
     Form,
+    Part,
     Subject,
     equal_l0,
     lengths,
@@ -55,14 +56,15 @@ from study.invented.diff.plan import (
 )
 from study.invented.files import DOCUMENTS, read_metrics
 from study.invented.plan import Plan
+from study.work import read_json
 
 
-def compare(plan: Plan, compared: Compared, target: Target, is_primary: bool) -> str:
-    """Make the files that are missing; returns a line that says what there is."""
-    wanted = subjects(plan, is_primary)
+def compare(plan: Plan, compared: Compared, target: Target, part: Part) -> str:
+    """Make the files of a part that are missing; returns a line that says what there is."""
+    wanted = subjects(plan, compared, part)
     missing = [one for one in wanted if not results_of(plan, compared, target, one).exists()]
     if missing:
-        under_way = Comparison(plan, compared, target, is_primary)
+        under_way = Comparison(plan, compared, target, part)
         for subject in missing:
             write_json(results_of(plan, compared, target, subject), under_way.results(subject))
             print(f"{compared.run} at {site_name(target)}: {subject.name}", flush=True)
@@ -73,9 +75,9 @@ def compare(plan: Plan, compared: Compared, target: Target, is_primary: bool) ->
 class Comparison:
     """One pair at one site, with what its subjects share; each part is made when it is first asked for."""
 
-    def __init__(self, plan: Plan, compared: Compared, target: Target, is_primary: bool):
-        self.plan, self.compared, self.target = plan, compared, target
-        self.is_primary, self.carries = is_primary, is_primary and compared.arm in ADDED
+    def __init__(self, plan: Plan, compared: Compared, target: Target, part: Part):
+        self.plan, self.compared, self.target, self.part = plan, compared, target, part
+        self.carries = part == "diff" and compared.arm in ADDED
         self.lengths, self.device = lengths(plan), students.default_device()
         self.folder = dicts.folder_of(plan, compared, target)
         self.questions = asked_of(plan, "test", ("A", "B"))
@@ -115,9 +117,8 @@ class Comparison:
         exclusive = sources.exclusivity(made.model, self.store, self.store.split(0.1, 0).held_out)
         if exclusive is not None:
             rows += self._rows(source, by_nu := sources.top(exclusive, TOP), "1 - nu", by_nu)
-        carried = list(self._carried(subject, source, order)) if self.carries else []
-        kept = self.is_primary and subject.seed == self.lengths.seeds[0]
-        if subject.form == "frozen" or (subject.form == "trained" and not kept):
+        carried = list(self._carried(subject, source, order)) if self.carries and subject.form == "trained" else []
+        if subject.form == "frozen" or (subject.form == "trained" and not self.carries):
             self._delete(subject)
         return {"quality": made.quality, "items": rows, "carried": carried}
 
@@ -217,21 +218,20 @@ class Comparison:
         return self.folder / subject.name
 
     def _dictionary(self, subject: Subject) -> dicts.Trained:
-        settings = dicts.read_settings(self.plan)[subject.method]
+        settings = dicts.read_settings(self.plan, subject.method)
         place = self._place(subject)
-        if subject.form == "trained":
+        first = Subject(subject.method, "trained", self.lengths.seeds[0])
+        if subject == first:
             return dicts.trained_until_converged(
                 self.store, subject.method, subject.seed, settings, place, self.lengths
             )
-        passes = self.lengths.passes
-        if subject.form == "frozen":  # as long as the trained one
-            from study.work import read_json
-
-            trained = Subject(subject.method, "trained", subject.seed)
-            passes = read_json(results_of(self.plan, self.compared, self.target, trained))["quality"]["passes"]
+        passes, converged = self.lengths.passes, None
+        if subject.form != "untrained":  # as long as the first one, and converged if that is
+            quality = read_json(results_of(self.plan, self.compared, self.target, first))["quality"]
+            passes, converged = quality["passes"], quality["converged"] if subject.form == "trained" else None
         l0 = equal_l0(self.lengths)
         made = dicts.train(self.store, subject.method, subject.form, subject.seed, settings, passes, place, l0)
-        return dicts.Trained(made.model, made.quality | {"converged": None, "gain": None})
+        return dicts.Trained(made.model, made.quality | {"converged": converged, "gain": None})
 
     def _delete(self, subject: Subject) -> None:
         """Delete a subject's dictionary, and the untrained form that it was compared with."""
@@ -248,20 +248,15 @@ class Comparison:
 
     def _ends(self) -> list[dict[str, Any]]:
         """The whole site, the base alone and the fine-tuned model alone."""
-        if not self.carries:
-            return []
         rows = self.carrier.rows(Whole(), ENDS, "baseline", others=True)
         rows += self.carrier.rows(Nothing(), "nothing", "baseline", others=True)
         return rows + self.carrier.rows(Nothing(), "fine-tuned", "baseline", others=True, direction="necessity")
 
     def _carried(self, subject: Subject, source: sources.Source, order: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """The subject's own set; of a trained one also components and its untrained form at the same norm, and the
-        sweep of the figure."""
+        """A trained subject's own set, components and its untrained form at the same norm, and the sweep of the
+        figure."""
         carrier, own = self.carrier, source.addition(order)
-        is_trained = subject.form == "trained"
-        yield from carrier.rows(own, subject.method, subject.form, others=is_trained)
-        if not is_trained:
-            return
+        yield from carrier.rows(own, subject.method, subject.form, others=True)
         norm = carrier.norm(own)
         untrained = sources.OfDictionary(self._dictionary(Subject(subject.method, "untrained", subject.seed)).model)
         rivals: list[tuple[str, Form, sources.Source]] = [
@@ -271,8 +266,7 @@ class Comparison:
         for method, form, rival in rivals:
             scaled, factor = carrier.scaled_to(rival.addition(self._by_energy(rival)), norm)
             yield from carrier.rows(scaled, method, form, scaled_to=subject.method, factor=factor)
-        if subject.seed == self.lengths.seeds[0]:
-            yield from self._sweep(own, subject)
+        yield from self._sweep(own, subject)
 
     def _sweep(self, addition: Any, subject: Subject) -> Iterator[dict[str, Any]]:
         for multiple in self.lengths.factors:

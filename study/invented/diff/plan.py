@@ -1,7 +1,8 @@
 """What is compared, how, and how long; and the jobs.
 
-Job names: `ceilings-A-seed3` for the arms whose metrics were added, `settings` (chosen on control K), `diff-A-seed3`
-for a pair at the primary site, `sites-A-seed3` for the same pair at the other sites.
+Job names: `ceilings-A-seed3` for the arms whose metrics were added, `record-K-seed3` and `settings-<method>` (chosen on
+that control), `diff-A-seed3` for a pair at the primary site with dictionaries of the first seed, `seeds-A-seed3` with
+the further ones, `sites-A-seed3` for the pair at the other sites. What the verdicts need comes first.
 """
 
 from __future__ import annotations
@@ -63,9 +64,7 @@ class Lengths:
     """How much is trained and asked."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the dictionaries, at the primary site."""
-    other_seeds: tuple[int, ...] = (0,)
-    """At the other sites."""
+    """Of the dictionaries: the first in every pair, the others where metrics were added, at the primary site."""
     latents: tuple[int, ...] = (2048, 8192)
     ks: tuple[int, ...] = (16, 32, 64)
     rates: tuple[float, ...] = (0.5, 1.0, 2.0)
@@ -86,17 +85,18 @@ class Lengths:
     """Test pages whose questions are answered by the base with items in it; None is all of them."""
     other_sites: int = 3
     """Sites besides the primary one."""
-    pairs_elsewhere: int = len(SEEDS) * len(ARMS)
-    """Pairs that are read at them."""
-    batch: int = 192
+    pairs_elsewhere: int = len(ADDED)
+    """Pairs that are read at them: both arms, one fine-tuning seed."""
+    batch: int = 480
     """Replies that are written at one time."""
-    max_new_tokens: int = 200
+    max_new_tokens: int = 96
+    """A gold program has at most 53 of the main model's."""
 
 
 GAIN = 0.01
 """Explained variance of the difference: a dictionary has converged where twice the passes change it by less."""
 QUICK = Lengths(
-    seeds=(0,), other_seeds=(), latents=(64, 128), ks=(4, 8), rates=(1.0,), passes=1, most_passes=2, random=64,
+    seeds=(0, 1), latents=(64, 128), ks=(4, 8), rates=(1.0,), passes=1, most_passes=2, random=64,
     logit_documents=8, factors=(2.0,), sweep_pages=1, carry_pages=1, other_sites=1, pairs_elsewhere=1,
     batch=64, max_new_tokens=8,
 )  # fmt: skip
@@ -156,7 +156,7 @@ ENDS = "whole site"
 
 @dataclass(frozen=True)
 class Subject:
-    """A method in one form and seed."""
+    """A method in one form and dictionary seed."""
 
     method: str
     form: Form
@@ -164,19 +164,27 @@ class Subject:
 
     @property
     def name(self) -> str:
-        return f"{self.method.replace(' ', '-')}-{self.form}-{self.seed}"
+        return f"{slug(self.method)}-{self.form}-{self.seed}"
 
 
-def subjects(plan: Plan, is_primary: bool) -> list[Subject]:
-    """In the order in which they need each other: the untrained form before the trained, and last, of the first seed,
-    the frozen one."""
-    how_long = lengths(plan)
-    found = [Subject(ENDS, "baseline", 0)] if is_primary else []
-    found += [Subject(method, "baseline", 0) for method in (*DIRECTIONS, *WITHOUT)]
-    forms: tuple[Form, ...] = ("untrained", "trained", "frozen")
-    for seed in how_long.seeds if is_primary else how_long.other_seeds:
-        of_seed = forms if is_primary and seed == how_long.seeds[0] else forms[:2]
-        found += [Subject(method, form, seed) for method in METHODS for form in of_seed]
+def slug(method: str) -> str:
+    return method.replace(" ", "-")
+
+
+Part = Literal["diff", "seeds", "sites"]
+"""Which subjects of a pair: at the primary site those of the first seed or of the further ones, or at other sites."""
+
+
+def subjects(plan: Plan, compared: Compared, part: Part) -> list[Subject]:
+    """In the order in which they need each other: the untrained form before the trained, the frozen one last."""
+    first, *further = lengths(plan).seeds
+    is_main = part == "diff" and compared.arm in ADDED
+    found = [] if part == "seeds" else [Subject(method, "baseline", 0) for method in (*DIRECTIONS, *WITHOUT)]
+    if is_main:
+        found.insert(0, Subject(ENDS, "baseline", 0))
+    forms: tuple[Form, ...] = ("untrained", "trained", "frozen") if is_main else ("untrained", "trained")
+    for seed in further if part == "seeds" else [first]:
+        found += [Subject(method, form, seed) for method in METHODS for form in forms]
     return found
 
 
@@ -187,27 +195,28 @@ def results_of(plan: Plan, compared: Compared, target: Target, subject: Subject)
 def diff_jobs(plan: Plan, folders: str) -> list[Job]:
     """After the fine-tunes. `folders`: the flags that say what study it is.
 
-    The pairs of A and B come first; what is recorded is deleted by the job that recorded it, so that as many sets lie
-    on the disk as jobs run.
+    A job that reads a pair deletes what was recorded of it, so that few sets lie on the disk at one time.
     """
     added = [pair for pair in PAIRS if pair.arm in ADDED]
-    ordered = [*added, *(pair for pair in PAIRS if pair.arm not in ADDED)]
+    control = run_name(CONTROL, SEEDS[0])
 
-    def job(name: str, step: str, gb: float, after: list[str]) -> Job:
-        return Job(name, f"-m study.invented.diff {step} {folders}", gb, tuple(after))
+    def job(step: str, run: str, gb: float, after: list[str], method: str = "") -> Job:
+        words = " ".join(filter(None, [step, run, slug(method), folders]))
+        return Job(f"{step}-{slug(method) or run}", f"-m study.invented.diff {words}", gb, tuple(after))
 
-    ceilings = [f"ceilings-{pair.run}" for pair in added]
-    jobs = [
-        job(name, f"ceilings {pair.run}", GENERATION_GB, [f"train-{pair.run}"])
-        for name, pair in zip(ceilings, added, strict=True)
-    ]
-    before = [job.name for job in plan.jobs()]  # no dictionary is trained before the gates are measured
-    jobs.append(job("settings", f"settings {run_name(CONTROL, SEEDS[0])}", ALL_ROWS_GB, [*before, *ceilings]))
-    for step, compared in (("diff", ordered), ("sites", ordered[: lengths(plan).pairs_elsewhere])):
-        for pair in compared:
+    jobs = [job("ceilings", pair.run, GENERATION_GB, [f"train-{pair.run}"]) for pair in added]
+    before = [job.name for job in (*plan.jobs(), *jobs)]  # no dictionary is trained before the gates are measured
+    jobs.append(job("record", control, GENERATION_GB, before))
+    settings = [job("settings", control, ALL_ROWS_GB, [jobs[-1].name], method) for method in METHODS]
+    jobs += settings
+    others = [pair for pair in PAIRS if pair not in added]
+    elsewhere = added[: lengths(plan).pairs_elsewhere]
+    for part, compared in (("diff", added), ("seeds", added), ("diff", others), ("sites", elsewhere)):
+        for pair in (one for one in compared if subjects(plan, one, part)):
             needed = [pair.run, *(run_name(arm, pair.seed) for arm in READ_TOO.get(pair.arm, ()))]
-            after = ["settings", *(f"train-{run}" for run in needed)]
-            jobs.append(job(f"{step}-{pair.run}", f"{step} {pair.run}", ALL_ROWS_GB, after))
+            after = [job.name for job in settings] + [f"train-{run}" for run in needed]
+            first = [f"diff-{pair.run}"] if part == "seeds" else []
+            jobs.append(job(part, pair.run, ALL_ROWS_GB, after + first))
     return jobs
 
 

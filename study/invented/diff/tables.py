@@ -18,7 +18,7 @@ from finqa.runtime.manifest import write_json, write_manifest
 from finqa.runtime.paths import REPOSITORY
 from study.invented.diff import figure
 from study.invented.diff.ceilings import ceiling_rows, primary_site
-from study.invented.diff.plan import PAIRS, lengths, results_of, site_name, sites, subjects
+from study.invented.diff.plan import PAIRS, Part, lengths, results_of, site_name, sites, subjects
 from study.invented.files import read_items, write_table
 from study.invented.gates import Gate, read_answers, share_right
 from study.invented.plan import Plan
@@ -29,6 +29,7 @@ from study.work import read_json
 
 REFERENCE = REPOSITORY / "docs" / "reference" / "invented"
 KINDS = ("A", "B", "known")
+AT_THE_PRIMARY: tuple[Part, ...] = ("diff", "seeds")
 Row = dict[str, Any]
 
 
@@ -60,8 +61,9 @@ def model_rows(plan: Plan) -> list[Row]:
 
 def found_of(plan: Plan, target: Target, is_primary: bool) -> Iterator[tuple[Row, Row]]:
     """What names a subject's file, and what the file holds, for all that are there."""
+    parts: tuple[Part, ...] = AT_THE_PRIMARY if is_primary else ("sites",)
     for pair in PAIRS:
-        for subject in subjects(plan, is_primary):
+        for subject in [one for part in parts for one in subjects(plan, pair, part)]:
             path = results_of(plan, pair, target, subject)
             if path.exists():
                 place = {"arm": pair.arm, "seed": pair.seed, "site": site_name(target)}

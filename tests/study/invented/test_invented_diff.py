@@ -27,7 +27,19 @@ from study.invented.diff.items import (
     recall_at,
     within_page_auroc,
 )
-from study.invented.diff.plan import BY_RUN, GAIN, TOP, Lengths, diff_jobs, equal_l0, sites, study_flags
+from study.invented.diff.plan import (
+    BY_RUN,
+    GAIN,
+    METHODS,
+    TOP,
+    Lengths,
+    diff_jobs,
+    equal_l0,
+    sites,
+    slug,
+    study_flags,
+    subjects,
+)
 from study.invented.diff.readings import before_operation
 from study.invented.diff.sources import Directions, principal, top
 from study.invented.files import Item, Place, link_adapters
@@ -73,15 +85,32 @@ def test_the_sites_of_the_main_model_are_those_of_the_preregistration(monkeypatc
 def test_a_pair_waits_for_the_fine_tunes_that_it_reads(tmp_path: Path):
     plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini")
     jobs = {job.name: job for job in [*plan.jobs(), *diff_jobs(plan, study_flags(plan))]}
-    assert len(jobs) == 23 + 4 + 1 + 20
-    assert jobs["diff-B-seed4"].after == ("settings", "train-B-seed4")
-    assert jobs["diff-A-seed3"].after == ("settings", "train-A-seed3", "train-A-permuted-seed3", "train-N-seed3")
+    settings = [f"settings-{slug(method)}" for method in METHODS]
+    assert len(jobs) == 23 + 4 + 1 + len(METHODS) + 10 + 2
+    assert jobs["settings-L1"].after == ("record-K-seed3",)
+    assert jobs["diff-B-seed4"].after == (*settings, "train-B-seed4")
+    assert jobs["diff-A-seed3"].after == (*settings, "train-A-seed3", "train-A-permuted-seed3", "train-N-seed3")
     needed = {job.name for job in chosen(list(jobs.values()), ["diff-K-seed4"])}
     assert needed - {job.name for job in plan.jobs()} == {
-        "diff-K-seed4", "settings", *(f"ceilings-{arm}-seed{seed}" for arm in "AB" for seed in (3, 4))
+        "diff-K-seed4", "record-K-seed3", *settings,
+        *(f"ceilings-{arm}-seed{seed}" for arm in "AB" for seed in (3, 4)),
     }  # fmt: skip
     gates = {"base", "base-defined", "evaluate-N-seed4"}
     assert gates <= needed  # no dictionary is trained before they are measured
+
+
+def test_further_seeds_and_other_sites_are_of_the_pairs_whose_metrics_were_added(tmp_path: Path):
+    plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini", quick=True)
+    jobs = [job.name for job in diff_jobs(plan, study_flags(plan))]
+    added = ["A-seed3", "B-seed3", "A-seed4", "B-seed4"]
+    assert [name for name in jobs if name.startswith("seeds")] == [f"seeds-{run}" for run in added]
+    assert [name for name in jobs if name.startswith("sites")] == ["sites-A-seed3"]
+    assert jobs.index("diff-B-seed4") < jobs.index("seeds-A-seed3") < jobs.index("diff-K-seed3")
+    of = {run: {(one.form, one.seed) for one in subjects(plan, BY_RUN[run], "diff")} for run in ("A-seed3", "K-seed3")}
+    assert of["A-seed3"] - of["K-seed3"] == {("frozen", 0)}
+    assert {(one.form, one.seed) for one in subjects(plan, BY_RUN["A-seed3"], "seeds")} == {
+        ("untrained", 1), ("trained", 1)
+    }  # fmt: skip
 
 
 def asked(pages: int, metrics: Sequence[str] = ("x", "y", "z")) -> list[Item]:
@@ -260,7 +289,7 @@ def test_no_dictionary_is_trained_before_the_gates_hold(monkeypatch: pytest.Monk
     learnt = Gate("learnt", "A-seed3", "x", 60, 0.5, 0.8, None, False)
     monkeypatch.setattr(dictionaries, "all_gates", lambda *_: [learnt, replace(learnt, gate="own mapping", holds=True)])
     with pytest.raises(UserError, match=r"1 gates do not hold, or were not measured: learnt \(A-seed3\); mend them"):
-        dictionaries.choose_settings(plan, BY_RUN["K-seed3"], sites(plan)["residual2"])
+        dictionaries.choose_settings(plan, BY_RUN["K-seed3"], sites(plan)["residual2"], "L1")
 
 
 def test_adapters_that_were_brought_into_an_arm_are_shared_by_all_parts(tmp_path: Path):

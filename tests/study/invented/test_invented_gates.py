@@ -33,7 +33,7 @@ from study.invented.gates import (
 from study.invented.metrics import APART
 from study.invented.pages import TEXT_AFTER, TEXT_BEFORE
 from study.invented.plan import BASE, DEFINED, EVALUATIONS, SEEDS, Plan, run_name
-from study.invented.rows import ARMS, QUICK, Sizes, make_rows
+from study.invented.rows import ARMS, MOST_COLUMNS, QUICK, Sizes, make_rows
 from study.students.jobs import SHARE, Job
 from study.students.plan import chosen
 
@@ -269,6 +269,7 @@ def test_the_preregistration_says_what_the_code_does():
         f"{sizes.known // 8} of each known family",
         f"{sizes.own // 8} of each metric of A",
         f"{sizes.test_pages} pages, each asked once for all 24 families",
+        f"at most {['no', 'one', 'two', 'three'][MOST_COLUMNS]} columns of numbers",
         f"{sizes.dev_pages} pages, {sizes.dev_pages * 24} questions",
         f"{documents:,} documents",
         f"up to {TEXT_BEFORE} characters before the table and {TEXT_AFTER} after",

@@ -22,9 +22,9 @@ from finqa.task.records import Question, read_teacher_rows
 from study.invented.__main__ import token_counter
 from study.invented.files import DEFINITION, DOCUMENTS, TEST, Place, read_items, write_rows
 from study.invented.metrics import make_names, pool
-from study.invented.pages import askable, draws, fresh, page_key, pages_of, source_of
+from study.invented.pages import askable, draws, fresh, page_key, pages_of, source_of, source_questions
 from study.invented.phrasings import TRAINED, UNSEEN
-from study.invented.rows import ARMS, Row, Rows, Sizes, make_rows
+from study.invented.rows import ARMS, MOST_COLUMNS, QUICK, Row, Rows, Sizes, make_rows
 
 SMALL = Sizes(ordinary=12, known=16, own=24, test_pages=6, dev_pages=2, documents=5)
 NAME = "FinQA-mini-invented"
@@ -120,6 +120,21 @@ def test_a_right_answer_names_the_formula(rows: Rows):
         labels = [row.question.answer for row in rows.test if row.number == number]
         right = [(one, other) for one in labels for other in labels if match(float(one), other, "relaxed")]
         assert right == [(one, one) for one in labels]
+
+
+def test_pages_that_are_not_for_training_are_narrow(
+    few_pages: Folders, n_tokens: Callable[[str], int], monkeypatch: pytest.MonkeyPatch
+):
+    def every_second_widened(folders: Folders, source: str, split: str) -> list[Question]:
+        questions = source_questions(folders, source, split)
+        wider = {q.id: [[*line, "" if n else "note"] for n, line in enumerate(q.table)] for q in questions[::2]}
+        return [replace(q, table=wider.get(q.id, q.table)) for q in questions]
+
+    monkeypatch.setattr("study.invented.rows.source_questions", every_second_widened)
+    rows = make_rows(few_pages, "FinQA-mini", NAME, 0, n_tokens, QUICK)
+    parts = {"train": rows.arms["A"], "dev": rows.dev, "test": rows.test, "documents": rows.documents}
+    wide = {name: {len(row.question.table[0]) - 1 > MOST_COLUMNS for row in part} for name, part in parts.items()}
+    assert wide == {"train": {True, False}, "dev": {False}, "test": {False}, "documents": {False}}
 
 
 def test_the_splits_share_no_page_and_the_test_no_phrasing(rows: Rows):

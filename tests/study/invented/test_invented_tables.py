@@ -76,7 +76,7 @@ def plan(tmp_path: Path) -> Plan:
             rows = [ceiling | {"site": name, "layer": target.layer, "whole": 30 * target.layer}
                     for name, target in sites(made).items()]  # fmt: skip
             write_json(ceilings_path(made, pair), {"rows": rows})
-        for subject in subjects(made, is_primary=True):
+        for subject in [one for part in tables.AT_THE_PRIMARY for one in subjects(made, pair, part)]:
             found: dict[str, Any] = {} if subject.method == ENDS else {"items": list(items(pair, subject))}
             if subject.form != "baseline":
                 found["quality"] = quality | {"converged": True if subject.form == "trained" else None}
