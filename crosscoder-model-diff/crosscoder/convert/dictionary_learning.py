@@ -18,7 +18,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crosscoder.convert.files import number, read_settings, read_tensors
+from crosscoder.convert.files import ABOVE_ROUNDING, number, read_settings, read_tensors
 from crosscoder.dictionaries.checkpoint import save_tensors
 from crosscoder.dictionaries.config import N_MODELS, CrosscoderConfig, ScoreNorm
 from finqa.runtime.errors import UserError
@@ -119,7 +119,7 @@ def write_crosscoder(model: BatchTopKCrosscoder, folder: Path) -> None:
             f"dictionary_learning's BatchTopKCrossCoder has one threshold and one value for both models, and cannot "
             f"hold {config.method}{other or '; batchtopk and l1 can be converted'}"
         )
-    threshold = model.latent_thresholds()
+    threshold = model.latent_thresholds() * ABOVE_ROUNDING
     value, name = NORMS[config.score_norm]
     scales = torch.tensor(model.activation_scales)
     means = model.activation_means

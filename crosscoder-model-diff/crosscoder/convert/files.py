@@ -15,6 +15,10 @@ from finqa.runtime.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+ABOVE_ROUNDING = 1 + 1e-6
+"""What a threshold is multiplied by when it is written. Calibration leaves a threshold that is the score of some token,
+which is not active itself: a library that adds in another order would find it a rounding above."""
+
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or .pt file, by name; nothing in it is run. UserError where it is damaged, or holds

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from crosscoder.dashboard.records import LEVELS, Band, Dashboard, DashboardConfig, Example, LatentPage
 from finqa.runtime.errors import UserError
-from finqa.runtime.manifest import write_json
+from finqa.runtime.paths import json_text, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +73,7 @@ def write_neuronpedia(reading: Reading, dashboard: Dashboard, config: DashboardC
             "sae_id_suffix": None,
             "features": features,
         }
-        write_json(folder / f"batch-{number}.json", batch)
+        write_atomically(folder / f"batch-{number}.json", json_text(batch))
     return len(pages)
 
 

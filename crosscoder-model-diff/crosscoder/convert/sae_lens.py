@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crosscoder.convert.files import read_settings, read_tensors
+from crosscoder.convert.files import ABOVE_ROUNDING, read_settings, read_tensors
 from crosscoder.dictionaries.checkpoint import save_tensors
 from crosscoder.dictionaries.config import CrosscoderConfig, ScoreNorm
 from finqa.runtime.errors import UserError
@@ -46,7 +46,7 @@ def write_sae(model: BatchTopKCrosscoder, folder: Path, activations: dict[str, A
             f"SAELens has no crosscoder, and cannot hold {config.method}: it takes difference-sae alone; --to "
             "dictionary-learning takes batchtopk and l1"
         )
-    threshold = torch.as_tensor(model.latent_thresholds(), dtype=torch.float64)
+    threshold = torch.as_tensor(model.latent_thresholds(), dtype=torch.float64) * ABOVE_ROUNDING
     scale = model.activation_scales[0]
     W_enc, W_dec = model.W_enc[0].detach().double() * scale, model.W_dec[:, 0].detach().double() / scale
     b_enc, b_dec = model.b_enc.detach().double(), model.b_dec[0].detach().double() / scale

@@ -41,7 +41,11 @@ def dictionary(method: Method = "batchtopk", norm: ScoreNorm = "sum", centred: b
             parameter.add_(0.3 * torch.randn_like(parameter))
     model.activation_scales = (27.5, 0.31)[: model.config.n_inputs]
     model.activation_means = torch.randn(model.config.n_inputs, D) if centred else None
-    model.set_thresholds([0.0 if method == "l1" else 4.0] * max(1, len(model.groups())))
+    with torch.no_grad():
+        # As calibration leaves it: the score of some token, which is not active itself.
+        scores = model.activations(model.scale(raw_activations(model))) * model.selection_norms()
+        threshold = 0.0 if method == "l1" else float(scores.flatten().sort(descending=True).values[K * len(scores)])
+    model.set_thresholds([threshold] * max(1, len(model.groups())))
     return model
 
 
