@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from crosscoder.names import add_push_flags, hub_id, require_push
 from finqa.models import fidelity, hub, merging, students
-from finqa.models.model_card import metadata
+from finqa.models.model_card import loading, metadata, shown
 from finqa.models.weights import weights_hash
 from finqa.runtime import parallel
 from finqa.runtime.command_line import add_flags, flag, from_args, script_parser, settings_of
@@ -181,16 +181,28 @@ def refuse_if_apart(divergence: Divergence, max_kl: float, partial: Path) -> Non
 
 def model_card(student: students.StudentRun, divergence: Divergence) -> str:
     """README.md of the merged model."""
-    name = Path(student.model).name if students.local_model(student.model) else student.model
-    return f"""{metadata(student.model, "transformers")}
-# {student.model_id}-merged
+    name = f"{student.model_id}-merged"
+    tags = ["merge", "lora", "finance", "code"]
+    head = metadata(
+        name, [student.model], "transformers", tags, "finetune", student.dataset, pipeline="text-generation"
+    )
+    where = json.dumps(f"{student.given_hf_name or 'HF_NAME'}/{name}")
+    load = loading(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"model = AutoModelForCausalLM.from_pretrained({where})",
+        f"tokenizer = AutoTokenizer.from_pretrained({where})",
+    )
+    return f"""{head}
+# {name}
 
-`{name}` with the LoRA adapter that was fine-tuned on {student.dataset} to write small Python programs that
-answer questions over earnings reports, merged into its weights. Made by `merge_and_push_lora.py`.
+`{shown(student.model)}` with the LoRA adapter that was fine-tuned on {student.dataset} to write small Python programs
+that answer questions over earnings reports, merged into its weights. Made by `merge_and_push_lora.py`.
 
 A merged weight is base + adapter, summed in fp32 and rounded to the base's dtype. Over {divergence.n_tokens} tokens of
 its own task, KL(base + adapter || merged) is {divergence.merged:.2g} nats a token, against {divergence.base:.2g} for
 the base model; {divergence.agreement:.2%} of the likeliest next tokens agree.
+
+{load}
 """
 
 
