@@ -37,6 +37,8 @@ from finqa.runtime.paths import SPLITS, Folders, add_folder_flags, write_atomica
 from finqa.task.records import read_teacher_rows
 
 CHECKED_ROWS = 8
+NOWHERE = "HF_NAME/"
+"""What stands in the card for the Hub account until there is a push."""
 OWN_PROMPT = "Read the following passage and then write python code to answer the question:\n###Python"
 """What is checked where no row is at hand."""
 
@@ -89,6 +91,9 @@ def main() -> None:
         with only_run_on(folder):
             merge(config, student, adapter, adapter_hash, folder, folders)
     repository = hub_id(student, folder.name) if args.push else None
+    if repository:
+        card = folder / "README.md"
+        write_atomically(card, card.read_text().replace(NOWHERE, repository.partition("/")[0] + "/"))
     hub.push_folder(folder, repository, args.push, args.private)
 
 
@@ -186,7 +191,7 @@ def model_card(student: students.StudentRun, divergence: Divergence) -> str:
     head = metadata(
         name, [student.model], "transformers", tags, "finetune", student.dataset, pipeline="text-generation"
     )
-    where = json.dumps(f"{student.given_hf_name or 'HF_NAME'}/{name}")
+    where = json.dumps(f"{NOWHERE}{name}")
     load = loading(
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         f"model = AutoModelForCausalLM.from_pretrained({where})",

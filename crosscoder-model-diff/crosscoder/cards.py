@@ -93,7 +93,8 @@ def _models(recorded: Mapping[str, Any]) -> list[str]:
 
 def _pair(recorded: Mapping[str, Any]) -> str:
     tuned = recorded.get("pair", {}).get("models", {}).get("fine_tuned") or recorded.get("model_id", "not known")
-    return f"`{shown(str(recorded.get('model', 'not known')))}` and `{shown(str(tuned))}`"
+    other = f", fine-tuned as {recorded['against'] or 'the unnamed run'}," if "against" in recorded else ""
+    return f"`{shown(str(recorded.get('model', 'not known')))}`{other} and `{shown(str(tuned))}`"
 
 
 def _dataset(recorded: Mapping[str, Any]) -> str:

@@ -153,6 +153,7 @@ def test_the_merged_model_comes_back_by_its_name_with_the_weights_that_were_merg
     assert done.returncode == 0, done.stderr
     repository = commands.hub.repositories[f"writer/{MERGED}"]
     assert not repository.private
+    assert f'from_pretrained("writer/{MERGED}")' in commands.hub.read(f"writer/{MERGED}", "README.md").decode()
     local = Folders(data=commands.folder / empty).model("FinQA-mini", MERGED)
     script = commands.folder / "load.py"
     script.write_text(
