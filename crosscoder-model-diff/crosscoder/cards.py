@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 LIBRARY = "finqa-model-diff"
 TAGS = ("model-diffing", "mechanistic-interpretability")
-DICTIONARY_TAGS = (*TAGS, "sparse-autoencoder")
 READS = "Activations are [token, 2, d_model], raw: index 0 of the base model, 1 of the fine-tuned one."
 
 
@@ -66,7 +65,7 @@ def write_crosscoder_card(folder: Path, report: CrosscoderReport, repository: st
         "values = crosscoder.encode(crosscoder.scale(activations))",
     )
     kind = "crosscoder" if shape["method"] not in ("difference-sae", "stagewise-sae") else shape["method"]
-    tags = [*dict.fromkeys([kind, shape["method"], *DICTIONARY_TAGS])]
+    tags = [*dict.fromkeys([kind, shape["method"], *TAGS, "sparse-autoencoder"])]
     head = metadata(folder.name, _models(recorded), LIBRARY, tags, dataset=_dataset(recorded), results=results)
     sections = [
         f"# {folder.name}",

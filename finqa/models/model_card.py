@@ -157,12 +157,11 @@ def _evaluations(
     for split in SPLITS:
         for eval_type in EVAL_TYPES:
             folder = folders.evaluation(run.dataset, run.model_id, split, eval_type)
-            if not (folder / "metrics.json").exists() or not (folder / "run.json").exists():
-                continue
-            made = json.loads((folder / "run.json").read_text())
+            files = (folder / "run.json", folder / "metrics.json")
+            made, metrics = (json.loads(file.read_text()) if file.exists() else {} for file in files)
             name, own = ("student_hash", "weights_hash") if eval_type == "fine-tuned" else ("base_hash", "base_hash")
-            if made.get(name) == trained.get(own):
-                yield split, eval_type, json.loads((folder / "metrics.json").read_text())
+            if made.get(name) and made[name] == trained.get(own) and "accuracy_interval" in metrics:
+                yield split, eval_type, metrics
 
 
 def _accuracy(split: str, eval_type: EvalType, metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,17 +79,13 @@ def main() -> None:
             write_sae(model, target, read_config(find_checkpoint(args.source)).activations)
         else:
             write_crosscoder(model, target)
-    print(f"{about(model)}: {target}")
+    config = model.config
+    shape = f"{config.n_latents:,} latents, k {config.k}, {config.n_inputs} x {config.d_model}"
+    print(f"{config.method}: {shape}, threshold {model.threshold}: {target}")
     if model.threshold is None:
         print(
             "the file has no threshold: give --threshold, or calibrate it (crosscoder.dictionaries.threshold.calibrate)"
         )
-
-
-def about(model: BatchTopKCrosscoder) -> str:
-    config = model.config
-    shape = f"{config.n_inputs} x {config.d_model}"
-    return f"{config.method}: {config.n_latents:,} latents, k {config.k}, {shape}, threshold {model.threshold}"
 
 
 def read_foreign(args: argparse.Namespace) -> BatchTopKCrosscoder:

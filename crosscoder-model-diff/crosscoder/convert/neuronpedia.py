@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crosscoder.dashboard.records import LEVELS, Band, Dashboard, DashboardConfig, Example, LatentPage
+from crosscoder.dashboard.records import LEVELS, Dashboard, DashboardConfig, Example, LatentPage
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import json_text, write_atomically
 
@@ -44,6 +44,7 @@ def write_neuronpedia(reading: Reading, dashboard: Dashboard, config: DashboardC
     Raises UserError where none has, or `folder` holds batches already.
     """
     from crosscoder.activations.layout import token_texts
+    from crosscoder.dashboard.builder import decoder_directions
 
     pages = [page for page in dashboard.pages if page.examples is not None]
     if not pages:
@@ -51,19 +52,20 @@ def write_neuronpedia(reading: Reading, dashboard: Dashboard, config: DashboardC
     if any(folder.glob("batch-*.json")):
         raise UserError(f"{folder} has batches already, which would be mixed with these; give another --out")
     recorded = reading.store.config.recorded
-    vectors = _vectors(reading)
+    # Of two models the fine-tuned one's, in its own units.
+    vectors = list(decoder_directions(reading.model).values())[-1].detach().cpu()
     vocabulary = token_texts(reading.tokenizer, range(len(reading.unembedding.weight)))
+    common = {
+        "n_prompts_total": len(reading.store.documents),
+        "n_tokens_in_prompt": config.tokens_before + 1 + config.tokens_after,
+        "dataset": str(recorded.get("dataset", "")),
+        **{name: [] for name in EMPTY},
+    }
     for number, start in enumerate(range(0, len(pages), FEATURES_IN_BATCH)):
         some = pages[start : start + FEATURES_IN_BATCH]
         logits = _logits(reading, vectors[[page.latent for page in some]], vocabulary, config.n_promoted)
         features = [
-            _feature(page, dashboard.vocabulary, vectors[page.latent])
-            | of_logits
-            | {
-                "n_prompts_total": len(reading.store.documents),
-                "n_tokens_in_prompt": config.tokens_before + 1 + config.tokens_after,
-                "dataset": str(recorded.get("dataset", "")),
-            }
+            _feature(page, dashboard.vocabulary, vectors[page.latent]) | of_logits | common
             for page, of_logits in zip(some, logits, strict=True)
         ]
         batch = {
@@ -75,13 +77,6 @@ def write_neuronpedia(reading: Reading, dashboard: Dashboard, config: DashboardC
         }
         write_atomically(folder / f"batch-{number}.json", json_text(batch))
     return len(pages)
-
-
-def _vectors(reading: Reading) -> Tensor:
-    """[latent, d_model], on the CPU: decoder vectors in the models' own units, the fine-tuned model's of two."""
-    from crosscoder.dashboard.builder import decoder_directions
-
-    return list(decoder_directions(reading.model).values())[-1].detach().cpu()
 
 
 def _logits(reading: Reading, vectors: Tensor, vocabulary: dict[int, str], n: int) -> Iterator[dict[str, Any]]:
@@ -105,23 +100,19 @@ def _logits(reading: Reading, vectors: Tensor, vocabulary: dict[int, str], n: in
 
 def _feature(page: LatentPage, vocabulary: dict[int, str], vector: Tensor) -> dict[str, Any]:
     assert page.examples is not None
-    strongest = [_activation(example, page, vocabulary, STRONGEST) for example in page.examples.strongest]
-    banded = [
-        _activation(example, page, vocabulary, _bin(band)) for band in page.examples.bands for example in band.examples
+    bands = [
+        ((band.lowest, band.highest, band.to_quantile - band.from_quantile), band.examples)
+        for band in page.examples.bands
     ]
+    shown = [(STRONGEST, page.examples.strongest), *bands]
     return {
         "feature_index": page.latent,
-        **{name: [] for name in EMPTY},
         "frac_nonzero": page.values["frequency"],
         "freq_hist_data_bar_heights": list(page.histogram),
         "freq_hist_data_bar_values": _middles(0, page.max_activation, len(page.histogram)),
-        "activations": [*strongest, *banded],
+        "activations": [_activation(one, page, vocabulary, bins) for bins, examples in shown for one in examples],
         "vector": _short(vector.tolist()),
     }
-
-
-def _bin(band: Band) -> tuple[float, float, float]:
-    return band.lowest, band.highest, band.to_quantile - band.from_quantile
 
 
 def _activation(
