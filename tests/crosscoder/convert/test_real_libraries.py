@@ -1,6 +1,8 @@
 """What is converted is the same function in the real library: values and reconstructions, both ways.
 
-The libraries are no part of this project's environment; where one is missing its tests skip.
+The libraries are no part of this project's environment; where one is missing its tests skip. To run them, in an
+environment of its own beside this project's packages: `pip install sae-lens`, dictionary_learning from
+github.com/science-of-finetuning/dictionary_learning, and for test_neuronpedia.py `pip install --no-deps sae-dashboard`.
 """
 
 from __future__ import annotations
