@@ -84,17 +84,18 @@ def _logits(reading: Reading, vectors: Tensor, vocabulary: dict[int, str], n: in
     all."""
     import torch
 
-    gain, weight = (tensor.cpu() for tensor in reading.unembedding)
-    for logits in (vectors * gain) @ weight.T:
-        best, worst = torch.topk(logits, n), torch.topk(-logits, n)
-        heights = torch.histc(logits, LOGIT_BINS)
+    from crosscoder.analysis.lens import logits
+
+    for own in logits(vectors, reading.unembedding):
+        best, worst = torch.topk(own, n), torch.topk(-own, n)
+        heights = torch.histc(own, LOGIT_BINS)
         yield {
             "pos_str": [vocabulary[i] for i in best.indices.tolist()],
             "pos_values": _short(best.values.tolist()),
             "neg_str": [vocabulary[i] for i in worst.indices.tolist()],
             "neg_values": _short((-worst.values).tolist()),
             "logits_hist_data_bar_heights": heights.int().tolist(),
-            "logits_hist_data_bar_values": _middles(float(logits.min()), float(logits.max()), LOGIT_BINS),
+            "logits_hist_data_bar_values": _middles(float(own.min()), float(own.max()), LOGIT_BINS),
         }
 
 
