@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from finqa.evaluation.adapter_check import check_adapter, engine_reading
 from finqa.evaluation.engines.serving import check_backend
@@ -60,11 +61,11 @@ def main() -> int:
         folder = fine_tune(run, training, folders)
         if not parallel.is_first():
             return 0
-        write_student_card(run, folder)
-        hub.push_folder(folder, None if task.push is False else run.hub_id, task.push, task.private)
+        pushed = write_card_and_push(task, run, folder, folders)
         if evaluation:
             # From the start again: the engine finds the memory and the threads that training held.
-            parallel.go_on_alone([sys.executable, __file__, *sys.argv[1:], "--no-train", "--check-adapter"])
+            then = ["--no-train", "--check-adapter", *(["--push"] if pushed else [])]
+            parallel.go_on_alone([sys.executable, __file__, *sys.argv[1:], *then])
     elif evaluation and parallel.is_first():
         if not evaluation.generation.vllm:
             plan_evaluation(run, evaluation.generation)
@@ -72,8 +73,19 @@ def main() -> int:
             evaluate_and_check(run, evaluation, folders)
         else:
             evaluate(run, evaluation, folders)
+        folder = folders.model(run.dataset, run.model_id)
+        if (folder / "run.json").exists():
+            # With the accuracies; only what was trained here has a card, and only --push sends it once more.
+            write_card_and_push(replace(task, push=task.push or False), run, folder, folders)
         say(f"all evaluations side by side: {folders.results / run.dataset / run.model_id / 'metrics.md'}")
     return 0
+
+
+def write_card_and_push(task: Task, run: StudentRun, folder: Path, folders: Folders) -> str | None:
+    """Write the model card, and push the folder where that is wished; the address, None where nothing was pushed."""
+    repository = None if task.push is False else run.hub_id
+    write_student_card(run, folder, folders, repository)
+    return hub.push_folder(folder, repository, task.push, task.private)
 
 
 def evaluate_and_check(run: StudentRun, evaluation: EvaluationConfig, folders: Folders) -> None:
@@ -99,7 +111,7 @@ class Task:
     """Hold base, adapter, merged model and vLLM against each other after evaluating (done by itself where training
     comes first)."""
     push: bool | None = flag(None, group="Hub", both_ways=True, shown="where a token and HF_NAME are there")
-    """Push the adapter to the Hub; with --push a failure is an error."""
+    """Push the adapter to the Hub; with --push a failure is an error, and an evaluation's accuracies go there too."""
     private: bool = flag(False, group="Hub", help="Make the repository private")
 
 
@@ -169,7 +181,7 @@ def check(task: Task, run: StudentRun, folders: Folders, evaluation: EvaluationC
         check_writable(folders.results / run.dataset / run.model_id)
         for split in evaluation.splits:
             read_rows(folders, data, split)
-    if task.train and task.push and (missing := hub.why_no_push(run.hub_id)):
+    if task.push and (missing := hub.why_no_push(run.hub_id)):
         raise UserError(f"--push is not possible: {missing}")
 
 

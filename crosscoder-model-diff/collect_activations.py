@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from crosscoder.cards import write_activations_card
 from crosscoder.names import (
     ActivationChoice,
     add_activation_flags,
@@ -102,6 +103,7 @@ def main() -> None:
         if parallel.is_first():
             for choice in choices:
                 repository = hub_id(choice.student, choice.name) if args.push else None
+                write_activations_card(folders.activations(choice.name), repository)
                 hub.push_folder(folders.activations(choice.name), repository, args.push, args.private)
 
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from crosscoder.names import add_push_flags, hub_id, require_push
 from finqa.models import fidelity, hub, merging, students
-from finqa.models.model_card import metadata
+from finqa.models.model_card import loading, metadata, shown
 from finqa.models.weights import weights_hash
 from finqa.runtime import parallel
 from finqa.runtime.command_line import add_flags, flag, from_args, script_parser, settings_of
@@ -37,6 +37,8 @@ from finqa.runtime.paths import SPLITS, Folders, add_folder_flags, write_atomica
 from finqa.task.records import read_teacher_rows
 
 CHECKED_ROWS = 8
+NOWHERE = "HF_NAME/"
+"""What stands in the card for the Hub account until there is a push."""
 OWN_PROMPT = "Read the following passage and then write python code to answer the question:\n###Python"
 """What is checked where no row is at hand."""
 
@@ -89,6 +91,9 @@ def main() -> None:
         with only_run_on(folder):
             merge(config, student, adapter, adapter_hash, folder, folders)
     repository = hub_id(student, folder.name) if args.push else None
+    if repository:
+        card = folder / "README.md"
+        write_atomically(card, card.read_text().replace(NOWHERE, repository.partition("/")[0] + "/"))
     hub.push_folder(folder, repository, args.push, args.private)
 
 
@@ -181,16 +186,28 @@ def refuse_if_apart(divergence: Divergence, max_kl: float, partial: Path) -> Non
 
 def model_card(student: students.StudentRun, divergence: Divergence) -> str:
     """README.md of the merged model."""
-    name = Path(student.model).name if students.local_model(student.model) else student.model
-    return f"""{metadata(student.model, "transformers")}
-# {student.model_id}-merged
+    name = f"{student.model_id}-merged"
+    tags = ["merge", "lora", "finance", "code"]
+    head = metadata(
+        name, [student.model], "transformers", tags, "finetune", student.dataset, pipeline="text-generation"
+    )
+    where = json.dumps(f"{NOWHERE}{name}")
+    load = loading(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"model = AutoModelForCausalLM.from_pretrained({where})",
+        f"tokenizer = AutoTokenizer.from_pretrained({where})",
+    )
+    return f"""{head}
+# {name}
 
-`{name}` with the LoRA adapter that was fine-tuned on {student.dataset} to write small Python programs that
-answer questions over earnings reports, merged into its weights. Made by `merge_and_push_lora.py`.
+`{shown(student.model)}` with the LoRA adapter that was fine-tuned on {student.dataset} to write small Python programs
+that answer questions over earnings reports, merged into its weights. Made by `merge_and_push_lora.py`.
 
 A merged weight is base + adapter, summed in fp32 and rounded to the base's dtype. Over {divergence.n_tokens} tokens of
 its own task, KL(base + adapter || merged) is {divergence.merged:.2g} nats a token, against {divergence.base:.2g} for
 the base model; {divergence.agreement:.2%} of the likeliest next tokens agree.
+
+{load}
 """
 
 

@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from crosscoder.cards import write_crosscoder_card
 from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
 from crosscoder.names import (
@@ -152,7 +153,9 @@ def main() -> None:
         report = crosscoder_report(model.to(device), store, split, log.records)
         write_results(run, report, log, settings_of(choice, named, running))
         print(summary(run, report))
-    hub.push_folder(folder, hub_id(choice.student, name) if args.push else None, args.push, args.private)
+    repository = hub_id(choice.student, name) if args.push else None
+    write_crosscoder_card(folder, report, repository)
+    hub.push_folder(folder, repository, args.push, args.private)
 
 
 def configs(

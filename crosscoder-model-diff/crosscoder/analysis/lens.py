@@ -40,9 +40,14 @@ def read_unembedding(model: str, n_tokens: int, revision: str | None = None) -> 
 
 def promoted_tokens(directions: Tensor, unembedding: Unembedding, n: int) -> Tensor:
     """[latent, d_model] -> [latent, n] ids of the tokens whose logits the directions raise most, best first."""
-    gain, weight = (tensor.to(directions.device) for tensor in unembedding)
-    best = [torch.topk((some * gain) @ weight.T, n, dim=-1).indices for some in directions.split(AT_ONCE)]
+    best = [torch.topk(logits(some, unembedding), n, dim=-1).indices for some in directions.split(AT_ONCE)]
     return torch.cat(best)
+
+
+def logits(directions: Tensor, unembedding: Unembedding) -> Tensor:
+    """[latent, d_model] -> [latent, vocabulary]: what the directions add to the logits."""
+    gain, weight = (tensor.to(directions.device) for tensor in unembedding)
+    return (directions * gain) @ weight.T
 
 
 def _read_tensor(model: str, revision: str | None, names: tuple[str, ...]) -> Tensor:

@@ -133,6 +133,18 @@ def test_the_adapter_is_evaluated_by_its_name_with_vllm_over_a_download_that_bre
     assert done.stdout.count("starting vLLM") == 1, "the engine that evaluates is asked for the check too"
 
 
+def test_an_evaluation_with_push_sends_the_card_with_its_accuracy(commands: Commands):
+    def card() -> str:
+        return commands.hub.read(f"writer/{MODEL_ID}", "README.md").decode()
+
+    words = [*STUDENT, "writer", *TRAIN, "-NT", "-D", "--limit", "2", "--max-new-tokens", "4"]
+    assert commands("main.py", *words).returncode == 0
+    assert "model-index" not in card() and commands.hub.seen == [], "only what is asked for is sent"
+    assert commands("main.py", *words, "--push", "--private").returncode == 0
+    assert "- type: accuracy" in card() and "| dev | this model | 2 | " in card()
+    assert not commands.hub.asked("PUT", "/storage/*"), "the weights are there already"
+
+
 def test_the_merged_model_comes_back_by_its_name_with_the_weights_that_were_merged(commands: Commands):
     empty = commands.rows_alone("merged")
     done = commands(
@@ -141,6 +153,7 @@ def test_the_merged_model_comes_back_by_its_name_with_the_weights_that_were_merg
     assert done.returncode == 0, done.stderr
     repository = commands.hub.repositories[f"writer/{MERGED}"]
     assert not repository.private
+    assert f'from_pretrained("writer/{MERGED}")' in commands.hub.read(f"writer/{MERGED}", "README.md").decode()
     local = Folders(data=commands.folder / empty).model("FinQA-mini", MERGED)
     script = commands.folder / "load.py"
     script.write_text(

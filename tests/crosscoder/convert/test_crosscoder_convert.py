@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from crosscoder.convert.dictionary_learning import read_crosscoder
+from crosscoder.convert.files import read_tensors
 from crosscoder.dictionaries.checkpoint import load_dictionary, save_dictionary
-from crosscoder.dictionaries.convert import convert, read_tensors
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY
 
@@ -61,10 +62,11 @@ class LibraryCrosscoder(torch.nn.Module):
 
 
 def published(folder: Path, model: torch.nn.Module, **settings: object) -> Path:
+    """The file of weights, beside its settings."""
     folder.mkdir()
     torch.save(model.state_dict(), folder / "model.pt")
     (folder / "cfg.json").write_text(json.dumps(settings))
-    return folder
+    return folder / "model.pt"
 
 
 @pytest.mark.parametrize("kind", [OlderCrosscoder, LibraryCrosscoder])
@@ -73,7 +75,7 @@ def test_a_published_crosscoder_is_the_same_function_after_conversion(tmp_path: 
     torch.manual_seed(0)
     original = kind()
     source = published(tmp_path / "published", original)
-    save_dictionary(convert(source, scales=(27.5, 27.1)), tmp_path / "converted")
+    save_dictionary(read_crosscoder(source, scales=(27.5, 27.1)), tmp_path / "converted")
     model = load_dictionary(tmp_path / "converted")
     x = torch.randn(20, 2, D)
     assert torch.allclose(model(x), original(x), atol=1e-5)
@@ -86,7 +88,7 @@ def test_the_command_writes_a_checkpoint(tmp_path: Path):
     command = [
         sys.executable,
         "-m",
-        "crosscoder.dictionaries.convert",
+        "crosscoder.convert",
         source,
         tmp_path / "converted",
         "--scales",
@@ -101,16 +103,16 @@ def test_the_command_writes_a_checkpoint(tmp_path: Path):
 def test_k_comes_from_the_configuration_where_the_weights_do_not_say(tmp_path: Path):
     model = OlderCrosscoder()
     del model.k, model.threshold
-    converted = convert(published(tmp_path / "of-cfg", model, batch_topk_init=2))
+    converted = read_crosscoder(published(tmp_path / "of-cfg", model, batch_topk_init=2))
     assert (converted.config.k, converted.threshold) == (2, None)
     with pytest.raises(UserError, match="says k; give --k"):
-        convert(published(tmp_path / "nowhere", model))
+        read_crosscoder(published(tmp_path / "nowhere", model))
 
 
 def test_a_threshold_that_training_never_set_is_none(tmp_path: Path):
     model = OlderCrosscoder()
     model.threshold.fill_(-1.0)
-    assert convert(published(tmp_path / "published", model)).threshold is None
+    assert read_crosscoder(published(tmp_path / "published", model)).threshold is None
 
 
 class Hostile:
@@ -124,13 +126,12 @@ class Hostile:
 
 
 def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path: Path):
-    source = tmp_path / "published"
-    source.mkdir()
-    torch.save({"W_enc": Hostile(tmp_path / "ran")}, source / "model.pt")
+    source = tmp_path / "model.pt"
+    torch.save({"W_enc": Hostile(tmp_path / "ran")}, source)
     with pytest.raises(UserError, match="holds more than tensors, or is damaged"):
-        convert(source)
+        read_crosscoder(source)
     assert not (tmp_path / "ran").exists()
-    torch.load(source / "model.pt", weights_only=False)
+    torch.load(source, weights_only=False)
     assert (tmp_path / "ran").exists()  # so it was hostile
 
 
@@ -152,9 +153,9 @@ def test_tensors_of_another_orientation_are_refused(tmp_path: Path, name, shape,
     model = OlderCrosscoder()
     setattr(model, name, torch.nn.Parameter(torch.zeros(shape)))
     with pytest.raises(UserError, match=message):
-        convert(published(tmp_path / "published", model))
+        read_crosscoder(published(tmp_path / "published", model))
 
 
 def test_other_tensors_are_refused_by_name(tmp_path: Path):
     with pytest.raises(UserError, match="has bias, weight, which are not those of a crosscoder"):
-        convert(published(tmp_path / "published", torch.nn.Linear(2, 2)))
+        read_crosscoder(published(tmp_path / "published", torch.nn.Linear(2, 2)))
