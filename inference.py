@@ -4,10 +4,15 @@ its numbers stand: which cells of the table, or which sentence.
     python inference.py                                            # FinQA, Mistral-7B-Instruct-v0.3, HF_NAME
     python inference.py FinQA-mini pocket-mistral --id ROW_ID
     python inference.py FinQA-mini pocket-mistral --question "what was ...?" --passage-file page.txt
+    python inference.py FinQA-mini pocket-mistral --steer 81=2,204=-1 --from fine-tuned
 
 Without --id or --question the question is the first of the split, or where the split is not at hand the data set's
 worked example. A passage file is text, a table in it one line a row with cells joined by |, or the page as JSON with
 pre_text, post_text and table. Reads D/clean/<dataset>/ and the fine-tuned student as main.py does; writes nothing.
+
+With --steer or --ablate both models also answer with latents of a trained dictionary turned up or taken out, at every
+token but BOS. That program stands beside the one without; lines that differ have a mark: ! changed, - gone, + new. Then
+the crosscoder and its activation set are read, too, by the names that train.py takes.
 """
 
 from __future__ import annotations
@@ -16,8 +21,12 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
+from crosscoder.steered_pair import add_steering_flags, open_steered_pair, steering_from_args
 from finqa.evaluation.engines.serving import check_backend, served_models
 from finqa.evaluation.evaluate import MODEL_OF_TYPE
 from finqa.evaluation.generation import GenerationConfig, all_replies
@@ -36,6 +45,8 @@ SHOWN_PLACES = 3
 """Places on the page that are shown of one number."""
 ASKED: tuple[EvalType, ...] = ("zero-shot", "fine-tuned")
 """How the base model and the fine-tuned one are asked."""
+WIDEST = 72
+"""Columns of the program without steering, beside the steered one; a longer line moves the other aside."""
 
 
 def main() -> int:
@@ -44,6 +55,9 @@ def main() -> int:
     data = datasets.dataset(run.dataset)
     question = chosen_question(request, data, folders)
     check_backend(run, request.vllm)
+    steering = steering_from_args(args)
+    if steering and request.vllm:
+        raise UserError("--steer and --ablate change the model inside Hugging Face; leave out --VLLM")
     student = find_adapter(run, folders)
 
     # Before the libraries are loaded, which takes most of the time of a small model.
@@ -53,12 +67,23 @@ def main() -> int:
     sys.stdout.flush()
     tokenizer = tokenizer_of(run, student)
     config = GenerationConfig(request.vllm, request.max_new_tokens or run.settings.max_new_tokens, batch_size=1)
+    if steering:
+        models = open_steered_pair(args, steering)
+        print("\n".join(models.says()), flush=True)
+        served = models.served(tokenizer, config)
+    else:
+        wanted: list[Any] = [MODEL_OF_TYPE[asked] for asked in ASKED]
+        served = ((each.model, each.generate, False) for each in served_models(run, student, wanted, config))
+    before = ""
     with Sandbox() as sandbox:
-        for served in served_models(run, student, [MODEL_OF_TYPE[asked] for asked in ASKED], config):
-            asked: EvalType = next(eval_type for eval_type in ASKED if MODEL_OF_TYPE[eval_type] == served.model)
+        for model, generate, is_steered in served:
+            asked: EvalType = next(eval_type for eval_type in ASKED if MODEL_OF_TYPE[eval_type] == model)
             chat = prompts.messages(prompts.training_prompt(question), asked, data.worked_examples, data.instruction)
-            code = prompts.extract_code(all_replies(served.generate, [prompt_ids(tokenizer, chat)])[0].text)
-            show(f"{served.model} model ({asked})", code, sandbox.run(code), evidence(code, question))
+            code = prompts.extract_code(all_replies(generate, [prompt_ids(tokenizer, chat)])[0].text)
+            title = f"{model} model ({asked})" + (f": without | with {steering}" if is_steered else "")
+            beside = "(the same program)" if code == before else side_by_side(before, code)
+            show(title, beside if is_steered else code, sandbox.run(code), evidence(code, question))
+            before = code
     return 0
 
 
@@ -80,6 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     add_student_flags(parser)
     add_folder_flags(parser)
     add_flags(parser, Request)
+    add_steering_flags(parser)
     return parser.parse_args()
 
 
@@ -120,6 +146,19 @@ def page(path: Path, question: str) -> Question:
     except (json.JSONDecodeError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is no page (a JSON object with pre_text, post_text, table): {error}") from error
     return Question("", pre_text, post_text, table, question, "")
+
+
+def side_by_side(before: str, after: str) -> str:
+    """Two programs beside each other, each line that only one has with a mark: ! changed, - gone, + new."""
+    old, new = before.split("\n"), after.split("\n")
+    width = min(WIDEST, max(map(len, old)))
+    rows = []
+    for kind, a, b, c, d in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        mark = {"equal": " ", "replace": "!", "delete": "-", "insert": "+"}[kind]
+        for left, right in zip_longest(old[a:b], new[c:d]):
+            own = mark if kind != "replace" or None not in (left, right) else "+" if left is None else "-"
+            rows.append(f"{own} {left or '':<{width}} | {right or ''}".rstrip())
+    return "\n".join(rows)
 
 
 def show(title: str, code: str, run: Run, used: list[Evidence]) -> None:

@@ -73,6 +73,20 @@ def test_the_numbers_of_a_program_are_shown_with_their_place_on_the_page(capsys:
     ]
 
 
+def test_lines_that_steering_changed_are_marked_beside_those_without():
+    script = runpy.run_path(str(REPOSITORY / "inference.py"))
+    before = "a = 1\nb = 2\nc = a\nans = a - b"
+    after = "a = 1\nb = 3\nb = b + 1\nans = a - b\nans = ans / b"
+    assert script["side_by_side"](before, after).split("\n") == [
+        "  a = 1       | a = 1",
+        "! b = 2       | b = 3",
+        "! c = a       | b = b + 1",
+        "  ans = a - b | ans = a - b",
+        "+             | ans = ans / b",
+    ]
+    assert script["side_by_side"]("a = 1\nans = a", "ans = a").split("\n") == ["- a = 1   |", "  ans = a | ans = a"]
+
+
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_a_question_of_ones_own_is_asked_about_a_page_in_a_file(
     ask: Callable[..., tuple[int, str, str]], tmp_path: Path, form: str
@@ -101,6 +115,9 @@ def test_a_page_may_begin_with_a_byte_order_mark_and_have_its_text_as_one_string
         (["--question", "what ?", "--passage-file", "/nowhere.txt"], "/nowhere.txt is missing"),
         (["--question", "what ?", "--passage-file", "latin-1.txt"], "latin-1.txt is not UTF-8 text"),
         (["--run-name", "other"], "main.py FinQA-mini"),
+        (["--from", "base"], "--from says whose vectors --steer and --ablate use; give one of these, too"),
+        (["--steer", "3=1", "--steer", "4=1,3=2"], "--steer names a latent twice; give each latent one factor"),
+        (["--steer", "3=1"], "no crosscoder in "),
     ],
 )
 def test_wrong_input_is_one_clear_line(
@@ -116,3 +133,21 @@ def test_wrong_input_is_one_clear_line(
     assert code == 1
     [line] = [line for line in err.splitlines() if line.startswith("error: ")]
     assert says in line
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--steer", "3"], "'3' is not LATENT=FACTOR, such as 81=2"),
+        (["--steer", "3=1,4=much"], "'4=much' is not LATENT=FACTOR"),
+        (["--ablate", "three"], "'three' is not numbers of latents, such as 81 or 81,204"),
+        (["--steer", "3=1", "--from", "instruct"], "invalid choice: 'instruct'"),
+    ],
+)
+def test_a_steering_flag_that_cannot_be_read_is_one_line(
+    ask: Callable[..., tuple[int, str, str]], words: list[str], says: str, capsys: pytest.CaptureFixture
+):
+    with pytest.raises(SystemExit):
+        ask(*words)
+    said = capsys.readouterr().err
+    assert says in said and said.startswith("error: ") and said.count("\n") == 1

@@ -77,7 +77,11 @@ def script_parser(manual: str | None) -> argparse.ArgumentParser:
 
 
 def add_flags(
-    into: argparse._ActionsContainer, kind: type, group: str | None = None, several: Collection[str] = ()
+    into: argparse._ActionsContainer,
+    kind: type,
+    group: str | None = None,
+    several: Collection[str] = (),
+    without: Collection[str] = (),
 ) -> None:
     """Add the flags of a config and of the configs in it to a parser or a group.
 
@@ -86,12 +90,15 @@ def add_flags(
         kind: The dataclass.
         group: Only the fields of this group; None is all of them.
         several: Fields that take one value or more here.
+        without: Fields that are left out here.
     """
     scope: dict[str, Any] = kind.__dict__["__init__"].__globals__  # those of its module, also where that is a script
     hints, docstrings = get_type_hints(kind, scope), field_docstrings(scope["__file__"]).get(kind.__name__, {})
     for one in fields(kind):
+        if one.name in without:
+            continue
         if is_dataclass(one.default):
-            add_flags(into, hints[one.name], group, several)
+            add_flags(into, hints[one.name], group, several, without)
         elif one.metadata and group in (None, one.metadata["group"]):
             _add_flag(into, kind, one, hints[one.name], docstrings.get(one.name, ""), one.name in several)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from crosscoder.interventions.bootstrap import INTERVAL, RESAMPLES, draws
+from crosscoder.interventions.causal_rows import INTERVAL, RESAMPLES, draws
 
 TOLERANCE = 1e-9
 """Sums that differ by less are equal: they are sums of the same numbers in another order."""

@@ -68,7 +68,7 @@ class Matched:
     """An addition times one number, which gives it the injected norm of another one."""
 
     def __init__(self, addition: Addition, factor: float, kind: str):
-        self.addition, self.factor = addition, factor
+        self.addition, self.factor, self.reads = addition, factor, addition.reads
         self.label = {**addition.label, "kind": kind, "factor": float(f"{factor:.6g}")}
 
     def __call__(self, reading: Reading) -> Tensor:

@@ -21,6 +21,7 @@ from finqa.runtime.journal import only_run_on
 from finqa.runtime.paths import REPOSITORY
 
 FOLDER = REPOSITORY / "crosscoder-model-diff"
+INFERENCE = "../inference.py"
 SCRIPTS = ("merge_and_push_lora.py", "collect_activations.py", "train.py")
 
 
@@ -51,7 +52,7 @@ def diff(data_folder: Path, tiny_student: Path, tmp_path_factory: pytest.TempPat
     return outputs, results / "tiny-student-FinQA-mini-layer2-mlp_1k_samples_batchtopk"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, INFERENCE])
 def test_help_is_quick_and_imports_no_torch(script):
     started = time.monotonic()
     output = subprocess.run(
@@ -91,6 +92,41 @@ def test_a_push_that_cannot_be_done_is_refused_before_any_work(script, data_fold
     assert output.returncode == 1
     assert output.stderr.startswith("error: cannot push")
     assert "hf_made_up" not in output.stdout + output.stderr
+
+
+@pytest.mark.slow
+def test_a_steered_program_stands_beside_the_one_without(diff, data_folder, tiny_student):
+    from crosscoder.interventions.steering import active_means
+    from crosscoder.names import crosscoder_folder
+    from finqa.runtime.paths import Folders
+
+    dictionary = load_dictionary(crosscoder_folder(Folders(data=data_folder), diff[1].name))
+    (folder,) = (data_folder / "activations").glob("*-layer2-mlp-1024")
+    store, latents = ActivationStore(folder), range(dictionary.config.n_latents)
+    means = active_means(dictionary, [store.read(torch.arange(len(store)))], latents)[1]
+    alive = int((means > 0).nonzero()[0])
+    names = ("FinQA-mini", tiny_student, "--data-dir", data_folder, "--layer", "2", "--max-new-tokens", "8")
+
+    def ask(*words: str) -> subprocess.CompletedProcess[str]:
+        return run(INFERENCE, *names, *words)
+
+    same = ask("--steer", f"{alive}=0")
+    assert same.returncode == 0, same.stderr
+    assert same.stdout.count("(the same program)") == 2
+    assert f"latent {alive}: mean value {float(means[alive]):.3g} where active" in same.stdout
+    other = ask("--steer", f"{alive}=300", "--ablate", str(alive), "--from", "fine-tuned").stdout
+    for model in ("base model (zero-shot)", "fine-tuned model (fine-tuned)"):
+        without = same.stdout.partition(f"=== {model}\n")[2].partition("\n--> ")[0]
+        assert f"=== {model}\n{without}\n--> " in other
+        title = f"=== {model}: without | with latents {alive}=300, {alive} ablated, from the fine-tuned model\n"
+        code = other.partition(title)[2].partition("\n--> ")[0]
+        assert code.startswith("! ") and code[2:].startswith(without.split("\n")[0])
+    for words, says in (
+        (["--steer", "99999=1"], "error: there is no latent 99999; give one of this dictionary's, 0 to "),
+        (["--steer", "1=1", "--method", "l1"], "make it with: python train.py "),
+    ):
+        error = ask(*words).stderr.strip().splitlines()[-1]
+        assert says in error, error
 
 
 @pytest.mark.slow

@@ -13,6 +13,9 @@ threshold, so that samples do not influence each other. crosscoder/dictionaries/
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -168,6 +171,23 @@ class BatchTopKCrosscoder(nn.Module):
         vectors = self.difference_parts().double()
         gram = torch.einsum("pjd,qjd->pqj", vectors, vectors)
         return (products.to(gram) * gram).sum(dim=(0, 1)).clamp_min(0)
+
+    @torch.no_grad()
+    def only(self, latents: Sequence[int]) -> BatchTopKCrosscoder:
+        """These latents alone, to be read at inference: there each is selected by itself, so `encode` and `parts` give
+        what they give of the whole dictionary, for less. It cannot be trained, saved or asked for its groups."""
+        at = torch.tensor(latents, dtype=torch.int64, device=self.b_dec.device)
+        norms, thresholds = self.selection_norms()[at], self.latent_thresholds()
+        chosen = thresholds[at] if isinstance(thresholds, Tensor) else thresholds
+        made = copy.copy(self)
+        made._parameters = {
+            name: p if name == "b_dec" else nn.Parameter(p[..., at] if name != "W_dec" else p[at], False)
+            for name, p in self._parameters.items()
+            if p is not None
+        }
+        setattr(made, "selection_norms", lambda: norms)  # noqa: B010
+        setattr(made, "latent_thresholds", lambda: chosen)  # noqa: B010
+        return made
 
     # What training asks of a method
 

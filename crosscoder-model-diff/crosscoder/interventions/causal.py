@@ -67,16 +67,19 @@ class Measured:
     """Root mean square length of what was added, over the positions that were patched."""
 
 
-def patched_value(own: Tensor, given: Tensor, added: Tensor, where: Tensor, cell: Cell) -> Tensor:
-    """What the site of the receiving model gives: `own` [..., d_model], changed at `where` [...].
+def patched_value(own: Tensor, given: Tensor, added: Tensor, where: Tensor | None, cell: Cell) -> Tensor:
+    """What the site of the receiving model gives: `own` [..., d_model], changed at `where` [...]; None is everywhere.
 
     `added` [tokens, d_model] is the addition at these tokens. The whole difference is put there as the other model's
     `given` is, with no rounding.
     """
+    sign = 1.0 if cell.direction == "sufficiency" else -1.0
+    if where is None:  # choosing tokens makes a GPU wait
+        whole = isinstance(cell.addition, Whole)
+        return given.to(own.dtype) if whole else (own.float() + sign * added.view(own.shape)).to(own.dtype)
     if isinstance(cell.addition, Whole):
         return torch.where(where[..., None], given.to(own.dtype), own)
     value = own.clone()
-    sign = 1.0 if cell.direction == "sufficiency" else -1.0
     value[where] = (own[where].float() + sign * added).to(own.dtype)
     return value
 

@@ -51,33 +51,23 @@ class Side:
         with self.active():
             return self.model.model.embed_tokens(ids)
 
-    def frame(
-        self, hidden: Tensor, attended: Tensor | None = None, positions: Tensor | None = None, cache: Any = None
-    ) -> Frame:
-        """For new tokens `hidden` [batch, time, d_model].
-
-        `attended` [batch, time so far and new] bool leaves padding out; none is needed on the right of causal models.
-        """
+    def frame(self, hidden: Tensor) -> Frame:
+        """For `hidden` [batch, time, d_model], padded on the right: causal models need no mask for that."""
         from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
         config = self.model.config
         if len(set(getattr(config, "layer_types", None) or ["one"])) > 1:
             raise UserError(f"{type(self.model).__name__} mixes kinds of attention; patches know models of one kind")
-        if positions is None:
-            positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         make: Any = create_causal_mask
         if getattr(config, "sliding_window", None) is not None:
             make = create_sliding_window_causal_mask
         mask = make(
-            config=config,
-            inputs_embeds=hidden,
-            attention_mask=attended,
-            past_key_values=cache,
-            position_ids=positions,
+            config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
         )
         return Frame(mask, positions, self.model.model.rotary_emb(hidden, position_ids=positions))
 
-    def through(self, hidden: Tensor, layers: range, frame: Frame, cache: Any = None) -> Tensor:
+    def through(self, hidden: Tensor, layers: range, frame: Frame) -> Tensor:
         """Run layers (counted from 0) on [batch, time, d_model]."""
         with self.active():
             for number in layers:
@@ -85,8 +75,8 @@ class Side:
                     hidden,
                     attention_mask=frame.mask,
                     position_ids=frame.positions,
-                    past_key_values=cache,
-                    use_cache=cache is not None,
+                    past_key_values=None,
+                    use_cache=False,
                     position_embeddings=frame.rotary,
                 )
                 hidden = output[0] if isinstance(output, tuple) else output
@@ -113,7 +103,7 @@ def pair_of(instruct: Any, fine_tuned: Any = None) -> Pair:
     """Of two whole models, or of one with an adapter (a PeftModel) alone. UserError where they cannot be paired."""
     if fine_tuned is None:
         whole = instruct.get_base_model()
-        return Pair(Side(whole, _switch(instruct)), Side(whole))
+        return Pair(Side(whole, _switch(instruct, off=True)), Side(whole, _switch(instruct, off=False)))
     pair = Pair(Side(instruct), Side(fine_tuned))
     shapes = [(len(side.layers), side.model.config.hidden_size) for side in pair]
     if shapes[0] != shapes[1]:
@@ -121,8 +111,8 @@ def pair_of(instruct: Any, fine_tuned: Any = None) -> Pair:
     return pair
 
 
-def _switch(model: Any) -> Callable[[], AbstractContextManager[None]]:
-    """A context in which the adapter is off.
+def _switch(model: Any, off: bool) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which the adapter is off, or on; either opens inside the other.
 
     The same as PeftModel.disable_adapter, which walks all modules: milliseconds, twice for each token that is written.
     """
@@ -131,16 +121,17 @@ def _switch(model: Any) -> Callable[[], AbstractContextManager[None]]:
     adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
     @contextlib.contextmanager
-    def off() -> Iterator[None]:
+    def switched() -> Iterator[None]:
+        before = [module._disable_adapters for module in adapted]
         for module in adapted:
-            module._disable_adapters = True
+            module._disable_adapters = off
         try:
             yield
         finally:
-            for module in adapted:
-                module._disable_adapters = False
+            for module, was in zip(adapted, before, strict=True):
+                module._disable_adapters = was
 
-    return off
+    return switched
 
 
 @dataclass(frozen=True)

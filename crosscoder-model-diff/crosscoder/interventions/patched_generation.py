@@ -1,13 +1,17 @@
-"""Greedy replies of a patched model, and what their programs answer: the hard measure.
+"""Generation by a patched model, and what its programs answer: the hard measure.
 
-Both models read the prompt and then, token by token, what the patched model writes. Each keeps a cache of its own: the
-giving model as far as the site, the receiving model as far as the site's layer, and the carrier above it. Prompts of
-like length go together, padded on the left.
+    with patched(pair, target, cell) as model:
+        model.generate(**inputs)
+
+Hooks change the model whose layers run above the patch, so it is called, and generates, as any model of its library. A
+patch that reads the other model too has that one read the same tokens as far as the patched layer, into a cache of its
+own: it takes 1 + layer / layers times as long as plain generation. One that adds the same vector everywhere reads none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,25 +20,125 @@ from torch import Tensor
 
 from crosscoder.activations.readers import Target
 from crosscoder.interventions.causal import Cell, patched_value
-from crosscoder.interventions.halves import Pair, edited, site_module
+from crosscoder.interventions.halves import Edit, Pair, Side, edited, site_module
 from crosscoder.interventions.patching import sides
 from crosscoder.interventions.sets import Reading
-from finqa.evaluation.generation import Reply, cut_at_stop, end_ids, is_reasoning
+from finqa.evaluation.engines.hugging_face_engine import hugging_face
+from finqa.evaluation.generation import GenerationConfig, Reply, all_replies
 from finqa.sandbox.running import Sandbox
 from finqa.task import answers, prompts
 
-STOP_TAIL = 32
-"""Tokens that a stop string is looked for in, at the end of what is written."""
+
+@contextlib.contextmanager
+def patched(pair: Pair, target: Target, cell: Cell) -> Iterator[Any]:
+    """The model whose layers run above the patch, patched while the block is open: call it, or its `generate`.
+
+    Every token is patched but BOS and padding. Any prompts and any sampling will do, but no beams: they would reorder
+    one model's cache and not the other's.
+    """
+    number, receiver, above = sides(pair, cell.direction, cell.carrier)
+    giver, block = pair[1 - number], above.layers[target.layer - 1]
+    follower = _Follower(giver if above is receiver else receiver, target)
+    call = _Call()
+    given: list[Tensor] = []
+
+    def before(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not follower.running:
+            call.enter(model, args, kwargs)
+
+    def value(own: Tensor, other: Tensor) -> Tensor:
+        both = (own, other) if number == 0 else (other, own)
+        pairs = torch.stack(both, dim=-2)
+        reading = Reading(pairs.flatten(0, 1) if call.where is None else pairs[call.where])
+        return patched_value(own, other, cell.addition(reading), call.where, cell)
+
+    def at_own_site(own: Tensor) -> Tensor:
+        if follower.running:
+            return own
+        return value(own, follower.site(call) if cell.addition.reads else own)
+
+    def at_givers_site(its: Tensor) -> Tensor:
+        if not follower.running:
+            given[:] = [its]
+        return its
+
+    def at_givers_layer(its: Tensor) -> Tensor:
+        return its if follower.running else follower.layer(call, lambda own: value(own, given[0]))
+
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(above.active())
+        hooks.callback(above.model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        hooks.enter_context(edited(site_module(above, target), at_own_site if above is receiver else at_givers_site))
+        if above is not receiver:
+            hooks.enter_context(edited(block, at_givers_layer))
+        yield above.model
 
 
-@dataclass(frozen=True)
-class Answered:
-    """What became of each reply's program."""
+class _Call:
+    """One forward pass under way: what was given to read, and where it is patched."""
 
-    right: list[bool]
-    """Its answer is the label, under the strict rule."""
-    runs: list[bool]
-    """It gave an answer."""
+    inputs: dict[str, Any]
+    first: bool
+    """Nothing was read before: a new text."""
+    where: Tensor | None
+    """[batch, new] bool; None is everywhere."""
+
+    def enter(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        past = kwargs.get("past_key_values")
+        self.inputs = {name: kwargs[name] for name in ("attention_mask", "position_ids") if name in kwargs}
+        self.inputs["input_ids"] = ids
+        self.first = past is None or past.get_seq_length() == 0
+        self.where = None
+        if self.first or ids.shape[1] > 1:
+            mask = self.inputs.get("attention_mask")
+            attended = (torch.ones_like(ids) if mask is None else mask).bool()
+            begins = (attended.cumsum(-1) == 1)[:, -ids.shape[1] :] & self.first
+            is_bos = ids == (-1 if (bos := model.config.get_text_config().bos_token_id) is None else bos)
+            self.where = attended[:, -ids.shape[1] :] & ~(begins & is_bos)
+
+
+class _Read(Exception):
+    """Ends a forward pass with what it was run for."""
+
+
+class _Follower:
+    """A model that reads what another one reads, as far as a layer, into a cache of its own."""
+
+    def __init__(self, side: Side, target: Target):
+        self.side, self.target, self.cache = side, target, None
+        self.running = False
+        """So that hooks tell its pass from the other model's, which with an adapter is the same model."""
+
+    def site(self, call: _Call) -> Tensor:
+        """[batch, new, d_model] of the site."""
+        with edited(site_module(self.side, self.target), _stop):
+            return self._run(call)
+
+    def layer(self, call: _Call, edit: Edit) -> Tensor:
+        """[batch, new, d_model] of the layer, where `edit` changes the site."""
+        block = self.side.layers[self.target.layer - 1]
+        with edited(site_module(self.side, self.target), edit), edited(block, _stop):
+            return self._run(call)
+
+    def _run(self, call: _Call) -> Tensor:
+        from transformers import DynamicCache
+
+        if call.first:
+            self.cache = DynamicCache(config=self.side.model.config)
+        self.running = True
+        try:
+            with self.side.active():
+                self.side.model(**call.inputs, past_key_values=self.cache, use_cache=True)
+        except _Read as read:
+            return read.args[0]
+        finally:
+            self.running = False
+        raise AssertionError("the layer was not reached")
+
+
+def _stop(hidden: Tensor) -> Tensor:
+    raise _Read(hidden)
 
 
 def patched_replies(
@@ -47,113 +151,20 @@ def patched_replies(
     batch_size: int = 32,
     stop: tuple[str, ...] = prompts.STOP,
 ) -> list[Reply]:
-    """The reply to each prompt (token ids, BOS first), in their order; ends at an end token or a stop string."""
-    order = sorted(range(len(asked)), key=lambda place: -len(asked[place]))
-    replies: dict[int, Reply] = {}
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        written = written_tokens(pair, target, cell, [list(asked[p]) for p in places], tokenizer, max_new_tokens, stop)
-        for place, tokens in zip(places, written, strict=True):
-            replies[place] = _reply(tokens, len(asked[place]), tokenizer, stop, _ends(pair, tokenizer))
-    return [replies[place] for place in range(len(asked))]
+    """The greedy reply to each prompt (token ids, BOS first), in their order; as plain generation gives them."""
+    config = GenerationConfig(False, max_new_tokens, batch_size, stop)
+    with patched(pair, target, cell) as model:
+        return all_replies(hugging_face(model, tokenizer, config), [list(ids) for ids in asked])
 
 
-class _Writer:
-    """A batch under way: both models' caches, and where the patch is."""
+@dataclass(frozen=True)
+class Answered:
+    """What became of each reply's program."""
 
-    def __init__(self, pair: Pair, target: Target, cell: Cell):
-        from transformers import DynamicCache
-
-        self.pair, self.target, self.cell = pair, target, cell
-        self.number, self.receiver, self.above = sides(pair, cell.direction, cell.carrier)
-        self.giver = pair[1 - self.number]
-        self.caches = [DynamicCache(config=side.model.config) for side in (self.giver, self.receiver)]
-
-    def step(self, ids: Tensor, attended: Tensor, positions: Tensor, where: Tensor) -> Tensor:
-        """Read `ids` [batch, new], patched at `where` [batch, new]; [batch, vocabulary] of the token that follows.
-
-        `attended` [batch, all so far] bool.
-        """
-        below = range(self.target.layer)
-        given: list[Tensor] = []
-
-        def keep(output: Tensor) -> Tensor:
-            given.append(output)
-            return output
-
-        hidden = self.giver.embedded(ids)
-        frame = self.giver.frame(hidden, attended, positions, self.caches[0])
-        with edited(site_module(self.giver, self.target), keep):
-            self.giver.through(hidden, below, frame, self.caches[0])
-        hidden = self.receiver.embedded(ids)
-        frame = self.receiver.frame(hidden, attended, positions, self.caches[1])
-        with edited(site_module(self.receiver, self.target), lambda own: self._patched(own, given[0], where)):
-            hidden = self.receiver.through(hidden, below, frame, self.caches[1])
-        hidden = self.above.through(hidden, range(self.target.layer, self.pair.depth), frame, self.caches[1])
-        return self.above.logits(hidden[:, -1])
-
-    def _patched(self, own: Tensor, given: Tensor, where: Tensor) -> Tensor:
-        if not where.any():
-            return own
-        both = (own, given) if self.number == 0 else (given, own)
-        reading = Reading(torch.stack([site[where] for site in both], dim=1))
-        return patched_value(own, given, self.cell.addition(reading), where, self.cell)
-
-
-@torch.no_grad()
-def written_tokens(
-    pair: Pair,
-    target: Target,
-    cell: Cell,
-    asked: list[list[int]],
-    tokenizer: Any,
-    max_new_tokens: int,
-    stop: tuple[str, ...],
-) -> list[list[int]]:
-    """New tokens of each prompt of a batch, up to and with the one that ends it."""
-    device, longest = pair.instruct.device, max(map(len, asked))
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in asked], device=device)
-    attended = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in asked], device=device).bool()
-    place = attended.long().cumsum(-1) - 1
-    where = attended & (place > 0)
-    writer, ends = _Writer(pair, target, cell), _ends(pair, tokenizer)
-    logits = writer.step(ids, attended, place.clamp_min(0), where)
-    written: list[list[int]] = [[] for _ in asked]
-    done = [False] * len(asked)
-    later = torch.ones_like(where[:, :1])
-    for number in range(max_new_tokens):
-        best = logits.argmax(-1)
-        for row, token in enumerate(best.tolist()):
-            if not done[row]:
-                written[row].append(token)
-                done[row] = token in ends or _stops(written[row], tokenizer, stop)
-        if all(done) or number == max_new_tokens - 1:
-            break
-        attended = torch.cat([attended, torch.ones_like(attended[:, :1])], dim=1)
-        place = attended.long().sum(-1, keepdim=True) - 1
-        logits = writer.step(best[:, None], attended, place, later)
-    return written
-
-
-def _stops(tokens: list[int], tokenizer: Any, stop: tuple[str, ...]) -> bool:
-    if not stop:
-        return False
-    tail = tokenizer.decode(tokens[-STOP_TAIL:], skip_special_tokens=True)
-    if not any(string in tail for string in stop):
-        return False
-    return not is_reasoning(tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-def _reply(tokens: list[int], n_prompt: int, tokenizer: Any, stop: tuple[str, ...], ends: set[int]) -> Reply:
-    ended = bool(tokens) and tokens[-1] in ends
-    text = tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
-    cut = cut_at_stop(text, stop)
-    return Reply(cut, n_prompt, len(tokens), "stop" if ended or cut.endswith(stop) else "length")
-
-
-def _ends(pair: Pair, tokenizer: Any) -> set[int]:
-    return end_ids(pair.instruct.model.generation_config.eos_token_id, tokenizer.eos_token_id)
+    right: list[bool]
+    """Its answer is the label, under the strict rule."""
+    runs: list[bool]
+    """It gave an answer."""
 
 
 def answered(replies: Sequence[Reply], expected: Sequence[str], sandbox: Sandbox) -> Answered:

@@ -66,6 +66,8 @@ class Addition(Protocol):
 
     label: dict[str, Any]
     """What tells it apart from every other: kind, number of latents or directions, seed, digest."""
+    reads: bool
+    """It depends on what the models give; one that does not takes no second model at generation."""
 
     def __call__(self, reading: Reading) -> Tensor:
         """[tokens, d_model] fp32."""
@@ -74,6 +76,8 @@ class Addition(Protocol):
 
 class Nothing:
     """The receiving model with the carrier's layers above, as it is."""
+
+    reads = False
 
     def __init__(self) -> None:
         self.label = {"kind": "none", "n": 0}
@@ -85,6 +89,8 @@ class Nothing:
 class Whole:
     """All of the difference: the site's activation becomes the other model's, exactly."""
 
+    reads = True
+
     def __init__(self) -> None:
         self.label = {"kind": "ceiling", "n": 0}
 
@@ -94,6 +100,8 @@ class Whole:
 
 class Latents:
     """A set of latents of a dictionary."""
+
+    reads = True
 
     def __init__(self, dictionary: BatchTopKCrosscoder, latents: Sequence[int], kind: str = "latents", seed: int = 0):
         self.dictionary = dictionary
@@ -134,6 +142,8 @@ class RandomDirections(Latents):
 class Constant:
     """The same vector [d_model] for every token."""
 
+    reads = False
+
     def __init__(self, kind: str, vector: Tensor):
         self.vector = vector
         self.label = {"kind": kind, "n": 0, "digest": digest(vector)}
@@ -145,6 +155,8 @@ class Constant:
 class Components:
     """The part of the difference that lies in a few directions: `basis` [directions, d_model], orthonormal (see
     `orthonormal`). Those of the PCA, of an adapter (adapter_directions.py), or random ones (`random_basis`)."""
+
+    reads = True
 
     def __init__(self, basis: Tensor, kind: str = "components"):
         self.basis = basis
@@ -159,7 +171,7 @@ class Scaled:
     """Another addition times a number: sets are compared at one injected norm (`at_norm`)."""
 
     def __init__(self, addition: Addition, factor: float):
-        self.addition, self.factor = addition, factor
+        self.addition, self.factor, self.reads = addition, factor, addition.reads
         its = addition.label
         self.label = its | {"kind": f"{its['kind']}, scaled", "digest": f"{its.get('digest', '')}-{digest(factor)}"}
 

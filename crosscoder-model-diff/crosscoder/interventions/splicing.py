@@ -37,8 +37,8 @@ from crosscoder.activations.store import ActivationStore
 from crosscoder.activations.writer import MODELS
 from crosscoder.dictionaries.config import N_MODELS, READ_TOKENS
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
-from crosscoder.interventions.bootstrap import INTERVAL, RESAMPLES, draws
 from crosscoder.interventions.causal import cell_key, experiment_key
+from crosscoder.interventions.causal_rows import INTERVAL, RESAMPLES, draws
 from crosscoder.interventions.halves import Frame, LayerRecord, Pair, Side, after_patch, record_layers
 from crosscoder.interventions.patching import BATCH_TOKENS, Batch, batches
 from crosscoder.interventions.sets import dictionary_digest, digest

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from crosscoder.interventions.bootstrap import mcnemar_of, p_above, resamples, share_recovered
+from crosscoder.interventions.causal_rows import mcnemar_of, p_above, resamples, share_recovered
 from crosscoder.interventions.sets import sizes_to
 
 

@@ -15,7 +15,7 @@ from crosscoder.interventions.causal import Cell, measure
 from crosscoder.interventions.causal_report import CausalConfig, causal_report
 from crosscoder.interventions.causal_rows import Asked
 from crosscoder.interventions.halves import Pair, pair_of
-from crosscoder.interventions.patched_generation import answered, patched_replies, written_tokens
+from crosscoder.interventions.patched_generation import answered, patched, patched_replies
 from crosscoder.interventions.sets import Latents, Nothing, Whole
 from finqa.evaluation.engines.hugging_face_engine import hugging_face
 from finqa.evaluation.generation import GenerationConfig, Reply, all_replies
@@ -47,8 +47,19 @@ def plain(model: Any, tokenizer: Any, prompts: list[list[int]], n: int = 24) -> 
     return all_replies(hugging_face(model, tokenizer, config), prompts)
 
 
-def patched(pair: Pair, tokenizer: Any, prompts: list[list[int]], cell: Cell, target: Target = SITE) -> list[Reply]:
+def replies(pair: Pair, tokenizer: Any, prompts: list[list[int]], cell: Cell, target: Target = SITE) -> list[Reply]:
     return patched_replies(pair, target, cell, prompts, tokenizer, max_new_tokens=24, batch_size=4)
+
+
+def tokens(pair: Pair, cell: Cell, prompts: list[list[int]], n: int) -> list[list[int]]:
+    """Of the model's own generate, in one batch."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    with patched(pair, SITE, cell) as model:
+        written = model.generate(
+            input_ids=ids, attention_mask=(ids > 0).long(), max_new_tokens=n, do_sample=False, eos_token_id=-1
+        )
+    return written[:, longest:].tolist()
 
 
 def texts(replies: list[Reply]) -> list[str]:
@@ -61,7 +72,7 @@ def test_the_empty_set_writes_what_the_model_itself_writes(planted, tokenizer, p
         expected = plain(pair[number].model, tokenizer, prompts)
         for addition in (Nothing(), Latents(planted_crosscoder(direction), [])):
             for site in ("attention", "mlp", "residual"):
-                assert patched(pair, tokenizer, prompts, Cell(addition, way, "own"), Target(2, site)) == expected
+                assert replies(pair, tokenizer, prompts, Cell(addition, way, "own"), Target(2, site)) == expected
     assert len(set(texts(expected))) == len(prompts)
 
 
@@ -71,8 +82,8 @@ def test_the_whole_last_residual_writes_what_the_other_model_writes(planted, tok
     assert not set(texts(instruct)) & set(texts(fine_tuned))
     last = Target(3, "residual")
     for carrier in ("own", "other"):
-        assert patched(pair, tokenizer, prompts, Cell(Whole(), "sufficiency", carrier), last) == fine_tuned
-        assert patched(pair, tokenizer, prompts, Cell(Whole(), "necessity", carrier), last) == instruct
+        assert replies(pair, tokenizer, prompts, Cell(Whole(), "sufficiency", carrier), last) == fine_tuned
+        assert replies(pair, tokenizer, prompts, Cell(Whole(), "necessity", carrier), last) == instruct
 
 
 def test_the_other_carrier_alone_is_the_upper_half_of_the_other_model(planted, tokenizer, prompts):
@@ -85,8 +96,8 @@ def test_the_other_carrier_alone_is_the_upper_half_of_the_other_model(planted, t
         )
     both = pair_of(pair.instruct.model, changed)
     expected = plain(changed, tokenizer, prompts)
-    assert patched(both, tokenizer, prompts, Cell(Nothing(), "sufficiency", "other")) == expected
-    assert patched(both, tokenizer, prompts, Cell(Nothing(), "sufficiency", "own")) != expected
+    assert replies(both, tokenizer, prompts, Cell(Nothing(), "sufficiency", "other")) == expected
+    assert replies(both, tokenizer, prompts, Cell(Nothing(), "sufficiency", "own")) != expected
 
 
 def test_an_adapter_is_switched_for_each_side(planted, tokenizer, prompts):
@@ -99,9 +110,9 @@ def test_an_adapter_is_switched_for_each_side(planted, tokenizer, prompts):
     pair = pair_of(adapted)
     with_adapter = plain(adapted.get_base_model(), tokenizer, prompts)
     assert with_adapter != plain(base, tokenizer, prompts)
-    assert patched(pair, tokenizer, prompts, Cell(Nothing(), "sufficiency", "own")) == plain(base, tokenizer, prompts)
+    assert replies(pair, tokenizer, prompts, Cell(Nothing(), "sufficiency", "own")) == plain(base, tokenizer, prompts)
     last = Target(3, "residual")
-    assert patched(pair, tokenizer, prompts, Cell(Whole(), "sufficiency", "own"), last) == with_adapter
+    assert replies(pair, tokenizer, prompts, Cell(Whole(), "sufficiency", "own"), last) == with_adapter
 
 
 def test_what_is_written_token_by_token_is_what_teacher_forcing_says(planted, tokenizer, prompts):
@@ -109,8 +120,8 @@ def test_what_is_written_token_by_token_is_what_teacher_forcing_says(planted, to
     pair, direction = planted
     addition = Latents(planted_crosscoder(direction), [0])
     cell = Cell(addition, "sufficiency", "own")
-    written = written_tokens(pair, SITE, cell, prompts, tokenizer, 12, ())
-    assert written != written_tokens(pair, SITE, Cell(Nothing(), "sufficiency", "own"), prompts, tokenizer, 12, ())
+    written = tokens(pair, cell, prompts, 12)
+    assert written != tokens(pair, Cell(Nothing(), "sufficiency", "own"), prompts, 12)
     documents = [Document(str(i), (*p, *w), len(p)) for i, (p, w) in enumerate(zip(prompts, written, strict=True))]
     assert all(measure(pair, SITE, documents, [cell])[0].exact)
 
