@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from finqa.evaluation.predictions import PREDICTION_ERROR_KINDS, Prediction
 from finqa.task.answers import RULES, Rule
-
-Z_95 = 1.959963984540054
-"""Two-sided 95% quantile of the normal distribution."""
 
 METRIC_OF_RULE: dict[Rule, str] = {
     "strict": "accuracy",
@@ -24,12 +20,12 @@ HEADLINES: tuple[Rule, ...] = ("strict", "relaxed")
 
 def wilson(right: int, n: int) -> tuple[float, float]:
     """95% interval of a share (Wilson 1927); (0, 1) where n is 0."""
+    from scipy.stats import binomtest
+
     if n == 0:
         return 0.0, 1.0
-    share, z2 = right / n, Z_95**2
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return (middle - half if right else 0.0), (middle + half if right < n else 1.0)  # exact at the ends
+    low, high = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    return float(low), float(high)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
