@@ -22,7 +22,7 @@ from finqa.sandbox.running import Sandbox
 from finqa.task.answers import Rule
 from finqa.task.records import Question
 from finqa.task.worked_examples import WorkedExample
-from preprocessing.teacher.answer_journal import Answer, AnswerJournal, answers_in
+from preprocessing.teacher.answer_journal import AnswerJournal, answers_in
 from preprocessing.teacher.asking import Asker, make_client, run_together
 from preprocessing.teacher.batch.batches import batches_file, under_way
 from preprocessing.teacher.chat_request import as_sent
@@ -44,6 +44,9 @@ class OpenAITeacher:
 
     Raises UserError where `max_cost` is set and the model's price is unknown.
     """
+
+    batch = False
+    """Whether the requests go through the Batch API, which has prices of its own."""
 
     def __init__(
         self,
@@ -74,7 +77,7 @@ class OpenAITeacher:
 
     @property
     def settings(self) -> dict[str, object]:
-        return {"teacher": "openai", **asdict(self.config)}
+        return {"teacher": "openai", **asdict(self.config), **({"batch": True} if self.batch else {})}
 
     def usage(self) -> str:
         rows = f"{self.spending.answers} replies paid for, {self.from_journal} rows from the journal"
@@ -119,12 +122,12 @@ class OpenAITeacher:
         self._models.update(reply.model for reply in replies if reply.model)
         return replies
 
-    def dry_run(self, questions: Sequence[Question], show_prompt: bool = True, batch: bool = False) -> str:
+    def dry_run(self, questions: Sequence[Question], show_prompt: bool = True) -> str:
         """The first prompt and the estimate. Sends and writes nothing, and needs no key."""
         with self.conversation(AnswerJournal(self.journal_path).read()) as talk:
             steps = (talk.next_step(question) for question in questions)
             first = next((step for step in steps if isinstance(step, Wanted)), None)
-            planned = self.plan(talk, questions, batch)
+            planned = self.plan(talk, questions)
         if first is None:
             return "nothing is to be asked: the journal has every answer"
         said = f"estimate: {planned}{self._more_attempts()}"
@@ -135,22 +138,16 @@ class OpenAITeacher:
         del others["messages"]
         return f"{prompt}\n\n{json.dumps(others)}\n\n{said}"
 
-    def plan(
-        self,
-        talk: Conversation,
-        questions: Sequence[Question],
-        batch: bool = False,
-        leave_out: Collection[str] = (),
-    ) -> Estimate:
+    def plan(self, talk: Conversation, questions: Sequence[Question], leave_out: Collection[str] = ()) -> Estimate:
         """What is to be asked next of the questions, equal ones once, without those in a batch already."""
         steps = [talk.next_step(question) for question in questions]
         wanted = {step.key: step for step in steps if isinstance(step, Wanted) and step.key not in leave_out}
-        answered: list[tuple[int, Answer]] = []
-        for question in questions:
-            answer = talk.opening_answer(question)
-            if answer is not None:
-                answered.append((Wanted("", talk.first_request(question)).characters, answer))
-        return estimate([(step.characters, step.limit) for step in wanted.values()], answered, self.price, batch)
+        openings = [
+            (Wanted("", talk.first_request(question)).characters, talk.opening_answer(question))
+            for question in questions
+        ]
+        answered = [(characters, answer) for characters, answer in openings if answer is not None]
+        return estimate([(step.characters, step.limit) for step in wanted.values()], answered, self.price, self.batch)
 
     def _check_no_batch(self, talk: Conversation, questions: Sequence[Question]) -> None:
         waiting = under_way(batches_file(self.journal_path))
