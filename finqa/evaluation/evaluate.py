@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finqa.evaluation.engines.serving import Model, Served, served_models
-from finqa.evaluation.generation import Generate, GenerationConfig, all_replies
+from finqa.evaluation.generation import GenerationConfig
 from finqa.evaluation.judging import judge
 from finqa.evaluation.metrics import HEADLINES, METRIC_OF_RULE, metrics
 from finqa.evaluation.predictions import Prediction, write_predictions
@@ -224,18 +224,6 @@ def _finish(task: Task, run: StudentRun, config: EvaluationConfig, sandbox: Sand
     )
     task.journal.hand_over(slots)
     say(summary(task.name, found))
-
-
-def score(
-    rows: Sequence[EvalRow], prompt_tokens: Sequence[list[int]], generate: Generate, sandbox: Sandbox
-) -> tuple[list[Prediction], dict[str, float]]:
-    """Predictions in the order of the rows, and the seconds that generating and running took."""
-    started = time.monotonic()
-    replies = all_replies(generate, prompt_tokens)
-    generated = time.monotonic()
-    predictions = judge(rows, prompt_tokens, replies, sandbox)
-    done = time.monotonic()
-    return predictions, {"generate": round(generated - started, 2), "run": round(done - generated, 2)}
 
 
 def write_results(folder: Path, predictions: Sequence[Prediction], seconds: dict[str, float]) -> dict[str, Any]:

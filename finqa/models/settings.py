@@ -121,6 +121,20 @@ def settings_for(model: str) -> StudentSettings:
     return own or (SMALL_UNKNOWN if _is_small(model) else DEFAULTS)
 
 
+def published_settings(model: str) -> StudentSettings:
+    """The settings of the published run (--preset published), which are the defaults, for any model.
+
+    Orca-2 and Phi-3 had learning rates of their own. What belongs to a model's architecture (which layers exist, the
+    chat template) and the rows that are evaluated together are the model's own. Seed (3), bf16, greedy replies and a
+    single pass without accumulation are defaults too. The published runs say nothing of a maximum length; 4,096 holds
+    every prompt of FinQA that was seen.
+    """
+    own = settings_for(model)
+    rate = own.learning_rate if own in (_ORCA2, _PHI3) else DEFAULTS.learning_rate
+    kept = {name: getattr(own, name) for name in ("lora_modules", "chat_template", "eval_batch_size")}
+    return replace(DEFAULTS, learning_rate=rate, **kept)
+
+
 def is_known(model: str) -> bool:
     """Whether the table has settings for this very model."""
     return any(_is(model, name) for name in SETTINGS)

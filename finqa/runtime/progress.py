@@ -84,7 +84,7 @@ class Progress:
     total: int
     out: TextIO = field(default_factory=lambda: sys.stderr)
     done: int = 0
-    every_s: float = PLAIN_EVERY_S
+    every_s: float = field(default_factory=lambda: PLAIN_EVERY_S)
     """Seconds between two lines in a log."""
 
     def __post_init__(self) -> None:

@@ -29,10 +29,10 @@ from preprocessing.teacher.chat_request import as_sent
 from preprocessing.teacher.config import OpenAITeacherConfig, api_key
 from preprocessing.teacher.conversation import Conversation, Wanted
 from preprocessing.teacher.prices import Estimate, Price, Spending, estimate, price_of
-from preprocessing.teacher.teachers import Reply
+from preprocessing.teacher.teachers import Reply, Teacher
 
 
-class OpenAITeacher:
+class OpenAITeacher(Teacher):
     """Asks the model for what the journal does not hold yet.
 
     Args:
@@ -70,7 +70,6 @@ class OpenAITeacher:
         paid = answers_in({journal_path, *paid_in})
         prices |= {name: price_of(name, config.prices) for name in {answer.asked for answer in paid} if name}
         self.spending = Spending(self.price, config.max_cost, [(prices[answer.asked], answer) for answer in paid])
-        self.stopped = ""
         self.from_journal = 0
         self._attempts: Counter[int] = Counter()
         self._models: Counter[str] = Counter()
@@ -189,7 +188,10 @@ class OpenAITeacher:
             asker = Asker(client, self.config, talk.journal, self.spending, answered_before)
 
             async def settle(question: Question) -> None:
-                while isinstance(step := await self._next_step(talk, question), Wanted) and step.key not in given_up:
+                # In a thread, because it may run a program.
+                while isinstance(step := await asyncio.to_thread(talk.next_step, question), Wanted):
+                    if step.key in given_up:
+                        return
                     async with locks[step.key]:  # Equal questions are paid for once.
                         still = talk.journal.answer(step.key) is step.cut and step.key not in given_up
                         if still and not await asker.ask(step.key, step.request):
@@ -208,11 +210,6 @@ class OpenAITeacher:
         steps = (talk.next_step(question) for question in questions)
         unasked = sum(isinstance(step, Wanted) and step.key not in given_up for step in steps)
         self.stopped = self._out_of_money(unasked, len(questions)) if unasked else ""
-
-    async def _next_step(self, talk: Conversation, question: Question) -> Reply | Wanted:
-        if self.config.attempts == 1:
-            return talk.next_step(question)
-        return await asyncio.to_thread(talk.next_step, question)  # It may run a program.
 
     def _more_attempts(self) -> str:
         return f"; up to {self.config.attempts} attempts a question, of which this is the next" * (
