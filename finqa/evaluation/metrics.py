@@ -17,6 +17,9 @@ METRIC_OF_RULE: dict[Rule, str] = {
 HEADLINES: tuple[Rule, ...] = ("strict", "relaxed")
 """The rules whose figures stand side by side."""
 
+GROUPED_BY = {"family": "family", "family_kind": "family_kind", "answer_kind": "answer_kind", "steps": "program_steps"}
+"""Names of groups in metrics.json, with the field of a prediction that they follow."""
+
 
 def wilson(right: int, n: int) -> tuple[float, float]:
     """95% interval of a share (Wilson 1927); (0, 1) where n is 0."""
@@ -79,16 +82,11 @@ def metrics(predictions: Sequence[Prediction]) -> dict[str, Any]:
     }
     if any(p.samples for p in predictions):
         result |= _of_samples(predictions)
-    for name, key in (
-        ("family", lambda p: p.family),
-        ("family_kind", lambda p: p.family_kind),
-        ("answer_kind", lambda p: p.answer_kind),
-        ("steps", lambda p: "" if p.program_steps is None else str(p.program_steps)),
-    ):
+    for name, field in GROUPED_BY.items():
         groups: dict[str, list[Prediction]] = defaultdict(list)
         for prediction in predictions:
-            if key(prediction):
-                groups[key(prediction)].append(prediction)
+            if (value := getattr(prediction, field)) not in ("", None):
+                groups[str(value)].append(prediction)
         if groups:
             result[f"accuracy_by_{name}"] = {
                 group: _mean([p.correct["strict"] for p in rows]) for group, rows in sorted(groups.items())

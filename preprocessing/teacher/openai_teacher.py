@@ -35,12 +35,8 @@ from preprocessing.teacher.teachers import Reply, Teacher
 class OpenAITeacher(Teacher):
     """Asks the model for what the journal does not hold yet.
 
-    Args:
-        config: How to ask.
-        examples: Worked examples, shown before each question.
-        journal_path: Where answers are kept (see preprocessing.teacher.answer_journal).
-        rule: When a program's result is the label, for a second attempt.
-        paid_in: Journals whose answers count against `max_cost`; this one's alone where it is left out.
+    `rule` says when a program's result is the label, for a second attempt. The answers in the journals `paid_in` count
+    against `max_cost` beside those in its own.
 
     Raises UserError where `max_cost` is set and the model's price is unknown.
     """

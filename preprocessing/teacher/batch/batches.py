@@ -102,12 +102,7 @@ def split_into_files(
 
 
 class Batches:
-    """The batches of one journal.
-
-    Args:
-        config: Server, time-out, model.
-        journal: Takes the answers; its lock covers the file of batches too.
-    """
+    """The batches of one journal, which takes their answers and whose lock covers the file of batches too."""
 
     def __init__(self, config: OpenAITeacherConfig, journal: AnswerJournal) -> None:
         self.config = config
