@@ -90,7 +90,8 @@ def main() -> None:
         split: read_questions(rows_file("clean", data, split, folders), how_to_make("clean", data, split, folders))
         for split in splits
     }
-    journals = {split: journal_of(folders.generated(data.name, split)) for split in splits}
+    # Where an OpenAI teacher keeps what it was asked and answered for an output.
+    journals = {split: folders.generated(data.name, split).with_suffix(".journal.jsonl") for split in splits}
     errors: list[UserError] = []
     for split in splits:
         chosen, whole = questions[split][: asking.limit], len(questions[split])
@@ -123,11 +124,6 @@ def make_teacher(
         return ProgramTeacher(asking.style or data.program_style)
     kind = BatchTeacher if asking.batch else OpenAITeacher
     return kind(config, data.worked_examples, journals[split], data.answer_rule, paid_in=journals.values())
-
-
-def journal_of(output: Path) -> Path:
-    """Where an OpenAI teacher keeps what it was asked and answered for an output."""
-    return output.with_suffix(".journal.jsonl")
 
 
 def check_not_shortened(output: Path, rows: int, whole: int) -> None:
