@@ -337,7 +337,7 @@ def test_tokens_keep_the_space_that_a_tokenizer_drops_from_the_first():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {"<unk>": 0, "▁": 1, "a": 2, "▁a": 3, "▁net": 4, "net": 5, "<0x0A>": 6}
+    vocabulary = {"<unk>": 0, "▁": 1, "a": 2, "▁a": 3, "▁net": 4, "net": 5, "<0x0A>": 6, "<0xE2>": 7}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Sequence(
@@ -345,7 +345,24 @@ def test_tokens_keep_the_space_that_a_tokenizer_drops_from_the_first():
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
     assert fast.decode([4]) == "net"
-    assert token_texts(fast, [4, 5, 6]) == {4: " net", 5: "net", 6: "\n"}
+    assert token_texts(fast, [4, 5, 6, 7]) == {4: " net", 5: "net", 6: "\n", 7: "<0xE2>"}
+
+
+@pytest.mark.parametrize(
+    ("text", "spelled"),
+    [
+        ("’", "<0xE2><0x80><0x99>"),
+        ("漢", "<0xE6><0xBC><0xA2>"),
+        ("é", "<0xC3><0xA9>"),
+        ("a <0xE2>", "a <0xE2>"),
+        ("net", "net"),
+    ],
+)
+def test_bytes_that_are_part_of_a_character_are_marks_and_not_boxes(tiny_student, text, spelled):
+    tokenizer = students.load_tokenizer(str(tiny_student))
+    ids: Any = tokenizer.encode(text, add_special_tokens=False)
+    texts = token_texts(tokenizer, ids)
+    assert "".join(texts[i] for i in ids) == spelled
 
 
 # Written down
