@@ -111,13 +111,14 @@ def splice(reading: Reading, pair: Pair) -> list[dict[str, Any]]:
     return splice_rows(loss_recovered(losses))
 
 
-def cause(found: Findings, pair: Pair, n_documents: int | None = None) -> dict[str, Any]:
-    """causal_report on the first so many held-out documents (None: all), its files in the results' causal/.
+def cause(found: Findings, pair: Pair, n_documents: int | None = None) -> tuple[dict[str, Any], list[float]]:
+    """causal_report on the first so many held-out documents (None: all), its files in the results' causal/; and the
+    estimated effect of every latent, in nats a document, by which it ranks them.
 
     Latents are ranked by their estimated effect on as many training documents. What is patched is teacher-forced: the
     set has no labels, so no replies are written.
     """
-    from crosscoder.interventions.causal_report import CausalConfig, causal_report
+    from crosscoder.interventions.causal_report import CausalConfig, causal_report, kept_survey
     from crosscoder.interventions.causal_rows import Asked
 
     reading, two = found.reading, found.two_models
@@ -127,17 +128,21 @@ def cause(found: Findings, pair: Pair, n_documents: int | None = None) -> dict[s
     choosing = store.document[split.train].unique().tolist()[: len(held_out)]
     asked, choose_on = (stored_texts(store, numbers, bos_id) for numbers in (held_out, choosing))
     say(f"patching sets of latents on {len(asked)} held-out documents")
-    return causal_report(
+    target, folder = target_of(store), reading.results / "causal"
+    config = CausalConfig(cells_at_once=min(CausalConfig.cells_at_once, max(8, PATCHES_AT_ONCE // len(asked))))
+    report = causal_report(
         reading.model,
         pair,
         [Asked(document) for document in asked],
         choose_on,
-        target_of(store),
-        reading.results / "causal",
-        CausalConfig(cells_at_once=min(CausalConfig.cells_at_once, max(8, PATCHES_AT_ONCE // len(asked)))),
+        target,
+        folder,
+        config,
         scaling=two.scaling if two else None,
         say=say,
     )
+    effect = kept_survey(folder, reading.model, pair, choose_on, target, config.batch_tokens, say).effect
+    return report, (effect / len(choose_on)).tolist()
 
 
 def causal_rows(report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -69,10 +69,11 @@ def write_figures(found: Findings, folder: Path) -> list[Path]:
 
 def write_tables(found: Findings, folder: Path) -> list[Path]:
     """latents.csv, most_changed.csv, explained_variance.csv, and where latents have classes classes.csv and
-    confirmed.csv."""
+    confirmed.csv. The labels of an earlier latents.csv stay, where it is of the same dictionary."""
     names = ("latents", "most_changed", "explained_variance", "classes", "confirmed")
     paths = {name: folder / f"{name}.csv" for name in names}
-    tables.write_latent_table(paths["latents"], found.rows)
+    labels = {k: v for k, v in tables.read_added(paths["latents"], found.rows).items() if k != tables.EFFECT}
+    tables.write_latent_table(paths["latents"], found.rows, labels)
     tables.write_latent_table(paths["most_changed"], found.most_changed)
     tables.write_csv(paths["explained_variance"], kind_rows(found.by_kind))
     if found.two_models is None:
@@ -128,13 +129,27 @@ def write_numbers(found: Findings, folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def write_page(found: Findings, config: DashboardConfig) -> str:
-    """Write dashboard.html; a line about it."""
+def write_effects(found: Findings, effects: Sequence[float], folder: Path) -> None:
+    """The causal effect of every latent, as a further column of the latents.csv that is there."""
+    path = folder / "latents.csv"
+    added = tables.read_added(path, found.rows) | {tables.EFFECT: effects}
+    tables.write_latent_table(path, found.rows, added)
+
+
+def write_page(found: Findings, config: DashboardConfig, path: Path | None = None) -> str:
+    """Write dashboard.html; a line about it. What latents.csv and analysis.json tell of labels and of causal effects is
+    in it."""
     from crosscoder.dashboard.builder import build_dashboard
     from crosscoder.dashboard.page import write_dashboard
+    from crosscoder.dashboard.summary import summary_of
 
-    path = found.reading.results / "dashboard.html"
-    dashboard = build_dashboard(found.reading, found.statistics, found.rows, config, found.explained)
+    folder = found.reading.results
+    path = path or folder / "dashboard.html"
+    added = tables.read_added(folder / "latents.csv", found.rows)
+    numbers = folder / "analysis.json"
+    causal = json.loads(numbers.read_text()).get("causal", []) if tables.EFFECT in added and numbers.exists() else []
+    summary = summary_of(found, causal)
+    dashboard = build_dashboard(found.reading, found.statistics, found.rows, summary, config, added)
     size = write_dashboard(path, dashboard)
     n = sum(page.examples is not None for page in dashboard.pages)
     return f"{path}: {size / 1e6:.1f} MB, {len(dashboard.pages):,} latents, {n:,} with examples"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import gzip
 import json
 import os
 import re
@@ -26,6 +28,7 @@ from crosscoder.activations.collection import Document
 from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis import measures as analysis
 from crosscoder.analysis.latent_scaling import latent_scaling
+from crosscoder.analysis.tables import ADDED, write_csv
 from crosscoder.dictionaries.checkpoint import load_dictionary, save_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig
 from crosscoder.dictionaries.methods import StagewiseSAE, new_dictionary
@@ -182,6 +185,45 @@ def test_the_numbers_are_those_of_the_library_over_the_held_out_documents(made, 
     assert alive < N_LATENTS
     assert found["latents"] == {"n": N_LATENTS, "alive": alive, "dead": N_LATENTS - alive}
     assert sum(map(sum, found["frequency"]["histogram"]["counts"].values())) == alive
+
+
+def columns_of_page(folder: Path) -> set[str]:
+    packed = re.findall(r'id="data">(.*?)</script>', (folder / "dashboard.html").read_text(), re.DOTALL)[0]
+    return {column["key"] for column in json.loads(gzip.decompress(base64.b64decode(packed)))["columns"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["batchtopk", "difference-sae", "stagewise-sae"])
+def test_the_first_screen_of_the_dashboard_says_what_the_tables_say(analysed, chromium, method):
+    folder = analysed(method)
+    found, rows = numbers(folder), table(folder / "latents.csv")
+    page = chromium.new_page()
+    page.goto((folder / "dashboard.html").as_uri())
+    page.wait_for_selector("html[data-ready]")
+    said = page.inner_text("#sentences")
+    shown = [int(text) for text in page.locator("#changed th").all_inner_texts()]
+    page.close()
+    alive = [row for row in rows if float(row["frequency"]) > 0]
+    dead = len(rows) - len(alive)
+    expected = {f"{len(alive)} of its {len(rows)} latents are active; {dead} are dead"}
+    names = {"instruct": "the instruct model", "fine_tuned": "the fine-tuned model", "difference": "their difference"}
+    explained = found["explained_variance"]
+    expected |= {f"{explained[key]:.1%} of the variance of {name}" for key, name in names.items() if key in explained}
+    shares = sorted((float(row["difference_share"]) for row in rows), reverse=True)
+    half = next(n for n in range(1, len(shares)) if sum(shares[:n]) >= sum(shares) / 2)
+    expected |= {f"{half} of them write half of what tells the models apart"}
+    if method == "batchtopk":
+        expected |= {
+            f"{row['latents']} {row['class'].replace('between', 'in between')}" for row in table(folder / "classes.csv")
+        }
+        for kind in ("fine-tuned-only", "instruct-only"):
+            expected |= {f"{sum(row['confirmed'] == kind for row in alive)} as {kind}"}
+    if method == "stagewise-sae":
+        expected |= {f"{sum(float(row['change']) > 0.1 for row in alive)} turned by more than 0.1"}
+    changed = table(folder / "most_changed.csv")
+    assert {phrase for phrase in expected if phrase not in said} == set()
+    assert shown[: len(changed)] == [int(row["latent"]) for row in changed]
+    assert re.search(r"^(\d+) of the 10 latents", said)
 
 
 @pytest.mark.slow
@@ -432,9 +474,12 @@ def test_what_a_second_seed_gave_is_not_measured_again(made, tmp_path: Path, mon
 @pytest.mark.parametrize("method", ["batchtopk", "difference-sae", "stagewise-sae"])
 def test_sets_of_latents_are_patched_into_the_models(with_adapter, method, tmp_path: Path, capsys):
     made = with_adapter
-    words = [*made.words(method), "--results-dir", tmp_path, "--no-dashboard"]
+    words = [*made.words(method), "--results-dir", tmp_path]
     assert run_here(*words, "--causal", 1) == 0
     folder = tmp_path / made.name(method)
+    assert {"causal_effect"} == columns_of_page(folder) & set(ADDED)
+    effects = [float(row["causal_effect"]) for row in table(folder / "latents.csv")]
+    assert effects[DEAD] == 0 < max(map(abs, effects))
     rows = table(folder / "causal.csv")
     assert {"none", "ceiling", "ranked", "random sets", "random directions"} <= {row["kind"] for row in rows}
     whole = [row for row in rows if row["kind"] == "ceiling" and row["measure"] == "divergence"]
@@ -446,9 +491,17 @@ def test_sets_of_latents_are_patched_into_the_models(with_adapter, method, tmp_p
     report = json.loads((folder / "causal" / "causal.json").read_text())
     assert (report["n_questions"], report["n_choosing"]) == (1, 1)
     capsys.readouterr()
+    rows = [row | {"label": f"label {row['latent']}", "label_score": "0.75"} for row in table(folder / "latents.csv")]
+    write_csv(folder / "latents.csv", rows)
     assert run_here(*words) == 0
     assert not (folder / "causal.csv").exists()
     assert not (folder / "causal.png").exists()
+    assert {"label", "label_score"} == columns_of_page(folder) & set(ADDED)
+    kept = table(folder / "latents.csv")
+    assert [row["label"] for row in kept] == [row["label"] for row in rows] and "causal_effect" not in kept[0]
+    write_csv(folder / "latents.csv", [row | {"frequency": "0.123"} for row in rows])
+    assert run_here(*words) == 0
+    assert "label" not in table(folder / "latents.csv")[0]  # they were another dictionary's
     assert run_here(*words, "--causal", -3) == 1
     assert "--causal -3" in capsys.readouterr().err
 

@@ -34,7 +34,7 @@ from crosscoder.dashboard.encoding import encode
 from crosscoder.dashboard.examples import BANDS, ExampleMaker, quantise
 from crosscoder.dashboard.firings import gather_firings, groups_within
 from crosscoder.dashboard.page import packed, render, write_dashboard
-from crosscoder.dashboard.records import LEVELS, Dashboard, DashboardConfig, Example
+from crosscoder.dashboard.records import LEVELS, Dashboard, DashboardConfig, Example, Summary
 from crosscoder.dictionaries.checkpoint import save_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig
 from crosscoder.dictionaries.methods import new_dictionary
@@ -46,6 +46,7 @@ from finqa.runtime.paths import Folders
 
 N_LATENTS = 8
 DEAD = 5
+SUMMARY = Summary((), (), "frequency")
 
 
 def reading_of(store: ActivationStore, student: Path, method: str = "batchtopk") -> Reading:
@@ -72,7 +73,7 @@ def generator(seed: int) -> torch.Generator:
 def built(reading: Reading, **settings: Any) -> Dashboard:
     statistics = statistics_of(reading)
     rows = tables.latent_table(reading.model, statistics, reading.store, reading.tokenizer, reading.unembedding)
-    return build_dashboard(reading, statistics, rows, DashboardConfig(**settings))
+    return build_dashboard(reading, statistics, rows, SUMMARY, DashboardConfig(**settings))
 
 
 def statistics_of(reading: Reading) -> LatentStatistics:
@@ -300,7 +301,7 @@ def test_the_share_on_template_tokens_is_a_column_where_the_kinds_are_known(read
     kinds = torch.arange(len(reading.store)) % len(KINDS)
     statistics = latent_statistics(reading.model, reading.store, torch.arange(len(reading.store)), kinds=kinds)
     rows = tables.latent_table(reading.model, statistics, reading.store, reading.tokenizer, reading.unembedding)
-    dashboard = build_dashboard(reading, statistics, rows)
+    dashboard = build_dashboard(reading, statistics, rows, SUMMARY)
     assert {column.key: column.in_table for column in dashboard.columns}["template_share"]
     assert statistics.template_share is not None
     assert [page.values["template_share"] for page in dashboard.pages] == statistics.template_share.tolist()
@@ -318,7 +319,7 @@ def test_confirmed_latents_of_any_class_are_the_first_to_get_examples(reading):
     rows = tables.latent_table(reading.model, statistics, reading.store, reading.tokenizer, reading.unembedding)
     last = by_interest([row for row in rows if row.frequency > 0], statistics)[-1].latent
     rows[last] = replace(rows[last], kind="between", confirmed="fine-tuned-only")
-    dashboard = build_dashboard(reading, statistics, rows, DashboardConfig(n_with_examples=1))
+    dashboard = build_dashboard(reading, statistics, rows, SUMMARY, DashboardConfig(n_with_examples=1))
     assert [page.latent for page in dashboard.pages if page.examples] == [last]
     assert "that latent scaling confirms" in dashboard.chosen_by
 
@@ -328,7 +329,7 @@ def test_latent_scaling_has_columns_only_where_it_was_done(reading):
     statistics = statistics_of(reading)
     rows = tables.latent_table(reading.model, statistics, reading.store, reading.tokenizer, reading.unembedding)
     rows = [replace(row, nu_err=0.25 if row.latent == 1 else None) for row in rows]
-    dashboard = build_dashboard(reading, statistics, rows)
+    dashboard = build_dashboard(reading, statistics, rows, SUMMARY)
     assert {"nu_err", "exclusivity"} <= {column.key for column in dashboard.columns}
     assert [dashboard.pages[j].values["exclusivity"] for j in (0, 1)] == [None, 0.75]
 
@@ -442,7 +443,7 @@ def test_figures_that_are_no_number_are_left_out(reading):
     statistics = statistics_of(reading)
     rows = tables.latent_table(reading.model, statistics, reading.store, reading.tokenizer, reading.unembedding)
     rows[0] = replace(rows[0], cosine=float("nan"))
-    data = data_of(render(build_dashboard(reading, statistics, rows)))
+    data = data_of(render(build_dashboard(reading, statistics, rows, SUMMARY)))
     assert data["values"]["cosine"][0] is None
 
 

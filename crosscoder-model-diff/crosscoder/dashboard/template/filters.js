@@ -9,7 +9,7 @@ const TEXT_COLUMNS = new Map([
   ...data.directions.map((name, i) => [`promoted${i}`, `${name} promotes`]).reverse(),
 ]);
 const wordColumns = data.columns.filter((column) => column.kind === "word");
-const numberColumns = data.columns.filter((column) => column.kind !== "word");
+const numberColumns = data.columns.filter((column) => !["word", "text"].includes(column.kind));
 const extents = new Map(numberColumns.map((column) => [column.key, extentOf(data.values[column.key])]));
 
 function defaultView() {
@@ -84,9 +84,9 @@ function nFilters() {
 
 // The view as the part of the address after #, and back.
 
-function viewToHash() {
+function viewToHash(latent = null) {
   const usual = defaultView();
-  const parts = new URLSearchParams();
+  const parts = new URLSearchParams(latent === null ? {} : { latent });
   if (view.query) parts.set("q", view.query);
   if (view.sort !== usual.sort || view.descending !== usual.descending) {
     parts.set("sort", `${view.descending ? "-" : ""}${view.sort}`);
