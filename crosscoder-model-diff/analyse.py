@@ -18,7 +18,8 @@ Writes into crosscoder-model-diff/results/<crosscoder's name>/
     classes.csv                      latents by class, and how many of each latent scaling confirms as exclusive
     confirmed.csv                    the latents that it confirms, whatever their class
     explained_variance.csv           on all held-out tokens, and by kind of token
-    stability.csv                    with --second-seed: latents matched one to one, by class, beside what chance gives
+    stability.csv                    with --second-seed: latents matched one to one, by class, beside what chance gives;
+                                     each latent's partner is on the dashboard
     splicing.csv                     with --splice: loss recovered when reconstructions take the activations' place
     causal.csv and its figure        with --causal: share of the gap between the models that sets of latents recover,
                                      put into the one or taken out of the other, beside controls; each latent's own
@@ -41,6 +42,7 @@ import argparse
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crosscoder.dashboard.records import DashboardConfig
@@ -121,8 +123,9 @@ def main() -> None:
         for name in extra_tables(args, extras, found, second):
             print(f"{name}.csv in {folder}", flush=True)
             manifest()
-        if extras.dashboard and extras.causal is not None:
-            print(write_page(found, dashboard), flush=True)
+        if extras.dashboard and (second is not None or extras.causal is not None):
+            other = (Path(str(extras.second_seed)).name, second) if second is not None else None
+            print(write_page(found, dashboard, second=other), flush=True)
 
 
 def extra_tables(

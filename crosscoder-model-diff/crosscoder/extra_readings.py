@@ -47,14 +47,15 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def open_second(reading: Reading, name: Path | str) -> BatchTopKCrosscoder:
+def open_second(reading: Reading, name: Path | str, any_method: bool = False) -> BatchTopKCrosscoder:
     """The dictionary that stability is measured against; UserError where it cannot be compared with the one read."""
     folder = find_checkpoint(name)
     config, own = read_config(folder), reading.model.config
     fingerprint = reading.store.config.recorded.get("fingerprint")
     if config.activations and config.activations["fingerprint"] != fingerprint:
         raise UserError(f"{folder} was trained on other activations than those in {reading.store.folder}")
-    if (config.crosscoder.method, config.crosscoder.d_model) != (own.method, own.d_model):
+    same = any_method or config.crosscoder.method == own.method
+    if not same or config.crosscoder.d_model != own.d_model:
         other = f"{config.crosscoder.method} of width {config.crosscoder.d_model}"
         raise UserError(f"{folder} is a {other}, and cannot be matched with a {own.method} of width {own.d_model}")
     return load_dictionary(folder).to(reading.model.b_dec.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from crosscoder.dashboard.records import DashboardConfig
+    from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 
 def _relative_norms(found: Findings) -> Figure | None:
@@ -136,10 +138,16 @@ def write_effects(found: Findings, effects: Sequence[float], folder: Path) -> No
     tables.write_latent_table(path, found.rows, added)
 
 
-def write_page(found: Findings, config: DashboardConfig, path: Path | None = None) -> str:
+def write_page(
+    found: Findings,
+    config: DashboardConfig,
+    path: Path | None = None,
+    second: tuple[str, BatchTopKCrosscoder] | None = None,
+) -> str:
     """Write dashboard.html; a line about it. What latents.csv and analysis.json tell of labels and of causal effects is
-    in it."""
+    in it, and the partners of the latents in a `second` dictionary, which is given with its name."""
     from crosscoder.dashboard.builder import build_dashboard
+    from crosscoder.dashboard.matching import matched
     from crosscoder.dashboard.page import write_dashboard
     from crosscoder.dashboard.summary import summary_of
 
@@ -149,6 +157,9 @@ def write_page(found: Findings, config: DashboardConfig, path: Path | None = Non
     numbers = folder / "analysis.json"
     causal = json.loads(numbers.read_text()).get("causal", []) if tables.EFFECT in added and numbers.exists() else []
     summary = summary_of(found, causal)
+    if second is not None:
+        columns, sentence = matched(found, *second)
+        summary, added = replace(summary, sentences=(*summary.sentences, sentence)), added | columns
     dashboard = build_dashboard(found.reading, found.statistics, found.rows, summary, config, added)
     size = write_dashboard(path, dashboard)
     n = sum(page.examples is not None for page in dashboard.pages)

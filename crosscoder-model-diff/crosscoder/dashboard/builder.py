@@ -74,6 +74,15 @@ COLUMNS = (
            "models, the part of this one: mean squared activation times the squared length of what it adds to the "
            "difference.", "share", in_table=False),
     Column("mean_activation", "mean activation", "Over the tokens on which it is active.", "number", in_table=False),
+    Column("match", "partner", "The latent of the other dictionary that it is matched with, one to one, by the cosine "
+           "of their decoder vectors.", "count", False, True),
+    Column("match_cosine", "partner's cosine", "Of its decoder vector and its partner's: near 1 where both "
+           "dictionaries found the same.", "number", False, True),
+    Column("match_kind", "partner's class", "By the partner's own Delta.", "word", False, True),
+    Column("match_frequency", "partner's frequency", "Share of tokens on which the partner is active.", "share", False,
+           True),
+    Column("match_tokens", "partner fires on", "The tokens that the partner fires on most strongly.", "text", False,
+           True),
     Column("max_activation", "largest activation", "Over all tokens.", "number", in_table=False),
 )  # fmt: skip
 SITE_NAMES = {"mlp": "MLP output", "attention": "attention output", "residual": "residual stream"}

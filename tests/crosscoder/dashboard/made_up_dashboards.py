@@ -27,9 +27,11 @@ def made_up_dashboard(
     n_examples: int = 10,
     n_delta: int = 0,
     measured: bool = False,
+    matched: bool = False,
 ) -> Dashboard:
     """With `n_delta` a partition, whose last latents are delta latents. `measured`: with labels and causal effects,
-    latent j's "names <j>, =or not" and 1 - j.
+    latent j's "names <j>, =or not" and 1 - j. `matched`: with partners in another dictionary, that of j is 100 + j with
+    a cosine of 1 - j / 100, whose tokens are "its <j>".
 
     Latent j has frequency (j + 1) / 1e6 and largest activation j + 1; every tenth, from 9 on, is never active.
 
@@ -44,6 +46,10 @@ def made_up_dashboard(
     for page in pages if measured else ():
         label = f"names <{page.latent}>, =or not"
         page.values.update(label=label, label_score=0.5, causal_effect=1.0 - page.latent)
+    for page in pages if matched else ():
+        j = page.latent
+        page.values.update(match=100 + j, match_cosine=1 - j / 100, match_kind=KINDS[j % 4], match_frequency=0.5)
+        page.values["match_tokens"] = f"its <{j}>"
     vocabulary = {i: f" Word{i}." for i in range(WORDS)} | {WORDS + i: text for i, text in enumerate(HOSTILE)}
     columns = tuple(columns_of([page.values for page in pages]))
     return Dashboard(

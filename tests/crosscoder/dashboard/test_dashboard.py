@@ -27,12 +27,14 @@ from made_up_dashboards import HOSTILE, made_up_dashboard
 from crosscoder.activations.layout import KINDS
 from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis import tables
+from crosscoder.analysis.findings import find
 from crosscoder.analysis.lens import Unembedding
 from crosscoder.analysis.statistics import LatentStatistics, latent_statistics
 from crosscoder.dashboard.builder import build_dashboard, by_interest, token_texts
 from crosscoder.dashboard.encoding import encode
 from crosscoder.dashboard.examples import BANDS, ExampleMaker, quantise
 from crosscoder.dashboard.firings import gather_firings, groups_within
+from crosscoder.dashboard.matching import matched
 from crosscoder.dashboard.page import packed, render, write_dashboard
 from crosscoder.dashboard.records import LEVELS, Dashboard, DashboardConfig, Example, Summary
 from crosscoder.dictionaries.checkpoint import save_dictionary
@@ -334,6 +336,35 @@ def test_latent_scaling_has_columns_only_where_it_was_done(reading):
     assert [dashboard.pages[j].values["exclusivity"] for j in (0, 1)] == [None, 0.75]
 
 
+def test_latents_of_another_seed_are_matched_with_those_that_are_alike(reading):
+    order = torch.randperm(N_LATENTS, generator=generator(5))
+    second = new_dictionary(reading.model.config, generator=generator(2))
+    second.load_state_dict(reading.model.state_dict())
+    second.activation_scales, second.threshold = reading.model.activation_scales, reading.model.threshold
+    second.W_dec.data, second.W_enc.data = reading.model.W_dec.data[order], reading.model.W_enc.data[..., order]
+    second.b_enc.data = reading.model.b_enc.data[order]
+    found = find(reading)
+    columns, sentence = matched(found, "another", second)
+    partner = [None if j == DEAD else order.tolist().index(j) for j in range(N_LATENTS)]
+    assert columns["match"] == partner
+    alive = [j for j in range(N_LATENTS) if j != DEAD]
+    assert [columns["match_cosine"][j] for j in alive] == pytest.approx([1] * 7, abs=1e-5)
+    for key, own in {"match_tokens": "top_tokens", "match_frequency": "frequency", "match_kind": "kind"}.items():
+        assert [columns[key][j] for j in alive] == [getattr(found.rows[j], own) for j in alive]
+    assert sentence.startswith("Of the 7 active latents 7 have a partner of their own in another (7 active latents)")
+
+
+def test_latents_of_another_method_are_matched_by_what_they_add_to_the_difference(reading):
+    second = new_dictionary(CrosscoderConfig(D_MODEL, N_LATENTS, 2, method="difference-sae"), generator=generator(4))
+    second.threshold = 0.0
+    second.b_enc.data += 10
+    second.W_dec.data[:, 0] = torch.nn.functional.normalize(reading.model.difference_decoder().flip(0), dim=-1)
+    columns, _ = matched(find(reading), "another", second)
+    assert columns["match"] == [None if j == DEAD else N_LATENTS - 1 - j for j in range(N_LATENTS)]
+    assert set(columns["match_kind"]) == {None}
+    assert [columns["match_cosine"][j] for j in (0, 3, 7)] == pytest.approx([1, 1, 1], abs=1e-5)
+
+
 def test_tokens_keep_the_space_that_a_tokenizer_drops_from_the_first():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -474,7 +505,7 @@ def test_the_command_builds_the_dashboard_of_a_crosscoder_on_disk(tiny_student, 
     dictionary.threshold = 0.05
     save_dictionary(dictionary, crosscoder_folder(folders, choice.crosscoder_name))
     names = ("FinQA-mini", tiny_student, "--data-dir", folders.data, "--results-dir", tmp_path / "results")
-    done = command(*names, "--examples-for", 5)
+    done = command(*names, "--examples-for", 5, "--compare", crosscoder_folder(folders, choice.crosscoder_name))
     assert done.returncode == 0, done.stderr
     path = tmp_path / "results" / choice.crosscoder_name / "dashboard.html"
     assert str(path) in done.stdout
@@ -484,6 +515,9 @@ def test_the_command_builds_the_dashboard_of_a_crosscoder_on_disk(tiny_student, 
     assert any(value is not None for value in data["values"]["nu_err"])
     assert all(value is not None for value in data["values"]["template_share"])
     assert dict(data["facts"])["model"] == "tiny-student"
+    own = [j if largest else None for j, largest in enumerate(data["largest"])]
+    assert data["values"]["match"] == own != [None] * 12
+    assert "have a partner of their own" in data["summary"]["sentences"][-1]
     assert str(tmp_path) not in path.read_text()
 
 

@@ -33,6 +33,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "crosscoder": made_up_dashboard(N, WITH_EXAMPLES),
         "sae": made_up_dashboard(30, 30, two_models=False),
         "partition": made_up_dashboard(30, 5, n_delta=8),
+        "matched": made_up_dashboard(30, 10, matched=True),
         "measured": made_up_dashboard(30, 10, measured=True),
     }
     for name, dashboard in made.items():
@@ -330,6 +331,26 @@ def test_labels_and_causal_effects_are_shown_and_searched_where_they_were_measur
     assert rows(again)[:3] == [0, 1, 2]
 
 
+def test_the_latents_of_two_dictionaries_are_compared_in_a_table_of_their_own(open_page):
+    assert open_page().is_hidden("#matched")
+    page = open_page(file="matched")
+    assert "partner" not in page.locator("#heads th").all_inner_texts()
+    page.focus("#matched")
+    page.keyboard.press("Enter")
+    assert page.get_attribute("#matched", "aria-pressed") == "true"
+    heads = [head.rstrip("↓") for head in page.locator("#heads th").all_inner_texts()]
+    partners = ["partner", "partner's cosine", "partner's class", "partner's frequency", "partner fires on"]
+    assert heads == ["latent", "class", "relative norm", "frequency", *partners, "fires on"]
+    assert rows(page) == [latent for latent in range(30) if is_alive(latent)]
+    again = open_page("#" + page.url.split("#")[1], file="matched")
+    cells = again.locator("#rows tr >> nth=3 >> td").all_inner_texts()
+    assert cells[3:8] == ["103", "0.970", "between", "50.0%", "its <3>"]
+    again.fill("#search", "its <12>")
+    assert rows(again) == [12]
+    page.click("#matched")
+    assert page.url.endswith("html#") and page.input_value("#sort") == "norm_distance"
+
+
 def test_what_is_sorted_by_is_a_column(open_page):
     page = open_page()
     assert page.get_attribute("#heads th:has-text('distance from')", "aria-sort") == "descending"
@@ -606,11 +627,11 @@ def test_one_value_far_off_does_not_squeeze_the_chart_of_the_others(open_page):
 # How it looks
 
 
-@pytest.mark.parametrize("file", ["crosscoder", "sae"])
-@pytest.mark.parametrize("fragment", ["", "#latent=20", f"#latent={HOSTILE_LATENT}", "#latent=45"])
+@pytest.mark.parametrize("file", ["crosscoder", "sae", "matched"])
+@pytest.mark.parametrize("fragment", ["", "#matched=1", "#latent=20", f"#latent={HOSTILE_LATENT}", "#latent=45"])
 def test_on_a_phone_nothing_sticks_out(open_page, fragment, file):
     page = open_page(fragment, file, **PHONE)
-    if not fragment:
+    if "latent" not in fragment:
         page.click("#filters summary")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.evaluate("scrollTo(500, 0)")
@@ -667,17 +688,18 @@ def test_all_text_has_the_contrast_that_reading_needs(open_page, scheme, fragmen
 
 
 def test_on_a_screen_the_table_has_room_for_all_of_its_columns(open_page):
-    for file in ("crosscoder", "sae", "partition"):
-        page = open_page(file=file)
+    views = {"crosscoder": "", "sae": "", "partition": "", "measured": "", "matched": "#matched=1&sort=-match_cosine"}
+    for file, fragment in views.items():
+        page = open_page(fragment, file)
         assert page.evaluate("document.getElementById('scroll').scrollWidth") <= 1300 - 2 * 24
         assert (
             page.evaluate("Math.max(...[...document.querySelectorAll('#rows tr')].map(row => row.offsetHeight))") < 45
         )
 
 
-@pytest.mark.parametrize("fragment", ["", "#latent=20"])
+@pytest.mark.parametrize("fragment", ["", "#latent=20", "#matched=1&sort=-match_cosine"])
 def test_everything_that_is_used_has_a_name_and_headings_leave_out_no_level(open_page, fragment):
-    page = open_page(fragment)
+    page = open_page(fragment, "matched")
     nameless = page.evaluate("""() => [...document.querySelectorAll("button, input, select, a, table, svg, [tabindex]")]
       .filter((e) => e.checkVisibility() && !(e.textContent.trim() || e.ariaLabel || e.labels?.length || e.caption))
       .map((e) => e.outerHTML)""")

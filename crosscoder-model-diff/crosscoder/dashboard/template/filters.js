@@ -14,7 +14,7 @@ const extents = new Map(numberColumns.map((column) => [column.key, extentOf(data
 
 function defaultView() {
   const sort = ["norm_distance", "difference_share", "frequency"].find((key) => columnOf.has(key));
-  return { query: "", sort, descending: true, words: new Map(), ranges: new Map(), ...NO_FLAGS };
+  return { query: "", sort, descending: true, matched: false, words: new Map(), ranges: new Map(), ...NO_FLAGS };
 }
 
 let view = defaultView();
@@ -93,7 +93,7 @@ function viewToHash(latent = null) {
   }
   for (const [key, allowed] of view.words) parts.set(key, [...allowed].join(","));
   for (const [key, [low, high]] of view.ranges) parts.set(key, `${low ?? ""}..${high ?? ""}`);
-  for (const flag of Object.keys(NO_FLAGS)) if (view[flag]) parts.set(flag, "1");
+  for (const flag of ["matched", ...Object.keys(NO_FLAGS)]) if (view[flag]) parts.set(flag, "1");
   return `#${parts}`;
 }
 
@@ -111,7 +111,8 @@ function viewFromHash(parts) {
     const ends = (parts.get(key) ?? "").split("..").map((end) => (end === "" ? null : Number(end)));
     if (parts.has(key) && ends.length === 2 && !ends.some(Number.isNaN)) read.ranges.set(key, ends);
   }
-  for (const flag of Object.keys(NO_FLAGS)) read[flag] = parts.get(flag) === "1";
+  for (const flag of ["matched", ...Object.keys(NO_FLAGS)]) read[flag] = parts.get(flag) === "1";
+  read.matched &&= columnOf.has("match");
   read.content &&= columnOf.has("template_share");
   return read;
 }

@@ -74,6 +74,11 @@ function setUpForm() {
     viewChanged();
     document.querySelector(`[data-sort="${key}"]`).focus();
   });
+  document.getElementById("matched").addEventListener("click", () => {
+    view.matched = !view.matched;
+    Object.assign(view, view.matched ? { sort: "match_cosine", descending: true } : (({ sort, descending }) => ({ sort, descending }))(defaultView()));
+    viewChanged();
+  });
   document.getElementById("save").addEventListener("click", saveTable);
   search.addEventListener("input", () => { view.query = search.value; viewChanged(); });
   document.getElementById("controls").addEventListener("submit", (event) => event.preventDefault());

@@ -16,6 +16,9 @@ function refreshTable() {
 }
 
 function drawTable() {
+  const matched = document.getElementById("matched");
+  matched.hidden = !columnOf.has("match");
+  matched.setAttribute("aria-pressed", view.matched);
   drawHeads();
   document.getElementById("rows").replaceChildren(
     ...shown.slice(firstShown, firstShown + ROWS_ON_PAGE).map(tableRow),
@@ -35,14 +38,20 @@ function drawTable() {
   drawOverview();
 }
 
+// Of a latent's own figures, those that stand beside its partner's in another dictionary.
+const BESIDE_PARTNER = ["label", "kind", "relative_decoder_norm", "frequency"];
+
 /** What is sorted by is always shown. */
 function tableColumns() {
-  return data.columns.filter((column) => column.in_table || column.key === view.sort);
+  const wanted = ({ key, in_table, matched }) => view.matched ? matched || BESIDE_PARTNER.includes(key) : in_table;
+  const found = data.columns.filter((column) => wanted(column) || column.key === view.sort);
+  return [...found.filter((column) => !column.matched), ...found.filter((column) => column.matched)];
 }
 
-/** Where latents have labels, those stand in place of the tokens that they promote. */
+/** Where latents have labels, or partners are shown, those stand in place of the tokens that latents promote. */
 function tokenColumns() {
-  return [...TEXT_COLUMNS.keys()].filter((key) => !columnOf.has("label") || key === "topTokens" || key === view.sort);
+  const promoted = !view.matched && !columnOf.has("label");
+  return [...TEXT_COLUMNS.keys()].filter((key) => promoted || key === "topTokens" || key === view.sort);
 }
 
 function tokensOf(key, latent) {
@@ -64,7 +73,8 @@ function drawHeads() {
 /** `major` columns stay on a phone, and so does the one that is sorted by. */
 function cellClass(key) {
   const kind = columnOf.get(key)?.kind ?? (key === "latent" ? "count" : "tokens");
-  const major = ["latent", "label", columnOf.has("label") ? "label" : "kind", "topTokens"].includes(key) || key === view.sort;
+  const always = ["latent", columnOf.has("label") ? "label" : "kind", "topTokens", "match", "match_cosine"];
+  const major = always.includes(key) || key === view.sort;
   return `${["word", "text", "tokens"].includes(kind) ? kind : "figure"}${major ? " major" : ""}`;
 }
 
