@@ -71,11 +71,10 @@ def write_figures(found: Findings, folder: Path) -> list[Path]:
 
 def write_tables(found: Findings, folder: Path) -> list[Path]:
     """latents.csv, most_changed.csv, explained_variance.csv, and where latents have classes classes.csv and
-    confirmed.csv. The labels of an earlier latents.csv stay, where it is of the same dictionary."""
+    confirmed.csv."""
     names = ("latents", "most_changed", "explained_variance", "classes", "confirmed")
     paths = {name: folder / f"{name}.csv" for name in names}
-    labels = {k: v for k, v in tables.read_added(paths["latents"], found.rows).items() if k != tables.EFFECT}
-    tables.write_latent_table(paths["latents"], found.rows, labels)
+    tables.write_latent_table(paths["latents"], found.rows)
     tables.write_latent_table(paths["most_changed"], found.most_changed)
     tables.write_csv(paths["explained_variance"], kind_rows(found.by_kind))
     if found.two_models is None:
@@ -135,7 +134,8 @@ def write_effects(found: Findings, effects: Sequence[float], folder: Path) -> No
     """The causal effect of every latent, as a further column of the latents.csv that is there."""
     path = folder / "latents.csv"
     added = tables.read_added(path, found.rows) | {tables.EFFECT: effects}
-    tables.write_latent_table(path, found.rows, added)
+    more = {row.latent: {name: values[row.latent] for name, values in added.items()} for row in found.rows}
+    tables.write_latent_table(path, found.rows, more)
 
 
 def write_page(

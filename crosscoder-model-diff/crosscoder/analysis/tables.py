@@ -184,16 +184,19 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def write_latent_table(path: Path, rows: Sequence[LatentRow], added: Mapping[str, Sequence[Any]] | None = None) -> None:
-    """latents.csv: the rows in their order, and `added` columns, which have a value for every latent."""
-    of_row = [asdict(row) | {name: values[row.latent] for name, values in (added or {}).items()} for row in rows]
-    write_csv(path, of_row, [field.name for field in fields(LatentRow)])
+def write_latent_table(path: Path, rows: Sequence[LatentRow], more: Mapping[int, dict[str, Any]] | None = None) -> None:
+    """latents.csv: the rows in their order; `more` has further columns, by latent."""
+    cells = [asdict(row) | (more or {}).get(row.latent, {}) for row in rows]
+    write_csv(path, cells, [field.name for field in fields(LatentRow)])
 
 
 def read_added(path: Path, rows: Sequence[LatentRow]) -> dict[str, list[Any]]:
     """The columns of ADDED that a latents.csv has, with None for an empty cell; none where it is not there, or is of
     another dictionary than the `rows`, which the frequencies tell. UserError where a number cannot be read."""
-    there = list(csv.DictReader(path.read_text().splitlines(keepends=True))) if path.exists() else []
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        there = list(csv.DictReader(file))
     try:
         frequencies = [float(of.get("frequency") or "nan") for of in there]
         if len(there) != len(rows) or not all(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 COLUMNS = (
     Column("label", "label", "What a language model calls the latent, from its examples.", "text"),
     Column("label_score", "label score", "How well the label alone tells text on which the latent fires from other "
-           "text, on examples that it was not made from: 0 to 1.", "number", in_table=False),
+           "text, on examples that it was not made from: 1 is always, 0.5 is chance.", "number", in_table=False),
     Column("part", "part", "Of the partition: shared latents have one decoder vector for both models, delta latents "
            "alone tell the models apart.", "word"),
     Column("kind", "class", "By Delta: below 0.1 instruct-only, 0.4 to 0.6 shared, above 0.9 fine-tuned-only. "

@@ -27,8 +27,10 @@ from made_up_documents import write_documents
 from crosscoder.activations.collection import Document
 from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis import measures as analysis
+from crosscoder.analysis.findings import find
 from crosscoder.analysis.latent_scaling import latent_scaling
-from crosscoder.analysis.tables import ADDED, write_csv
+from crosscoder.analysis.tables import ADDED, read_added, write_csv
+from crosscoder.dashboard.records import DashboardConfig
 from crosscoder.dictionaries.checkpoint import load_dictionary, save_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig
 from crosscoder.dictionaries.methods import StagewiseSAE, new_dictionary
@@ -36,6 +38,7 @@ from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.extra_readings import load_pair, open_second
 from crosscoder.names import ActivationChoice, crosscoder_folder, name_of_method
 from crosscoder.opening import ReadingConfig, open_reading
+from crosscoder.results import write_page
 from finqa.models import students
 from finqa.runtime.errors import UserError
 from finqa.runtime.journal import KeyedJournal
@@ -224,6 +227,30 @@ def test_the_first_screen_of_the_dashboard_says_what_the_tables_say(analysed, ch
     assert {phrase for phrase in expected if phrase not in said} == set()
     assert shown[: len(changed)] == [int(row["latent"]) for row in changed]
     assert re.search(r"^(\d+) of the 10 latents", said)
+
+
+@pytest.mark.slow
+def test_the_dashboard_has_the_labels_of_latents_csv_unless_it_is_of_another_dictionary(made, analysed, tmp_path):
+    words = [*made.words()[:-3], str(tmp_path), "--method", "batchtopk"]
+    folder = shutil.copytree(analysed("batchtopk"), tmp_path / made.name("batchtopk"))
+    found = find(open_reading(words))
+    labelled = [
+        row | {"label": f"label {row['latent']}", "label_score": "0.75"} for row in table(folder / "latents.csv")
+    ]
+    labelled[1] |= {"label": "", "label_score": ""}
+    labelled[2] |= {"label": "a\u2028b\nc"}
+    write_csv(folder / "latents.csv", labelled)
+    write_page(found, DashboardConfig())
+    assert {"label", "label_score"} == columns_of_page(folder) & set(ADDED)
+    assert read_added(folder / "latents.csv", found.rows)["label"][:3] == ["label 0", None, "a\u2028b\nc"]
+    for wrong in ("0.123", "x"):
+        write_csv(folder / "latents.csv", [row | {"frequency": wrong} for row in labelled])
+        if wrong == "0.123":
+            write_page(found, DashboardConfig())
+            assert columns_of_page(folder).isdisjoint(ADDED)
+        else:
+            with pytest.raises(UserError, match=r"latents\.csv: could not convert string to float"):
+                write_page(found, DashboardConfig())
 
 
 @pytest.mark.slow
@@ -491,17 +518,10 @@ def test_sets_of_latents_are_patched_into_the_models(with_adapter, method, tmp_p
     report = json.loads((folder / "causal" / "causal.json").read_text())
     assert (report["n_questions"], report["n_choosing"]) == (1, 1)
     capsys.readouterr()
-    rows = [row | {"label": f"label {row['latent']}", "label_score": "0.75"} for row in table(folder / "latents.csv")]
-    write_csv(folder / "latents.csv", rows)
     assert run_here(*words) == 0
     assert not (folder / "causal.csv").exists()
     assert not (folder / "causal.png").exists()
-    assert {"label", "label_score"} == columns_of_page(folder) & set(ADDED)
-    kept = table(folder / "latents.csv")
-    assert [row["label"] for row in kept] == [row["label"] for row in rows] and "causal_effect" not in kept[0]
-    write_csv(folder / "latents.csv", [row | {"frequency": "0.123"} for row in rows])
-    assert run_here(*words) == 0
-    assert "label" not in table(folder / "latents.csv")[0]  # they were another dictionary's
+    assert columns_of_page(folder).isdisjoint(ADDED)
     assert run_here(*words, "--causal", -3) == 1
     assert "--causal -3" in capsys.readouterr().err
 

@@ -271,6 +271,9 @@ def test_the_view_stands_in_the_address_and_opens_from_there(open_page):
     assert again.input_value("#search") == "word1"
     assert again.input_value("input[name=nu_err-to]") == "0.5"
     assert again.input_value("#sort") == "frequency"
+    # Who is sent a view sees the table, and who is not the summary.
+    top = "document.getElementById('list-heading').getBoundingClientRect().top"
+    assert again.evaluate(top) < 50 < open_page().evaluate(top)
 
 
 def test_the_link_of_a_latent_keeps_the_view_of_the_table(open_page):
@@ -527,6 +530,14 @@ def test_a_latent_with_examples_has_every_part(open_page):
     alone = page.locator(".promoted >> nth=0 >> .alone").all_inner_texts()
     assert set(alone) == lists[0] - lists[1]
     assert page.locator("#latent svg rect").count() == 30
+
+
+def test_a_latent_that_fires_on_one_page_alone_says_that_it_has_one_context(open_page):
+    page = open_page("#latent=20")
+    assert "one context" not in page.inner_text("#latent")
+    page.evaluate("data.examples[22][0].length = 1; location.hash = 'latent=22';")
+    expect_latent(page, 22)
+    assert "All of its firings are on one page, so there is one context." in page.inner_text("#latent")
 
 
 def test_a_latent_without_examples_shows_its_context_and_the_page_says_how_many_have_them(open_page):

@@ -181,4 +181,6 @@ refreshTable();
 addEventListener("hashchange", route);
 document.addEventListener("keydown", onKey);
 route();
+// Who is sent a view of the table is to see the table.
+if (!list.hidden && viewToHash() !== "#") document.getElementById("list-heading").scrollIntoView();
 document.documentElement.dataset.ready = "";
