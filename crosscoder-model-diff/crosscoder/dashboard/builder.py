@@ -16,7 +16,7 @@ from crosscoder.activations.layout import token_texts
 from crosscoder.analysis.lens import Unembedding, promoted_tokens
 from crosscoder.analysis.tables import EFFECT, lean
 from crosscoder.analysis.token_kinds import token_kinds
-from crosscoder.dashboard.examples import ExampleMaker
+from crosscoder.dashboard.examples import ExampleMaker, Family
 from crosscoder.dashboard.firings import gather_firings, groups_within
 from crosscoder.dashboard.records import Column, Dashboard, DashboardConfig, Examples, LatentPage, Summary, Value
 from crosscoder.dictionaries.config import N_MODELS
@@ -70,6 +70,10 @@ COLUMNS = (
     Column("completion_share", "in programs", "Of the tokens on which it is active, the share in programs.", "share"),
     Column("template_share", "on template", "Of its summed activation, the share on tokens that every document has "
            "alike: chat mark-up, the request, the markers.", "share"),
+    Column("family", "question family", "Of a latent with examples: the family on whose questions it is most active; "
+           "in brackets whether fine-tuning added it (new).", "word", in_table=False),
+    Column("family_times", "times the mean", "Activation on a question of that family, summed over its tokens, as a "
+           "multiple of the mean over all questions.", "number", in_table=False),
     Column("difference_share", "share of difference", "Of what all latents write into the difference of the two "
            "models, the part of this one: mean squared activation times the squared length of what it adds to the "
            "difference.", "share", in_table=False),
@@ -115,7 +119,9 @@ def build_dashboard(
     first = dict.fromkeys([*summary.changed, *(row.latent for row in by_interest(alive, statistics))])
     chosen = list(first)[: config.n_with_examples]
     largest = statistics.top_values[:, 0]
-    examples, histograms = _examples(reading, torch.tensor(chosen, dtype=torch.int64), statistics, config)
+    examples, families, histograms = _examples(reading, torch.tensor(chosen, dtype=torch.int64), statistics, config)
+    for latent, (name, times) in families.items():
+        values[latent] |= {"family": name, "family_times": times}
     directions = decoder_directions(model)
     promoted = [_promoted(vectors, reading.unembedding, config.n_promoted) for vectors in directions.values()]
     nearest = nearest_latents(model, statistics.dead, config.n_nearest)
@@ -199,10 +205,11 @@ def nearest_latents(model: BatchTopKCrosscoder, dead: Tensor, n: int) -> list[tu
 
 def _examples(
     reading: Reading, chosen: Tensor, statistics: LatentStatistics, config: DashboardConfig
-) -> tuple[dict[int, Examples], Tensor]:
-    """Examples of the chosen latents, and [latent, bin] histograms of all."""
+) -> tuple[dict[int, Examples], dict[int, Family], Tensor]:
+    """Examples and question families of the chosen latents, and [latent, bin] histograms of all."""
     maker = ExampleMaker(reading.store, config, token_kinds(reading.store, reading.tokenizer))
     examples: dict[int, Examples] = {}
+    families: dict[int, Family] = {}
     histograms = torch.empty(0)
     for group in groups_within(chosen, statistics.n_firings, config.max_firings_held):
         firings, histograms = gather_firings(
@@ -213,7 +220,8 @@ def _examples(
             made = maker.examples(latent, tokens.numpy(), values.numpy())
             if made is not None:
                 examples[latent] = made
-    return examples, histograms
+                families[latent] = maker.family(reading.families, tokens.numpy(), values.numpy())
+    return examples, families, histograms
 
 
 def _values(row: LatentRow, model: BatchTopKCrosscoder, added: Mapping[str, Sequence[Value]]) -> dict[str, Value]:

@@ -336,6 +336,29 @@ def test_latent_scaling_has_columns_only_where_it_was_done(reading):
     assert [dashboard.pages[j].values["exclusivity"] for j in (0, 1)] == [None, 0.75]
 
 
+def test_a_latent_has_the_family_of_the_questions_that_it_is_most_active_on(reading, f):
+    assert "family" not in {column.key for column in built(reading).columns}
+    names = [document.id for document in reading.store.documents]
+    of = {name: ("ratio (new)", "change (known)", "sum (known)")[i % 3] for i, name in enumerate(names)}
+    dashboard = built(replace(reading, families=of))
+    document = reading.store.document.numpy()
+    for page in dashboard.pages:
+        sums = np.bincount(document, f[:, page.latent], len(names))
+        if (sums > 0).sum() < 10:
+            assert page.values["family"] is page.values["family_times"] is None
+            continue
+        means = {
+            family: np.mean([sums[i] for i, name in enumerate(names) if of[name] == family]) for family in of.values()
+        }
+        best = max(means, key=lambda family: means[family])
+        assert page.values["family"] == best
+        assert page.values["family_times"] == pytest.approx(means[best] / sums.mean(), rel=1e-5)
+    assert dashboard.pages[DEAD].values["family"] is None != dashboard.pages[0].values["family"]
+    assert "family" not in {
+        column.key for column in built(replace(reading, families={names[0]: "ratio (new)"})).columns
+    }
+
+
 def test_latents_of_another_seed_are_matched_with_those_that_are_alike(reading):
     order = torch.randperm(N_LATENTS, generator=generator(5))
     second = new_dictionary(reading.model.config, generator=generator(2))

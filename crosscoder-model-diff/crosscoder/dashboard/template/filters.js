@@ -70,8 +70,7 @@ function comparison() {
 
 function sortValues() {
   if (!TEXT_COLUMNS.has(view.sort)) return (latent) => data.values[view.sort][latent];
-  const lists = view.sort === "topTokens" ? data.topTokens : data.promoted[Number(view.sort.slice("promoted".length))];
-  return (latent) => lists[latent].map(word).join("").trim().toLowerCase();
+  return (latent) => tokensOf(view.sort, latent).map(word).join("").trim().toLowerCase();
 }
 
 function sortLabel(key) {

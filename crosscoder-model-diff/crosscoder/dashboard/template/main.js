@@ -76,7 +76,7 @@ function setUpForm() {
   });
   document.getElementById("matched").addEventListener("click", () => {
     view.matched = !view.matched;
-    Object.assign(view, view.matched ? { sort: "match_cosine", descending: true } : (({ sort, descending }) => ({ sort, descending }))(defaultView()));
+    Object.assign(view, { sort: view.matched ? "match_cosine" : defaultView().sort, descending: true });
     viewChanged();
   });
   document.getElementById("save").addEventListener("click", saveTable);

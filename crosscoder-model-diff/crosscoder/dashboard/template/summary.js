@@ -17,7 +17,7 @@ function changedColumns() {
   const label = ["label", "text", (latent) => valueOf("label", latent) ?? chips(data.topTokens[latent].slice(0, 4))];
   return [
     columnOf.has("label") ? label : fires,
-    ...[data.summary.by, "causal_effect", "completion_share"].filter((key) => columnOf.has(key)).map(figure),
+    ...[data.summary.by, "causal_effect", "completion_share", "family"].filter((key) => columnOf.has(key)).map(figure),
     ["strongest example", "firing", firing],
   ];
 }
