@@ -32,8 +32,8 @@ def summary_of(found: Findings, causal: Sequence[Mapping[str, Any]] = ()) -> Sum
     changed = tables.most_changed(found.rows, N_CHANGED, found.config.min_frequency)
     programs = sum(row.completion_share > 0.5 for row in changed)
     first = (
-        f"{programs} of the {len(changed)} latents that changed most fire mostly in the programs that the model "
-        f"writes, the others mostly in what it reads. Below they are listed, {ORDERS[leading(changed)]}."
+        f"{programs} of the {len(changed)} latents that changed most fire mostly in what the model writes, "
+        f"{len(changed) - programs} mostly in what it reads. Below they are listed, {ORDERS[leading(changed)]}."
     )
     sentences = (first, explained(found), *counted(found.rows), *caused(causal))
     return Summary(sentences, tuple(row.latent for row in changed), leading(changed))

@@ -647,6 +647,8 @@ def test_on_a_phone_nothing_sticks_out(open_page, fragment, file):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.evaluate("scrollTo(500, 0)")
     assert page.evaluate("scrollX") == 0
+    if "latent" not in fragment:
+        assert page.locator("#changed .firing >> nth=0").bounding_box()["width"] > 200
 
 
 def luminance(page: Any) -> float:

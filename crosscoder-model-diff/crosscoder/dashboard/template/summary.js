@@ -10,14 +10,17 @@ function showSummary() {
   document.getElementById("changed-heads").replaceChildren(...heads);
 }
 
-/** [head, class, latent => content] of the columns; what was not measured has none. */
+/** [head, class of its cells, latent => content] of the columns; what was not measured has none. */
 function changedColumns() {
   const figure = (key) => [columnOf.get(key).label, `figure ${key}`, (latent) => tableCell(columnOf.get(key), latent)];
+  const family = ["most active on questions of", "family", (latent) => valueOf("family", latent) === null ? "–"
+    : `${valueOf("family", latent)}, ${threeDigits(valueOf("family_times", latent))} times the mean`];
   const fires = ["fires on", "tokens", (latent) => chips(data.topTokens[latent].slice(0, 4))];
   const label = ["label", "text", (latent) => valueOf("label", latent) ?? chips(data.topTokens[latent].slice(0, 4))];
   return [
     columnOf.has("label") ? label : fires,
-    ...[data.summary.by, "causal_effect", "completion_share", "family"].filter((key) => columnOf.has(key)).map(figure),
+    ...[data.summary.by, "causal_effect", "completion_share"].filter((key) => columnOf.has(key)).map(figure),
+    ...(columnOf.has("family") ? [family] : []),
     ["strongest example", "firing", firing],
   ];
 }
