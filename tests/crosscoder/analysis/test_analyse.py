@@ -374,7 +374,7 @@ def test_the_notebook_runs_top_to_bottom_and_writes_what_the_command_writes(made
     page = (tmp_path / "analysis_and_dashboard.html").read_text()
     texts = re.findall(r'<img alt="([^"]*)"', page)
     assert {text.partition(": ")[0].replace(" ", "_") for text in texts} == OF_ALL | OF_TWO_MODELS
-    assert len(texts) == page.count('src="data:image/png') == len(OF_ALL | OF_TWO_MODELS), texts
+    assert len(texts) == page.count('src="data:image/png;base64,iVBOR') == len(OF_ALL | OF_TWO_MODELS), texts
     assert "<em>Left out" not in page
 
 
