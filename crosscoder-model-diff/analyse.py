@@ -18,10 +18,12 @@ Writes into crosscoder-model-diff/results/<crosscoder's name>/
     classes.csv                      latents by class, and how many of each latent scaling confirms as exclusive
     confirmed.csv                    the latents that it confirms, whatever their class
     explained_variance.csv           on all held-out tokens, and by kind of token
-    stability.csv                    with --second-seed: latents matched one to one, by class, beside what chance gives
+    stability.csv                    with --second-seed: latents matched one to one, by class, beside what chance gives;
+                                     each latent's partner is on the dashboard
     splicing.csv                     with --splice: loss recovered when reconstructions take the activations' place
     causal.csv and its figure        with --causal: share of the gap between the models that sets of latents recover,
-                                     put into the one or taken out of the other, beside controls
+                                     put into the one or taken out of the other, beside controls; each latent's own
+                                     effect is in latents.csv and on the dashboard
     analysis.json                    every number that the figures show, with what it was counted over
     dashboard.html                   every latent, to be looked up; no server and no network needed
     analysis.run.json                the run manifest
@@ -40,6 +42,7 @@ import argparse
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crosscoder.dashboard.records import DashboardConfig
@@ -120,6 +123,9 @@ def main() -> None:
         for name in extra_tables(args, extras, found, second):
             print(f"{name}.csv in {folder}", flush=True)
             manifest()
+        if extras.dashboard and (second is not None or extras.causal is not None):
+            other = (Path(str(extras.second_seed)).name, second) if second is not None else None
+            print(write_page(found, dashboard, second=other), flush=True)
 
 
 def extra_tables(
@@ -127,7 +133,7 @@ def extra_tables(
 ) -> Iterator[str]:
     """Make the tables of --second-seed, --splice and --causal, and name each once it is written."""
     from crosscoder.extra_readings import causal_rows, cause, load_pair, splice, stability_table
-    from crosscoder.results import write_causal_figure, write_extra
+    from crosscoder.results import write_causal_figure, write_effects, write_extra
 
     folder = found.reading.results
     if second is not None:
@@ -140,8 +146,9 @@ def extra_tables(
         write_extra("splicing", splice(found.reading, pair), folder)
         yield "splicing"
     if extras.causal is not None:
-        report = cause(found, pair, extras.causal or None)
+        report, effects = cause(found, pair, extras.causal or None)
         write_causal_figure(report, folder)
+        write_effects(found, effects, folder)
         write_extra("causal", causal_rows(report), folder)
         yield "causal"
 

@@ -47,14 +47,15 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def open_second(reading: Reading, name: Path | str) -> BatchTopKCrosscoder:
+def open_second(reading: Reading, name: Path | str, any_method: bool = False) -> BatchTopKCrosscoder:
     """The dictionary that stability is measured against; UserError where it cannot be compared with the one read."""
     folder = find_checkpoint(name)
     config, own = read_config(folder), reading.model.config
     fingerprint = reading.store.config.recorded.get("fingerprint")
     if config.activations and config.activations["fingerprint"] != fingerprint:
         raise UserError(f"{folder} was trained on other activations than those in {reading.store.folder}")
-    if (config.crosscoder.method, config.crosscoder.d_model) != (own.method, own.d_model):
+    same = any_method or config.crosscoder.method == own.method
+    if not same or config.crosscoder.d_model != own.d_model:
         other = f"{config.crosscoder.method} of width {config.crosscoder.d_model}"
         raise UserError(f"{folder} is a {other}, and cannot be matched with a {own.method} of width {own.d_model}")
     return load_dictionary(folder).to(reading.model.b_dec.device)
@@ -111,13 +112,14 @@ def splice(reading: Reading, pair: Pair) -> list[dict[str, Any]]:
     return splice_rows(loss_recovered(losses))
 
 
-def cause(found: Findings, pair: Pair, n_documents: int | None = None) -> dict[str, Any]:
-    """causal_report on the first so many held-out documents (None: all), its files in the results' causal/.
+def cause(found: Findings, pair: Pair, n_documents: int | None = None) -> tuple[dict[str, Any], list[float]]:
+    """causal_report on the first so many held-out documents (None: all), its files in the results' causal/; and the
+    estimated effect of every latent, in nats a document, by which it ranks them.
 
     Latents are ranked by their estimated effect on as many training documents. What is patched is teacher-forced: the
     set has no labels, so no replies are written.
     """
-    from crosscoder.interventions.causal_report import CausalConfig, causal_report
+    from crosscoder.interventions.causal_report import CausalConfig, causal_report, kept_survey
     from crosscoder.interventions.causal_rows import Asked
 
     reading, two = found.reading, found.two_models
@@ -127,17 +129,21 @@ def cause(found: Findings, pair: Pair, n_documents: int | None = None) -> dict[s
     choosing = store.document[split.train].unique().tolist()[: len(held_out)]
     asked, choose_on = (stored_texts(store, numbers, bos_id) for numbers in (held_out, choosing))
     say(f"patching sets of latents on {len(asked)} held-out documents")
-    return causal_report(
+    target, folder = target_of(store), reading.results / "causal"
+    config = CausalConfig(cells_at_once=min(CausalConfig.cells_at_once, max(8, PATCHES_AT_ONCE // len(asked))))
+    report = causal_report(
         reading.model,
         pair,
         [Asked(document) for document in asked],
         choose_on,
-        target_of(store),
-        reading.results / "causal",
-        CausalConfig(cells_at_once=min(CausalConfig.cells_at_once, max(8, PATCHES_AT_ONCE // len(asked)))),
+        target,
+        folder,
+        config,
         scaling=two.scaling if two else None,
         say=say,
     )
+    effect = kept_survey(folder, reading.model, pair, choose_on, target, config.batch_tokens, say).effect
+    return report, (effect / len(choose_on)).tolist()
 
 
 def causal_rows(report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.dictionaries.config import READ_TOKENS
 from crosscoder.names import (
+    ActivationChoice,
     CrosscoderChoice,
     add_activation_flags,
     choice_from_args,
@@ -20,7 +21,8 @@ from crosscoder.names import (
 from finqa.models import students
 from finqa.runtime.command_line import add_flags, flag, from_args, words_of
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import Folders
+from finqa.runtime.paths import Folders, chosen_splits
+from finqa.task.records import read_questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +47,8 @@ class Reading:
     """Of the base model."""
     results: Path
     """Folder of its figures and tables."""
+    families: Mapping[str, str] = field(default_factory=dict)
+    """Question family of every document, by its id, where the data set knows it and its clean rows are here."""
 
 
 @dataclass(frozen=True)
@@ -115,4 +119,12 @@ def open_reading_of(args: argparse.Namespace) -> Reading:
         tokenizer=tokenizer,
         unembedding=read_unembedding(choice.student.model, len(tokenizer), choice.student.revision),
         results=crosscoder.results_dir / name,
+        families=question_families(folders, choice),
     )
+
+
+def question_families(folders: Folders, choice: ActivationChoice) -> dict[str, str]:
+    """The family of every question that has one, by its id, as `name (new)` or `name (known)`."""
+    paths = [folders.clean(choice.student.dataset, split) for split in chosen_splits(choice.split)]
+    questions = [question for path in paths if path.exists() for question in read_questions(path)]
+    return {each.id: f"{each.family} ({each.family_kind})" for each in questions if each.family}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from crosscoder.dashboard.records import DashboardConfig
+    from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 
 def _relative_norms(found: Findings) -> Figure | None:
@@ -128,13 +130,37 @@ def write_numbers(found: Findings, folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def write_page(found: Findings, config: DashboardConfig) -> str:
-    """Write dashboard.html; a line about it."""
-    from crosscoder.dashboard.builder import build_dashboard
-    from crosscoder.dashboard.page import write_dashboard
+def write_effects(found: Findings, effects: Sequence[float], folder: Path) -> None:
+    """The causal effect of every latent, as a further column of the latents.csv that is there."""
+    path = folder / "latents.csv"
+    added = tables.read_added(path, found.rows) | {tables.EFFECT: effects}
+    more = {row.latent: {name: values[row.latent] for name, values in added.items()} for row in found.rows}
+    tables.write_latent_table(path, found.rows, more)
 
-    path = found.reading.results / "dashboard.html"
-    dashboard = build_dashboard(found.reading, found.statistics, found.rows, config, found.explained)
+
+def write_page(
+    found: Findings,
+    config: DashboardConfig,
+    path: Path | None = None,
+    second: tuple[str, BatchTopKCrosscoder] | None = None,
+) -> str:
+    """Write dashboard.html; a line about it. What latents.csv and analysis.json tell of labels and of causal effects is
+    in it, and the partners of the latents in a `second` dictionary, which is given with its name."""
+    from crosscoder.dashboard.builder import build_dashboard
+    from crosscoder.dashboard.matching import matched
+    from crosscoder.dashboard.page import write_dashboard
+    from crosscoder.dashboard.summary import summary_of
+
+    folder = found.reading.results
+    path = path or folder / "dashboard.html"
+    added = tables.read_added(folder / "latents.csv", found.rows)
+    numbers = folder / "analysis.json"
+    causal = json.loads(numbers.read_text()).get("causal", []) if tables.EFFECT in added and numbers.exists() else []
+    summary = summary_of(found, causal)
+    if second is not None:
+        columns, sentence = matched(found, *second)
+        summary, added = replace(summary, sentences=(*summary.sentences, sentence)), added | columns
+    dashboard = build_dashboard(found.reading, found.statistics, found.rows, summary, config, added)
     size = write_dashboard(path, dashboard)
     n = sum(page.examples is not None for page in dashboard.pages)
     return f"{path}: {size / 1e6:.1f} MB, {len(dashboard.pages):,} latents, {n:,} with examples"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_up_activations import D_MODEL, DOCUMENT_TOKENS, N_DOCUMENTS, planted_activations, write_store
@@ -10,6 +13,23 @@ from made_up_activations import D_MODEL, DOCUMENT_TOKENS, N_DOCUMENTS, planted_a
 from crosscoder.activations.store import ActivationStore
 from finqa.runtime.paths import Folders
 from finqa.task.records import TeacherRow, write_teacher_rows
+
+INSTALL = "install a browser for these tests: apt-get install -y chromium && pip install playwright"
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        pytest.skip(INSTALL)
+    if program is None:
+        pytest.skip(INSTALL)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

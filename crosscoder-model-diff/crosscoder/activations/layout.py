@@ -108,7 +108,10 @@ def _mark_up(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[int, str]:
-    """Each token as it reads inside a text: a tokenizer decodes a token that comes first without its space."""
+    """Each token as it reads inside a text: a tokenizer decodes a token that comes first without its space.
+
+    Bytes that are part of a character alone, such as the first of the three of a curly apostrophe, read <0xE2>.
+    """
 
     def text(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
@@ -119,4 +122,21 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[
     for i in ids:
         both = text([*anchor, i])
         texts[i] = both[len(before) :] if both.startswith(before) else text([i])
+        if "\ufffd" in texts[i]:
+            texts[i] = _with_byte_marks(str(tokenizer.convert_ids_to_tokens(i)), texts[i])
     return texts
+
+
+def _with_byte_marks(token: str, text: str) -> str:
+    """A vocabulary's token with its stray bytes as marks: one of SentencePiece is the mark already, and one of a
+    byte-level BPE has a letter for every byte. `text` where it is neither."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return token
+    # The letters that print stand for themselves; the other bytes, in order, have those from U+0100 on.
+    printed = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (b for b in range(0x100) if b not in printed)
+    byte_of = {chr(b): b for b in printed} | {chr(0x100 + n): b for n, b in enumerate(others)}
+    if not set(token) <= set(byte_of):
+        return text
+    spelled = bytes(byte_of[letter] for letter in token).decode(errors="surrogateescape")
+    return re.sub("[\udc80-\udcff]", lambda stray: f"<0x{ord(stray[0]) - 0xDC00:02X}>", spelled)

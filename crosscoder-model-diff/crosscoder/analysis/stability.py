@@ -128,14 +128,14 @@ def stability_rows(
             f"and {second.method} {tuple(second.vectors.shape[1:])}"
         )
     generator = torch.Generator().manual_seed(seed)
-    turned = [_turned(second.vectors, generator) for _ in range(n_rotations)]
+    at_chance = [turned(second.vectors, generator) for _ in range(n_rotations)]
     everything = match(first.vectors.flatten(1), second.vectors.flatten(1))
     rows = []
     for name in (name for name in first.sets if name in second.sets):
         own, other = first.sets[name], second.sets[name]
         a, b = first.vectors[own].flatten(1), second.vectors[other].flatten(1)
         matching = everything if name == ALL else match(a, b)
-        chance = [_best_cosines(a, vectors[other].flatten(1)) for vectors in turned]
+        chance = [best_cosines(a, vectors[other].flatten(1)) for vectors in at_chance]
         best = torch.cat(chance) if chance else torch.empty(0)
         larger = max(len(a), len(b))
         in_set, partner = own[everything.first], other[everything.second]
@@ -149,19 +149,19 @@ def stability_rows(
         row["chance_median_cosine"] = float(best.median()) if len(best) else None
         small = min(len(a), len(b)) > 0 and larger <= OVERLAP_AT_MOST
         row["subspace_overlap"] = subspace_overlap(a, b) if small else None
-        overlaps = [subspace_overlap(a, vectors[other].flatten(1)) for vectors in turned] if small else []
+        overlaps = [subspace_overlap(a, vectors[other].flatten(1)) for vectors in at_chance] if small else []
         row["chance_overlap"] = sum(overlaps) / len(overlaps) if overlaps else None
         rows.append(row)
     return rows
 
 
-def _turned(vectors: Tensor, generator: torch.Generator) -> Tensor:
+def turned(vectors: Tensor, generator: torch.Generator) -> Tensor:
     """[n, inputs, d] in other directions: the same random rotation in every input."""
     square = torch.randn(vectors.shape[-1], vectors.shape[-1], generator=generator)
     return vectors @ torch.linalg.qr(square).Q.to(vectors)
 
 
-def _best_cosines(first: Tensor, second: Tensor) -> Tensor:
+def best_cosines(first: Tensor, second: Tensor) -> Tensor:
     """[max(n, m)]: for every vector of the larger set the largest cosine with one of the smaller; whichever of the
     sets is the first, no one-to-one matching has more pairs above a cosine."""
     if not len(first) or not len(second):

@@ -22,6 +22,7 @@ from crosscoder.analysis.lens import Unembedding, promoted_tokens
 from crosscoder.analysis.statistics import LatentStatistics
 from crosscoder.dictionaries.methods import StagewiseSAE
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from finqa.runtime.errors import UserError
 from finqa.runtime.paths import write_atomically
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 N_TOKENS = 5
 CONTEXT_TOKENS = 12
+EFFECT = "causal_effect"
+ADDED = ("label", "label_score", EFFECT)
+"""Columns of latents.csv that come later than the others, and where they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -180,9 +184,32 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def write_latent_table(path: Path, rows: Sequence[LatentRow]) -> None:
-    """latents.csv: the rows in their order."""
-    write_csv(path, [asdict(row) for row in rows], [field.name for field in fields(LatentRow)])
+def write_latent_table(path: Path, rows: Sequence[LatentRow], more: Mapping[int, dict[str, Any]] | None = None) -> None:
+    """latents.csv: the rows in their order; `more` has further columns, by latent."""
+    cells = [asdict(row) | (more or {}).get(row.latent, {}) for row in rows]
+    write_csv(path, cells, [field.name for field in fields(LatentRow)])
+
+
+def read_added(path: Path, rows: Sequence[LatentRow]) -> dict[str, list[Any]]:
+    """The columns of ADDED that a latents.csv has, with None for an empty cell; none where it is not there, or is of
+    another dictionary than the `rows`, which the frequencies tell. UserError where a number cannot be read."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        there = list(csv.DictReader(file))
+    try:
+        frequencies = [float(of.get("frequency") or "nan") for of in there]
+        if len(there) != len(rows) or not all(
+            math.isclose(f, row.frequency, rel_tol=1e-3) for f, row in zip(frequencies, rows, strict=True)
+        ):
+            return {}
+        names = [name for name in ADDED if any(of.get(name) for of in there)]
+        return {
+            name: [(of[name] if name == "label" else float(of[name])) if of[name] else None for of in there]
+            for name in names
+        }
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; write it anew with analyse.py") from error
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,21 +14,23 @@ from torch import Tensor
 
 from crosscoder.activations.layout import token_texts
 from crosscoder.analysis.lens import Unembedding, promoted_tokens
-from crosscoder.analysis.tables import lean
+from crosscoder.analysis.tables import EFFECT, lean
 from crosscoder.analysis.token_kinds import token_kinds
-from crosscoder.dashboard.examples import ExampleMaker
+from crosscoder.dashboard.examples import ExampleMaker, Family
 from crosscoder.dashboard.firings import gather_firings, groups_within
-from crosscoder.dashboard.records import Column, Dashboard, DashboardConfig, Examples, LatentPage, Value
+from crosscoder.dashboard.records import Column, Dashboard, DashboardConfig, Examples, LatentPage, Summary, Value
 from crosscoder.dictionaries.config import N_MODELS
 
 if TYPE_CHECKING:
-    from crosscoder.analysis.measures import ExplainedVariance
     from crosscoder.analysis.statistics import LatentStatistics
     from crosscoder.analysis.tables import LatentRow
     from crosscoder.dictionaries.model import BatchTopKCrosscoder
     from crosscoder.opening import Reading
 
 COLUMNS = (
+    Column("label", "label", "What a language model calls the latent, from its examples.", "text"),
+    Column("label_score", "label score", "How well the label alone tells text on which the latent fires from other "
+           "text, on examples that it was not made from: 1 is always, 0.5 is chance.", "number", in_table=False),
     Column("part", "part", "Of the partition: shared latents have one decoder vector for both models, delta latents "
            "alone tell the models apart.", "word"),
     Column("kind", "class", "By Delta: below 0.1 instruct-only, 0.4 to 0.6 shared, above 0.9 fine-tuned-only. "
@@ -46,6 +48,9 @@ COLUMNS = (
            "number", in_table=False),
     Column("change", "change", "How far the latent turned when the autoencoder was trained on with the fine-tuned "
            "model: 1 less the mean cosine of its encoder and its decoder vector before and after.", "number"),
+    Column(EFFECT, "causal effect", "Estimated, to first order: by how many nats a document adding the latent to the "
+           "instruct model brings its predictions (KL) nearer the fine-tuned model's; below 0, further away.",
+           "number"),
     Column("cosine", "cosine", "Of the latent's two decoder vectors.", "number"),
     Column("nu_err", "ν err", "Latent scaling on the error: how much of the latent the other model has all the same. "
            "High: the training shrank its decoder vector there (complete shrinkage).", "number"),
@@ -65,11 +70,24 @@ COLUMNS = (
     Column("completion_share", "in programs", "Of the tokens on which it is active, the share in programs.", "share"),
     Column("template_share", "on template", "Of its summed activation, the share on tokens that every document has "
            "alike: chat mark-up, the request, the markers.", "share"),
+    Column("family", "question family", "Of a latent with examples: the family on whose questions it is most active; "
+           "in brackets whether fine-tuning added it (new).", "word", in_table=False),
+    Column("family_times", "times the mean", "Activation on a question of that family, summed over its tokens, as a "
+           "multiple of the mean over all questions.", "number", in_table=False),
     Column("difference_share", "share of difference", "Of what all latents write into the difference of the two "
            "models, the part of this one: mean squared activation times the squared length of what it adds to the "
            "difference.", "share", in_table=False),
     Column("mean_activation", "mean activation", "Over the tokens on which it is active.", "number", in_table=False),
-    Column("max_activation", "largest activation", "Over all tokens.", "number"),
+    Column("match", "partner", "The latent of the other dictionary that it is matched with, one to one, by the cosine "
+           "of their decoder vectors.", "count", False, True),
+    Column("match_cosine", "partner's cosine", "Of its decoder vector and its partner's: near 1 where both "
+           "dictionaries found the same.", "number", False, True),
+    Column("match_kind", "partner's class", "By the partner's own Delta.", "word", False, True),
+    Column("match_frequency", "partner's frequency", "Share of tokens on which the partner is active.", "share", False,
+           True),
+    Column("match_tokens", "partner fires on", "The tokens that the partner fires on most strongly.", "text", False,
+           True),
+    Column("max_activation", "largest activation", "Over all tokens.", "number", in_table=False),
 )  # fmt: skip
 SITE_NAMES = {"mlp": "MLP output", "attention": "attention output", "residual": "residual stream"}
 FEW_FIRINGS = 10
@@ -81,25 +99,29 @@ def build_dashboard(
     reading: Reading,
     statistics: LatentStatistics,
     rows: Sequence[LatentRow],
+    summary: Summary,
     config: DashboardConfig | None = None,
-    explained: ExplainedVariance | None = None,
+    added: Mapping[str, Sequence[Value]] | None = None,
 ) -> Dashboard:
     """The dashboard of a dictionary on the activation set that it was trained on.
 
     Args:
         statistics: Of all tokens of the set.
         rows: tables.latent_table of these statistics, with the columns of latent scaling or without.
-        explained: On held-out documents; named in the head of the page.
+        added: Further columns, by their key, with a value for every latent.
 
     Reads the set once, or more often where config.max_firings_held says that memory does not allow it.
     """
     config = config or DashboardConfig()
     model, tokenizer = reading.model, reading.tokenizer
-    values = [_values(row, model) for row in rows]
+    values = [_values(row, model, added or {}) for row in rows]
     alive = [row for row in rows if row.frequency > 0]
-    chosen = [row.latent for row in by_interest(alive, statistics)[: config.n_with_examples]]
+    first = dict.fromkeys([*summary.changed, *(row.latent for row in by_interest(alive, statistics))])
+    chosen = list(first)[: config.n_with_examples]
     largest = statistics.top_values[:, 0]
-    examples, histograms = _examples(reading, torch.tensor(chosen, dtype=torch.int64), statistics, config)
+    examples, families, histograms = _examples(reading, torch.tensor(chosen, dtype=torch.int64), statistics, config)
+    for latent, (name, times) in families.items():
+        values[latent] |= {"family": name, "family_times": times}
     directions = decoder_directions(model)
     promoted = [_promoted(vectors, reading.unembedding, config.n_promoted) for vectors in directions.values()]
     nearest = nearest_latents(model, statistics.dead, config.n_nearest)
@@ -119,7 +141,8 @@ def build_dashboard(
     )
     return Dashboard(
         title=reading.name,
-        facts=tuple(_facts(reading, statistics, explained)),
+        summary=summary,
+        facts=tuple(_facts(reading, statistics)),
         columns=tuple(columns_of(values)),
         directions=tuple(directions),
         chosen_by=(
@@ -182,10 +205,11 @@ def nearest_latents(model: BatchTopKCrosscoder, dead: Tensor, n: int) -> list[tu
 
 def _examples(
     reading: Reading, chosen: Tensor, statistics: LatentStatistics, config: DashboardConfig
-) -> tuple[dict[int, Examples], Tensor]:
-    """Examples of the chosen latents, and [latent, bin] histograms of all."""
+) -> tuple[dict[int, Examples], dict[int, Family], Tensor]:
+    """Examples and question families of the chosen latents, and [latent, bin] histograms of all."""
     maker = ExampleMaker(reading.store, config, token_kinds(reading.store, reading.tokenizer))
     examples: dict[int, Examples] = {}
+    families: dict[int, Family] = {}
     histograms = torch.empty(0)
     for group in groups_within(chosen, statistics.n_firings, config.max_firings_held):
         firings, histograms = gather_firings(
@@ -196,12 +220,13 @@ def _examples(
             made = maker.examples(latent, tokens.numpy(), values.numpy())
             if made is not None:
                 examples[latent] = made
-    return examples, histograms
+                families[latent] = maker.family(reading.families, tokens.numpy(), values.numpy())
+    return examples, families, histograms
 
 
-def _values(row: LatentRow, model: BatchTopKCrosscoder) -> dict[str, Value]:
+def _values(row: LatentRow, model: BatchTopKCrosscoder, added: Mapping[str, Sequence[Value]]) -> dict[str, Value]:
     """A latent's columns; what is no number is None."""
-    known: dict[str, Any] = asdict(row)
+    known: dict[str, Any] = asdict(row) | {key: values[row.latent] for key, values in added.items()}
     nu = known.get("nu_err")
     known["exclusivity"] = None if nu is None else 1 - nu
     r = row.relative_decoder_norm
@@ -239,10 +264,8 @@ def _token_ids(pages: Sequence[LatentPage]) -> list[int]:
     return sorted(ids)
 
 
-def _facts(
-    reading: Reading, statistics: LatentStatistics, explained: ExplainedVariance | None
-) -> Iterable[tuple[str, str]]:
-    """What was read and how well it is explained. A model in a local folder goes by the folder's name alone."""
+def _facts(reading: Reading, statistics: LatentStatistics) -> Iterable[tuple[str, str]]:
+    """What was read. A model in a local folder goes by the folder's name alone."""
     model, store = reading.model, reading.store
     recorded = store.config.recorded
     name = str(recorded.get("model", ""))
@@ -253,15 +276,4 @@ def _facts(
     if recorded.get("dataset"):
         yield "data", f"{recorded['dataset']} {recorded.get('split', '')}".strip()
     yield "tokens", f"{statistics.n_tokens:,} in {len(store.documents):,} documents"
-    dead = int(statistics.dead.sum())
-    yield "dictionary", f"{model.config.method}, {model.config.n_latents:,} latents, {dead:,} of them never active"
-    if explained is None:
-        return
-    yield "active at once", f"{explained.l0:.1f} latents a token"
-    named = {
-        "instruct": explained.instruct,
-        "fine-tuned": explained.fine_tuned,
-        "difference": explained.difference,
-    }
-    parts = [f"{of} {value:.2f}" for of, value in named.items() if value is not None]
-    yield "explained variance", ", ".join(parts)
+    yield "dictionary", f"{model.config.method}, {model.config.n_latents:,} latents"

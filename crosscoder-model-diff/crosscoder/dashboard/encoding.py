@@ -36,6 +36,7 @@ class _Encoder:
         pages = dashboard.pages
         return {
             "title": dashboard.title,
+            "summary": asdict(dashboard.summary),
             "facts": dashboard.facts,
             "columns": [asdict(column) for column in dashboard.columns],
             "directions": dashboard.directions,

@@ -5,6 +5,7 @@ Every choice is made over all firings of the latent, so what is called its stron
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Quantiles of a latent's activations, over the tokens on which it is active."""
+
+LEAST_QUESTIONS = 10
+"""On which a latent must be active for a family to be named."""
+Family = tuple[str | None, float | None]
 
 
 def quantise(values: NDArray[np.float32], largest: float) -> NDArray[np.uint8]:
@@ -71,6 +76,18 @@ class ExampleMaker:
             bands=tuple(self._bands(latent, tokens, values)),
             fires_on=self._fires_on(tokens, values),
         )
+
+    def family(self, families: Mapping[str, str], tokens: NDArray[np.int32], values: NDArray[np.float32]) -> Family:
+        """Of a latent's firings: the family on whose questions it is most active, and its mean activation, summed over
+        a question, as a multiple of the mean over all. (None, None) where a question has no family, or the latent is
+        active on fewer than LEAST_QUESTIONS."""
+        of = [families.get(name, "") for name in self._names]
+        per_question = np.bincount(self._document[tokens], values, len(of))
+        if not all(of) or np.count_nonzero(per_question) < LEAST_QUESTIONS:
+            return None, None
+        names, which = np.unique(of, return_inverse=True)
+        means = np.bincount(which, per_question) / np.bincount(which)
+        return str(names[means.argmax()]), float(means.max() / per_question.mean())
 
     def _apart(self, order: NDArray[np.int64], tokens: NDArray[np.int32], n: int) -> NDArray[np.int64]:
         """The first n firings of `order` that are on different pages."""

@@ -22,7 +22,7 @@ from crosscoder.dashboard.records import Dashboard
 from finqa.runtime.paths import write_atomically
 
 TEMPLATE = Path(__file__).parent / "template"
-SCRIPTS = ("data.js", "charts.js", "filters.js", "table.js", "passages.js", "latent.js", "main.js")
+SCRIPTS = ("data.js", "charts.js", "filters.js", "table.js", "summary.js", "passages.js", "latent.js", "main.js")
 """In the order in which they are put together."""
 
 

@@ -10,7 +10,8 @@ from finqa.runtime.command_line import flag
 from finqa.runtime.errors import UserError
 
 Value = float | int | str | None
-ColumnKind = Literal["number", "share", "count", "word"]
+ColumnKind = Literal["number", "share", "count", "word", "text"]
+"""A word is one of a few, which can be filtered on; a text is searched."""
 
 LEVELS = 255
 """An activation is stored as a level of 1 to 255, where 255 is the latent's largest; 0 is inactive."""
@@ -54,7 +55,9 @@ class Column:
     help: str
     kind: ColumnKind
     in_table: bool = True
-    """Whether the table shows it; all are on a latent's page, can be sorted by and filtered on."""
+    """Whether the table shows it, sorted by another; all are on a latent's page, can be sorted by and filtered on."""
+    matched: bool = False
+    """Whether it is of the latent's partner in another dictionary; the table of matched latents shows it."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +134,22 @@ class LatentPage:
 
 
 @dataclass(frozen=True)
+class Summary:
+    """What fine-tuning changed, for the first screen."""
+
+    sentences: tuple[str, ...]
+    changed: tuple[int, ...]
+    """The latents that changed most, in that order."""
+    by: str
+    """Key of the column that says how much."""
+
+
+@dataclass(frozen=True)
 class Dashboard:
     """A dictionary's latents, in their order."""
 
     title: str
+    summary: Summary
     facts: tuple[tuple[str, str], ...]
     """What was read, as pairs of a label and a text."""
     columns: tuple[Column, ...]

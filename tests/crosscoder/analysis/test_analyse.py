@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import gzip
 import json
 import os
 import re
@@ -25,7 +27,10 @@ from made_up_documents import write_documents
 from crosscoder.activations.collection import Document
 from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis import measures as analysis
+from crosscoder.analysis.findings import find
 from crosscoder.analysis.latent_scaling import latent_scaling
+from crosscoder.analysis.tables import ADDED, read_added, write_csv
+from crosscoder.dashboard.records import DashboardConfig
 from crosscoder.dictionaries.checkpoint import load_dictionary, save_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig
 from crosscoder.dictionaries.methods import StagewiseSAE, new_dictionary
@@ -33,6 +38,7 @@ from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.extra_readings import load_pair, open_second
 from crosscoder.names import ActivationChoice, crosscoder_folder, name_of_method
 from crosscoder.opening import ReadingConfig, open_reading
+from crosscoder.results import write_page
 from finqa.models import students
 from finqa.runtime.errors import UserError
 from finqa.runtime.journal import KeyedJournal
@@ -184,6 +190,69 @@ def test_the_numbers_are_those_of_the_library_over_the_held_out_documents(made, 
     assert sum(map(sum, found["frequency"]["histogram"]["counts"].values())) == alive
 
 
+def columns_of_page(folder: Path) -> set[str]:
+    packed = re.findall(r'id="data">(.*?)</script>', (folder / "dashboard.html").read_text(), re.DOTALL)[0]
+    return {column["key"] for column in json.loads(gzip.decompress(base64.b64decode(packed)))["columns"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["batchtopk", "difference-sae", "stagewise-sae"])
+def test_the_first_screen_of_the_dashboard_says_what_the_tables_say(analysed, chromium, method):
+    folder = analysed(method)
+    found, rows = numbers(folder), table(folder / "latents.csv")
+    page = chromium.new_page()
+    page.goto((folder / "dashboard.html").as_uri())
+    page.wait_for_selector("html[data-ready]")
+    said = page.inner_text("#sentences")
+    shown = [int(text) for text in page.locator("#changed th").all_inner_texts()]
+    page.close()
+    alive = [row for row in rows if float(row["frequency"]) > 0]
+    dead = len(rows) - len(alive)
+    expected = {f"{len(alive)} of its {len(rows)} latents are active; {dead} are dead"}
+    names = {"instruct": "the instruct model", "fine_tuned": "the fine-tuned model", "difference": "their difference"}
+    explained = found["explained_variance"]
+    expected |= {f"{explained[key]:.1%} of the variance of {name}" for key, name in names.items() if key in explained}
+    shares = sorted((float(row["difference_share"]) for row in rows), reverse=True)
+    half = next(n for n in range(1, len(shares)) if sum(shares[:n]) >= sum(shares) / 2)
+    expected |= {f"{half} of them write half of what tells the models apart"}
+    if method == "batchtopk":
+        expected |= {
+            f"{row['latents']} {row['class'].replace('between', 'in between')}" for row in table(folder / "classes.csv")
+        }
+        for kind in ("fine-tuned-only", "instruct-only"):
+            expected |= {f"{sum(row['confirmed'] == kind for row in alive)} as {kind}"}
+    if method == "stagewise-sae":
+        expected |= {f"{sum(float(row['change']) > 0.1 for row in alive)} turned by more than 0.1"}
+    changed = table(folder / "most_changed.csv")
+    assert {phrase for phrase in expected if phrase not in said} == set()
+    assert shown[: len(changed)] == [int(row["latent"]) for row in changed]
+    assert re.search(r"^(\d+) of the 10 latents", said)
+
+
+@pytest.mark.slow
+def test_the_dashboard_has_the_labels_of_latents_csv_unless_it_is_of_another_dictionary(made, analysed, tmp_path):
+    words = [*made.words()[:-3], str(tmp_path), "--method", "batchtopk"]
+    folder = shutil.copytree(analysed("batchtopk"), tmp_path / made.name("batchtopk"))
+    found = find(open_reading(words))
+    labelled = [
+        row | {"label": f"label {row['latent']}", "label_score": "0.75"} for row in table(folder / "latents.csv")
+    ]
+    labelled[1] |= {"label": "", "label_score": ""}
+    labelled[2] |= {"label": "a\u2028b\nc"}
+    write_csv(folder / "latents.csv", labelled)
+    write_page(found, DashboardConfig())
+    assert {"label", "label_score"} == columns_of_page(folder) & set(ADDED)
+    assert read_added(folder / "latents.csv", found.rows)["label"][:3] == ["label 0", None, "a\u2028b\nc"]
+    for wrong in ("0.123", "x"):
+        write_csv(folder / "latents.csv", [row | {"frequency": wrong} for row in labelled])
+        if wrong == "0.123":
+            write_page(found, DashboardConfig())
+            assert columns_of_page(folder).isdisjoint(ADDED)
+        else:
+            with pytest.raises(UserError, match=r"latents\.csv: could not convert string to float"):
+                write_page(found, DashboardConfig())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["batchtopk", "l1", "partition", "dedicated"])
 def test_classes_norms_and_scaling_are_counted_over_the_latents_that_are_alive(made, analysed, method):
@@ -303,7 +372,9 @@ def test_the_notebook_runs_top_to_bottom_and_writes_what_the_command_writes(made
     assert output.returncode == 0, output.stderr
     same_results(tmp_path / made.name("batchtopk"), analysed("batchtopk"))
     page = (tmp_path / "analysis_and_dashboard.html").read_text()
-    assert page.count('src="data:image/png') == len(OF_ALL | OF_TWO_MODELS)
+    texts = re.findall(r'<img alt="([^"]*)"', page)
+    assert {text.partition(": ")[0].replace(" ", "_") for text in texts} == OF_ALL | OF_TWO_MODELS
+    assert len(texts) == page.count('src="data:image/png;base64,iVBOR') == len(OF_ALL | OF_TWO_MODELS), texts
     assert "<em>Left out" not in page
 
 
@@ -432,9 +503,12 @@ def test_what_a_second_seed_gave_is_not_measured_again(made, tmp_path: Path, mon
 @pytest.mark.parametrize("method", ["batchtopk", "difference-sae", "stagewise-sae"])
 def test_sets_of_latents_are_patched_into_the_models(with_adapter, method, tmp_path: Path, capsys):
     made = with_adapter
-    words = [*made.words(method), "--results-dir", tmp_path, "--no-dashboard"]
+    words = [*made.words(method), "--results-dir", tmp_path]
     assert run_here(*words, "--causal", 1) == 0
     folder = tmp_path / made.name(method)
+    assert {"causal_effect"} == columns_of_page(folder) & set(ADDED)
+    effects = [float(row["causal_effect"]) for row in table(folder / "latents.csv")]
+    assert effects[DEAD] == 0 < max(map(abs, effects))
     rows = table(folder / "causal.csv")
     assert {"none", "ceiling", "ranked", "random sets", "random directions"} <= {row["kind"] for row in rows}
     whole = [row for row in rows if row["kind"] == "ceiling" and row["measure"] == "divergence"]
@@ -449,6 +523,7 @@ def test_sets_of_latents_are_patched_into_the_models(with_adapter, method, tmp_p
     assert run_here(*words) == 0
     assert not (folder / "causal.csv").exists()
     assert not (folder / "causal.png").exists()
+    assert columns_of_page(folder).isdisjoint(ADDED)
     assert run_here(*words, "--causal", -3) == 1
     assert "--causal -3" in capsys.readouterr().err
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from crosscoder.dashboard.builder import COLUMNS, columns_of
-from crosscoder.dashboard.records import Band, Dashboard, Example, Examples, LatentPage, TokenUse, Value
+from crosscoder.dashboard.records import Band, Dashboard, Example, Examples, LatentPage, Summary, TokenUse, Value
 
 HOSTILE = (
     "<script>window.broken = 1</script>",
@@ -21,9 +21,17 @@ WORDS = 32_000
 
 
 def made_up_dashboard(
-    n_latents: int, n_with_examples: int, two_models: bool = True, n_examples: int = 10, n_delta: int = 0
+    n_latents: int,
+    n_with_examples: int,
+    two_models: bool = True,
+    n_examples: int = 10,
+    n_delta: int = 0,
+    measured: bool = False,
+    matched: bool = False,
 ) -> Dashboard:
-    """With `n_delta` a partition, whose last latents are delta latents.
+    """With `n_delta` a partition, whose last latents are delta latents. `measured`: with labels and causal effects,
+    latent j's "names <j>, =or not" and 1 - j. `matched`: with partners in another dictionary, that of j is 100 + j with
+    a cosine of 1 - j / 100, whose tokens are "its <j>".
 
     Latent j has frequency (j + 1) / 1e6 and largest activation j + 1; every tenth, from 9 on, is never active.
 
@@ -35,10 +43,18 @@ def made_up_dashboard(
     if n_delta:
         for page in pages:
             page.values["part"] = "delta" if page.latent >= n_latents - n_delta else "shared"
+    for page in pages if measured else ():
+        label = f"names <{page.latent}>, =or not"
+        page.values.update(label=label, label_score=0.5, causal_effect=1.0 - page.latent)
+    for page in pages if matched else ():
+        j = page.latent
+        page.values.update(match=100 + j, match_cosine=1 - j / 100, match_kind=KINDS[j % 4], match_frequency=0.5)
+        page.values["match_tokens"] = f"its <{j}>"
     vocabulary = {i: f" Word{i}." for i in range(WORDS)} | {WORDS + i: text for i, text in enumerate(HOSTILE)}
     columns = tuple(columns_of([page.values for page in pages]))
     return Dashboard(
         title="made-up </title><script>window.broken = 4</script>",
+        summary=Summary(("It explains 12.3%.", HOSTILE[0]), (8, 0, HOSTILE_LATENT), "difference_share"),
         facts=(("data", HOSTILE[0]), ("tokens", "12,345 in 40 documents")),
         columns=columns,
         directions=("instruct", "fine-tuned") if two_models else ("difference",),

@@ -27,14 +27,16 @@ from made_up_dashboards import HOSTILE, made_up_dashboard
 from crosscoder.activations.layout import KINDS
 from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis import tables
+from crosscoder.analysis.findings import find
 from crosscoder.analysis.lens import Unembedding
 from crosscoder.analysis.statistics import LatentStatistics, latent_statistics
 from crosscoder.dashboard.builder import build_dashboard, by_interest, token_texts
 from crosscoder.dashboard.encoding import encode
 from crosscoder.dashboard.examples import BANDS, ExampleMaker, quantise
 from crosscoder.dashboard.firings import gather_firings, groups_within
+from crosscoder.dashboard.matching import matched
 from crosscoder.dashboard.page import packed, render, write_dashboard
-from crosscoder.dashboard.records import LEVELS, Dashboard, DashboardConfig, Example
+from crosscoder.dashboard.records import LEVELS, Dashboard, DashboardConfig, Example, Summary
 from crosscoder.dictionaries.checkpoint import save_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig
 from crosscoder.dictionaries.methods import new_dictionary
@@ -46,6 +48,7 @@ from finqa.runtime.paths import Folders
 
 N_LATENTS = 8
 DEAD = 5
+SUMMARY = Summary((), (), "frequency")
 
 
 def reading_of(store: ActivationStore, student: Path, method: str = "batchtopk") -> Reading:
@@ -72,7 +75,7 @@ def generator(seed: int) -> torch.Generator:
 def built(reading: Reading, **settings: Any) -> Dashboard:
     statistics = statistics_of(reading)
     rows = tables.latent_table(reading.model, statistics, reading.store, reading.tokenizer, reading.unembedding)
-    return build_dashboard(reading, statistics, rows, DashboardConfig(**settings))
+    return build_dashboard(reading, statistics, rows, SUMMARY, DashboardConfig(**settings))
 
 
 def statistics_of(reading: Reading) -> LatentStatistics:
@@ -300,7 +303,7 @@ def test_the_share_on_template_tokens_is_a_column_where_the_kinds_are_known(read
     kinds = torch.arange(len(reading.store)) % len(KINDS)
     statistics = latent_statistics(reading.model, reading.store, torch.arange(len(reading.store)), kinds=kinds)
     rows = tables.latent_table(reading.model, statistics, reading.store, reading.tokenizer, reading.unembedding)
-    dashboard = build_dashboard(reading, statistics, rows)
+    dashboard = build_dashboard(reading, statistics, rows, SUMMARY)
     assert {column.key: column.in_table for column in dashboard.columns}["template_share"]
     assert statistics.template_share is not None
     assert [page.values["template_share"] for page in dashboard.pages] == statistics.template_share.tolist()
@@ -318,7 +321,7 @@ def test_confirmed_latents_of_any_class_are_the_first_to_get_examples(reading):
     rows = tables.latent_table(reading.model, statistics, reading.store, reading.tokenizer, reading.unembedding)
     last = by_interest([row for row in rows if row.frequency > 0], statistics)[-1].latent
     rows[last] = replace(rows[last], kind="between", confirmed="fine-tuned-only")
-    dashboard = build_dashboard(reading, statistics, rows, DashboardConfig(n_with_examples=1))
+    dashboard = build_dashboard(reading, statistics, rows, SUMMARY, DashboardConfig(n_with_examples=1))
     assert [page.latent for page in dashboard.pages if page.examples] == [last]
     assert "that latent scaling confirms" in dashboard.chosen_by
 
@@ -328,16 +331,68 @@ def test_latent_scaling_has_columns_only_where_it_was_done(reading):
     statistics = statistics_of(reading)
     rows = tables.latent_table(reading.model, statistics, reading.store, reading.tokenizer, reading.unembedding)
     rows = [replace(row, nu_err=0.25 if row.latent == 1 else None) for row in rows]
-    dashboard = build_dashboard(reading, statistics, rows)
+    dashboard = build_dashboard(reading, statistics, rows, SUMMARY)
     assert {"nu_err", "exclusivity"} <= {column.key for column in dashboard.columns}
     assert [dashboard.pages[j].values["exclusivity"] for j in (0, 1)] == [None, 0.75]
+
+
+def test_a_latent_has_the_family_of_the_questions_that_it_is_most_active_on(reading, f):
+    assert "family" not in {column.key for column in built(reading).columns}
+    names = [document.id for document in reading.store.documents]
+    of = {name: ("ratio (new)", "change (known)", "sum (known)")[i % 3] for i, name in enumerate(names)}
+    dashboard = built(replace(reading, families=of))
+    document = reading.store.document.numpy()
+    for page in dashboard.pages:
+        sums = np.bincount(document, f[:, page.latent], len(names))
+        if (sums > 0).sum() < 10:
+            assert page.values["family"] is page.values["family_times"] is None
+            continue
+        means = {
+            family: np.mean([sums[i] for i, name in enumerate(names) if of[name] == family]) for family in of.values()
+        }
+        best = max(means, key=lambda family: means[family])
+        assert page.values["family"] == best
+        assert page.values["family_times"] == pytest.approx(means[best] / sums.mean(), rel=1e-5)
+    assert dashboard.pages[DEAD].values["family"] is None != dashboard.pages[0].values["family"]
+    assert "family" not in {
+        column.key for column in built(replace(reading, families={names[0]: "ratio (new)"})).columns
+    }
+
+
+def test_latents_of_another_seed_are_matched_with_those_that_are_alike(reading):
+    order = torch.randperm(N_LATENTS, generator=generator(5))
+    second = new_dictionary(reading.model.config, generator=generator(2))
+    second.load_state_dict(reading.model.state_dict())
+    second.activation_scales, second.threshold = reading.model.activation_scales, reading.model.threshold
+    second.W_dec.data, second.W_enc.data = reading.model.W_dec.data[order], reading.model.W_enc.data[..., order]
+    second.b_enc.data = reading.model.b_enc.data[order]
+    found = find(reading)
+    columns, sentence = matched(found, "another", second)
+    partner = [None if j == DEAD else order.tolist().index(j) for j in range(N_LATENTS)]
+    assert columns["match"] == partner
+    alive = [j for j in range(N_LATENTS) if j != DEAD]
+    assert [columns["match_cosine"][j] for j in alive] == pytest.approx([1] * 7, abs=1e-5)
+    for key, own in {"match_tokens": "top_tokens", "match_frequency": "frequency", "match_kind": "kind"}.items():
+        assert [columns[key][j] for j in alive] == [getattr(found.rows[j], own) for j in alive]
+    assert sentence.startswith("Of the 7 active latents 7 have a partner of their own in another (7 active latents)")
+
+
+def test_latents_of_another_method_are_matched_by_what_they_add_to_the_difference(reading):
+    second = new_dictionary(CrosscoderConfig(D_MODEL, N_LATENTS, 2, method="difference-sae"), generator=generator(4))
+    second.threshold = 0.0
+    second.b_enc.data += 10
+    second.W_dec.data[:, 0] = torch.nn.functional.normalize(reading.model.difference_decoder().flip(0), dim=-1)
+    columns, _ = matched(find(reading), "another", second)
+    assert columns["match"] == [None if j == DEAD else N_LATENTS - 1 - j for j in range(N_LATENTS)]
+    assert set(columns["match_kind"]) == {None}
+    assert [columns["match_cosine"][j] for j in (0, 3, 7)] == pytest.approx([1, 1, 1], abs=1e-5)
 
 
 def test_tokens_keep_the_space_that_a_tokenizer_drops_from_the_first():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {"<unk>": 0, "▁": 1, "a": 2, "▁a": 3, "▁net": 4, "net": 5, "<0x0A>": 6}
+    vocabulary = {"<unk>": 0, "▁": 1, "a": 2, "▁a": 3, "▁net": 4, "net": 5, "<0x0A>": 6, "<0xE2>": 7}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Sequence(
@@ -345,7 +400,24 @@ def test_tokens_keep_the_space_that_a_tokenizer_drops_from_the_first():
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
     assert fast.decode([4]) == "net"
-    assert token_texts(fast, [4, 5, 6]) == {4: " net", 5: "net", 6: "\n"}
+    assert token_texts(fast, [4, 5, 6, 7]) == {4: " net", 5: "net", 6: "\n", 7: "<0xE2>"}
+
+
+@pytest.mark.parametrize(
+    ("text", "spelled"),
+    [
+        ("’", "<0xE2><0x80><0x99>"),
+        ("漢", "<0xE6><0xBC><0xA2>"),
+        ("é", "<0xC3><0xA9>"),
+        ("a <0xE2>", "a <0xE2>"),
+        ("net", "net"),
+    ],
+)
+def test_bytes_that_are_part_of_a_character_are_marks_and_not_boxes(tiny_student, text, spelled):
+    tokenizer = students.load_tokenizer(str(tiny_student))
+    ids: Any = tokenizer.encode(text, add_special_tokens=False)
+    texts = token_texts(tokenizer, ids)
+    assert "".join(texts[i] for i in ids) == spelled
 
 
 # Written down
@@ -425,7 +497,7 @@ def test_figures_that_are_no_number_are_left_out(reading):
     statistics = statistics_of(reading)
     rows = tables.latent_table(reading.model, statistics, reading.store, reading.tokenizer, reading.unembedding)
     rows[0] = replace(rows[0], cosine=float("nan"))
-    data = data_of(render(build_dashboard(reading, statistics, rows)))
+    data = data_of(render(build_dashboard(reading, statistics, rows, SUMMARY)))
     assert data["values"]["cosine"][0] is None
 
 
@@ -456,7 +528,7 @@ def test_the_command_builds_the_dashboard_of_a_crosscoder_on_disk(tiny_student, 
     dictionary.threshold = 0.05
     save_dictionary(dictionary, crosscoder_folder(folders, choice.crosscoder_name))
     names = ("FinQA-mini", tiny_student, "--data-dir", folders.data, "--results-dir", tmp_path / "results")
-    done = command(*names, "--examples-for", 5)
+    done = command(*names, "--examples-for", 5, "--compare", crosscoder_folder(folders, choice.crosscoder_name))
     assert done.returncode == 0, done.stderr
     path = tmp_path / "results" / choice.crosscoder_name / "dashboard.html"
     assert str(path) in done.stdout
@@ -466,6 +538,9 @@ def test_the_command_builds_the_dashboard_of_a_crosscoder_on_disk(tiny_student, 
     assert any(value is not None for value in data["values"]["nu_err"])
     assert all(value is not None for value in data["values"]["template_share"])
     assert dict(data["facts"])["model"] == "tiny-student"
+    own = [j if largest else None for j, largest in enumerate(data["largest"])]
+    assert data["values"]["match"] == own != [None] * 12
+    assert "have a partner of their own" in data["summary"]["sentences"][-1]
     assert str(tmp_path) not in path.read_text()
 
 

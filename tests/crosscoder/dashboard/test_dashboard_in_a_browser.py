@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import csv
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +14,6 @@ from made_up_dashboards import HOSTILE, HOSTILE_LATENT, is_alive, made_up_dashbo
 
 from crosscoder.dashboard.page import write_dashboard
 
-INSTALL = "install a browser for these tests: apt-get install -y chromium && pip install playwright"
 N = 250
 ALIVE = [latent for latent in range(N) if is_alive(latent)]
 MOST_CHANGED = sorted(ALIVE, key=lambda latent: -abs((latent + 0.123) / N - 0.5))
@@ -28,27 +27,14 @@ Open = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        pytest.skip(INSTALL)
-    if program is None:
-        pytest.skip(INSTALL)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("dashboards")
     made = {
         "crosscoder": made_up_dashboard(N, WITH_EXAMPLES),
         "sae": made_up_dashboard(30, 30, two_models=False),
         "partition": made_up_dashboard(30, 5, n_delta=8),
+        "matched": made_up_dashboard(30, 10, matched=True),
+        "measured": made_up_dashboard(30, 10, measured=True),
     }
     for name, dashboard in made.items():
         write_dashboard(folder / f"{name}.html", dashboard)
@@ -285,9 +271,110 @@ def test_the_view_stands_in_the_address_and_opens_from_there(open_page):
     assert again.input_value("#search") == "word1"
     assert again.input_value("input[name=nu_err-to]") == "0.5"
     assert again.input_value("#sort") == "frequency"
+    # Who is sent a view sees the table, and who is not the summary.
+    top = "document.getElementById('list-heading').getBoundingClientRect().top"
+    assert again.evaluate(top) < 50 < open_page().evaluate(top)
+
+
+def test_the_link_of_a_latent_keeps_the_view_of_the_table(open_page):
+    page = open_page("#q=word1&sort=frequency&nu_err=..0.5")
+    expected = rows(page)
+    page.click("#rows a >> nth=1")
+    expect_latent(page, expected[1])
+    again = open_page("#" + page.url.split("#")[1])
+    expect_latent(again, expected[1])
+    again.click("#latent a:has-text('Next')")
+    expect_latent(again, expected[2])
+    again.click("#back")
+    again.wait_for_selector("#list:not([hidden])")
+    assert rows(again) == expected != []
+
+
+def saved(page: Any) -> list[dict[str, str]]:
+    with page.expect_download() as download:
+        page.click("#save")
+    assert download.value.suggested_filename.endswith(".csv")
+    with Path(download.value.path()).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_saved_csv_is_the_filtered_table_in_its_order_with_every_figure(open_page):
+    page = open_page("#q=word&nu_err=0.25..&sort=-frequency", file="measured")
+    there = saved(page)
+    assert [int(row["latent"]) for row in there] == rows(page) != []
+    columns = page.evaluate("data.columns.map(({ key }) => key)")
+    assert {"label", "causal_effect", "norm_distance", "nu_err"} <= set(columns)
+    for row in there:
+        values = page.evaluate("latent => data.columns.map(({ key }) => valueOf(key, latent))", int(row["latent"]))
+        for key, value in zip(columns, values, strict=True):
+            if value is None or isinstance(value, str):
+                assert row[key] == (value or "")
+            else:
+                assert float(row[key]) == value
+        assert row["label"] == f"names <{row['latent']}>, =or not"
+        assert "«" in row["example"] or HOSTILE[0] in row["example"]
+    page.fill("#search", "no such text")
+    assert saved(page) == []
+
+
+def test_the_saved_csv_has_every_page_of_the_table(open_page):
+    assert [int(row["latent"]) for row in saved(open_page())] == MOST_CHANGED
+
+
+def test_labels_and_causal_effects_are_shown_and_searched_where_they_were_measured(open_page):
+    assert {"label", "causal_effect", "label_score"}.isdisjoint(open_page().evaluate("[...columnOf.keys()]"))
+    page = open_page(file="measured")
+    heads = page.locator("#heads th").all_inner_texts()
+    assert "label" in heads and "causal effect" in heads and "instruct promotes" not in heads
+    page.fill("#search", "names <12>")
+    assert rows(page) == [12]
+    assert page.inner_text("#rows td.text") == "names <12>, =or not"
+    assert "names <8>, =or not" in page.inner_text("#changed")
+    again = open_page("#sort=-causal_effect", file="measured")
+    assert rows(again)[:3] == [0, 1, 2]
+
+
+def test_the_latents_of_two_dictionaries_are_compared_in_a_table_of_their_own(open_page):
+    assert open_page().is_hidden("#matched")
+    page = open_page(file="matched")
+    assert "partner" not in page.locator("#heads th").all_inner_texts()
+    page.focus("#matched")
+    page.keyboard.press("Enter")
+    assert page.get_attribute("#matched", "aria-pressed") == "true"
+    heads = [head.rstrip("↓") for head in page.locator("#heads th").all_inner_texts()]
+    partners = ["partner", "partner's cosine", "partner's class", "partner's frequency", "partner fires on"]
+    assert heads == ["latent", "class", "relative norm", "frequency", *partners, "fires on"]
+    assert rows(page) == [latent for latent in range(30) if is_alive(latent)]
+    again = open_page("#" + page.url.split("#")[1], file="matched")
+    cells = again.locator("#rows tr >> nth=3 >> td").all_inner_texts()
+    assert cells[3:8] == ["103", "0.970", "between", "50.0%", "its <3>"]
+    again.fill("#search", "its <12>")
+    assert rows(again) == [12]
+    page.click("#matched")
+    assert page.url.endswith("html#") and page.input_value("#sort") == "norm_distance"
+
+
+def test_what_is_sorted_by_is_a_column(open_page):
+    page = open_page()
+    assert page.get_attribute("#heads th:has-text('distance from')", "aria-sort") == "descending"
+    for key in ("instruct_norm", "max_activation", "difference_share"):
+        page.select_option("#sort", key)
+        assert page.locator(f"#heads button[data-sort={key}]").count() == 1
 
 
 # From page to page
+
+
+def test_the_first_screen_says_what_changed_and_leads_to_the_latents(open_page):
+    page = open_page()
+    assert page.inner_text("#summary h2") == "What did fine-tuning change?"
+    assert page.locator("#sentences li").all_inner_texts() == ["It explains 12.3%.", HOSTILE[0]]
+    assert page.locator("#changed th").all_inner_texts() == ["8", "0", str(HOSTILE_LATENT)]
+    assert " Word8." in page.inner_text("#changed tr:first-child") or "Word" in page.inner_text(
+        "#changed mark >> nth=0"
+    )
+    page.click("#changed a >> nth=0")
+    expect_latent(page, 8)
 
 
 def test_a_click_on_a_row_opens_the_latent_and_back_and_forward_work(open_page):
@@ -445,6 +532,14 @@ def test_a_latent_with_examples_has_every_part(open_page):
     assert page.locator("#latent svg rect").count() == 30
 
 
+def test_a_latent_that_fires_on_one_page_alone_says_that_it_has_one_context(open_page):
+    page = open_page("#latent=20")
+    assert "one context" not in page.inner_text("#latent")
+    page.evaluate("data.examples[22][0].length = 1; location.hash = 'latent=22';")
+    expect_latent(page, 22)
+    assert "All of its firings are on one page, so there is one context." in page.inner_text("#latent")
+
+
 def test_a_latent_without_examples_shows_its_context_and_the_page_says_how_many_have_them(open_page):
     page = open_page("#latent=45")
     assert page.inner_text(".passage") == f"a context of «45»: {HOSTILE[0]}"
@@ -543,15 +638,17 @@ def test_one_value_far_off_does_not_squeeze_the_chart_of_the_others(open_page):
 # How it looks
 
 
-@pytest.mark.parametrize("file", ["crosscoder", "sae"])
-@pytest.mark.parametrize("fragment", ["", "#latent=20", f"#latent={HOSTILE_LATENT}", "#latent=45"])
+@pytest.mark.parametrize("file", ["crosscoder", "sae", "matched"])
+@pytest.mark.parametrize("fragment", ["", "#matched=1", "#latent=20", f"#latent={HOSTILE_LATENT}", "#latent=45"])
 def test_on_a_phone_nothing_sticks_out(open_page, fragment, file):
     page = open_page(fragment, file, **PHONE)
-    if not fragment:
+    if "latent" not in fragment:
         page.click("#filters summary")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.evaluate("scrollTo(500, 0)")
     assert page.evaluate("scrollX") == 0
+    if "latent" not in fragment:
+        assert page.locator("#changed .firing >> nth=0").bounding_box()["width"] > 200
 
 
 def luminance(page: Any) -> float:
@@ -604,17 +701,18 @@ def test_all_text_has_the_contrast_that_reading_needs(open_page, scheme, fragmen
 
 
 def test_on_a_screen_the_table_has_room_for_all_of_its_columns(open_page):
-    for file in ("crosscoder", "sae", "partition"):
-        page = open_page(file=file)
+    views = {"crosscoder": "", "sae": "", "partition": "", "measured": "", "matched": "#matched=1&sort=-match_cosine"}
+    for file, fragment in views.items():
+        page = open_page(fragment, file)
         assert page.evaluate("document.getElementById('scroll').scrollWidth") <= 1300 - 2 * 24
         assert (
             page.evaluate("Math.max(...[...document.querySelectorAll('#rows tr')].map(row => row.offsetHeight))") < 45
         )
 
 
-@pytest.mark.parametrize("fragment", ["", "#latent=20"])
+@pytest.mark.parametrize("fragment", ["", "#latent=20", "#matched=1&sort=-match_cosine"])
 def test_everything_that_is_used_has_a_name_and_headings_leave_out_no_level(open_page, fragment):
-    page = open_page(fragment)
+    page = open_page(fragment, "matched")
     nameless = page.evaluate("""() => [...document.querySelectorAll("button, input, select, a, table, svg, [tabindex]")]
       .filter((e) => e.checkVisibility() && !(e.textContent.trim() || e.ariaLabel || e.labels?.length || e.caption))
       .map((e) => e.outerHTML)""")

@@ -4,6 +4,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const nLatents = data.largest.length;
 const columnOf = new Map(data.columns.map((column) => [column.key, column]));
 const hasFrequency = columnOf.has("frequency");
+const textColumns = data.columns.filter((column) => column.kind === "text");
 
 function valueOf(key, latent) {
   return data.values[key][latent];
@@ -48,7 +49,7 @@ function searchText(latent) {
 function gatherText(latent) {
   const lists = [data.topTokens[latent], ...data.promoted.map((lists) => lists[latent])];
   const texts = lists.flatMap((tokens) => tokens.map(word));
-  texts.push(data.contexts[latent]);
+  texts.push(data.contexts[latent], ...textColumns.map(({ key }) => valueOf(key, latent) ?? ""));
   const stored = data.examples[latent];
   if (stored) {
     const [strongest, bands, uses] = stored;
@@ -63,7 +64,7 @@ function gatherText(latent) {
 /** A figure as text, by its column's kind. */
 function format(value, kind) {
   if (value === null || value === undefined || value === "") return "–";
-  if (kind === "word") return value;
+  if (kind === "word" || kind === "text") return value;
   if (kind === "count") return value.toLocaleString("en");
   if (kind === "share") return value > 0 && value < 1e-5 ? "<0.001%" : `${threeDigits(100 * value)}%`;
   return threeDigits(value);
@@ -114,8 +115,18 @@ function breakable(text) {
   return text.split(/(?<=[/_])/).flatMap((part) => [part, make("wbr")]);
 }
 
+/** A link to a latent, which keeps the view of the table to come back to. */
 function latentLink(latent, text = String(latent)) {
-  return make("a", { href: `#latent=${latent}` }, text);
+  return make("a", { href: viewToHash(latent) }, text);
+}
+
+/** A latent's strongest firing as [text before, the token, text after]. */
+function strongestFiring(latent) {
+  const stored = data.examples[latent];
+  if (!stored) return data.contexts[latent].split(/[«»]/, 3);
+  const { tokens, peak } = readExample(stored[0][0]);
+  const texts = tokens.map(({ text }) => text);
+  return [texts.slice(0, peak).join(""), texts[peak], texts.slice(peak + 1).join("")];
 }
 
 /** The class of a latent, as a word in its colour; nothing where there are no classes. */

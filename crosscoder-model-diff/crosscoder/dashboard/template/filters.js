@@ -9,12 +9,12 @@ const TEXT_COLUMNS = new Map([
   ...data.directions.map((name, i) => [`promoted${i}`, `${name} promotes`]).reverse(),
 ]);
 const wordColumns = data.columns.filter((column) => column.kind === "word");
-const numberColumns = data.columns.filter((column) => column.kind !== "word");
+const numberColumns = data.columns.filter((column) => !["word", "text"].includes(column.kind));
 const extents = new Map(numberColumns.map((column) => [column.key, extentOf(data.values[column.key])]));
 
 function defaultView() {
   const sort = ["norm_distance", "difference_share", "frequency"].find((key) => columnOf.has(key));
-  return { query: "", sort, descending: true, words: new Map(), ranges: new Map(), ...NO_FLAGS };
+  return { query: "", sort, descending: true, matched: false, words: new Map(), ranges: new Map(), ...NO_FLAGS };
 }
 
 let view = defaultView();
@@ -70,8 +70,7 @@ function comparison() {
 
 function sortValues() {
   if (!TEXT_COLUMNS.has(view.sort)) return (latent) => data.values[view.sort][latent];
-  const lists = view.sort === "topTokens" ? data.topTokens : data.promoted[Number(view.sort.slice("promoted".length))];
-  return (latent) => lists[latent].map(word).join("").trim().toLowerCase();
+  return (latent) => tokensOf(view.sort, latent).map(word).join("").trim().toLowerCase();
 }
 
 function sortLabel(key) {
@@ -84,16 +83,16 @@ function nFilters() {
 
 // The view as the part of the address after #, and back.
 
-function viewToHash() {
+function viewToHash(latent = null) {
   const usual = defaultView();
-  const parts = new URLSearchParams();
+  const parts = new URLSearchParams(latent === null ? {} : { latent });
   if (view.query) parts.set("q", view.query);
   if (view.sort !== usual.sort || view.descending !== usual.descending) {
     parts.set("sort", `${view.descending ? "-" : ""}${view.sort}`);
   }
   for (const [key, allowed] of view.words) parts.set(key, [...allowed].join(","));
   for (const [key, [low, high]] of view.ranges) parts.set(key, `${low ?? ""}..${high ?? ""}`);
-  for (const flag of Object.keys(NO_FLAGS)) if (view[flag]) parts.set(flag, "1");
+  for (const flag of ["matched", ...Object.keys(NO_FLAGS)]) if (view[flag]) parts.set(flag, "1");
   return `#${parts}`;
 }
 
@@ -111,7 +110,8 @@ function viewFromHash(parts) {
     const ends = (parts.get(key) ?? "").split("..").map((end) => (end === "" ? null : Number(end)));
     if (parts.has(key) && ends.length === 2 && !ends.some(Number.isNaN)) read.ranges.set(key, ends);
   }
-  for (const flag of Object.keys(NO_FLAGS)) read[flag] = parts.get(flag) === "1";
+  for (const flag of ["matched", ...Object.keys(NO_FLAGS)]) read[flag] = parts.get(flag) === "1";
+  read.matched &&= columnOf.has("match");
   read.content &&= columnOf.has("template_share");
   return read;
 }

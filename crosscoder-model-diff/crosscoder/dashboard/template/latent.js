@@ -97,7 +97,8 @@ function exampleSections(latent, { strongest, bands }) {
   const figures = (examples) => make("div", { class: "pair" }, ...examples.map((example, i) => exampleFigure(example, largest, i)));
   const ordinal = ["Lowest quarter", "Second quarter", "Third quarter", "Highest quarter"];
   return [
-    make("section", { class: "examples" }, make("h3", {}, "Maximally activating examples"), lineBreaks(), figures(strongest)),
+    make("section", { class: "examples" }, make("h3", {}, "Maximally activating examples"), lineBreaks(), figures(strongest),
+      strongest.length === 1 ? make("p", { class: "note" }, "All of its firings are on one page, so there is one context.") : null),
     make("section", { class: "examples" }, make("h3", {}, "Examples by quantile of activation"),
       ...bands.flatMap(({ from, lowest, highest, examples }) => [
         make("h4", {}, `${ordinal[Math.round(4 * from)]} `, make("span", { class: "note" },
@@ -125,5 +126,5 @@ function withoutExamples(latent) {
   if (!context) return make("p", {}, "It is active on no token, so there is no example.");
   return make("section", { class: "examples" }, make("h3", {}, "Its strongest firing"),
     make("p", { class: "passage" }, visible(context)),
-    make("p", { class: "note" }, "This file has examples for the most interesting latents alone, and this one is not among them."));
+    make("p", { class: "note" }, "One context: this file has examples for the most interesting latents alone, and this one is not among them."));
 }

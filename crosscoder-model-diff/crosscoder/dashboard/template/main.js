@@ -13,7 +13,14 @@ function latentOfHash() {
 function route() {
   hideTip();
   const latent = latentOfHash();
-  const asked = new URLSearchParams(location.hash.slice(1)).get("latent");
+  const parts = new URLSearchParams(location.hash.slice(1));
+  const asked = parts.get("latent");
+  parts.delete("latent");
+  if (`#${parts}` !== viewToHash()) {
+    view = viewFromHash(parts);
+    fillForm();
+    refreshTable();
+  }
   const nowhere = document.getElementById("nowhere");
   nowhere.hidden = latent !== null || asked === null;
   nowhere.textContent = `There is no latent “${asked}”: they are numbered from 0 to ${nLatents - 1}.`;
@@ -35,11 +42,6 @@ function openLatent(latent) {
 
 function openTable() {
   const wasHidden = list.hidden;
-  if (location.hash.replace(/^#?/, "#") !== viewToHash()) {
-    view = viewFromHash(new URLSearchParams(location.hash.slice(1)));
-    fillForm();
-    refreshTable();
-  }
   document.getElementById("latent").hidden = true;
   list.hidden = false;
   document.body.classList.remove("reading");
@@ -72,6 +74,12 @@ function setUpForm() {
     viewChanged();
     document.querySelector(`[data-sort="${key}"]`).focus();
   });
+  document.getElementById("matched").addEventListener("click", () => {
+    view.matched = !view.matched;
+    Object.assign(view, { sort: view.matched ? "match_cosine" : defaultView().sort, descending: true });
+    viewChanged();
+  });
+  document.getElementById("save").addEventListener("click", saveTable);
   search.addEventListener("input", () => { view.query = search.value; viewChanged(); });
   document.getElementById("controls").addEventListener("submit", (event) => event.preventDefault());
   document.getElementById("clear").addEventListener("click", () => {
@@ -87,7 +95,7 @@ function setUpForm() {
   }
   document.getElementById("rows").addEventListener("click", (event) => {
     const row = event.target.closest("tr");
-    if (row && !event.target.closest("a") && !String(getSelection())) location.hash = `latent=${row.dataset.latent}`;
+    if (row && !event.target.closest("a") && !String(getSelection())) location.hash = viewToHash(row.dataset.latent);
   });
 }
 
@@ -103,7 +111,7 @@ function onKey(event) {
 }
 
 function tableKey(key, typing, searching) {
-  if (searching && key === "Enter") return () => { if (shown.length) location.hash = `latent=${shown[0]}`; };
+  if (searching && key === "Enter") return () => { if (shown.length) location.hash = viewToHash(shown[0]); };
   if (searching && key === "ArrowDown") return () => moveRow(1);
   if (typing && key === "Escape") return () => document.activeElement.blur();
   if (typing) return null;
@@ -116,7 +124,7 @@ function tableKey(key, typing, searching) {
 
 function latentKey(key) {
   const at = shown.indexOf(lastLatent);
-  const go = (step) => () => { if (at >= 0 && shown[at + step] !== undefined) location.hash = `latent=${shown[at + step]}`; };
+  const go = (step) => () => { if (at >= 0 && shown[at + step] !== undefined) location.hash = viewToHash(shown[at + step]); };
   return {
     j: go(1), k: go(-1),
     Escape: () => { if (!hideTip()) location.hash = viewToHash(); },
@@ -165,11 +173,14 @@ function showFacts() {
 
 setScheme(storedScheme());
 showFacts();
+showSummary();
 setUpForm();
-view = viewFromHash(latentOfHash() === null ? new URLSearchParams(location.hash.slice(1)) : new URLSearchParams());
+view = viewFromHash(new URLSearchParams(location.hash.slice(1)));
 fillForm();
 refreshTable();
 addEventListener("hashchange", route);
 document.addEventListener("keydown", onKey);
 route();
+// Who is sent a view of the table is to see the table.
+if (!list.hidden && viewToHash() !== "#") document.getElementById("list-heading").scrollIntoView();
 document.documentElement.dataset.ready = "";

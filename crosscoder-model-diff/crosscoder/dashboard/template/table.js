@@ -1,9 +1,8 @@
 // The table of latents, a page of it at a time.
 
 const ROWS_ON_PAGE = 100;
-const tableColumns = data.columns.filter((column) => column.in_table);
 // With few figures there is room for more tokens.
-const roomy = tableColumns.length < 8;
+const roomy = data.columns.filter((column) => column.in_table).length < 8;
 document.getElementById("latents").classList.toggle("roomy", roomy);
 let shown = [];
 let firstShown = 0;
@@ -17,6 +16,9 @@ function refreshTable() {
 }
 
 function drawTable() {
+  const matched = document.getElementById("matched");
+  matched.hidden = !columnOf.has("match");
+  matched.setAttribute("aria-pressed", view.matched);
   drawHeads();
   document.getElementById("rows").replaceChildren(
     ...shown.slice(firstShown, firstShown + ROWS_ON_PAGE).map(tableRow),
@@ -36,9 +38,29 @@ function drawTable() {
   drawOverview();
 }
 
+// Of a latent's own figures, those that stand beside its partner's in another dictionary.
+const BESIDE_PARTNER = ["label", "kind", "relative_decoder_norm", "frequency"];
+
+/** What is sorted by is always shown. */
+function tableColumns() {
+  const wanted = ({ key, in_table, matched }) => view.matched ? matched || BESIDE_PARTNER.includes(key) : in_table;
+  const found = data.columns.filter((column) => wanted(column) || column.key === view.sort);
+  return [...found.filter((column) => !column.matched), ...found.filter((column) => column.matched)];
+}
+
+/** Where latents have labels, or partners are shown, those stand in place of the tokens that latents promote. */
+function tokenColumns() {
+  const promoted = !view.matched && !columnOf.has("label");
+  return [...TEXT_COLUMNS.keys()].filter((key) => promoted || key === "topTokens" || key === view.sort);
+}
+
+function tokensOf(key, latent) {
+  return key === "topTokens" ? data.topTokens[latent] : data.promoted[Number(key.slice("promoted".length))][latent];
+}
+
 function drawHeads() {
-  const heads = [["latent", "latent", "The latent's number."], ...tableColumns.map((c) => [c.key, c.label, c.help]),
-    ...[...TEXT_COLUMNS].map(([key, label]) => [key, label, ""])];
+  const heads = [["latent", "latent", "The latent's number."], ...tableColumns().map((c) => [c.key, c.label, c.help]),
+    ...tokenColumns().map((key) => [key, TEXT_COLUMNS.get(key), ""])];
   document.getElementById("heads").replaceChildren(...heads.map(([key, label, help]) => {
     const sorted = view.sort === key;
     const button = make("button", { type: "button", title: help, "data-sort": key }, label,
@@ -51,17 +73,17 @@ function drawHeads() {
 /** `major` columns stay on a phone, and so does the one that is sorted by. */
 function cellClass(key) {
   const kind = columnOf.get(key)?.kind ?? (key === "latent" ? "count" : "tokens");
-  const major = ["latent", "kind", "topTokens"].includes(key) || key === view.sort;
-  return `${kind === "word" || kind === "tokens" ? kind : "figure"}${major ? " major" : ""}`;
+  const always = ["latent", columnOf.has("label") ? "label" : "kind", "topTokens", "match", "match_cosine"];
+  const major = always.includes(key) || key === view.sort;
+  return `${["word", "text", "tokens"].includes(kind) ? kind : "figure"}${major ? " major" : ""}`;
 }
 
 function tableRow(latent) {
-  const cells = tableColumns.map((column) => make("td", { class: cellClass(column.key) }, tableCell(column, latent)));
+  const cells = tableColumns().map((column) => make("td", { class: cellClass(column.key) }, tableCell(column, latent)));
   return make("tr", { "data-latent": latent },
     make("th", { scope: "row", class: cellClass("latent") }, latentLink(latent)),
     ...cells,
-    make("td", { class: cellClass("topTokens") }, chips(data.topTokens[latent])),
-    ...data.promoted.map((lists, i) => make("td", { class: cellClass(`promoted${i}`) }, chips(lists[latent].slice(0, roomy ? 8 : 4)))).reverse());
+    ...tokenColumns().map((key) => make("td", { class: cellClass(key) }, chips(tokensOf(key, latent).slice(0, roomy ? 8 : 5)))));
 }
 
 function tableCell(column, latent) {
@@ -84,7 +106,7 @@ function lean(value) {
 function drawOverview() {
   const figure = document.getElementById("overview");
   const column = columnOf.get(view.sort === "norm_distance" ? "relative_decoder_norm" : view.sort);
-  figure.hidden = !column || column.kind === "word";
+  figure.hidden = !column || ["word", "text"].includes(column.kind);
   const state = `${viewToHash()} ${shown.length}`;
   if (figure.hidden || state === overviewDrawn) return;
   overviewDrawn = state;
@@ -117,8 +139,27 @@ function drawnRange(values) {
   return [Math.max(low, at(0.01) - inner / 10), Math.min(high, at(0.99) + inner / 10)];
 }
 
+/** The latents of the table, all pages of it, as CSV: every figure as it is stored, and text. */
+function tableAsCsv() {
+  const quoted = (value) => /[",\n\r]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value;
+  const lines = [["latent", ...data.columns.map(({ key }) => key), ...[...TEXT_COLUMNS.values()].map((name) => name.replaceAll(" ", "_")), "example"]];
+  for (const latent of shown) {
+    const [before, token = "", after = ""] = strongestFiring(latent);
+    lines.push([latent, ...data.columns.map(({ key }) => valueOf(key, latent) ?? ""),
+      ...[...TEXT_COLUMNS.keys()].map((key) => tokensOf(key, latent).map((token) => JSON.stringify(word(token))).join(" ")),
+      token && `${before}«${token}»${after}`]);
+  }
+  return `${lines.map((line) => line.map((value) => quoted(String(value))).join(",")).join("\n")}\n`;
+}
+
+function saveTable() {
+  const address = URL.createObjectURL(new Blob([tableAsCsv()], { type: "text/csv" }));
+  make("a", { href: address, download: `${data.title.replace(/[^\w.-]+/g, "_")}.csv` }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 60_000);
+}
+
 function sortBy(key) {
-  const words = TEXT_COLUMNS.has(key) || columnOf.get(key)?.kind === "word" || key === "latent";
+  const words = TEXT_COLUMNS.has(key) || ["word", "text"].includes(columnOf.get(key)?.kind) || key === "latent";
   view.descending = view.sort === key ? !view.descending : !words;
   view.sort = key;
 }

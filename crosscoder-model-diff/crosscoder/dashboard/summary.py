@@ -1,0 +1,103 @@
+"""What fine-tuning changed, in a few sentences: the first screen of a dashboard. Every number is one of the tables'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from crosscoder.analysis import tables
+from crosscoder.analysis.measures import CLASSES
+from crosscoder.dashboard.records import Summary
+
+if TYPE_CHECKING:
+    from crosscoder.analysis.findings import Findings
+    from crosscoder.analysis.tables import LatentRow
+
+N_CHANGED = 10
+CAUSAL_LATENTS = 10
+"""Of the sets that were patched, the largest of at most so many latents is told."""
+TURNED = 0.1
+"""Change from which a latent of a stagewise SAE is counted as turned: its vectors turned by 26 degrees."""
+ORDERS = {
+    "relative_decoder_norm": "by how far their relative decoder norm is from one half (0: the instruct model alone has "
+    "the latent, 1: the fine-tuned model alone)",
+    "change": "by how far they turned when the dictionary was trained on with the fine-tuned model",
+    "difference_share": "by their share of the difference of the models",
+}
+
+
+def summary_of(found: Findings, causal: Sequence[Mapping[str, Any]] = ()) -> Summary:
+    """Of a dictionary that was analysed; `causal` are the rows of its causal.csv (extra_readings.causal_rows)."""
+    changed = tables.most_changed(found.rows, N_CHANGED, found.config.min_frequency)
+    programs = sum(row.completion_share > 0.5 for row in changed)
+    first = (
+        f"{programs} of the {len(changed)} latents that changed most fire mostly in what the model writes, "
+        f"{len(changed) - programs} mostly in what it reads. Below they are listed, {ORDERS[leading(changed)]}."
+    )
+    sentences = (first, explained(found), *counted(found.rows), *caused(causal))
+    return Summary(sentences, tuple(row.latent for row in changed), leading(changed))
+
+
+def leading(rows: Sequence[LatentRow]) -> str:
+    """The column that says how much a latent of this dictionary changed."""
+    columns = ("relative_decoder_norm", "change")
+    return next((c for c in columns if any(getattr(row, c) is not None for row in rows)), "difference_share")
+
+
+def explained(found: Findings) -> str:
+    parts = found.explained
+    models = {"the instruct model": parts.instruct, "the fine-tuned model": parts.fine_tuned}
+    of = [f"{value:.1%} of the variance of {name}" for name, value in models.items() if value is not None]
+    of.append(f"{parts.difference:.1%} of the variance of their difference")
+    return (
+        f"On held-out documents this dictionary explains {listed(of)}, with {parts.l0:.1f} latents active at once. "
+        "What it does not explain of the difference, this page cannot show."
+    )
+
+
+def counted(rows: Sequence[LatentRow]) -> Iterator[str]:
+    """How many latents are active, and how many changed, with the rule that says so."""
+    alive = [row for row in rows if row.frequency > 0]
+    text = f"{len(alive):,} of its {len(rows):,} latents are active; {len(rows) - len(alive):,} are dead."
+    written = sorted((row.difference_share for row in alive), reverse=True)
+    total = sum(written)
+    half = sum(2 * so_far < total for so_far in accumulate(written)) + (total > 0)
+    yield f"{text} {half:,} of them write half of what tells the models apart."
+    kinds = [row.kind for row in alive]
+    if leading(rows) == "change":
+        turned = sum((row.change or 0) > TURNED for row in alive)
+        yield f"{turned:,} turned by more than {TURNED} when the dictionary was trained on with the fine-tuned model."
+    elif leading(rows) == "relative_decoder_norm":
+        of = [f"{kinds.count(kind):,} {'in between' if kind == 'between' else kind}" for kind in CLASSES]
+        text = f"By the lengths of their decoder vectors (Δ) the active latents are {listed(of)}."
+        confirmed = [row.confirmed for row in alive]
+        exclusive = ("fine-tuned-only", "instruct-only", *(["both"] if "both" in confirmed else []))
+        if any(row.nu_err is not None for row in rows):
+            of = [f"{confirmed.count(kind):,} as {kind}" for kind in exclusive]
+            text += f" Latent scaling, which asks each model for the latent itself, confirms {listed(of)}."
+        yield text
+
+
+def caused(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What the best latents do together, put into the instruct model, beside random sets of as many."""
+    of = {"direction": "sufficiency", "carrier": "own", "group": "all", "measure": "divergence"}
+    asked = [row for row in rows if row["recovered"] is not None and all(row[k] == v for k, v in of.items())]
+    ranked = [row for row in asked if row["kind"] == "ranked" and row["n_latents"] <= CAUSAL_LATENTS]
+    if not ranked:
+        return
+    best = max(ranked, key=lambda row: row["n_latents"])
+    n = best["n_latents"]
+    random = [row["recovered"] for row in asked if row["kind"] == "random sets" and row["n_latents"] == n]
+    low, high = best["recovered_low"], best["recovered_high"]
+    which, verb = (f"{n} latents", "close") if n > 1 else ("latent", "closes")
+    yield (
+        f"Added to the instruct model, the {which} of the largest estimated effect {verb} {best['recovered']:.0%} of "
+        "the gap (KL) that this place in the model can close"
+        + (f" (95% interval {low:.0%} to {high:.0%})" if low is not None else "")
+        + (f"; random sets of as many close {sum(random) / len(random):.0%}." if random else ".")
+    )
+
+
+def listed(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
