@@ -17,7 +17,7 @@ from finqa.models.settings import StudentSettings, settings_for
 from finqa.models.students import MODEL_FILES, StudentRun, local_model, resolve_model
 from finqa.models.templates import read_template
 from finqa.models.weights import check_model_folder
-from finqa.runtime.command_line import at_least_one, flag, given
+from finqa.runtime.command_line import flag, given
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import Folders, check_name
 from finqa.task.datasets import DATASETS
@@ -43,7 +43,7 @@ class OwnPair:
     each paragraph."""
     name: str = flag("", metavar="NAME", shown="<fine-tuned model>-<file>")
     """Name of the pair, by which every later script finds what was recorded."""
-    max_tokens: int | None = flag(None, type=at_least_one, metavar="TOKENS", shown="4096, or what the model reads")
+    max_tokens: int | None = flag(None, metavar="TOKENS", shown="4096, or what the model reads")
     """Tokens of a document; a longer one is cut there."""
 
     def __post_init__(self) -> None:
@@ -53,6 +53,8 @@ class OwnPair:
         check_name("--name", self.name)
         if self.name in DATASETS:
             raise UserError(f"--name {self.name} is that of a data set; choose another")
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise UserError(f"--max-tokens must be at least 2, not {self.max_tokens}")
 
     def student(self, **known: Any) -> StudentRun:
         """The base model, with what flags say of it, as what the stages know as a student."""

@@ -239,6 +239,7 @@ def test_a_wrong_line_is_named_with_the_remedy(content: str, tmp_path: Path):
             "two models of your own are given by --base, --fine-tuned, --text; add --base",
         ),
         (("--base", "a", "--text", "t"), "add --fine-tuned"),
+        (("--base", "a", "--fine-tuned", "b", "--text", "t", "--max-tokens", "1"), "--max-tokens must be at least 2"),
         (("--base", "a", "--fine-tuned", "b", "--text", "t", "--name", "FinQA"), "--name FinQA is that of a data set"),
         (("FinQA", "--base", "a", "--fine-tuned", "b", "--text", "t"), "need no data set; leave out DATASET_NAME"),
         (

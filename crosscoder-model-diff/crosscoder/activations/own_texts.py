@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,16 +59,21 @@ def read_texts(file: Path) -> list[OwnText]:
         raise UserError(f"{file} is not text in UTF-8; give JSON lines or plain text") from None
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"--text {file}: there is no such file; give JSON lines or plain text") from None
-    if file.suffix.lower() in JSON_LINES or content.lstrip().startswith("{"):
-        texts = _json_lines(file, content)
-    else:
-        # The number of the line is counted from the line breaks before the paragraph.
-        found = re.finditer(r"\S.*?(?=\n[^\S\n]*\n|\s*\Z)", content, re.DOTALL)
-        lines = [(content.count("\n", 0, paragraph.start()) + 1, paragraph[0]) for paragraph in found]
-        texts = [OwnText(f"line {number}", f"{file}, line {number}", text) for number, text in lines]
+    is_json = file.suffix.lower() in JSON_LINES or content.lstrip().startswith("{")
+    texts = _json_lines(file, content) if is_json else _paragraphs(file, content)
     if len(texts) < 2:
-        parted = "one JSON object a line" if file.suffix.lower() in JSON_LINES else "blank lines between documents"
+        parted = "one JSON object a line" if is_json else "blank lines between documents"
         raise UserError(f"{file} holds {len(texts)} documents, and at least 2 are needed: {parted}")
+    return texts
+
+
+def _paragraphs(file: Path, content: str) -> list[OwnText]:
+    texts = []
+    for filled, lines in groupby(enumerate(content.split("\n"), 1), key=lambda line: bool(line[1].strip())):
+        if filled:
+            numbers, paragraph = zip(*lines, strict=True)
+            name = f"line {numbers[0]}"
+            texts.append(OwnText(name, f"{file}, {name}", "\n".join(paragraph).strip()))
     return texts
 
 
