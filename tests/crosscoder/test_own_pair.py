@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -119,8 +122,9 @@ def test_every_script_takes_the_pairs_name(form: str, fine_tuned: str, kinds: se
     assert bool(known["completion_share"]) == (form != "text")
     assert bool(known["template_share"]) == (form == "messages")
     assert any("«" in line for line in latents)
-    page = (folder / "dashboard.html").read_text()
-    assert "line 1" in page and ("in completions" in page) == (form != "text")
+    packed = re.search(r'<script[^>]*id="data"[^>]*>([^<]+)<', (folder / "dashboard.html").read_text())
+    page = gzip.decompress(base64.b64decode(packed[1] if packed else "")).decode()
+    assert '"line 1' in page and ("in completions" in page) == (form != "text")
     rows = [line.split(",") for line in (folder / "causal.csv").read_text().splitlines()]
     untouched = dict(zip(rows[0], rows[1], strict=True))
     assert untouched["measure"] == "divergence" and float(untouched["none"]) > 0

@@ -135,7 +135,7 @@ def documents_from_texts(texts: Sequence[OwnText], tokenizer: PreTrainedTokenize
             rest: Any = tokenizer(text.text, add_special_tokens=not text.prompt)["input_ids"]
             ids, n_prompt = [*asked, *rest], len(asked) or 1
             of_rest: TokenKind = "completion" if text.prompt else "other"
-            kinds = [*(["prompt"] * len(asked)), *([of_rest] * len(rest))]
+            kinds = ["prompt" if i < len(asked) else of_rest for i in range(len(ids))]
         if len(ids) < 2:
             raise UserError(f"{text.place}: the text is a single token, before which nothing stands; leave it out")
         own = tuple(KINDS.index("chat" if i in marks else kind) for i, kind in zip(ids, kinds, strict=True))

@@ -42,11 +42,10 @@ def read_unembedding(model: str, n_tokens: int, revision: str | None = None) -> 
     """
     config = _find_file(model, revision, "config.json")
     family = json.loads(config.read_text()).get("model_type") if config else None
+    has_gain = family not in WITHOUT_GAIN
+    norm = _read_tensor(model, revision, ("model.norm.weight",)).float() + (family in ONE_MORE) if has_gain else None
     weight = _read_tensor(model, revision, ("lm_head.weight", "model.embed_tokens.weight"))
-    if family in WITHOUT_GAIN:
-        norm = torch.ones(weight.shape[1])
-    else:
-        norm = _read_tensor(model, revision, ("model.norm.weight",)).float() + (family in ONE_MORE)
+    norm = torch.ones(weight.shape[1]) if norm is None else norm
     return Unembedding(norm, weight[:n_tokens].float(), family in CENTRED)
 
 
