@@ -169,5 +169,5 @@ def _chat(text: OwnText, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int],
             place += len(spelt)
         if "".join(spelled) == written:
             kinds = kinds_at((first_letter(written, *span) for span in read["offset_mapping"]), borders)
-            return ids, kinds.index("completion") if "completion" in kinds else 1, kinds
+            return ids, max(1, kinds.index("completion")) if "completion" in kinds else 1, kinds
     return ids, 1, ["other"] * len(ids)
