@@ -3,6 +3,7 @@
     python analyse.py                                          that of the 7B run
     python analyse.py FinQA-mini pocket-mistral
     python analyse.py FinQA-mini pocket-mistral --method difference-sae
+    python analyse.py mine                                     a pair of your own (collect_activations.py --name mine)
     python analyse.py FinQA mistralai/Mistral-7B-Instruct-v0.3 HF_NAME --name wide --examples-for 4096
     python analyse.py FinQA mistralai/Mistral-7B-Instruct-v0.3 --causal 64
 

@@ -3,7 +3,11 @@
     python collect_activations.py                                     FinQA, Mistral-7B-Instruct-v0.3, layer 17
     python collect_activations.py FinQA-mini pocket-mistral --no-push
     python collect_activations.py FinQA mistralai/Mistral-7B-Instruct-v0.3 HF_NAME --layer 9 17 --site mlp residual
+    python collect_activations.py --base MODEL --fine-tuned MODEL --text FILE [--name NAME]
     torchrun --nproc-per-node 8 collect_activations.py ...             a share of the documents for each GPU
+
+The fourth line is for any two causal language models with one tokenizer, and any texts (docs/model-diff.md): no data
+set and no student is needed, and every later script takes the pair's name in their place.
 
 Reads the filtered rows of a split or of all (prompt and program, as the very token ids the student was trained on),
 the base model, and the adapter: from D/models/<dataset>/<model-id>/, else from the Hub. One model is in memory, its
@@ -38,6 +42,7 @@ from crosscoder.names import (
     hub_id,
     require_push,
 )
+from crosscoder.own_pair import OwnPair
 from finqa.models import hub, students
 from finqa.models.templates import template_facts
 from finqa.models.weights import check_base
@@ -46,10 +51,8 @@ from finqa.runtime.command_line import add_flags, at_least_one, flag, from_args,
 from finqa.runtime.errors import report_errors
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import write_manifest
-from finqa.runtime.paths import Folders, chosen_splits
+from finqa.runtime.paths import Folders
 from finqa.runtime.progress import Progress
-from finqa.task.datasets import dataset, how_to_make, rows_file
-from finqa.task.records import read_teacher_rows
 
 if TYPE_CHECKING:
     from crosscoder.activations.collection import Document, Shard
@@ -84,6 +87,7 @@ def parse_args() -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_activation_flags(parser, several=True)
     add_push_flags(parser, "activation sets")
+    add_flags(parser.add_argument_group("two models and texts of your own"), OwnPair)
     add_flags(parser.add_argument_group("recording"), Recording)
     return parser.parse_args()
 
@@ -102,6 +106,8 @@ def main() -> None:
         parallel.part()
         if parallel.is_first():
             for choice in choices:
+                if choice.pair:
+                    print(f"next: {choice.command('train.py', folders)}")
                 repository = hub_id(choice.student, choice.name) if args.push else None
                 write_activations_card(folders.activations(choice.name), repository)
                 hub.push_folder(folders.activations(choice.name), repository, args.push, args.private)
@@ -140,24 +146,19 @@ def make_plan(recording: Recording, choices: list[ActivationChoice], folders: Fo
     from crosscoder.activations.writer import SetWriter
 
     first = choices[0]
-    data, splits = dataset(first.student.dataset), chosen_splits(first.split)
-    rows_files = [rows_file("filtered", data, split, folders) for split in splits]
-    rows_of = [
-        read_teacher_rows(file, how_to_make("filtered", data, split, folders))
-        for file, split in zip(rows_files, splits, strict=True)
-    ]
-    recorded_inputs.check_every_split_is_reached(first, [len(rows) for rows in rows_of])
-    rows = [row for rows in rows_of for row in rows]
+    source = recorded_inputs.read_source(first, folders)
     base = students.resolve_model(first.student.model, first.student.revision)
     fine_tuned = recorded_inputs.find_fine_tuned(first, folders)
     instruct = recorded_inputs.find_instruct(first, folders)
     shape = recording_plan.model_shape(base)
     shape.check_layers([choice.resolved_layer for choice in choices])
-    documents, tokenizer = recorded_inputs.tokenize(rows, first, fine_tuned)
+    if not recorded_inputs.is_adapter(fine_tuned):
+        shape.check_same(recording_plan.model_shape(str(fine_tuned)), fine_tuned)
+    documents, tokenizer = source.tokenize(fine_tuned)
 
     device = recording.device or students.default_device()
     dtype = recording.dtype or ("bf16" if device.startswith("cuda") else "fp32")
-    facts = recorded_inputs.describe_inputs(first, base, fine_tuned, rows_files, instruct) | {"dtype": dtype}
+    facts = recorded_inputs.describe_inputs(first, base, fine_tuned, source.files, instruct) | {"dtype": dtype}
     batch_tokens = recording.batch_tokens or BATCH_TOKENS.get(device.partition(":")[0], BATCH_TOKENS["cpu"])
     skip_id = None if first.keep_bos else tokenizer.bos_token_id
     missing, inputs, writers = [], [], []

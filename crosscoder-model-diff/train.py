@@ -4,6 +4,7 @@
     python train.py FinQA-mini pocket-mistral
     python train.py FinQA mistralai/Mistral-7B-Instruct-v0.3 HF_NAME --latents 32768 --k 128 --epochs 4 --name wide
     python train.py FinQA-mini pocket-mistral --method difference-sae
+    python train.py mine                                a pair of your own (collect_activations.py --name mine)
     torchrun --nproc-per-node 2 train.py FinQA-mini pocket-mistral
 
 --method batchtopk is the crosscoder. The others are there to be compared with it, with the same trainer on the same

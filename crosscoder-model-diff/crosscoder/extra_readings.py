@@ -32,7 +32,7 @@ from finqa.runtime.journal import KeyedJournal
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from crosscoder.interventions.halves import Pair
+    from crosscoder.interventions.halves import Pair, Side
     from crosscoder.names import ActivationChoice
     from finqa.runtime.paths import Folders
 
@@ -182,7 +182,30 @@ def load_pair(reading: Reading, choice: ActivationChoice, folders: Folders) -> P
         return model
 
     if instruct is not None:
-        return pair_of(adapted(instruct).get_base_model(), adapted(fine_tuned).get_base_model())
-    if is_adapter(fine_tuned):
-        return pair_of(adapted(fine_tuned))
-    return pair_of(base(), students.load_base(str(fine_tuned), dtype, device))
+        pair = pair_of(adapted(instruct).get_base_model(), adapted(fine_tuned).get_base_model())
+    elif is_adapter(fine_tuned):
+        pair = pair_of(adapted(fine_tuned))
+    else:
+        pair = pair_of(base(), students.load_base(str(fine_tuned), dtype, device))
+    check_patched(pair.fine_tuned)
+    return pair
+
+
+@torch.no_grad()
+def check_patched(side: Side) -> None:
+    """UserError where the layers, called one by one, do not give the model's own logits: some families scale their
+    embeddings or logits, or cap them."""
+    ids = torch.arange(1, 9, device=side.device)[None]
+    with side.active():
+        expected = side.model(input_ids=ids, use_cache=False).logits.float()
+    try:
+        entering = side.embedded(ids)
+        own = side.logits(side.through(entering, range(len(side.layers)), side.frame(entering)))
+        known = (own - expected).abs().max() <= 0.02 * expected.abs().max()
+    except TypeError:  # a layer of another kind, which wants to be told more
+        known = False
+    if not known:
+        raise UserError(
+            f"{type(side.model).__name__} computes its logits in a way that patches do not know, so --causal and "
+            "--splice cannot be measured on it; leave them out"
+        )

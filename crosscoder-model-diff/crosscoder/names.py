@@ -1,6 +1,7 @@
 """What the scripts of this folder share: the flags that name an activation set or a crosscoder, and finding them.
 
     activation set   D/activations/<model-id>-<dataset>-<split>-layer<L>-<site>-<n>/    Hub HF_NAME/<same name>
+                     D/activations/<pair>-layer<L>-<site>-<n>/ of two models of the user's own (own_pair)
     crosscoder       D/models/crosscoders/<short model name>-<dataset>-layer<L>-<site>_<n>_samples_batchtopk/
                                                                                         Hub HF_NAME/<same name>
     its results      crosscoder-model-diff/results/<crosscoder's name>/
@@ -12,16 +13,18 @@ data set, layer and site; those names are still found.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from crosscoder.dictionaries.config import CrosscoderConfig, Method
+from crosscoder.own_pair import STUDENT_FIELDS, OwnPair, pair_from_args, recorded_pairs, refuse_others
 from finqa.models import hub
 from finqa.models.students import (
+    DEFAULT_DATASET,
     DEFAULT_MODEL,
     StudentRun,
     add_student_flags,
@@ -41,8 +44,8 @@ UNNAMED = "unnamed"
 """What stands for an empty run name in a name."""
 DEFAULT_DEPTH = 32
 """Layers of the default model."""
-HUB_NAME_LENGTH = 96
-"""Longest repository name that the Hub takes."""
+OWN_FIELDS = ("num_samples", "layer", "site", "keep_bos", "keep_outliers")
+"""Of an ActivationChoice, what applies to two models of the user's own."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class ActivationChoice:
     """Keep tokens of more than ten times the median norm (attention sinks), which dictionaries do not read."""
     against: str | None = flag(None, metavar="RUN_NAME", shown="the base model itself")
     """Run name of another fine-tune that takes the base model's place ('': the one without a name)."""
+    pair: OwnPair | None = None
+    """Two models of the user's own; `student` is then the first of them."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 2:
@@ -90,7 +95,7 @@ class ActivationChoice:
     def name(self) -> str:
         """Name of the activation set."""
         student = self.student
-        stem = f"{student.model_id}-{student.dataset}-{self.split}"
+        stem = self.pair.name if self.pair else f"{student.model_id}-{student.dataset}-{self.split}"
         parts = [stem, f"layer{self.resolved_layer}", self.site, str(self.num_samples), *self._how_words]
         return "-".join([*parts, *self._against_words])
 
@@ -111,6 +116,8 @@ class ActivationChoice:
     @property
     def crosscoder_name(self) -> str:
         """Default name of the crosscoder that is trained on this set."""
+        if self.pair:
+            return f"{self.name}_batchtopk"
         split = [self.split] if self.split != ActivationChoice.split else []
         of = [self.student.dataset, *split, f"layer{self.resolved_layer}", self.site, *self._how_words]
         return self._crosscoder_name(*of)
@@ -118,7 +125,7 @@ class ActivationChoice:
     @property
     def earlier_crosscoder_name(self) -> str:
         """The default name before it told data sets, layers and sites apart."""
-        return self._crosscoder_name()
+        return self.crosscoder_name if self.pair else self._crosscoder_name()
 
     def _crosscoder_name(self, *of: str) -> str:
         local = local_model(self.student.model)
@@ -143,6 +150,10 @@ class ActivationChoice:
 
     def command(self, script: str, folders: Folders | None = None) -> str:
         """The command that runs `script` for this choice, with the flags that are not at their default."""
+        if self.pair:
+            own = [*words_of(self.pair), *self.student.flags(), *words_of(self)]
+            words = own if script == "collect_activations.py" else [shlex.quote(self.name)]
+            return typed(f"crosscoder-model-diff/{script}", *words, folders=folders)
         return typed(f"crosscoder-model-diff/{script}", *self.student.words(), *words_of(self), folders=folders)
 
 
@@ -218,16 +229,40 @@ def require_push(args: argparse.Namespace, student: StudentRun, name: str) -> No
 
 
 def choice_from_args(args: argparse.Namespace) -> ActivationChoice:
-    """The choice that the flags of `add_activation_flags` describe."""
-    return from_args(ActivationChoice, args, student=student_from_args(args))
+    """The choice that the flags of `add_activation_flags` describe, or the name of a pair of the user's own."""
+    return _recorded_choice(args) or from_args(ActivationChoice, args, student=student_from_args(args))
+
+
+def _recorded_choice(args: argparse.Namespace) -> ActivationChoice | None:
+    """The set of a pair of the user's own that is named in the data set's place; flags choose among several."""
+    name, asked = given(StudentRun, args).get("dataset", DEFAULT_DATASET), given(ActivationChoice, args)
+    if not (found := recorded_pairs(name, Folders.from_args(args))):
+        return None
+    refuse_others(args, (StudentRun, ActivationChoice), ("dataset", *OWN_FIELDS), f"{name} says what was recorded")
+    choices = [_choice_of(recorded) for recorded in found.values()]
+    chosen = [one for one in choices if all(getattr(one, field) == value for field, value in asked.items())]
+    if len(chosen) != 1:
+        raise UserError(f"{len(chosen)} sets of {name} are meant; give the whole name of one: {', '.join(found)}")
+    return chosen[0]
+
+
+def _choice_of(recorded: Mapping[str, Any]) -> ActivationChoice:
+    """The choice that made a set of a pair of the user's own."""
+    of_student, of_set, of_pair = (recorded["pair"][part] for part in ("student", "set", "models"))
+    pair = OwnPair(**of_pair | {"text": Path(of_pair["text"])})
+    return ActivationChoice(pair.student(**of_student), **of_set, pair=pair)
 
 
 def choices_from_args(args: argparse.Namespace) -> list[ActivationChoice]:
     """A choice for every combination of the layers and sites that are given, each once."""
-    asked, student = given(ActivationChoice, args), student_from_args(args)
+    asked, pair = given(ActivationChoice, args), pair_from_args(args)
+    if pair:
+        allowed = (*OWN_FIELDS, *STUDENT_FIELDS)
+        refuse_others(args, (StudentRun, ActivationChoice), allowed, "two models of your own need no data set")
+    student = pair.student(**given(StudentRun, args)) if pair else student_from_args(args)
     layers, sites = asked.pop("layer", (None,)), asked.pop("site", ("mlp",))
     pairs = dict.fromkeys((layer, site) for layer in layers for site in sites)
-    return [ActivationChoice(student, **asked, layer=layer, site=site) for layer, site in pairs]
+    return [ActivationChoice(student, **asked, layer=layer, site=site, pair=pair) for layer, site in pairs]
 
 
 def default_layer(depth: int) -> int:
@@ -253,18 +288,10 @@ def model_depth(model: str, revision: str | None = None) -> int:
     return int(depth)
 
 
-def hub_name(name: str) -> str:
-    """A name as the Hub takes it: cut, with a hash of the whole, where it is too long."""
-    if len(name) <= HUB_NAME_LENGTH:
-        return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f"{name[: HUB_NAME_LENGTH - 9]}-{digest}"
-
-
 def hub_id(student: StudentRun, name: str) -> str | None:
     """Hub repository of something by this name; None where no Hub account is known."""
     account = student.hf_name
-    return f"{account}/{hub_name(name)}" if account else None
+    return f"{account}/{hub.repository_name(name)}" if account else None
 
 
 def crosscoder_folder(folders: Folders, name: str) -> Path:

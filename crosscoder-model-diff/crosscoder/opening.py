@@ -18,6 +18,7 @@ from crosscoder.names import (
     crosscoder_folder,
     find_folder,
 )
+from crosscoder.own_pair import base_tokenizer
 from finqa.models import students
 from finqa.runtime.command_line import add_flags, flag, from_args, words_of
 from finqa.runtime.errors import UserError
@@ -110,7 +111,7 @@ def open_reading_of(args: argparse.Namespace) -> Reading:
         )
     training = config.training or TrainingConfig()
     trained = folders.model(choice.student.dataset, choice.student.model_id)
-    tokenizer = students.tokenizer_of(choice.student, trained)
+    tokenizer = base_tokenizer(choice.student) if choice.pair else students.tokenizer_of(choice.student, trained)
     return Reading(
         name=name,
         model=load_dictionary(folder).to(students.default_device()),

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 
+def _by_kind(found: Findings) -> Figure | None:
+    return figures.explained_variance_by_kind_figure(found.by_kind) if len(found.by_kind) > 1 else None
+
+
 def _relative_norms(found: Findings) -> Figure | None:
     return found.two_models and latent_figures.relative_norm_figure(found.two_models.norms[found.alive])
 
@@ -43,14 +47,14 @@ def _frequencies(found: Findings) -> Figure:
 
 FIGURES: Mapping[str, Callable[[Findings], Figure | None]] = {
     "explained_variance": lambda found: figures.explained_variance_figure(found.explained),
-    "explained_variance_by_kind": lambda found: figures.explained_variance_by_kind_figure(found.by_kind),
+    "explained_variance_by_kind": _by_kind,
     "relative_decoder_norms": _relative_norms,
     "decoder_cosines": _cosines,
     "latent_scaling": _scaling,
     "firing_frequency": _frequencies,
 }
 """By the names of their files. None is what does not apply: what compares two decoder vectors, to a difference SAE
-and a stagewise SAE."""
+and a stagewise SAE; what compares kinds of token, to texts of one kind."""
 
 
 def write_figures(found: Findings, folder: Path) -> list[Path]:

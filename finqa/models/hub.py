@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import time
@@ -17,6 +18,8 @@ LEFT_OUT = ("checkpoint-*/*", "*.tmp", "*.tmp/*", "wandb/*", ".*")
 """What a push leaves at home: checkpoints, logs, and what a killed run left half-written."""
 NOT_FETCHED = ("consolidated*", "original/*")
 """The same weights once more, in the form of the model's maker."""
+NAME_LENGTH = 96
+"""Longest repository name that the Hub takes."""
 Purpose = Literal["read", "write"]
 Result = TypeVar("Result")
 
@@ -77,6 +80,14 @@ def fetch_folder(repo_id: str, revision: str | None = None, patterns: list[str] 
         return None
     except RevisionNotFoundError as error:
         raise UserError(f"{repo_id} on the Hub has no revision {revision}; look at its branches and tags") from error
+
+
+def repository_name(name: str) -> str:
+    """A name as the Hub takes it: cut, with a hash of the whole, where it is too long."""
+    if len(name) <= NAME_LENGTH:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name[: NAME_LENGTH - 9]}-{digest}"
 
 
 def looked_for(repo_id: str | None) -> str:

@@ -36,6 +36,7 @@ DEFAULT_MODEL = "mistralai/Mistral-7B-Instruct-v0.3"
 POCKET = "pocket-mistral"
 ACCOUNT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 """What may be the name of a Hub account."""
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
 LONGEST_ID = 96 - len("-merged")
 """Letters of a model id, so that the Hub takes its repository and that of the merged model."""
 
@@ -174,7 +175,7 @@ def resolve_model(name: str, revision: str | None = None) -> str:
         return str(folder)
     if Path(name).is_file():
         raise UserError(f"{name} is a file; {SAFETENSORS}")
-    fetched = hub.fetch_model(name, revision, ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"])
+    fetched = hub.fetch_model(name, revision, MODEL_FILES)
     check_model_folder(fetched)
     return str(fetched)
 

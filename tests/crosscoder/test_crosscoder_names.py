@@ -17,11 +17,11 @@ from crosscoder.names import (
     crosscoder_folder,
     default_layer,
     find_folder,
-    hub_name,
     model_depth,
     name_of_method,
 )
 from crosscoder.training.sizing import default_batch, default_k, default_latents, sized_configs
+from finqa.models.hub import repository_name
 from finqa.models.students import DEFAULT_MODEL, StudentRun, settings_for
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY, Folders, write_atomically
@@ -154,9 +154,9 @@ def test_a_model_that_is_nowhere_asks_for_the_layer():
 def test_a_name_too_long_for_the_hub_is_cut_and_stays_unique():
     names = [choice(num_samples=n).name for n in (1024, 2048)]
     assert all(len(name) > 96 for name in names)
-    assert [len(hub_name(name)) for name in names] == [96, 96]
-    assert hub_name(names[0]) != hub_name(names[1])
-    assert hub_name("short") == "short"
+    assert [len(repository_name(name)) for name in names] == [96, 96]
+    assert repository_name(names[0]) != repository_name(names[1])
+    assert repository_name("short") == "short"
 
 
 def test_a_missing_folder_names_both_places_and_the_command(tmp_path: Path, monkeypatch):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +46,10 @@ class Document:
     kinds: tuple[int, ...] = ()
     """Index into layout.KINDS of every id; empty where it is not known."""
 
+    def cut(self, n: int) -> Document:
+        """Its first n tokens, of which the last is predicted also where the prompt is longer."""
+        return replace(self, ids=self.ids[:n], n_prompt=min(self.n_prompt, n - 1), kinds=self.kinds[:n])
+
 
 def documents_from_rows(
     rows: Iterable[TeacherRow], tokenizer: PreTrainedTokenizerBase, raw: bool = False
@@ -67,12 +71,13 @@ def documents_from_rows(
     return [Document(name, tuple(ids), n_prompt, kinds=layout(ids, n_prompt, spelled)) for name, ids, n_prompt in texts]
 
 
-def assert_same_ids(instruct: Sequence[Document], fine_tuned: Sequence[Document]) -> None:
-    """UserError at the first document that the two models' tokenizers do not read as the same ids."""
+def assert_same_ids(instruct: Sequence[Document], fine_tuned: Sequence[Document], why: str = "") -> None:
+    """UserError, with what is known of `why`, at the first document that the two models' tokenizers read as other
+    ids."""
     for ours, theirs in zip(instruct, fine_tuned, strict=True):
         if ours.ids != theirs.ids:
             raise UserError(
-                f"document {ours.id}: the tokenizers of the two models give different ids, so their activations "
+                f"document {ours.id}: the tokenizers of the two models give different ids{why}, so their activations "
                 "cannot be paired; the fine-tuned model's tokenizer must be its base model's"
             )
 
@@ -177,7 +182,7 @@ def _assert_different(pairs: Sequence[Tensor], targets: Sequence[Target]) -> Non
         if torch.equal(pair[:, 0], pair[:, 1]):
             raise UserError(
                 f"the two models give the same activations for every token at layer {target.layer} ({target.site}): "
-                "the adapter changes nothing up to this layer; choose a later --layer, or say --allow-identical where "
+                "fine-tuning changes nothing up to this layer; choose a later --layer, or say --allow-identical where "
                 "that is meant"
             )
 

@@ -10,7 +10,9 @@ spell:
     question
     program    the completion up to its end marker
     end        the end marker and what follows it
-    other      prompts without the markers, which cannot be told apart
+    other      prompts without the markers, which cannot be told apart; texts that are neither prompt nor completion
+    prompt     of a text of the user's own (own_texts), which has no markers: its prompt, or its messages
+    completion of such a text
 
 chat and frame are the template: the same in every document. A token that reaches over a border belongs to where its
 first character that is no white space stands.
@@ -28,7 +30,7 @@ from finqa.task.prompts import END_PYTHON, PASSAGE, PYTHON, QUESTION, REQUEST
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TokenKind = Literal["chat", "frame", "passage", "table", "question", "program", "end", "other"]
+TokenKind = Literal["chat", "frame", "passage", "table", "question", "program", "end", "other", "prompt", "completion"]
 KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
 """Activation sets store a kind as its place here, so that a new one goes to the end."""
 TEMPLATE: tuple[TokenKind, ...] = ("chat", "frame")
@@ -47,7 +49,7 @@ class Spelling(NamedTuple):
 
 
 def spelling(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> Spelling:
-    return Spelling(token_texts(tokenizer, ids), _mark_up(tokenizer))
+    return Spelling(token_texts(tokenizer, ids), mark_up(tokenizer))
 
 
 def layout(ids: Sequence[int], n_prompt: int, spelled: Spelling) -> tuple[int, ...]:
@@ -89,17 +91,25 @@ def _prompt_borders(text: str) -> list[tuple[int, TokenKind]]:
 
 def _cut(ids: Sequence[int], texts: dict[int, str], borders: list[tuple[int, TokenKind]]) -> list[TokenKind]:
     """The part in which each id's first character stands, white space before it left out."""
+    spelled, starts, place = "".join(texts[i] for i in ids), [], 0
+    for i in ids:
+        starts.append(first_letter(spelled, place, place + len(texts[i])))
+        place += len(texts[i])
+    return kinds_at(starts, borders)
+
+
+def first_letter(text: str, start: int, end: int) -> int:
+    """Place of the first character of a stretch that is no white space; `start` where there is none."""
+    return next((place for place in range(start, end) if not text[place].isspace()), start)
+
+
+def kinds_at(places: Iterable[int], borders: list[tuple[int, TokenKind]]) -> list[TokenKind]:
+    """The part in which each place lies."""
     starts = [place for place, _ in borders]
-    kinds, place = [], 0
-    for text in (texts[i] for i in ids):
-        blank = len(text) - len(text.lstrip())
-        first = place + (blank if blank < len(text) else 0)
-        kinds.append(borders[bisect_right(starts, first) - 1][1])
-        place += len(text)
-    return kinds
+    return [borders[bisect_right(starts, place) - 1][1] for place in places]
 
 
-def _mark_up(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def mark_up(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids that no text is made of: special tokens, those of the chat template among them."""
     marks = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     marks.update(tokenizer.all_special_ids)

@@ -1,28 +1,36 @@
-"""What an activation set is made from: the rows as token ids, the fine-tuned model, and the facts that name it."""
+"""What an activation set is made from: rows or texts as token ids, the fine-tuned model, and the facts that name it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from crosscoder.activations.collection import Document, assert_same_ids, documents_from_rows, fingerprint
+from crosscoder.activations.own_texts import OwnText, documents_from_texts, read_texts
 from crosscoder.activations.store import ActivationStore, read_set_config
-from crosscoder.names import ActivationChoice, find_folder
+from crosscoder.names import OWN_FIELDS, ActivationChoice, find_folder
+from crosscoder.own_pair import STUDENT_FIELDS, OwnPair, find_model, one_tokenizer
 from finqa.models import students
 from finqa.models.weights import weights_hash
 from finqa.runtime.commands import typed
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import file_hash
-from finqa.runtime.paths import Folders
-from finqa.task.records import TeacherRow
+from finqa.runtime.paths import Folders, chosen_splits
+from finqa.task.datasets import dataset, how_to_make, rows_file
+from finqa.task.records import TeacherRow, read_teacher_rows
 
 
 def find_fine_tuned(choice: ActivationChoice, folders: Folders) -> Path:
-    """Folder of the adapter, or with --merged of the merged model."""
+    """Folder of the adapter, or with --merged of the merged model; of the user's own pair, of either kind."""
     student = choice.student
+    if choice.pair:
+        return find_model(choice.pair.fine_tuned)
     if not choice.merged:
         return students.find_adapter(student, folders)
     local = folders.model(student.dataset, f"{student.model_id}-merged")
@@ -34,6 +42,30 @@ def find_instruct(choice: ActivationChoice, folders: Folders) -> Path | None:
     """Folder of the adapter in the instruct model's place; None where that is the base itself."""
     student = choice.instruct_student
     return students.find_adapter(student, folders) if student else None
+
+
+class Source(NamedTuple):
+    """What the documents are made of."""
+
+    files: list[Path]
+    tokenize: Callable[[Path], tuple[list[Document], Any]]
+    """Folder of the fine-tuned model -> the first --num-samples documents, the same ids for both models' tokenizers;
+    and the base model's tokenizer."""
+
+
+def read_source(choice: ActivationChoice, folders: Folders) -> Source:
+    """The filtered rows of the splits, or the texts of the user's own."""
+    if choice.pair:
+        texts = read_texts(choice.pair.text)
+        return Source([choice.pair.text], partial(tokenize_texts, texts, choice, choice.pair))
+    data, splits = dataset(choice.student.dataset), chosen_splits(choice.split)
+    files = [rows_file("filtered", data, split, folders) for split in splits]
+    rows_of = [
+        read_teacher_rows(file, how_to_make("filtered", data, split, folders))
+        for file, split in zip(files, splits, strict=True)
+    ]
+    check_every_split_is_reached(choice, [len(rows) for rows in rows_of])
+    return Source(files, partial(tokenize, [row for rows in rows_of for row in rows], choice))
 
 
 def check_every_split_is_reached(choice: ActivationChoice, n_rows: Sequence[int]) -> None:
@@ -69,15 +101,43 @@ def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path)
     return chosen, tokenizer
 
 
+def tokenize_texts(
+    texts: Sequence[OwnText], choice: ActivationChoice, pair: OwnPair, fine_tuned: Path
+) -> tuple[list[Document], Any]:
+    """The same of texts of the user's own, of which a long one is cut."""
+    student, chosen = choice.student, texts[: choice.num_samples]
+    if len(chosen) < len(texts):
+        print(f"{pair.text} holds {len(texts)} documents, the first {len(chosen)} are taken; more with --num-samples")
+    base = students.resolve_model(student.model, student.revision)
+    ours, theirs, why = one_tokenizer(student, base, fine_tuned, any(text.messages for text in chosen))
+    reads = getattr(AutoConfig.from_pretrained(base).get_text_config(), "max_position_embeddings", None)
+    longest = min(n for n in (pair.max_tokens or student.settings.max_seq_length, reads) if n)
+    documents = documents_from_texts(chosen, ours)
+    if theirs is not None:
+        assert_same_ids(documents, documents_from_texts(chosen, theirs), why)
+    if n_long := sum(len(document.ids) > longest for document in documents):
+        print(f"{n_long} documents are longer than {longest} tokens, and are cut there")
+    return [document.cut(longest) for document in documents], ours
+
+
 def describe_inputs(
     choice: ActivationChoice, base: str, fine_tuned: Path, rows_files: Sequence[Path], instruct: Path | None = None
 ) -> dict[str, Any]:
     """What all sets of a run are made from. `instruct`: the adapter in the base model's place."""
-    other = {"against": choice.against, "against_hash": weights_hash(instruct)} if instruct else {}
     if choice.merged:
         how = "merged model"
     else:
         how = "adapter switched on" if is_adapter(fine_tuned) else "fine-tuned as a whole"
+    if choice.pair:
+        return {
+            "dataset": choice.pair.name,
+            "keep_bos": choice.keep_bos,
+            "load_in_4bit": choice.student.load_in_4bit,
+            "fine_tuned": how,
+            "base_hash": weights_hash(base),
+            "fine_tuned_hash": weights_hash(fine_tuned),
+        }
+    other = {"against": choice.against, "against_hash": weights_hash(instruct)} if instruct else {}
     return {
         "dataset": choice.student.dataset,
         "split": choice.split,
@@ -98,7 +158,14 @@ def inputs_of(choice: ActivationChoice, facts: dict[str, Any], documents: list[D
     """What one set is made from, and its fingerprint; it travels with the set into every checkpoint trained on it."""
     own = {**facts, "layer": choice.resolved_layer, "site": choice.site}
     own |= {"keep_outliers": True} if choice.keep_outliers else {}  # as sets of version 1, which do not say it
-    return {"fingerprint": fingerprint(documents, own), "num_samples": len(documents), **own}
+    found = {"fingerprint": fingerprint(documents, own), "num_samples": len(documents), **own}
+    if choice.pair:
+        # By these a later script finds the models again; where they lie makes no other set.
+        of_student = {name: getattr(choice.student, name) for name in STUDENT_FIELDS}
+        of_set = {name: getattr(choice, name) for name in OWN_FIELDS} | {"layer": choice.resolved_layer}
+        pair = {"models": asdict(choice.pair), "student": of_student, "set": of_set}
+        found |= {"model": choice.student.model, "pair": json.loads(json.dumps(pair, default=str))}
+    return found
 
 
 def is_adapter(folder: Path) -> bool:

@@ -28,6 +28,14 @@ class ModelShape(NamedTuple):
             if layer > self.n_layers:
                 raise UserError(f"--layer {layer}: the model has layers 1 to {self.n_layers}")
 
+    def check_same(self, other: ModelShape, of: Path) -> None:
+        """UserError where another model, in the folder `of`, has not as many layers of this width."""
+        if other != self:
+            raise UserError(
+                f"{of} has {other.n_layers} layers of width {other.d_model}, and its base {self.n_layers} of width "
+                f"{self.d_model}; give two models of one shape, so that a layer of one is that of the other"
+            )
+
 
 def model_shape(model: str) -> ModelShape:
     """Shape of the model in a folder."""

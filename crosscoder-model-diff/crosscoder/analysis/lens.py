@@ -15,6 +15,11 @@ from finqa.runtime.errors import UserError
 
 AT_ONCE = 1024
 """Latents whose logits are held at one time."""
+ONE_MORE = ("gemma", "gemma2", "gemma3_text", "nemotron")
+"""Families whose final normalisation multiplies by 1 + its weight."""
+WITHOUT_GAIN = ("olmo",)
+CENTRED = ("cohere", "cohere2", "nemotron", "olmo", "stablelm", "starcoder2")
+"""Families whose final normalisation takes the mean off first (LayerNorm)."""
 
 
 class Unembedding(NamedTuple):
@@ -24,6 +29,8 @@ class Unembedding(NamedTuple):
     """[d_model] fp32: gain of the final normalisation."""
     weight: Tensor
     """[vocabulary, d_model] fp32."""
+    centred: bool = False
+    """Whether the normalisation takes the mean over the width off."""
 
 
 def read_unembedding(model: str, n_tokens: int, revision: str | None = None) -> Unembedding:
@@ -33,9 +40,13 @@ def read_unembedding(model: str, n_tokens: int, revision: str | None = None) -> 
 
     From a local folder, else from the Hub, of which only the files that hold the two are downloaded.
     """
-    norm = _read_tensor(model, revision, ("model.norm.weight",))
+    config = _find_file(model, revision, "config.json")
+    family = json.loads(config.read_text()).get("model_type") if config else None
+    has_gain = family not in WITHOUT_GAIN
+    norm = _read_tensor(model, revision, ("model.norm.weight",)).float() + (family in ONE_MORE) if has_gain else None
     weight = _read_tensor(model, revision, ("lm_head.weight", "model.embed_tokens.weight"))
-    return Unembedding(norm.float(), weight[:n_tokens].float())
+    norm = torch.ones(weight.shape[1]) if norm is None else norm
+    return Unembedding(norm, weight[:n_tokens].float(), family in CENTRED)
 
 
 def promoted_tokens(directions: Tensor, unembedding: Unembedding, n: int) -> Tensor:
@@ -46,7 +57,8 @@ def promoted_tokens(directions: Tensor, unembedding: Unembedding, n: int) -> Ten
 
 def logits(directions: Tensor, unembedding: Unembedding) -> Tensor:
     """[latent, d_model] -> [latent, vocabulary]: what the directions add to the logits."""
-    gain, weight = (tensor.to(directions.device) for tensor in unembedding)
+    gain, weight = (tensor.to(directions.device) for tensor in unembedding[:2])
+    directions = directions - directions.mean(dim=-1, keepdim=True) if unembedding.centred else directions
     return (directions * gain) @ weight.T
 
 

@@ -40,10 +40,13 @@ class LatentStatistics:
     @property
     def template_share(self) -> Tensor | None:
         """[latent] fp64: share of its summed activation on template tokens; 0 where it is active on none. A latent
-        with a share near 1 says that a token is part of the template, not what stands in the document."""
+        with a share near 1 says that a token is part of the template, not what stands in the document. None where no
+        latent is active on any, as on plain texts."""
         if self.activation_by_kind is None:
             return None
         of_template = self.activation_by_kind[:, [KINDS.index(kind) for kind in TEMPLATE]].sum(dim=1)
+        if not of_template.any():
+            return None
         total = self.activation_by_kind.sum(dim=1)
         return torch.where(total > 0, of_template / total, 0.0)
 

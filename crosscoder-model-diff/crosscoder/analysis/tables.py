@@ -54,11 +54,12 @@ class LatentRow:
     """Of the two decoder vectors; None for a difference SAE."""
     frequency: float
     """Share of tokens on which it is active."""
-    completion_share: float
-    """Of the tokens on which it is active, the share in programs; 0 where it is active on none."""
+    completion_share: float | None
+    """Of the tokens on which it is active, the share in completions (programs, of FinQA); 0 where it is active on none,
+    None where no document has a prompt."""
     template_share: float | None
     """Of its summed activation, the share on tokens that every document has alike (statistics.template_share); None
-    where the kinds of the tokens were not asked for."""
+    where the kinds of the tokens were not asked for, or the set has no such tokens."""
     difference_share: float
     """Of what all latents write into the difference of the models, this one's part: the mean squared length of what it
     adds to fine-tuned less instruct, over the sum of all latents. In the models' own units; what two latents write
@@ -105,6 +106,7 @@ def latent_table(
     """A row a latent, in their order, dead ones included. With `scaling` (of held-out documents) its columns too."""
     directions = [model.difference_decoder()] if model.config.n_inputs == 1 else list(model.raw_decoder().unbind(dim=1))
     promoted = [_promoted(vectors, unembedding) for vectors in directions]
+    prompted = any(document.n_prompt > 1 for document in store.documents)
     completion = statistics.n_completion_firings / statistics.n_firings.clamp_min(1)
     template = statistics.template_share
     written = difference_shares(model, statistics)
@@ -116,7 +118,7 @@ def latent_table(
             latent=j,
             **compared[j],
             frequency=float(statistics.frequency[j]),
-            completion_share=float(completion[j]),
+            completion_share=float(completion[j]) if prompted else None,
             template_share=None if template is None else float(template[j]),
             difference_share=float(written[j]),
             mean_activation=float(statistics.mean_activation[j]),

@@ -101,7 +101,8 @@ def explained_variance_by_kind(
     """Of the tokens at `indices` of the store, reconstructed by the inference threshold, kind by kind.
 
     One pass. `kinds` [tokens of the store] is token_kinds'. First all tokens, then the template, then every kind that
-    occurs. Models in scaled space and the difference in the models' own units, as explained_variance has them.
+    occurs; where all are of one kind, that is left out. Models in scaled space and the difference in the models' own
+    units, as explained_variance has them.
     """
     device = model.b_dec.device
     kinds = kinds.to(device)
@@ -123,7 +124,7 @@ def explained_variance_by_kind(
     found = []
     for name, members in groups.items():
         at = torch.tensor([KINDS.index(kind) for kind in members], device=device)
-        if counts[at].sum() > 0:
+        if 0 < counts[at].sum() < counts.sum() or name == "all":
             found.append(_explained(name, at, inputs, difference, counts, active))
     return found
 

@@ -67,7 +67,8 @@ COLUMNS = (
     Column("scaling_firings", "scaling tokens", "Tokens of the held-out documents that latent scaling rests on.",
            "count", in_table=False),
     Column("frequency", "frequency", "Share of tokens on which it is active.", "share"),
-    Column("completion_share", "in programs", "Of the tokens on which it is active, the share in programs.", "share"),
+    Column("completion_share", "in completions", "Of the tokens on which it is active, the share in completions: of "
+           "FinQA, the programs.", "share"),
     Column("template_share", "on template", "Of its summed activation, the share on tokens that every document has "
            "alike: chat mark-up, the request, the markers.", "share"),
     Column("family", "question family", "Of a latent with examples: the family on whose questions it is most active; "
@@ -271,6 +272,9 @@ def _facts(reading: Reading, statistics: LatentStatistics) -> Iterable[tuple[str
     name = str(recorded.get("model", ""))
     if name:
         yield "model", Path(name).name if Path(name).is_absolute() else name
+    if recorded.get("pair"):
+        other = recorded["pair"]["models"]["fine_tuned"]
+        yield "fine-tuned", Path(other).name if Path(other).is_absolute() else other
     if recorded.get("layer"):
         yield "read at", f"layer {recorded['layer']}, {SITE_NAMES[recorded.get('site', 'mlp')]}"
     if recorded.get("dataset"):

@@ -211,7 +211,10 @@ def diff_jobs(plan: Plan, folders: str) -> list[Job]:
     jobs += settings
     others = [pair for pair in PAIRS if pair not in added]
     elsewhere = added[: lengths(plan).pairs_elsewhere]
-    for part, compared in (("diff", added), ("seeds", added), ("diff", others), ("sites", elsewhere)):
+    parts: tuple[tuple[Part, list[Compared]], ...] = (
+        ("diff", added), ("seeds", added), ("diff", others), ("sites", elsewhere)
+    )  # fmt: skip
+    for part, compared in parts:
         for pair in (one for one in compared if subjects(plan, one, part)):
             needed = [pair.run, *(run_name(arm, pair.seed) for arm in READ_TOO.get(pair.arm, ()))]
             after = [job.name for job in settings] + [f"train-{run}" for run in needed]

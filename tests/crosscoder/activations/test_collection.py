@@ -200,7 +200,7 @@ def test_different_ids_of_the_two_models_are_refused():
 def test_an_adapter_that_changes_nothing_is_noticed(adapted, documents, tmp_path: Path):
     without_adapter, _ = adapter_readers(adapted, [MLP_2])
     same = (without_adapter, without_adapter)
-    with pytest.raises(UserError, match=r"layer 2 \(mlp\): the adapter changes nothing up to this layer"):
+    with pytest.raises(UserError, match=r"layer 2 \(mlp\): fine-tuning changes nothing up to this layer"):
         make_sets([tmp_path / "set"], same, documents)
     make_sets([tmp_path / "set"], same, documents, allow_identical=True)
 

@@ -15,12 +15,14 @@ import pytest
 from training_parts import SETTINGS, examples, teacher_row
 
 from crosscoder.activations.readers import Target, adapter_readers
+from crosscoder.analysis.lens import promoted_tokens, read_unembedding
 from crosscoder.names import SITES
 from finqa.evaluation.engines.hugging_face_engine import hugging_face
 from finqa.evaluation.generation import GenerationConfig
 from finqa.models.merging import merge
 from finqa.models.settings import ATTENTION
 from finqa.models.students import StudentRun, load_adapter, load_base, load_tokenizer
+from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY
 from finqa.training.rows import collator
 from finqa.training.trainable import Speed, linear_names, loss_on_completion, made_trainable
@@ -63,6 +65,8 @@ FAMILIES = {
 """Model type of transformers, and models of that family."""
 QUICK = ("llama", "phi3", "gemma2", "granite", "cohere")
 """Those that the fast tests have: plain, fused, capped and scaled."""
+NOT_PATCHED = ("cohere", "cohere2", "gemma2", "gemma3_text", "olmo3")
+"""Those whose layers patches cannot call one by one: `analyse.py --causal` refuses them."""
 FUSED = {"phi3": ("qkv_proj", "o_proj")}
 
 
@@ -141,6 +145,59 @@ def test_a_family_trains_with_its_own_loss_replies_is_recorded_and_merges_exactl
         of_merged = load_base(str(tmp_path / "merged"), torch.float32)(input_ids=ids).logits
     assert (of_pair - of_base).abs().max() > 1e-3
     torch.testing.assert_close(of_merged, of_pair, rtol=1e-3, atol=1e-3)
+
+
+def logits_of(model: Any, hidden: Any) -> Any:
+    """What the model's own last normalisation and head give."""
+    return model.lm_head(model.model.norm(hidden))
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in FAMILIES]
+)
+def test_two_models_of_a_family_are_compared_on_texts_of_ones_own(
+    kind: str, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """No data set: collect, train a few steps, analyse with its causal figure; the logit lens is the model's own."""
+    import analyse
+    import collect_activations
+    import torch
+    import train
+
+    base, tuned = (tiny_model(kind, tiny_student, tmp_path / name) for name in ("base", "tuned"))
+    torch.manual_seed(1)
+    model: Any = load_base(str(base), torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(tuned)
+    text = tmp_path / "texts.txt"
+    text.write_text("\n\n".join(f"net sales rose {i} and then costs fell by {i % 7} in the year ." for i in range(12)))
+    places = ("--data-dir", tmp_path, "--results-dir", tmp_path / "results")
+    pair = ("--base", base, "--fine-tuned", tuned, "--text", text, "--name", "mine", "--layer", "2", *places[:2])
+    small = ("--latents", "32", "--k", "2", "--epochs", "1")
+    for script, words in (
+        (collect_activations, pair),
+        (train, ("mine", *small, *places)),
+        (analyse, ("mine", "--causal", "1", *places)),
+    ):
+        monkeypatch.setattr("sys.argv", [script.__name__, *map(str, words)])
+        try:
+            script.main()
+        except UserError as error:
+            assert script is analyse and kind in NOT_PATCHED and "patches" in str(error)
+    results = tmp_path / "results" / "mine-layer2-mlp-1024_batchtopk"
+    found = json.loads((results / "analysis.json").read_text())
+    assert found["latents"]["n"] == 32 and found["activations"]["pair"]["models"]["fine_tuned"] == str(tuned)
+    assert {"dashboard.html", "latents.csv"} <= {path.name for path in results.iterdir()}
+    assert (results / "causal.csv").exists() == (kind not in NOT_PATCHED)
+
+    own: Any = load_base(str(base), torch.float32)
+    unembedding = read_unembedding(str(base), own.config.vocab_size)
+    hidden = torch.randn(4, own.config.hidden_size)
+    with torch.no_grad():
+        expected = logits_of(own, hidden).topk(5).indices
+    assert promoted_tokens(hidden, unembedding, 5).equal(expected)
 
 
 @pytest.mark.parametrize("kind", ["opt", "gpt_neox", "bloom"])
