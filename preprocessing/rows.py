@@ -1,4 +1,4 @@
-"""Which rows a stage works on, and the checks of flags that preprocessing scripts share."""
+"""Which rows a stage works on, and the check of a flag that preprocessing scripts share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 from dataclasses import dataclass
 
 from finqa.runtime.command_line import flag
-from finqa.runtime.errors import UserError
 from finqa.runtime.paths import SplitOrAll, chosen_splits
 from finqa.task.datasets import Dataset, dataset
 
@@ -17,15 +16,6 @@ def share(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {value:g}")
     return value
-
-
-def check_address(name: str, url: str, remedy: str = "") -> None:
-    """Raises UserError, which does not repeat it, for an address that holds a user, a password, a query or a fragment.
-
-    Addresses are written to manifests, journals and messages.
-    """
-    if any(sign in url for sign in "@?#") or not url.isprintable():
-        raise UserError(f"{name} must hold no user, password, query or fragment, since it is written down{remedy}")
 
 
 @dataclass(frozen=True)
