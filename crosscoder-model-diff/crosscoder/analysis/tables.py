@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -180,9 +180,23 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def write_latent_table(path: Path, rows: Sequence[LatentRow]) -> None:
-    """latents.csv: the rows in their order."""
-    write_csv(path, [asdict(row) for row in rows], [field.name for field in fields(LatentRow)])
+def write_latent_table(path: Path, rows: Sequence[LatentRow], more: Mapping[int, dict[str, Any]] | None = None) -> None:
+    """latents.csv: the rows in their order; `more` has further columns, by latent."""
+    cells = [asdict(row) | (more or {}).get(row.latent, {}) for row in rows]
+    write_csv(path, cells, [field.name for field in fields(LatentRow)])
+
+
+def read_latent_table(path: Path) -> list[LatentRow]:
+    """The rows of latents.csv, without what was added to them."""
+    kinds = get_type_hints(LatentRow)
+
+    def value(name: str, text: str) -> Any:
+        if kinds[name] is str:
+            return text
+        return (int if kinds[name] in (int, int | None) else float)(text) if text else None
+
+    with path.open(newline="") as file:
+        return [LatentRow(**{name: value(name, row[name]) for name in kinds}) for row in csv.DictReader(file)]
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
