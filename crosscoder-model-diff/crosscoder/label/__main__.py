@@ -147,13 +147,14 @@ def summary(named: list[Named], passages: list[Passages]) -> str:
         "can be read"
     ]
     scores = torch.tensor([each.label_score for each in named if each.label_score is not None], dtype=torch.float64)
-    if len(scores):
-        low, high = (resamples(len(scores)) @ scores).quantile(torch.tensor(INTERVAL, dtype=torch.float64)).tolist()
-        n = sum(each.n_firing + each.n_silent for each in named if each.label_score is not None)
-        lines.append(
-            f"detection score: {scores.mean():.3f} [{low:.3f}, {high:.3f}], mean and 95% interval over {len(scores)} "
-            f"labels ({n / len(scores):.0f} passages each; chance is 0.5)"
-        )
+    if not len(scores):
+        return "\n".join([*lines, "no label has a score: too few replies to its passages can be read"])
+    low, high = (resamples(len(scores)) @ scores).quantile(torch.tensor(INTERVAL, dtype=torch.float64)).tolist()
+    n = sum(each.n_firing + each.n_silent for each in named if each.label_score is not None)
+    lines.append(
+        f"detection score: {scores.mean():.3f} [{low:.3f}, {high:.3f}], mean and 95% interval of {len(scores)} labels "
+        f"({n / len(scores):.0f} passages each; chance is 0.5)"
+    )
     return "\n".join(lines)
 
 

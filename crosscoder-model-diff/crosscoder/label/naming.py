@@ -31,23 +31,28 @@ LONGEST_LABEL = 120
 EXPLAIN = """\
 You name features of a language model. You are shown passages of text on which one feature is active. The tokens on \
 which it is active stand between << and >>. Find what the marked tokens have in common: what they mean, what form they \
-have, or where they stand. Describe it in at most ten words. Do not describe a single passage.
+have, or where they stand."""
+EXPLAIN_ASKED = """
 
-Reply with one line and nothing else:
+What do the marked tokens have in common, over all passages? Reply with one line of at most ten words:
 Label: the description"""
+EXAMPLE_LABEL = "names of moons of Saturn"
 EXPLAIN_EXAMPLE = (
-    "Passage 1: The rent is due on <<Monday>>, not before.\n\nPassage 2: The shop is shut <<Sundays>> and holidays.",
-    "Label: names of days of the week",
+    "Passage 1: The probe came down on <<Titan>> in 2005.\n\nPassage 2: <<Rhea>> and <<Dione>> are made of ice."
+    + EXPLAIN_ASKED,
+    f"Label: {EXAMPLE_LABEL}",
 )
 DETECT = """\
 You are told what a feature of a language model is about, and shown passages of text. Say for each passage whether \
-the feature is active somewhere in it, judging by the description alone. It may be active in all, in some or in none.
+the feature is active somewhere in it, judging by the description alone. It may be active in all, in some or in none."""
+DETECT_ASKED = """
 
-Reply with one line for each passage and nothing else: its number, a colon, and yes or no."""
+Is the feature active? Reply with {} lines and nothing else, one for each passage: its number, a colon, yes or no."""
 DETECT_EXAMPLE = (
-    "Description: names of days of the week\n\nPassage 1: The shop is shut Sundays and holidays.\n\n"
-    "Passage 2: The rent went up by a tenth last year.",
-    "1: yes\n2: no",
+    f"Description: {EXAMPLE_LABEL}\n\nPassage 1: The rent went up by a tenth last year.\n\nPassage 2: a map of Rhea, "
+    "drawn in 1981\n\nPassage 3: boats leave at noon\n\nPassage 4: The lakes of Titan are cold."
+    + DETECT_ASKED.format(4),
+    "1: no\n2: yes\n3: no\n4: yes",
 )
 LABEL_AGAIN = "That cannot be read. Reply with one line that begins with Label: and gives at most ten words."
 VERDICTS_AGAIN = "That cannot be read. Reply with one line for each passage: its number, a colon, and yes or no."
@@ -59,7 +64,6 @@ _REFUSES = re.compile(
     re.IGNORECASE,
 )
 _VERDICT = re.compile(r"\b(\d+)\W{1,4}(yes|no)\b", re.IGNORECASE)
-_LIST = re.compile(r"\[((?:\s*\W?(?:yes|no|true|false|[01])\W?\s*,?)+)\]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ class Namer:
         """The label, the request for one, or None where no reply can be read."""
         if not passages.explaining:
             return None
-        messages = _messages(EXPLAIN, EXPLAIN_EXAMPLE, _numbered(passages.explaining))
+        messages = _messages(EXPLAIN, EXPLAIN_EXAMPLE, _numbered(passages.explaining) + EXPLAIN_ASKED)
         return self._asked(messages, read_label, LABEL_AGAIN)
 
     def verdicts(self, passages: Passages, label: str) -> list[list[bool] | Wanted | None]:
@@ -131,8 +135,9 @@ class Namer:
         read."""
         found = []
         for shown in self._lists(passages):
-            messages = _messages(DETECT, DETECT_EXAMPLE, f"Description: {label}\n\n{_numbered(shown)}")
             n = len(shown)
+            asked = f"Description: {label}\n\n{_numbered(shown)}{DETECT_ASKED.format(n)}"
+            messages = _messages(DETECT, DETECT_EXAMPLE, asked)
             found.append(self._asked(messages, lambda text, n=n: read_verdicts(text, n), VERDICTS_AGAIN))
         return found
 
@@ -164,27 +169,20 @@ def balanced_accuracy(judged: Sequence[tuple[bool, bool]]) -> float:
 
 
 def read_label(reply: str) -> str | None:
-    """The label in a reply; None where it holds none that can be told from other text.
-
-    It is what stands behind the last `Label:`, else the only line that there is.
-    """
-    lines = [line.strip() for line in _said(reply).splitlines() if line.strip(" \t`") and not line.startswith("```")]
-    marked = [found[1] for line in lines if (found := _LABEL.fullmatch(line))]
-    label = marked[-1] if marked else lines[0].strip("\"'`* ") if len(lines) == 1 else ""
-    label = "".join(sign if sign.isprintable() else " " for sign in label)
+    """What stands behind the last `Label:` of a reply; None where there is none, or nothing that can be a label,
+    such as a refusal or the label of the worked example."""
+    marked = [found[1] for line in _said(reply).splitlines() if (found := _LABEL.fullmatch(line))]
+    label = " ".join("".join(sign if sign.isprintable() else " " for sign in (marked or [""])[-1]).split())
+    copied = label.lower().rstrip(".") == EXAMPLE_LABEL.lower()
     sound = any(map(str.isalnum, label)) and len(label) <= LONGEST_LABEL and not _REFUSES.match(label)
-    return " ".join(label.split()) if sound else None
+    return label if sound and not copied else None
 
 
 def read_verdicts(reply: str, n: int) -> list[bool] | None:
-    """Yes or no for each of n passages, in lines (`1: yes`) or as a list (`[1, 0]`); None unless all are there."""
-    said = _said(reply)
-    pairs = _VERDICT.findall(said)
-    if [int(number) for number, _ in pairs] == list(range(1, n + 1)):
-        return [word.lower() == "yes" for _, word in pairs]
-    listed = _LIST.findall(said)
-    words = re.findall(r"\w+", listed[-1].lower()) if listed and not pairs else []
-    return [word in ("yes", "true", "1") for word in words] if len(words) == n else None
+    """Yes or no for each of n passages, from a reply like `1: yes`; None unless each is there once, in order."""
+    pairs = _VERDICT.findall(_said(reply))
+    each_once = [int(number) for number, _ in pairs] == list(range(1, n + 1))
+    return [word.lower() == "yes" for _, word in pairs] if each_once else None
 
 
 def _said(reply: str) -> str:
@@ -194,7 +192,7 @@ def _said(reply: str) -> str:
 
 
 def _messages(system: str, example: tuple[str, str], asked: str) -> list[Message]:
-    turns = (("system", system), ("user", example[0]), ("assistant", example[1]), ("user", asked))
+    turns = ("system", system), ("user", example[0]), ("assistant", example[1]), ("user", asked)
     return [{"role": role, "content": content} for role, content in turns]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,70 +62,53 @@ def choose_passages(
     reading: Reading, rows: Sequence[LatentRow], n_explaining: int, n_scoring: int, seed: int
 ) -> list[Passages]:
     """The passages of the latents of `rows`, in their order; at most `n_scoring` of either sort for the score."""
-    store = reading.store
+    store, n_latents = reading.store, reading.model.config.n_latents
     config = DashboardConfig(n_strongest=len(store.documents), n_per_band=0, n_fires_on=0)
     maker = ExampleMaker(store, config, token_kinds(store, reading.tokenizer))
-    largest = torch.zeros(reading.model.config.n_latents)
-    n_firings = torch.zeros(reading.model.config.n_latents, dtype=torch.int64)
-    for row in rows:
-        n_firings[row.latent] = round(row.frequency * len(store))
-    found: dict[int, Passages] = {}
     latents = torch.tensor([row.latent for row in rows], dtype=torch.int64)
+    n_firings = torch.zeros(n_latents)
+    n_firings[latents] = torch.tensor([row.frequency for row in rows]) * len(store)
+    passage = partial(_passage, maker, reading.tokenizer)
+    found: list[Passages] = []
     for group in groups_within(latents, n_firings, config.max_firings_held):
-        firings, _ = gather_firings(reading.model, store, group, largest, 1)
+        firings, _ = gather_firings(reading.model, store, group, torch.zeros(n_latents), n_bins=1)
         for i, latent in enumerate(group.tolist()):
-            tokens, values = (column.numpy() for column in firings.of(i))
             random = np.random.default_rng((seed, latent))
-            found[latent] = _passages(latent, maker, tokens, values, reading, (n_explaining, n_scoring), random)
-    return [found[row.latent] for row in rows]
-
-
-def _passages(
-    latent: int,
-    maker: ExampleMaker,
-    tokens: NDArray[np.int32],
-    values: NDArray[np.float32],
-    reading: Reading,
-    numbers: tuple[int, int],
-    random: np.random.Generator,
-) -> Passages:
-    examples = maker.examples(latent, tokens, values)
-    ranked = list(examples.strongest if examples else ())
-    if len(ranked) < 2 * FEWEST:
-        return Passages(latent, (), ())
-    n_explaining, n_scoring = numbers
-    explaining, others = ranked[0::2][:n_explaining], ranked[1::2]
-    places = np.unique(np.linspace(0, len(others) - 1, min(n_scoring, len(others))).round().astype(int))
-    firing = [others[place] for place in places]
-    used = {int(maker.page[example.first]) for example in (*explaining, *firing)}
-    silent = _silent(latent, maker, tokens, used, n_scoring, random)
-
-    def passage(example: Example, fires: bool, marked: bool) -> Passage:
-        strong = [level >= STRONG * max(example.levels) for level in example.levels] if marked else []
-        text = spelt(reading.tokenizer, example.token_ids, strong)
-        return Passage(text, fires, int(maker.page[example.first]))
-
-    scoring = [passage(each, True, False) for each in firing] + [passage(each, False, False) for each in silent]
-    mixed = tuple(scoring[i] for i in random.permutation(len(scoring)))
-    return Passages(latent, tuple(passage(each, True, True) for each in explaining), mixed)
+            tokens, values = (column.numpy() for column in firings.of(i))
+            examples = maker.examples(latent, tokens, values)
+            ranked = list(examples.strongest if examples else ())
+            if len(ranked) < 2 * FEWEST:
+                found.append(Passages(latent, (), ()))
+                continue
+            others = ranked[1::2]
+            places = np.linspace(0, len(others) - 1, min(n_scoring, len(others))).round().astype(int)
+            explaining, firing = ranked[0::2][:n_explaining], [others[place] for place in places]
+            used = [int(maker.page[example.first]) for example in (*explaining, *firing)]
+            silent = _silent(latent, maker, tokens, used, random)[:n_scoring]
+            scoring = [passage(each, True) for each in firing] + [passage(each, False) for each in silent]
+            mixed = tuple(scoring[place] for place in random.permutation(len(scoring)))
+            found.append(Passages(latent, tuple(passage(each, True, marked=True) for each in explaining), mixed))
+    return found
 
 
 def _silent(
-    latent: int,
-    maker: ExampleMaker,
-    tokens: NDArray[np.int32],
-    used: set[int],
-    n: int,
-    random: np.random.Generator,
+    latent: int, maker: ExampleMaker, tokens: NDArray[np.int32], used: list[int], random: np.random.Generator
 ) -> tuple[Example, ...]:
-    """At most n passages on which the latent does not fire, each from a page of its own that is not `used`."""
+    """Passages on which the latent does not fire, each from a page of its own that is not `used`, in a random order."""
     drawn = np.sort(random.permutation(len(maker.page))[:CANDIDATES]).astype(np.int32)
     first, end = drawn - maker.config.tokens_before, drawn + maker.config.tokens_after + 1
     quiet = np.searchsorted(tokens, first) == np.searchsorted(tokens, end)
-    drawn = drawn[quiet & ~np.isin(maker.page[drawn], list(used))]
-    # One a page, in a random order, is what examples of as many made-up activations are.
+    drawn = drawn[quiet & ~np.isin(maker.page[drawn], used)]
+    # The strongest firing of each page, the strongest first, at activations that are made up.
     examples = maker.examples(latent, drawn, random.random(len(drawn), np.float32))
-    return examples.strongest[:n] if examples else ()
+    return examples.strongest if examples else ()
+
+
+def _passage(
+    maker: ExampleMaker, tokenizer: PreTrainedTokenizerBase, example: Example, fires: bool, marked: bool = False
+) -> Passage:
+    strong = [level >= STRONG * max(example.levels) for level in example.levels] if marked else []
+    return Passage(spelt(tokenizer, example.token_ids, strong), fires, int(maker.page[example.first]))
 
 
 def spelt(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marked: Sequence[bool]) -> str:
