@@ -186,6 +186,16 @@ def write_latent_table(path: Path, rows: Sequence[LatentRow], more: Mapping[int,
     write_csv(path, cells, [field.name for field in fields(LatentRow)])
 
 
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
+    """Rows as CSV: a column for every key that any of them has, `columns` first; empty for what is not a number."""
+    names = dict.fromkeys([*columns, *(key for row in rows for key in row)])
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: None if value != value else value for name, value in row.items()} for row in rows)
+    write_atomically(path, text.getvalue())
+
+
 def read_latent_table(path: Path) -> list[LatentRow]:
     """The rows of latents.csv, without what was added to them."""
     kinds = get_type_hints(LatentRow)
@@ -197,16 +207,6 @@ def read_latent_table(path: Path) -> list[LatentRow]:
 
     with path.open(newline="") as file:
         return [LatentRow(**{name: value(name, row[name]) for name in kinds}) for row in csv.DictReader(file)]
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
-    """Rows as CSV: a column for every key that any of them has, `columns` first; empty for what is not a number."""
-    names = dict.fromkeys([*columns, *(key for row in rows for key in row)])
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(names), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: None if value != value else value for name, value in row.items()} for row in rows)
-    write_atomically(path, text.getvalue())
 
 
 def ordered_by(model: BatchTopKCrosscoder) -> str:
