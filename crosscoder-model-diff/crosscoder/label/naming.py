@@ -36,7 +36,7 @@ EXPLAIN_ASKED = """
 
 What do the marked tokens have in common, over all passages? Reply with one line of at most ten words:
 Label: the description"""
-EXAMPLE_LABEL = "names of moons of Saturn"
+EXAMPLE_LABEL = "moons of Saturn"
 EXPLAIN_EXAMPLE = (
     "Passage 1: The probe came down on <<Titan>> in 2005.\n\nPassage 2: <<Rhea>> and <<Dione>> are made of ice."
     + EXPLAIN_ASKED,
@@ -120,7 +120,7 @@ class Namer:
                 judged += zip((passage.fires for passage in shown), verdicts, strict=True)
         n_firing = sum(fires for fires, _ in judged)
         n_silent = len(judged) - n_firing
-        score = balanced_accuracy(judged) if min(n_firing, n_silent) >= FEWEST else None
+        score = round(balanced_accuracy(judged), 4) if min(n_firing, n_silent) >= FEWEST else None
         return Named(passages.latent, label, score, n_firing, n_silent)
 
     def label(self, passages: Passages) -> str | Wanted | None:
@@ -173,7 +173,7 @@ def read_label(reply: str) -> str | None:
     such as a refusal or the label of the worked example."""
     marked = [found[1] for line in _said(reply).splitlines() if (found := _LABEL.fullmatch(line))]
     label = " ".join("".join(sign if sign.isprintable() else " " for sign in (marked or [""])[-1]).split())
-    copied = label.lower().rstrip(".") == EXAMPLE_LABEL.lower()
+    copied = EXAMPLE_LABEL.lower() in label.lower()
     sound = any(map(str.isalnum, label)) and len(label) <= LONGEST_LABEL and not _REFUSES.match(label)
     return label if sound and not copied else None
 
