@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from finqa.evaluation.adapter_check import check_adapter, engine_reading
 from finqa.evaluation.engines.serving import check_backend
@@ -33,8 +34,7 @@ from finqa.evaluation.generation import DEFAULT_TEMPERATURE, GenerationConfig
 from finqa.evaluation.rows import read_rows
 from finqa.models import hub
 from finqa.models.model_card import write_student_card
-from finqa.models.presets import Preset, published_settings
-from finqa.models.settings import StudentSettings
+from finqa.models.settings import StudentSettings, published_settings
 from finqa.models.students import DEFAULT_MODEL, StudentRun, add_student_flags, is_student, student_from_args
 from finqa.runtime import parallel
 from finqa.runtime.command_line import add_flags, flag, from_args, given, script_parser
@@ -91,7 +91,7 @@ class Task:
     evaluate: bool = flag(True, "-NE", "--NO-EVAL", "--no-eval", help="Fine-tune only")
     dev: bool = flag(False, "-D", "--DEV_SET", "--dev-set", help="Evaluate on dev")
     test: bool = flag(False, "-T", "--TEST_SET", "--test-set", help="Evaluate on test")
-    preset: Preset | None = flag(None)
+    preset: Literal["published"] | None = flag(None)
     """`published`: the settings of the published run, whatever the model; flags that are given beside it win."""
     eval_type: str = flag("fine-tuned", "-ET", "--EVAL_TYPE", "--eval-type", group="evaluation", metavar="TYPE")
     """fine-tuned, zero-shot, few-shot, several with a comma, or all."""

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from finqa.evaluation.engines.serving import served_models
-from finqa.evaluation.evaluate import read_rows, score
-from finqa.evaluation.generation import GenerationConfig
+from finqa.evaluation.generation import GenerationConfig, all_replies
+from finqa.evaluation.judging import judge
 from finqa.evaluation.metrics import metrics
+from finqa.evaluation.rows import read_rows
 from finqa.models.settings import settings_for
 from finqa.models.students import StudentRun, load_tokenizer, prompt_ids
 from finqa.runtime.errors import UserError, report_errors
@@ -63,7 +64,7 @@ def base_metrics(folders: Folders) -> dict[str, Any]:
     ids = [prompt_ids(tokenizer, messages(r.prompt, "fine-tuned", data.worked_examples)) for r in rows]
     with Sandbox() as sandbox:
         for served in served_models(run, None, ["base"], config):
-            predictions, _ = score(rows, ids, served.generate, sandbox)
+            predictions = judge(rows, ids, all_replies(served.generate, ids), sandbox)
     return metrics(predictions)
 
 

@@ -14,7 +14,6 @@ URL/train.json, URL/dev.json and URL/test.json, and must still be the official o
 from __future__ import annotations
 
 import argparse
-import errno
 import fcntl
 import hashlib
 import http.client
@@ -29,7 +28,7 @@ from pathlib import Path
 
 from finqa.chat.config import check_address
 from finqa.runtime.command_line import script_parser
-from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.errors import NO_ROOM, UserError, report_errors
 from finqa.runtime.paths import SPLITS, Folders, add_folder_flags, chosen_splits
 
 COMMIT = "0f16e2867befa6840783e58be38c9efb9229d742"
@@ -46,7 +45,6 @@ CHUNK_BYTES = 1 << 20
 SOCKET_TIMEOUT_S = 60.0
 MAX_BYTES = 1 << 29
 """Where a server that never stops is cut off; the official files are far smaller."""
-OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main() -> None:
@@ -103,9 +101,7 @@ def git_blob_id(path: Path) -> str:
     """The name git gives to the file's content: sha1("blob <bytes>\\0" + content), as 40 hex digits."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
 
 
 def fetch(url: str, part: Path, blob_id: str) -> str:
@@ -124,7 +120,7 @@ def fetch(url: str, part: Path, blob_id: str) -> str:
                 raise UserError(f"{url}: HTTP {error.code} {error.reason}; name a mirror with --url-base") from error
             reason = f"HTTP {error.code} {error.reason}"
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            if isinstance(error, OSError) and error.errno in OUT_OF_ROOM:
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
                 raise UserError(f"cannot write {part}: {error.strerror}; make room and run again") from None
             reason = str(getattr(error, "reason", error)) or type(error).__name__
         except ValueError as error:

@@ -25,17 +25,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finqa.runtime.command_line import add_flags, flag, from_args, script_parser
+from finqa.runtime.command_line import flag, from_args
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.journal import only_run_on
-from finqa.runtime.manifest import file_hash, write_manifest
-from finqa.runtime.paths import Folders, add_folder_flags
+from finqa.runtime.paths import Folders
 from finqa.task.answers import Rule, match
 from finqa.task.datasets import dataset, how_to_make, rows_file
 from finqa.task.records import TeacherRow, read_teacher_rows, write_rejected, write_teacher_rows
-from preprocessing.rows import Rows
+from preprocessing.rows import Rows, stage_parser
 from preprocessing.run_programs import with_answers
-from preprocessing.summary import Summary, count, manifest_of, table_of_reasons
+from preprocessing.summary import Summary, count, table_of_reasons
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,7 @@ class Filter:
 
 
 def main() -> None:
-    parser = script_parser(__doc__)
-    add_flags(parser, Rows)
-    add_flags(parser, Filter)
-    add_folder_flags(parser, results=False)
-    args = parser.parse_args()
+    args = stage_parser(__doc__, Filter).parse_args()
     judging, folders, (data, splits) = from_args(Filter, args), Folders.from_args(args), from_args(Rows, args).chosen
     for split in splits:
         rows_file("generated", data, split, folders)
@@ -79,26 +74,13 @@ def filter_split(dataset_name: str, split: str, folders: Folders, rule: Rule, re
     if rerun:
         rows = with_answers(rows)
     reasons = [rejection(row, rule) for row in rows]
-    write_teacher_rows(filtered, [row for row, reason in zip(rows, reasons, strict=True) if not reason])
-    write_rejected(
-        folders.rejected(dataset_name, split),
-        [(row, reason) for row, reason in zip(rows, reasons, strict=True) if reason],
-    )
+    judged = list(zip(rows, reasons, strict=True))
+    write_teacher_rows(filtered, [row for row, reason in judged if not reason])
+    write_rejected(folders.rejected(dataset_name, split), [(row, reason) for row, reason in judged if reason])
 
-    summary = Summary(
-        f"{dataset_name} {split}",
-        len(rows),
-        count(reasons),
-        time.monotonic() - start,
-        filtered,
-        left_out_as="rejected",
-    )
-    write_manifest(
-        manifest_of(filtered),
-        {"dataset": dataset_name, "split": split, "rule": rule, "rerun": rerun},
-        inputs={generated.name: file_hash(generated)},
-        **summary.facts(),
-    )
+    seconds = time.monotonic() - start
+    summary = Summary(dataset_name, split, len(rows), count(reasons), seconds, filtered, left_out_as="rejected")
+    summary.write_manifest({"rule": rule, "rerun": rerun}, generated)
     return summary
 
 

@@ -16,34 +16,28 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
-from finqa.runtime.command_line import add_flags, flag, from_args, script_parser
+from finqa.runtime.command_line import flag, from_args
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.journal import only_run_on
-from finqa.runtime.manifest import file_hash, write_manifest
-from finqa.runtime.paths import Folders, add_folder_flags
+from finqa.runtime.paths import Folders
 from finqa.task.datasets import Dataset, rows_file
 from finqa.task.records import write_questions
-from preprocessing.rows import Rows, share
-from preprocessing.summary import Summary, by_reason, count, manifest_of
+from preprocessing.rows import Rows, stage_parser
+from preprocessing.summary import Summary, by_reason, count
 
 
 @dataclass(frozen=True)
 class Dropping:
     """How many rows may be dropped."""
 
-    max_failed_share: float = flag(0.2, type=share, metavar="SHARE")
+    max_failed_share: float = flag(0.2, metavar="SHARE", least=0, most=1)
     """Rows that were dropped, as a share, above which the exit code is not zero."""
 
 
 def main() -> None:
-    parser = script_parser(__doc__)
-    add_flags(parser, Rows)
-    add_flags(parser, Dropping)
-    add_folder_flags(parser, results=False)
-    args = parser.parse_args()
+    args = stage_parser(__doc__, Dropping).parse_args()
     folders, (data, splits) = Folders.from_args(args), from_args(Rows, args).chosen
     for split in splits:
         rows_file("raw", data, split, folders)  # before anything is written
@@ -72,14 +66,8 @@ def preprocess_split(data: Dataset, split: str, folders: Folders) -> Summary:
     write_questions(clean, loaded.questions)
 
     rows = len(loaded.questions) + len(loaded.dropped)
-    summary = Summary(f"{data.name} {split}", rows, dropped, time.monotonic() - start, clean)
-    write_manifest(
-        manifest_of(clean),
-        {"dataset": data.name, "split": split},
-        inputs={Path(raw).name: file_hash(raw)},
-        dropped_rows=[{"id": row.id, "reason": row.reason} for row in loaded.dropped],
-        **summary.facts(),
-    )
+    summary = Summary(data.name, split, rows, dropped, time.monotonic() - start, clean)
+    summary.write_manifest({}, raw, dropped_rows=[asdict(row) for row in loaded.dropped])
     return summary
 
 

@@ -48,18 +48,17 @@ from pathlib import Path
 from typing import Literal
 
 from finqa.chat.config import config_from
-from finqa.runtime.command_line import add_flags, at_least_one, flag, from_args, script_parser
+from finqa.runtime.command_line import add_flags, at_least_one, flag, from_args
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.journal import only_run_on
-from finqa.runtime.manifest import file_hash, write_manifest
-from finqa.runtime.paths import Folders, add_folder_flags
+from finqa.runtime.paths import Folders
 from finqa.task.datasets import Dataset, how_to_make, rows_file
 from finqa.task.program_compiler import ProgramStyle
 from finqa.task.prompts import training_prompt
 from finqa.task.records import Question, TeacherRow, read_questions, read_teacher_rows, write_teacher_rows
-from preprocessing.rows import Rows, share
+from preprocessing.rows import Rows, stage_parser
 from preprocessing.run_programs import with_answers
-from preprocessing.summary import Summary, by_reason, count, manifest_of
+from preprocessing.summary import Summary, by_reason, count
 from preprocessing.teacher.batch.batches import REQUESTS_A_BATCH
 from preprocessing.teacher.batch.teacher import BatchTeacher
 from preprocessing.teacher.config import OpenAITeacherConfig
@@ -75,7 +74,7 @@ class Asking:
     style: ProgramStyle | None = flag(None, shown="plain; named for FinQA-mini")
     """How the programs of --teacher program are written."""
     limit: int | None = flag(None, type=at_least_one, help="Only the first N questions of each split")
-    max_failed_share: float = flag(0.2, type=share, metavar="SHARE")
+    max_failed_share: float = flag(0.2, metavar="SHARE", least=0, most=1)
     """Rows without a program, as a share, above which the exit code is not zero."""
     dry_run: bool = flag(False, help="Print the first prompt and the estimate; send and write nothing")
     batch: Literal["submit", "status", "fetch"] | None = flag(None)
@@ -92,7 +91,8 @@ def main() -> None:
         split: read_questions(rows_file("clean", data, split, folders), how_to_make("clean", data, split, folders))
         for split in splits
     }
-    journals = {split: journal_of(folders.generated(data.name, split)) for split in splits}
+    # Where an OpenAI teacher keeps what it was asked and answered for an output.
+    journals = {split: folders.generated(data.name, split).with_suffix(".journal.jsonl") for split in splits}
     errors: list[UserError] = []
     for split in splits:
         chosen, whole = questions[split][: asking.limit], len(questions[split])
@@ -123,14 +123,8 @@ def make_teacher(
     """The teacher that is asked for; an OpenAI teacher has a journal for each of the chosen splits."""
     if asking.teacher == "program":
         return ProgramTeacher(asking.style or data.program_style)
-    paid_in = journals.values()
-    teacher = OpenAITeacher(config, data.worked_examples, journals[split], data.answer_rule, paid_in=paid_in)
-    return BatchTeacher(teacher) if asking.batch else teacher
-
-
-def journal_of(output: Path) -> Path:
-    """Where an OpenAI teacher keeps what it was asked and answered for an output."""
-    return output.with_suffix(".journal.jsonl")
+    kind = BatchTeacher if asking.batch else OpenAITeacher
+    return kind(config, data.worked_examples, journals[split], data.answer_rule, paid_in=journals.values())
 
 
 def check_not_shortened(output: Path, rows: int, whole: int) -> None:
@@ -167,17 +161,14 @@ def process_finqa_samples(
 
     failed = count(reply.error_kind for reply in replies)
     seconds = time.monotonic() - start
-    summary = Summary(f"{data.name} {split}", len(rows), failed, seconds, output, "with a program", "without")
+    summary = Summary(data.name, split, len(rows), failed, seconds, output, "with a program", "without")
     did_not_run = count(row.error_kind for row in rows if row.generated_code)
-    clean = folders.clean(data.name, split)
     shortened = of_rows is not None and len(rows) < of_rows
-    write_manifest(
-        manifest_of(output),
-        {"dataset": data.name, "split": split, **teacher.settings},
-        inputs={clean.name: file_hash(clean)},
+    summary.write_manifest(
+        teacher.settings,
+        folders.clean(data.name, split),
         usage=teacher.usage(),
         did_not_run=dict(did_not_run.most_common()),
-        **summary.facts(),
         **teacher.facts(),
         **({"only_the_first_of": of_rows} if shortened else {}),
     )
@@ -216,11 +207,8 @@ def teacher_row(question: Question, reply: Reply) -> TeacherRow:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = script_parser(__doc__)
-    add_flags(parser, Rows)
-    add_flags(parser, Asking)
+    parser = stage_parser(__doc__, Asking)
     add_flags(parser.add_argument_group("the OpenAI teacher"), OpenAITeacherConfig)
-    add_folder_flags(parser, results=False)
     args = parser.parse_args()
     asking = from_args(Asking, args)
     if asking.batch and asking.teacher != "openai":

@@ -5,17 +5,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from finqa.runtime.command_line import flag
-from finqa.runtime.paths import SplitOrAll, chosen_splits
+from finqa.runtime.command_line import add_flags, flag, script_parser
+from finqa.runtime.paths import SplitOrAll, add_folder_flags, chosen_splits
 from finqa.task.datasets import Dataset, dataset
-
-
-def share(text: str) -> float:
-    """Reads a share from 0 to 1, as a flag's `type`."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {value:g}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -29,3 +21,12 @@ class Rows:
     def chosen(self) -> tuple[Dataset, tuple[str, ...]]:
         """The data set and the names of its splits. Raises UserError for a name that is unknown."""
         return dataset(self.dataset), chosen_splits(self.split)
+
+
+def stage_parser(manual: str | None, *configs: type) -> argparse.ArgumentParser:
+    """The parser of a stage: its rows, the flags of its `configs`, --data-dir."""
+    parser = script_parser(manual)
+    for kind in (Rows, *configs):
+        add_flags(parser, kind)
+    add_folder_flags(parser, results=False)
+    return parser

@@ -7,13 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from finqa.runtime.manifest import file_hash, write_manifest
+
 
 @dataclass(frozen=True)
 class Summary:
     """Rows of one split that went in, came out well, or were left out."""
 
+    dataset: str
     split: str
-    """Data set and split, e.g. `FinQA train`."""
     rows: int
     left_out: Counter[str]
     """Number of rows by reason."""
@@ -31,18 +33,22 @@ class Summary:
         return self.left_out.total() / self.rows if self.rows else 0.0
 
     def __str__(self) -> str:
-        kept = f"{self.kept} {self.kept_as}"
+        rows = f"{self.rows} rows in, {self.kept} {self.kept_as}"
         left_out = f"{self.left_out.total()} {self.left_out_as}{by_reason(self.left_out)}"
-        return f"{self.split}: {self.rows} rows in, {kept}, {left_out}, {self.seconds:.1f} s -> {self.output}"
+        return f"{self.dataset} {self.split}: {rows}, {left_out}, {self.seconds:.1f} s -> {self.output}"
 
-    def facts(self) -> dict[str, object]:
-        """The figures as a manifest has them."""
-        return {
-            "rows": self.rows,
-            "kept": self.kept,
-            "left_out": dict(self.left_out.most_common()),
-            "seconds": round(self.seconds, 3),
-        }
+    def write_manifest(self, settings: dict[str, object], source: Path, **facts: object) -> None:
+        """Write the run manifest beside the output, under its name: the stage's settings, what it read, the figures."""
+        write_manifest(
+            self.output.with_suffix(".run.json"),
+            {"dataset": self.dataset, "split": self.split, **settings},
+            inputs={source.name: file_hash(source)},
+            **facts,
+            rows=self.rows,
+            kept=self.kept,
+            left_out=dict(self.left_out.most_common()),
+            seconds=round(self.seconds, 3),
+        )
 
 
 def table_of_reasons(summary: Summary) -> str:
@@ -56,11 +62,6 @@ def table_of_reasons(summary: Summary) -> str:
 def by_reason(reasons: Counter[str]) -> str:
     """` (wrong-answer 12, runtime 3)`, the commonest first; empty where there is none."""
     return f" ({', '.join(f'{reason} {count}' for reason, count in reasons.most_common())})" if reasons else ""
-
-
-def manifest_of(output: Path) -> Path:
-    """The run manifest of a CSV: beside it, under its name, so that splits do not overwrite each other's."""
-    return output.with_suffix(".run.json")
 
 
 def count(reasons: Iterable[str]) -> Counter[str]:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import signal
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from finqa.chat.answer_journal import Answer, AnswerJournal
@@ -160,7 +160,7 @@ class Asker:
 
 async def ask_all(
     items: Sequence[Item],
-    next_step: Callable[[Item], Awaitable[object]],
+    next_step: Callable[[Item], object],
     config: ChatConfig,
     journal: AnswerJournal,
     spending: Spending,
@@ -170,7 +170,8 @@ async def ask_all(
     """Fill the journal with what the items need, `max_concurrent` requests at a time; the keys that were given up.
 
     Args:
-        next_step: What an item needs next by the journal: a Wanted, or anything else where it is settled.
+        next_step: What an item needs next by the journal: a Wanted, or anything else where it is settled. Called in a
+            thread, since it may take long.
         what: Who asks, for the line that says how far it is.
         answered_before: As of Asker.
     """
@@ -183,7 +184,9 @@ async def ask_all(
         asker = Asker(client, config, journal, spending, answered_before)
 
         async def settle(item: Item) -> None:
-            while isinstance(step := await next_step(item), Wanted) and step.key not in given_up:
+            while isinstance(step := await asyncio.to_thread(next_step, item), Wanted):
+                if step.key in given_up:
+                    return
                 async with locks[step.key]:  # Equal requests are paid for once.
                     still = journal.answer(step.key) is step.cut and step.key not in given_up
                     if still and not await asker.ask(step.key, step.request):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from finqa.runtime.command_line import flag, given
+from finqa.runtime.command_line import check_bounds, flag, given
 from finqa.runtime.errors import UserError
 
 SystemRole = Literal["system", "developer", "user"]
@@ -25,12 +24,12 @@ class ChatConfig:
 
     model: str = flag("gpt-5", metavar="NAME")
     """The model that is asked."""
-    max_completion_tokens: int = flag(16_000, metavar="TOKENS")
+    max_completion_tokens: int = flag(16_000, metavar="TOKENS", least=1)
     """Limit on what the model writes, its reasoning included: thousands of tokens in a reasoning model. A reply that
     it cuts off is asked for once more with twice the limit."""
     limit_name: LimitName = flag("max_completion_tokens")
     """How the server calls that limit; `max_tokens` is tried by itself where a server refuses the other name."""
-    temperature: float | None = flag(None)
+    temperature: float | None = flag(None, least=0, most=2)
     """Sent only where it is set: reasoning models refuse it."""
     reasoning_effort: ReasoningEffort | None = flag(None)
     """Sent only where it is set: it decides how much a reasoning model writes, and costs."""
@@ -38,29 +37,19 @@ class ChatConfig:
     """Who gives the instruction; `user` puts it before the first question, for models without a system role."""
     base_url: str | None = flag(None, metavar="URL", shown="OPENAI_BASE_URL, or OpenAI")
     """Address of a compatible server, e.g. http://localhost:8000/v1; OpenAI's own where it is None."""
-    max_concurrent: int = flag(32, metavar="REQUESTS")
+    max_concurrent: int = flag(32, metavar="REQUESTS", least=1)
     """Requests under way at a time, at most; fewer where the server asks to slow down."""
-    max_retries: int = flag(10)
+    max_retries: int = flag(10, least=0)
     """Times a request is sent again after 408, 409, 429, 5xx, a broken connection or a time-out: over four minutes."""
-    timeout_s: float = flag(600.0, metavar="SECONDS")
+    timeout_s: float = flag(600.0, metavar="SECONDS", above=0, most=LONGEST_TIMEOUT_S)
     """Time for one reply."""
-    max_cost: float | None = flag(None, metavar="DOLLARS")
+    max_cost: float | None = flag(None, metavar="DOLLARS", above=0)
     """Dollars after which no request is sent, what earlier runs paid for the same output included."""
     prices: Path | None = flag(None)
     """A table of prices beside the shipped one (finqa/chat/prices.json)."""
 
     def __post_init__(self) -> None:
-        for name in ("max_completion_tokens", "max_concurrent"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.max_retries < 0:
-            raise UserError(f"max_retries must be 0 or more, not {self.max_retries}")
-        if not 0 < self.timeout_s <= LONGEST_TIMEOUT_S:
-            raise UserError(f"timeout_s must be above 0 and at most {LONGEST_TIMEOUT_S:g}, not {self.timeout_s}")
-        if self.temperature is not None and not 0 <= self.temperature <= 2:
-            raise UserError(f"temperature must be from 0 to 2, not {self.temperature}")
-        if self.max_cost is not None and not 0 < self.max_cost < math.inf:
-            raise UserError(f"max_cost must be above 0, not {self.max_cost}")
+        check_bounds(self)
         if self.base_url is not None:
             check_address("base_url", self.base_url, "; a key comes from OPENAI_API_KEY alone")
             if not re.match(r"https?://[^/]", self.base_url, re.IGNORECASE):

@@ -71,11 +71,6 @@ def price_of(model: str, extra: Path | None = None) -> Price | None:
     return None
 
 
-def price_date() -> str:
-    """The day of the shipped prices."""
-    return json.loads(SHIPPED_PRICES.read_text())["date"]
-
-
 def _models_in(path: Path) -> dict[str, dict[str, float]]:
     try:
         models = json.loads(path.read_text(encoding="utf-8"))["models"]
@@ -219,9 +214,10 @@ class Estimate:
         if self.price is None:
             return f"{tokens}; no price is known for the model (--prices)"
         most = self._cost(self.most_completion_tokens)
+        day = json.loads(SHIPPED_PRICES.read_text())["date"]
         return (
             f"{tokens}, about ${self.dollars:.2f}; at most ${most:.2f} if every reply used its whole limit; list prices"
-            f" of {price_date()}, to be checked"
+            f" of {day}, to be checked"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finqa.evaluation.engines.serving import Model, Served, served_models
-from finqa.evaluation.generation import Generate, GenerationConfig, all_replies
+from finqa.evaluation.generation import GenerationConfig
 from finqa.evaluation.judging import judge
 from finqa.evaluation.metrics import HEADLINES, METRIC_OF_RULE, metrics
 from finqa.evaluation.predictions import Prediction, write_predictions
@@ -34,14 +33,13 @@ from finqa.runtime.errors import UserError
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import file_hash, write_json, write_manifest
 from finqa.runtime.paths import Folders
-from finqa.runtime.progress import say
+from finqa.runtime.progress import Progress, say
 from finqa.sandbox.running import Sandbox, SandboxLimits
 from finqa.task import datasets, prompts
 from finqa.task.answers import Rule
 from finqa.task.prompts import EvalType
 
 MODEL_OF_TYPE: dict[EvalType, Model] = {"fine-tuned": "fine-tuned", "zero-shot": "base", "few-shot": "base"}
-LINE_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -189,25 +187,14 @@ def collect_replies(task: Task, served: Served) -> None:
     else:
         say(f"{task.name}: {len(asked)} replies to write")
     task.journal.begin(served.facts)
-    said, count = time.monotonic(), len(done)
+    progress = Progress(f"{task.name}: replies", len(asked), done=len(done))
     try:
-        for place, reply in _shown(served.generate(asked, done), task.name, len(asked), count):
+        for place, reply in served.generate(asked, done):
             task.journal.add(slots[place], reply)
-            count += 1
-            if time.monotonic() - said > LINE_EVERY_S and not sys.stderr.isatty():
-                said = time.monotonic()
-                say(f"{task.name}: {count} of {len(asked)} replies")
+            progress.advance()
     finally:
+        progress.close()
         task.journal.end()
-
-
-def _shown(replies: Any, what: str, total: int, initial: int) -> Any:
-    """With a bar in a terminal."""
-    if not sys.stderr.isatty():
-        return replies
-    from tqdm import tqdm
-
-    return tqdm(replies, desc=what, total=total, initial=initial, unit="reply", dynamic_ncols=True, leave=False)
 
 
 def _finish(task: Task, run: StudentRun, config: EvaluationConfig, sandbox: Sandbox) -> None:
@@ -237,18 +224,6 @@ def _finish(task: Task, run: StudentRun, config: EvaluationConfig, sandbox: Sand
     )
     task.journal.hand_over(slots)
     say(summary(task.name, found))
-
-
-def score(
-    rows: Sequence[EvalRow], prompt_tokens: Sequence[list[int]], generate: Generate, sandbox: Sandbox
-) -> tuple[list[Prediction], dict[str, float]]:
-    """Predictions in the order of the rows, and the seconds that generating and running took."""
-    started = time.monotonic()
-    replies = all_replies(generate, prompt_tokens)
-    generated = time.monotonic()
-    predictions = judge(rows, prompt_tokens, replies, sandbox)
-    done = time.monotonic()
-    return predictions, {"generate": round(generated - started, 2), "run": round(done - generated, 2)}
 
 
 def write_results(folder: Path, predictions: Sequence[Prediction], seconds: dict[str, float]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from finqa.task.prompts import EVAL_TYPES
 
 ORDER = ("zero-shot", "few-shot", "fine-tuned")
 assert set(ORDER) == set(EVAL_TYPES)
-SAMPLED = re.compile(rf"({'|'.join(ORDER)})-(\d+)-samples")
+NAME = re.compile(rf"({'|'.join(ORDER)})(?:-(\d+)-samples)?")
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class Evaluation:
 
     @property
     def eval_type(self) -> str:
-        sampled = SAMPLED.fullmatch(self.name)
-        return sampled[1] if sampled else self.name
+        return next(eval_type for eval_type in ORDER if self.name.startswith(eval_type))
 
     @property
     def sampled(self) -> bool:
@@ -37,16 +36,15 @@ class Evaluation:
 
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
-    """The finished evaluations in the folder of a split, in the order in which they are shown.
+    """The finished evaluations in the folder of a split: greedy ones by ORDER, each followed by those with samples.
 
     Raises UserError where one is damaged.
     """
-    return [
-        _read(folder / name)
-        for name in _names(folder)
-        # run.json is written last: without it the others may be of two evaluations.
-        if (folder / name / "metrics.json").exists() and (folder / name / "run.json").exists()
-    ]
+    # run.json is written last: without it the others may be of two evaluations.
+    whole = [path.parent for path in folder.glob("*/run.json") if path.with_name("metrics.json").exists()]
+    found = {path: name for path in whole if (name := NAME.fullmatch(path.name))}
+    shown = sorted(found, key=lambda path: (ORDER.index(found[path][1]), int(found[path][2] or 0)))
+    return [_read(path) for path in shown]
 
 
 def _read(folder: Path) -> Evaluation:
@@ -58,16 +56,6 @@ def _read(folder: Path) -> Evaluation:
     if metrics["n"] != len(predictions):
         raise UserError(f"{folder} has {len(predictions)} predictions of {metrics['n']}; {AGAIN}")
     return Evaluation(folder.name, metrics, predictions)
-
-
-def _names(folder: Path) -> list[str]:
-    """Greedy evaluations, each followed by those with samples, the fewest first."""
-    found = [match for path in folder.glob("*-samples") if (match := SAMPLED.fullmatch(path.name))]
-    names: list[str] = []
-    for eval_type in ORDER:
-        names.append(eval_type)
-        names += [match[0] for match in sorted(found, key=lambda match: int(match[2])) if match[1] == eval_type]
-    return names
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from finqa.runtime.command_line import flag, option
+from finqa.runtime.command_line import check_bounds, flag, option
 from finqa.runtime.errors import UserError
 from finqa.task import prompts
 from finqa.task.prompts import STOP
@@ -61,35 +60,28 @@ class GenerationConfig:
     stop: tuple[str, ...] = STOP
     max_model_len: int | None = flag(None, metavar="TOKENS", shown="the model's own limit, with vLLM at most 8,192")
     """Longest prompt and reply together, in tokens."""
-    gpu_memory_utilization: float = flag(0.9, metavar="SHARE")
+    gpu_memory_utilization: float = flag(0.9, metavar="SHARE", above=0, most=1)
     """Share of the GPU's memory that vLLM may take."""
-    kv_cache_gb: float | None = flag(None, metavar="GB", shown="on a GPU what --gpu-memory-utilization leaves")
+    kv_cache_gb: float | None = flag(None, metavar="GB", shown="on a GPU what --gpu-memory-utilization leaves", above=0)
     """Keys and values that vLLM keeps, in 1e9 bytes: for a GPU that other processes use, whose memory vLLM would take
     for its own."""
     enforce_eager: bool = flag(False)
     """vLLM compiles nothing and records no CUDA graphs: a shorter start, slower replies. On a CPU it is always so."""
-    tensor_parallel: int = flag(1, metavar="GPUS")
+    tensor_parallel: int = flag(1, metavar="GPUS", least=1)
     """GPUs that share one model (vLLM)."""
-    data_parallel: int = flag(1, metavar="ENGINES")
+    data_parallel: int = flag(1, metavar="ENGINES", least=1)
     """Engines that share the prompts, each with GPUs of its own (vLLM)."""
-    samples: int = flag(1)
+    samples: int = flag(1, least=1)
     """Replies to each question, whose answers are voted on."""
-    temperature: float = flag(0.0, shown=f"0, with several samples {DEFAULT_TEMPERATURE}")
+    temperature: float = flag(0.0, shown=f"0, with several samples {DEFAULT_TEMPERATURE}", least=0)
     """0 takes the likeliest token (greedy)."""
     seed: int = 3
     """Of sampling; greedy replies know none."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise UserError(f"--gpu-memory-utilization must be in (0, 1], not {self.gpu_memory_utilization}")
-        if min(self.max_new_tokens, self.batch_size, self.tensor_parallel, self.data_parallel, self.samples) < 1:
-            raise UserError("new tokens, batch size, tensor and data parallel, and samples must be at least 1")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"--temperature must be 0 or more, not {self.temperature}")
+        check_bounds(self)
         if self.samples > 1 and self.temperature == 0:
             raise UserError("--samples above 1 needs a --temperature above 0: greedy replies are all the same")
-        if self.kv_cache_gb is not None and not 0 < self.kv_cache_gb < math.inf:
-            raise UserError(f"--kv-cache-gb must be a number above 0, not {self.kv_cache_gb}")
         if not self.vllm and (self.kv_cache_gb is not None or self.enforce_eager):
             raise UserError("--kv-cache-gb and --enforce-eager need --VLLM")
         if not self.vllm and max(self.tensor_parallel, self.data_parallel) > 1:

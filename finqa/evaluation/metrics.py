@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from finqa.evaluation.predictions import PREDICTION_ERROR_KINDS, Prediction
 from finqa.task.answers import RULES, Rule
-
-Z_95 = 1.959963984540054
-"""Two-sided 95% quantile of the normal distribution."""
 
 METRIC_OF_RULE: dict[Rule, str] = {
     "strict": "accuracy",
@@ -21,15 +17,18 @@ METRIC_OF_RULE: dict[Rule, str] = {
 HEADLINES: tuple[Rule, ...] = ("strict", "relaxed")
 """The rules whose figures stand side by side."""
 
+GROUPED_BY = {"family": "family", "family_kind": "family_kind", "answer_kind": "answer_kind", "steps": "program_steps"}
+"""Names of groups in metrics.json, with the field of a prediction that they follow."""
+
 
 def wilson(right: int, n: int) -> tuple[float, float]:
     """95% interval of a share (Wilson 1927); (0, 1) where n is 0."""
+    from scipy.stats import binomtest
+
     if n == 0:
         return 0.0, 1.0
-    share, z2 = right / n, Z_95**2
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return (middle - half if right else 0.0), (middle + half if right < n else 1.0)  # exact at the ends
+    low, high = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    return float(low), float(high)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -83,16 +82,11 @@ def metrics(predictions: Sequence[Prediction]) -> dict[str, Any]:
     }
     if any(p.samples for p in predictions):
         result |= _of_samples(predictions)
-    for name, key in (
-        ("family", lambda p: p.family),
-        ("family_kind", lambda p: p.family_kind),
-        ("answer_kind", lambda p: p.answer_kind),
-        ("steps", lambda p: "" if p.program_steps is None else str(p.program_steps)),
-    ):
+    for name, field in GROUPED_BY.items():
         groups: dict[str, list[Prediction]] = defaultdict(list)
         for prediction in predictions:
-            if key(prediction):
-                groups[key(prediction)].append(prediction)
+            if (value := getattr(prediction, field)) not in ("", None):
+                groups[str(value)].append(prediction)
         if groups:
             result[f"accuracy_by_{name}"] = {
                 group: _mean([p.correct["strict"] for p in rows]) for group, rows in sorted(groups.items())

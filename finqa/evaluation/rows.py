@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import Folders
 from finqa.task import answers, datasets, programs, prompts
-from finqa.task.records import TeacherRow, read_questions, read_teacher_rows
+from finqa.task.records import Question, TeacherRow, read_questions, read_teacher_rows
 from finqa.task.stated_answers import AnswerKind, answer_kind, label_disputed
+
+BEST_FIRST: tuple[datasets.RowsFile, ...] = ("generated", "clean", "filtered")
+"""The files that rows are read from, the first that is there: the teacher's says the most, the filtered has not all."""
 
 
 @dataclass(frozen=True)
@@ -52,36 +55,30 @@ def read_rows(
 
     Raises UserError where the split has none of them, or no rows.
     """
-    generated, clean, filtered = (
-        folders.generated(data.name, split),
-        folders.clean(data.name, split),
-        folders.filtered(data.name, split),
-    )
-    if generated.exists():
-        again = datasets.how_to_make("generated", data, split, folders)
-        path, rows = generated, [_from_teacher(row, data) for row in read_teacher_rows(generated, again)]
-    elif clean.exists():
-        path = clean
-        rows = [
-            EvalRow(
-                q.id, prompts.training_prompt(q), q.answer, q.program, None, q.family, q.family_kind, q.stated_answer
-            )
-            for q in read_questions(clean, datasets.how_to_make("clean", data, split, folders))
-        ]
-    elif filtered.exists():
-        print(
-            f"{split}: only the rows that the teacher solved are here ({filtered}); all are scored better", flush=True
-        )
-        again = datasets.how_to_make("filtered", data, split, folders)
-        path, rows = filtered, [_from_teacher(row, data) for row in read_teacher_rows(filtered, again)]
+    for kind in BEST_FIRST:
+        path: Path = getattr(folders, kind)(data.name, split)
+        if path.exists():
+            break
     else:
+        generated, clean = folders.generated(data.name, split), folders.clean(data.name, split)
         said = f"no rows of {data.name} {split} to evaluate on: neither {generated} nor {clean}; make them with"
         raise datasets.missing(said, "clean", data, split, folders)
+    if kind == "filtered":
+        print(f"{split}: only the rows that the teacher solved are here ({path}); all are scored better", flush=True)
+    again = datasets.how_to_make(kind, data, split, folders)
+    if kind == "clean":
+        rows = [_from_question(question) for question in read_questions(path, again)]
+    else:
+        rows = [_from_teacher(row, data) for row in read_teacher_rows(path, again)]
     rows = [row for row in rows if row.expected][:max_rows]
     if not rows:
         raise UserError(f"{path} has no row with a label")
-    numbered = [EvalRow(**{**asdict(row), "id": row.id or f"row-{n}"}) for n, row in enumerate(rows)]
-    return path, numbered
+    return path, [replace(row, id=row.id or f"row-{n}") for n, row in enumerate(rows)]
+
+
+def _from_question(q: Question) -> EvalRow:
+    prompt = prompts.training_prompt(q)
+    return EvalRow(q.id, prompt, q.answer, q.program, None, q.family, q.family_kind, q.stated_answer)
 
 
 def _from_teacher(row: TeacherRow, data: datasets.Dataset) -> EvalRow:

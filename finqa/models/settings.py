@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finqa.runtime.command_line import flag
+from finqa.runtime.command_line import check_bounds, flag
 from finqa.runtime.errors import UserError
 
 CHATML = (
@@ -31,13 +31,13 @@ class StudentSettings:
         ATTENTION, "-LM", "--LORA_MODULES", "--lora-modules", group="name", metavar="NAME", shown=OWN
     )
     """Names of the linear layers that get an adapter."""
-    lora_r: int = flag(512, group="training")
+    lora_r: int = flag(512, group="training", least=1)
     """Rank of the adapter."""
-    lora_alpha: int = flag(1024, group="training")
+    lora_alpha: int = flag(1024, group="training", least=1)
     """The adapter's output is multiplied by this over the rank."""
-    lora_dropout: float = flag(0.1, group="training", metavar="SHARE")
+    lora_dropout: float = flag(0.1, group="training", metavar="SHARE", least=0, below=1)
     """Share of the adapter's inputs that are dropped in training."""
-    learning_rate: float = flag(2.5e-5, group="training")
+    learning_rate: float = flag(2.5e-5, group="training", above=0)
     """Learning rate after the warm-up."""
     lr_scheduler: str = flag("linear", group="training", metavar="NAME")
     """Name of a transformers scheduler, run from `learning_rate` to 0 after the warm-up."""
@@ -48,16 +48,18 @@ class StudentSettings:
     optim: str = flag("adamw_8bit", group="training", metavar="NAME")
     """Optimiser by its transformers name."""
     max_grad_norm: float = 1.0
-    batch_size: int = flag(1, "-BS", "--BATCH_SIZE", "--batch-size", group="name", metavar="ROWS", shown=OWN)
+    batch_size: int = flag(1, "-BS", "--BATCH_SIZE", "--batch-size", group="name", metavar="ROWS", shown=OWN, least=1)
     """Rows per update and process, before gradient accumulation."""
-    num_epochs: int = flag(1, "--NUM_EPOCHS", "--num-epochs", group="name", shown=OWN)
+    num_epochs: int = flag(1, "--NUM_EPOCHS", "--num-epochs", group="name", shown=OWN, least=1)
     """Passes over the training rows."""
-    max_seq_length: int = flag(4096, "-MSL", "--MAX_SEQ_LENGTH", "--max-seq-length", group="training", metavar="TOKENS")
+    max_seq_length: int = flag(
+        4096, "-MSL", "--MAX_SEQ_LENGTH", "--max-seq-length", group="training", metavar="TOKENS", least=2
+    )
     """Tokens of prompt and completion together; a longer training row is dropped."""
-    max_new_tokens: int = flag(1000, group="evaluation", metavar="TOKENS", shown=OWN)
+    max_new_tokens: int = flag(1000, group="evaluation", metavar="TOKENS", shown=OWN, least=1)
     """Tokens of a reply, at most."""
     eval_batch_size: int = flag(
-        8, "-EBS", "--EVAL_BATCH_SIZE", "--eval-batch-size", group="evaluation", metavar="ROWS", shown=OWN
+        8, "-EBS", "--EVAL_BATCH_SIZE", "--eval-batch-size", group="evaluation", metavar="ROWS", shown=OWN, least=1
     )
     """Rows per generate call of the Hugging Face backend; vLLM takes all rows at once."""
     chat_template: str | None = None
@@ -66,15 +68,7 @@ class StudentSettings:
     def __post_init__(self) -> None:
         if not self.lora_modules or not all(self.lora_modules):
             raise UserError("no LoRA module is named; give some with --lora-modules, e.g. q_proj v_proj")
-        for name in ("lora_r", "lora_alpha", "batch_size", "num_epochs", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"lora_dropout must be in [0, 1), not {self.lora_dropout}")
-        if self.learning_rate <= 0:
-            raise UserError(f"learning_rate must be positive, not {self.learning_rate}")
-        if self.max_seq_length < 2 or self.max_new_tokens < 1:
-            raise UserError("max_seq_length must be at least 2 and max_new_tokens at least 1")
+        check_bounds(self)
 
 
 DEFAULTS = StudentSettings()
@@ -125,6 +119,20 @@ def settings_for(model: str) -> StudentSettings:
     """Settings of a model by its Hub id or of a local folder by its last name, whatever the case."""
     own = next((settings for name, settings in SETTINGS.items() if _is(model, name)), None)
     return own or (SMALL_UNKNOWN if _is_small(model) else DEFAULTS)
+
+
+def published_settings(model: str) -> StudentSettings:
+    """The settings of the published run (--preset published), which are the defaults, for any model.
+
+    Orca-2 and Phi-3 had learning rates of their own. What belongs to a model's architecture (which layers exist, the
+    chat template) and the rows that are evaluated together are the model's own. Seed (3), bf16, greedy replies and a
+    single pass without accumulation are defaults too. The published runs say nothing of a maximum length; 4,096 holds
+    every prompt of FinQA that was seen.
+    """
+    own = settings_for(model)
+    rate = own.learning_rate if own in (_ORCA2, _PHI3) else DEFAULTS.learning_rate
+    kept = {name: getattr(own, name) for name in ("lora_modules", "chat_template", "eval_batch_size")}
+    return replace(DEFAULTS, learning_rate=rate, **kept)
 
 
 def is_known(model: str) -> bool:

@@ -20,7 +20,7 @@ from finqa.models.adapters import check_adapter, check_layers, check_plain
 from finqa.models.settings import StudentSettings, settings_for
 from finqa.models.templates import TEMPLATE_DATE, put_template, read_template
 from finqa.models.weights import SAFETENSORS, check_base, check_model_folder
-from finqa.runtime.command_line import add_flags, flag, given, option, words_of
+from finqa.runtime.command_line import add_flags, check_bounds, flag, given, option, words_of
 from finqa.runtime.commands import typed
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY, Folders, check_name
@@ -54,7 +54,7 @@ class StudentRun:
     """An adapter (LoRA) is trained, not the whole model; -P for main.py, everywhere else the default."""
     load_in_4bit: bool = flag(False, "-F", "--LOAD_IN_4BIT", "--load-in-4bit", group="name")
     """Load the base model in 4 bits (NF4)."""
-    grad_accum: int = flag(1, "-GA", "--GRAD_ACCUM", "--grad-accum", group="name", metavar="BATCHES")
+    grad_accum: int = flag(1, "-GA", "--GRAD_ACCUM", "--grad-accum", group="name", metavar="BATCHES", least=1)
     """Batches per update."""
     run_name: str = flag("", group="name", metavar="NAME")
     """Suffix that keeps runs of other settings apart."""
@@ -66,8 +66,7 @@ class StudentRun:
     """Hub account."""
 
     def __post_init__(self) -> None:
-        if self.grad_accum < 1:
-            raise UserError(f"--GRAD_ACCUM must be at least 1, not {self.grad_accum}")
+        check_bounds(self)
         check_name("--run-name", self.run_name)
         account = self.given_hf_name
         if account is not None and not (ACCOUNT.fullmatch(account) and not is_student(Path(account))):

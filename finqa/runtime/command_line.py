@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import math
+import operator
 import re
 import shlex
 from collections.abc import Collection
@@ -24,11 +26,18 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from finqa.runtime.errors import nearest
+from finqa.runtime.errors import UserError, nearest
 
 Config = TypeVar("Config")
 OPTIONS: dict[str, Any] = {"help": "", "shown": None, "group": "", "metavar": "", "type": None, "values": None}
-OPTIONS |= {"both_ways": False, "const": MISSING}
+OPTIONS |= {"both_ways": False, "const": MISSING, "least": None, "above": None, "below": None, "most": None}
+BOUNDS = {
+    "least": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "below": (operator.lt, "below"),
+    "most": (operator.le, "at most"),
+}
+"""The options that bound a number: what holds of value and bound, and how that is said."""
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
@@ -41,7 +50,8 @@ def option(*names: str, **options: Any) -> dict[str, Any]:
         options: `help`, in place of the docstring's first sentence; `shown`, what the help says of the default, where
             that is not its value; `group`, by which `add_flags` chooses fields; `metavar`, best the unit; `type`, which
             reads the value in place of the annotation; `values`, words to choose from with what each stands for;
-            `both_ways`, for a bool with a flag and its opposite; `const`, what the flag means without a value.
+            `both_ways`, for a bool with a flag and its opposite; `const`, what the flag means without a value; and
+            the BOUNDS of a number, which `check_bounds` holds.
     """
     unknown = options.keys() - OPTIONS.keys()
     if unknown:
@@ -52,6 +62,18 @@ def option(*names: str, **options: Any) -> dict[str, Any]:
 def flag(default: Any, *names: str, **options: Any) -> Any:
     """A field with a default that is a flag; `options` are those of `option`."""
     return field(default=default, metadata=option(*names, **options))
+
+
+def check_bounds(config: Any) -> None:
+    """Raises UserError where a number of a config is outside of the bounds of its field, infinite or NaN."""
+    for one in fields(config):
+        value, bounds = getattr(config, one.name), {name: one.metadata.get(name) for name in BOUNDS}
+        declared = [(*BOUNDS[name], bound) for name, bound in bounds.items() if bound is not None]
+        if value is None or not declared:
+            continue
+        if not abs(value) < math.inf or not all(holds(value, bound) for holds, _, bound in declared):
+            said = " and ".join(f"{words} {bound:g}" for _, words, bound in declared)
+            raise UserError(f"{_names(one)[-1]} must be {said}, not {value}")
 
 
 def at_least_one(text: str) -> int:
@@ -191,5 +213,7 @@ def settings_of(*configs: Any) -> dict[str, Any]:
 
 
 def from_args(kind: type[Config], args: argparse.Namespace, **known: Any) -> Config:
-    """The config that the flags make, with `known` fields that no flag gives."""
-    return kind(**given(kind, args), **known)
+    """The config that the flags make, with `known` fields that no flag gives. Raises UserError as `check_bounds`."""
+    config = kind(**given(kind, args), **known)
+    check_bounds(config)
+    return config

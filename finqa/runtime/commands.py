@@ -22,25 +22,21 @@ CROSSCODER_FOLDER = REPOSITORY / "crosscoder-model-diff"
 LOG_LINES_SHOWN = 15
 
 
-def typed(script: str, *words: str, folders: Folders | None = None, results: bool = False) -> str:
+def typed(script: str, *words: str, folders: Folders | None = None) -> str:
     """A command as it is typed in the current folder, so that a remedy can be pasted.
 
     Args:
         script: Path of a script in the repository, or `-m` and a module.
         words: What follows it, quoted where the shell asks for it.
         folders: Gives --data-dir where that is not the default.
-        results: The script takes --results-dir as well.
     """
     if not script.startswith("-m "):
         here, path = Path.cwd(), REPOSITORY / script
         near = here in path.parents or REPOSITORY in (here, *here.parents)
         script = shlex.quote(os.path.relpath(path, here) if near else str(path))
     said = [f"python {script}", *words]
-    default = Folders()
-    if folders and folders.data.resolve() != default.data:
+    if folders and folders.data.resolve() != Folders().data:
         said += ["--data-dir", shlex.quote(str(folders.data))]
-    if folders and results and folders.results.resolve() != default.results:
-        said += ["--results-dir", shlex.quote(str(folders.results))]
     return " ".join(said)
 
 

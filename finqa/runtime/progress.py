@@ -13,7 +13,6 @@ from typing import Any, TextIO, TypeVar
 
 Part = TypeVar("Part", bound=Sized)
 PLAIN_EVERY_S = 15.0
-TERMINAL_EVERY_S = 0.2
 STEPS_EVERY_S = 10.0
 SILENT_S = 25.0
 """After so long without a word it is said what is under way."""
@@ -79,70 +78,70 @@ def never_silent(every_s: float = SILENT_S) -> Iterator[None]:
 
 @dataclass
 class Progress:
-    """Counts what is done of `total` and says so, with the rate and the time left."""
+    """Counts what is done of `total` and says so, with the rate and the time left: a bar in a terminal, else lines."""
 
     what: str
     total: int
     out: TextIO = field(default_factory=lambda: sys.stderr)
     done: int = 0
+    every_s: float = field(default_factory=lambda: PLAIN_EVERY_S)
+    """Seconds between two lines in a log."""
 
     def __post_init__(self) -> None:
-        self.terminal = self.out.isatty()
         self.started = self.last_said = time.monotonic()
+        self._before = self.done
+        self._bar: Any = None
+        if self.out.isatty():
+            from tqdm import tqdm
+
+            bar: Any = {"dynamic_ncols": True, "leave": False}
+            self._bar = tqdm(desc=self.what, total=self.total, initial=self.done, file=self.out, **bar)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """`count` more are done; `note` follows the figures, e.g. tokens so far."""
         self.done += count
-        now = time.monotonic()
-        if now - self.last_said >= (TERMINAL_EVERY_S if self.terminal else PLAIN_EVERY_S):
-            self.last_said = now
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(count)
+        elif time.monotonic() - self.last_said >= self.every_s:
             self.say(note)
 
     def say(self, note: str = "") -> None:
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        rate = self.done / seconds
-        left = f", {(self.total - self.done) / rate:.0f} s left" if self.done else ""
+        self.last_said = time.monotonic()
+        rate = (self.done - self._before) / max(self.last_said - self.started, 1e-9)
+        left = f", {(self.total - self.done) / rate:.0f} s left" if rate else ""
         line = f"{self.what}: {self.done} of {self.total}, {rate:.1f} a second{left}{', ' + note if note else ''}"
-        self.out.write(f"\r\033[K{line}" if self.terminal else f"{time.strftime('%H:%M:%S')} {line}\n")
-        self.out.flush()
+        print(time.strftime("%H:%M:%S"), line, file=self.out, flush=True)
 
     def close(self) -> None:
         """Clear the terminal's line; the summary of the stage follows."""
-        if self.terminal:
-            self.out.write("\r\033[K")
-            self.out.flush()
+        if self._bar is not None:
+            self._bar.close()
 
 
 def told(what: str, parts: Iterable[Part], total: int) -> Iterator[Part]:
     """The parts, each counted by its length among `total` once it was used; without a `what` nothing is said."""
-    progress = Progress(what, total)
+    progress = Progress(what, total) if what else None
     for part in parts:
         yield part
-        if what:
+        if progress:
             progress.advance(len(part))
-    if what:
+    if progress:
         progress.close()
 
 
-class StepProgress:
-    """Where a training run is: a bar in a terminal, else a line now and then, and one for the last step."""
+class StepProgress(Progress):
+    """Progress of a training run; a log has lines for the first and the last step too."""
 
     def __init__(self, total: int, initial: int = 0) -> None:
-        self._total, self._said = total, float("-inf")
-        self._bar: Any = None
-        if sys.stdout.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True)
+        super().__init__("steps", total, sys.stdout, initial, STEPS_EVERY_S)
+        self.last_said = float("-inf")
 
     def show(self, step: int, figures: str) -> None:
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(figures)
-        elif step == self._total or time.monotonic() - self._said > STEPS_EVERY_S:
-            self._said = time.monotonic()
-            say(f"step {step} of {self._total}: {figures}")
+        if step == self.total:
+            self.last_said = float("-inf")
+        self.advance(step - self.done, figures)
 
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    def say(self, note: str = "") -> None:
+        self.last_said = time.monotonic()
+        say(f"step {self.done} of {self.total}: {note}")

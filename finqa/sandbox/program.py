@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import decimal
 import fractions
+import io
 import json
 import math
 import os
@@ -23,19 +24,13 @@ _NOTHING = object()
 _OUT_OF_MEMORY = b'{"error_kind": "memory", "message": "MemoryError: the program needs too much memory"}\n'
 
 
-class Discard:
+class Discard(io.TextIOBase):
     """Where print goes."""
 
     encoding = "utf-8"
 
     def write(self, text: str) -> int:
         return len(text)
-
-    def flush(self) -> None:
-        pass
-
-    def isatty(self) -> bool:
-        return False
 
 
 def keep_only(writing: int) -> None:

@@ -72,14 +72,8 @@ def load_finqa(path: Path) -> LoadedSplit:
         raise UserError(f"{path} is missing")
     try:
         raw = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=lambda not_finite: None)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is broken JSON at line {error.lineno}, column {error.colno} ({error.msg}); get it again"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); get it again") from None
-    except (RecursionError, ValueError) as error:  # nested thousands deep, or a number of thousands of digits
-        raise UserError(f"{path} is JSON that cannot be read ({error}); get it again") from None
+    except (RecursionError, ValueError) as error:  # no UTF-8, no JSON, nested thousands deep, thousands of digits
+        raise UserError(f"{path} is broken JSON ({error}); get it again") from None
     if not isinstance(raw, list):
         raise UserError(f"{path} holds a {type(raw).__name__}, not a list of questions; get it again")
     questions, dropped = [], []

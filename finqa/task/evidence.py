@@ -43,7 +43,8 @@ def evidence(code: str, question: Question) -> list[Evidence]:
     for node in sorted(constants, key=lambda node: (node.lineno, node.col_offset)):
         value, name = float(node.value), names.get(id(node), "")  # pyright: ignore[reportArgumentType]
         if value not in found and (name or value not in UNITS):
-            found[value] = Evidence(value, name, tuple(_cells(value, question) or _sentences(value, question)))
+            cells = [f"table: {', '.join(filter(None, place))}" for place in cells_with(value, question.table)]
+            found[value] = Evidence(value, name, tuple(cells or _sentences(value, question)))
     return list(found.values())
 
 
@@ -65,10 +66,6 @@ def _assigned(tree: ast.AST) -> list[tuple[str, ast.Constant]]:
             if isinstance(value, ast.Constant):
                 found.append((node.targets[0].id, value))
     return found
-
-
-def _cells(value: float, question: Question) -> list[str]:
-    return [f"table: {', '.join(filter(None, place))}" for place in cells_with(value, question.table)]
 
 
 def _sentences(value: float, question: Question) -> list[str]:

@@ -9,14 +9,29 @@ each one is worth on real data, follow FinQA's official evaluation (Chen et al.,
 from __future__ import annotations
 
 import math
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from finqa.task.records import Table
 
-ARITHMETIC = ("add", "subtract", "multiply", "divide", "exp", "greater")
-TABLE_OPERATIONS = ("table_max", "table_min", "table_sum", "table_average")
+_OF_TWO: dict[str, Callable[[float, float], Any]] = {
+    "add": operator.add,
+    "subtract": operator.sub,
+    "multiply": operator.mul,
+    "divide": operator.truediv,
+    "exp": operator.pow,
+    "greater": operator.gt,
+}
+_OF_ROW: dict[str, Callable[[list[float]], float]] = {
+    "table_max": max,
+    "table_min": min,
+    "table_sum": sum,
+    "table_average": lambda row: sum(row) / len(row),
+}
+ARITHMETIC, TABLE_OPERATIONS = tuple(_OF_TWO), tuple(_OF_ROW)
 
 _OPERATION = "|".join(ARITHMETIC + TABLE_OPERATIONS)
 # A row name may hold parentheses and commas, so a step ends only where the next one starts, or the program ends.
@@ -97,24 +112,10 @@ def execute(program: str | Sequence[Step], table: Table) -> float | str:
 
 def _run(step: Step, results: list[float | str], table: Table) -> float | str:
     if step.op in TABLE_OPERATIONS:
-        row = row_values(table, step.args[0])
-        operation = {
-            "table_max": max,
-            "table_min": min,
-            "table_sum": sum,
-            "table_average": lambda v: sum(v) / len(v),
-        }
-        return float(operation[step.op](row))
-    a, b = (_operand(arg, results) for arg in step.args)
-    if step.op == "greater":
-        return "yes" if a > b else "no"
-    value = {
-        "add": lambda: a + b,
-        "subtract": lambda: a - b,
-        "multiply": lambda: a * b,
-        "divide": lambda: a / b,
-        "exp": lambda: a**b,
-    }[step.op]()
+        return float(_OF_ROW[step.op](row_values(table, step.args[0])))
+    value = _OF_TWO[step.op](*(_operand(arg, results) for arg in step.args))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, complex) or not math.isfinite(value):
         raise ProgramError(f"{step.op}({', '.join(step.args)}) is not a finite number")
     return value

@@ -8,9 +8,10 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import write_atomically
@@ -66,9 +67,9 @@ class TeacherRow:
     family_kind: str = ""
 
 
-_CLEAN_COLUMNS = ("pre_text", "post_text", "table", "question", "answer", "program", "id")
 _COLUMNS_OF_SOME = ("stated_answer", "family", "family_kind")
 """Columns that a file has only where a row of it has something there."""
+_CLEAN_COLUMNS = ("pre_text", "post_text", "table", "question", "answer", "program", "id", *_COLUMNS_OF_SOME)
 _TEACHER_COLUMNS = tuple(field.name for field in fields(TeacherRow))
 _REQUIRED_CLEAN = ("pre_text", "post_text", "table", "question", "answer")
 _REQUIRED_TEACHER = ("prompt", "generated_code", "actual_answer", "expected_answer")
@@ -96,31 +97,15 @@ def read_questions(path: Path, remedy: str = "python -m preprocessing.preprocess
     off, or a row with too many or too few cells.
     """
     rows = _read_rows(path, _REQUIRED_CLEAN, remedy)
-    return [
-        Question(
-            id=row.get("id", ""),
-            pre_text=row["pre_text"],
-            post_text=row["post_text"],
-            table=parse_table(row["table"]),
-            question=row["question"],
-            answer=row["answer"],
-            program=row.get("program", ""),
-            stated_answer=row.get("stated_answer", ""),
-            family=row.get("family", ""),
-            family_kind=row.get("family_kind", ""),
-        )
-        for row in rows
-    ]
+    cells: list[dict[str, Any]] = [{c: row.get(c, "") for c in _CLEAN_COLUMNS} for row in rows]
+    for row in cells:
+        row["table"] = parse_table(row["table"])
+    return [Question(**row) for row in cells]
 
 
 def write_questions(path: Path, questions: Sequence[Question]) -> None:
     """Write a clean CSV; the columns of some data sets appear only where a question has something there."""
-    columns = _present((*_CLEAN_COLUMNS, *_COLUMNS_OF_SOME), questions)
-    _write_rows(
-        path,
-        columns,
-        ({c: format_table(q.table) if c == "table" else getattr(q, c) for c in columns} for q in questions),
-    )
+    _write_rows(path, _CLEAN_COLUMNS, questions)
 
 
 def read_teacher_rows(
@@ -136,22 +121,12 @@ def read_teacher_rows(
 
 def write_teacher_rows(path: Path, rows: Sequence[TeacherRow]) -> None:
     """Write a generated or filtered CSV."""
-    columns = _present(_TEACHER_COLUMNS, rows)
-    _write_rows(path, columns, ({c: getattr(row, c) for c in columns} for row in rows))
+    _write_rows(path, _TEACHER_COLUMNS, rows)
 
 
 def write_rejected(path: Path, rejected: Sequence[tuple[TeacherRow, str]]) -> None:
     """Write the rows that the filter set aside, each with its reason."""
-    columns = _present(_TEACHER_COLUMNS, [row for row, _ in rejected])
-    _write_rows(
-        path,
-        (*columns, "reason"),
-        ({**{c: getattr(row, c) for c in columns}, "reason": reason} for row, reason in rejected),
-    )
-
-
-def _present(columns: Sequence[str], rows: Sequence[Question] | Sequence[TeacherRow]) -> tuple[str, ...]:
-    return tuple(c for c in columns if c not in _COLUMNS_OF_SOME or any(getattr(row, c) for row in rows))
+    _write_rows(path, _TEACHER_COLUMNS, [row for row, _ in rejected], [reason for _, reason in rejected])
 
 
 def _read_rows(path: Path, required: Sequence[str], remedy: str) -> list[dict[str, str]]:
@@ -183,10 +158,20 @@ def _read_rows(path: Path, required: Sequence[str], remedy: str) -> list[dict[st
     return rows
 
 
-def _write_rows(path: Path, columns: Sequence[str], rows: Iterable[dict[str, str]]) -> None:
+def _write_rows(
+    path: Path,
+    columns: Sequence[str],
+    rows: Sequence[Question] | Sequence[TeacherRow],
+    reasons: Sequence[str] | None = None,
+) -> None:
+    """Write the columns of the rows, and beside them their `reasons` where those are given."""
+    shown = [c for c in columns if c not in _COLUMNS_OF_SOME or any(getattr(row, c) for row in rows)]
     text = io.StringIO(newline="")
     # The csv module quotes a line break only where the terminator has it: with "\n" a lone "\r" would end a row.
-    writer = csv.DictWriter(text, columns, lineterminator="\r\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\r\n")
+    writer.writerow([*shown, *([] if reasons is None else ["reason"])])
+    for number, row in enumerate(rows):
+        cells = [getattr(row, c) for c in shown]
+        texts = [format_table(cell) if isinstance(cell, list) else cell for cell in cells]
+        writer.writerow([*texts, *([] if reasons is None else [reasons[number]])])
     write_atomically(path, text.getvalue())

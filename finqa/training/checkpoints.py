@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import re
 import shutil
@@ -12,13 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finqa.runtime import parallel
-from finqa.runtime.errors import UserError
+from finqa.runtime.errors import NO_ROOM, UserError
 
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 """What a checkpoint has beside its weights."""
 UNFINISHED = "unfinished.tmp"
 """Folder in which the student is written before its files take their places."""
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_ROOM_TOLD = re.compile(
     r"No space left|File too large|quota exceeded|PytorchStreamWriter failed writing|inline_container.*unexpected pos",
     re.IGNORECASE,
@@ -88,11 +86,8 @@ def told_when_full(folder: Path) -> Iterator[None]:
 
 
 def _is_no_room(error: BaseException) -> bool:
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in NO_ROOM:
-            return True
-        if NO_ROOM_TOLD.search(str(seen)):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+    """Whether an error, or one that led to it, says that nothing more can be written."""
+    if (isinstance(error, OSError) and error.errno in NO_ROOM) or NO_ROOM_TOLD.search(str(error)):
+        return True
+    before = error.__cause__ or error.__context__
+    return before is not None and _is_no_room(before)

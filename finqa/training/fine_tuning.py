@@ -27,7 +27,7 @@ from finqa.models.students import (
 from finqa.models.templates import template_facts
 from finqa.models.weights import weights_hash
 from finqa.runtime import parallel
-from finqa.runtime.command_line import flag
+from finqa.runtime.command_line import check_bounds, flag
 from finqa.runtime.errors import UserError
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import file_hash, write_json, write_manifest
@@ -60,9 +60,9 @@ class TrainingConfig:
     """Seed of the adapter's start, the order of the rows, and of sampled replies."""
     families: Families = flag("all")
     """Rows of which question families are learnt; `known` is the control (sham) fine-tune."""
-    max_rows: int | None = flag(None, metavar="ROWS")
+    max_rows: int | None = flag(None, metavar="ROWS", least=1)
     """Train on the first so many rows only."""
-    save_steps: int | None = flag(None, metavar="UPDATES", shown="ten checkpoints in a run")
+    save_steps: int | None = flag(None, metavar="UPDATES", shown="ten checkpoints in a run", least=1)
     """Updates between two checkpoints."""
     speed: Speed = Speed()  # noqa: RUF009  frozen
     wandb_project: str = flag("finqa-lora", metavar="NAME")
@@ -71,10 +71,7 @@ class TrainingConfig:
     """User or team on wandb."""
 
     def __post_init__(self) -> None:
-        for name in ("max_rows", "save_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, not {value}")
+        check_bounds(self)
 
 
 def fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders) -> Path:

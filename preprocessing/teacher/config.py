@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from finqa.chat.config import ChatConfig
 from finqa.runtime.command_line import flag
-from finqa.runtime.errors import UserError
 
 NO_KEY = ", or compile the gold programs with --teacher program"
 """The other way of the user who has no key."""
@@ -18,13 +17,8 @@ class OpenAITeacherConfig(ChatConfig):
 
     hint: bool = flag(True, both_ways=True, shown="--hint")
     """Whether the prompt ends with the question's gold program."""
-    attempts: int = flag(1)
+    attempts: int = flag(1, least=1)
     """Times a question is put to the teacher, with what its last program gave, until the program gives the label.
 
     Once by default, as in the published run: with the hint most programs that miss the label meet a doubtful label,
     and without it more attempts cost more and keep programs that came out right by luck (see Conversation)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.attempts < 1:
-            raise UserError(f"attempts must be at least 1, not {self.attempts}")

@@ -42,12 +42,8 @@ class Conversation:
 
     A reply without a program (cut off, refused, empty) is not asked again with other words.
 
-    Args:
-        config: How to ask.
-        examples: Worked examples, shown before each question.
-        rule: When a program's result is the label.
-        journal: What was asked and answered so far.
-        run: Runs a program in the sandbox; called where `attempts` is above 1.
+    The `examples` are shown before each question, `rule` says when a program's result is the label, and `run` runs a
+    program in the sandbox, which is asked for where `attempts` is above 1.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from finqa.chat.answer_journal import Answer, AnswerJournal
+from finqa.chat.answer_journal import AnswerJournal
 from finqa.chat.asking import ask_all
 from finqa.chat.chat_request import shown
 from finqa.chat.config import api_key
@@ -28,21 +28,20 @@ from finqa.task.worked_examples import WorkedExample
 from preprocessing.teacher.batch.batches import batches_file, under_way
 from preprocessing.teacher.config import NO_KEY, OpenAITeacherConfig
 from preprocessing.teacher.conversation import Conversation, Wanted
-from preprocessing.teacher.teachers import Reply
+from preprocessing.teacher.teachers import Reply, Teacher
 
 
-class OpenAITeacher:
+class OpenAITeacher(Teacher):
     """Asks the model for what the journal does not hold yet.
 
-    Args:
-        config: How to ask.
-        examples: Worked examples, shown before each question.
-        journal_path: Where answers are kept (see finqa.chat.answer_journal).
-        rule: When a program's result is the label, for a second attempt.
-        paid_in: Journals whose answers count against `max_cost`; this one's alone where it is left out.
+    `rule` says when a program's result is the label, for a second attempt. The answers in the journals `paid_in` count
+    against `max_cost` beside those in its own.
 
     Raises UserError where `max_cost` is set and the model's price is unknown.
     """
+
+    batch = False
+    """Whether the requests go through the Batch API, which has prices of its own."""
 
     def __init__(
         self,
@@ -58,14 +57,13 @@ class OpenAITeacher:
         self.rule: Rule = rule
         self.spending = spending_of(config, {journal_path, *paid_in})
         self.price = self.spending.price
-        self.stopped = ""
         self.from_journal = 0
         self._attempts: Counter[int] = Counter()
         self._models: Counter[str] = Counter()
 
     @property
     def settings(self) -> dict[str, object]:
-        return {"teacher": "openai", **asdict(self.config)}
+        return {"teacher": "openai", **asdict(self.config), **({"batch": True} if self.batch else {})}
 
     def usage(self) -> str:
         rows = f"{self.spending.answers} replies paid for, {self.from_journal} rows from the journal"
@@ -110,12 +108,12 @@ class OpenAITeacher:
         self._models.update(reply.model for reply in replies if reply.model)
         return replies
 
-    def dry_run(self, questions: Sequence[Question], show_prompt: bool = True, batch: bool = False) -> str:
+    def dry_run(self, questions: Sequence[Question], show_prompt: bool = True) -> str:
         """The first prompt and the estimate. Sends and writes nothing, and needs no key."""
         with self.conversation(AnswerJournal(self.journal_path).read()) as talk:
             steps = (talk.next_step(question) for question in questions)
             first = next((step for step in steps if isinstance(step, Wanted)), None)
-            planned = self.plan(talk, questions, batch)
+            planned = self.plan(talk, questions)
         if first is None:
             return "nothing is to be asked: the journal has every answer"
         said = f"estimate: {planned}{self._more_attempts()}"
@@ -123,22 +121,16 @@ class OpenAITeacher:
             return said
         return f"{shown(first.request, self.config.limit_name)}\n\n{said}"
 
-    def plan(
-        self,
-        talk: Conversation,
-        questions: Sequence[Question],
-        batch: bool = False,
-        leave_out: Collection[str] = (),
-    ) -> Estimate:
+    def plan(self, talk: Conversation, questions: Sequence[Question], leave_out: Collection[str] = ()) -> Estimate:
         """What is to be asked next of the questions, equal ones once, without those in a batch already."""
         steps = [talk.next_step(question) for question in questions]
         wanted = {step.key: step for step in steps if isinstance(step, Wanted) and step.key not in leave_out}
-        answered: list[tuple[int, Answer]] = []
-        for question in questions:
-            answer = talk.opening_answer(question)
-            if answer is not None:
-                answered.append((Wanted("", talk.first_request(question)).characters, answer))
-        return estimate([(step.characters, step.limit) for step in wanted.values()], answered, self.price, batch)
+        openings = [
+            (Wanted("", talk.first_request(question)).characters, talk.opening_answer(question))
+            for question in questions
+        ]
+        answered = [(characters, answer) for characters, answer in openings if answer is not None]
+        return estimate([(step.characters, step.limit) for step in wanted.values()], answered, self.price, self.batch)
 
     def _check_no_batch(self, talk: Conversation, questions: Sequence[Question]) -> None:
         waiting = under_way(batches_file(self.journal_path))
@@ -172,20 +164,12 @@ class OpenAITeacher:
     async def _ask_all(self, questions: Sequence[Question], talk: Conversation, answered_before: bool) -> None:
         """Fill the journal with what the questions need, `max_concurrent` requests at a time."""
 
-        async def next_step(question: Question) -> Reply | Wanted:
-            return await self._next_step(talk, question)
-
         given_up = await ask_all(
-            questions, next_step, self.config, talk.journal, self.spending, "teacher", answered_before
+            questions, talk.next_step, self.config, talk.journal, self.spending, "teacher", answered_before
         )
         steps = (talk.next_step(question) for question in questions)
         unasked = sum(isinstance(step, Wanted) and step.key not in given_up for step in steps)
         self.stopped = self.spending.used_up(unasked, len(questions), "rows") if unasked else ""
-
-    async def _next_step(self, talk: Conversation, question: Question) -> Reply | Wanted:
-        if self.config.attempts == 1:
-            return talk.next_step(question)
-        return await asyncio.to_thread(talk.next_step, question)  # It may run a program.
 
     def _more_attempts(self) -> str:
         return f"; up to {self.config.attempts} attempts a question, of which this is the next" * (

@@ -43,30 +43,26 @@ class Teacher(Protocol):
         """What the run manifest says about this teacher. Holds no key."""
         ...
 
-    @property
-    def stopped(self) -> str:
-        """Why the last call ended before all questions were asked, and how to go on; empty where it did not."""
-        ...
+    stopped: str = ""
+    """Why the last call ended before all questions were asked, and how to go on; empty where it did not."""
 
     def __call__(self, questions: Sequence[Question]) -> list[Reply]: ...
 
     def usage(self) -> str:
         """What the calls so far cost, for the summary line; empty where they cost nothing."""
-        ...
+        return ""
 
     def facts(self) -> dict[str, object]:
         """The same for the manifest."""
-        ...
+        return {}
 
     def dry_run(self, questions: Sequence[Question], show_prompt: bool = True) -> str:
         """What a call would do and cost, with the first prompt; does nothing of it."""
         ...
 
 
-class ProgramTeacher:
+class ProgramTeacher(Teacher):
     """Compiles the gold program of each question to Python (finqa.task.program_compiler.to_python)."""
-
-    stopped = ""
 
     def __init__(self, style: ProgramStyle = "plain"):
         self.style: ProgramStyle = style
@@ -77,12 +73,6 @@ class ProgramTeacher:
 
     def __call__(self, questions: Sequence[Question]) -> list[Reply]:
         return [self._reply(question) for question in questions]
-
-    def usage(self) -> str:
-        return ""
-
-    def facts(self) -> dict[str, object]:
-        return {}
 
     def dry_run(self, questions: Sequence[Question], show_prompt: bool = True) -> str:
         return f"{len(questions)} gold programs to compile; no request, no cost"

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finqa.evaluation.metrics import Z_95, wilson
+from finqa.evaluation.metrics import wilson
+
+Z_95 = 1.959963984540054
+"""Two-sided 95% quantile of the normal distribution."""
 
 
 @dataclass(frozen=True)

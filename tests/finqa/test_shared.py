@@ -84,7 +84,7 @@ def test_an_unknown_dataset_is_refused_with_the_known_ones():
 def test_broken_json_is_refused_with_its_place(tmp_path: Path):
     path = tmp_path / "train.json"
     path.write_text('[{"id": "a",\n}]')
-    with pytest.raises(UserError, match="broken JSON at line 2, column 1"):
+    with pytest.raises(UserError, match=r"broken JSON .*line 2 column 1"):
         load_finqa(path)
 
 

@@ -152,7 +152,7 @@ def test_such_counts_in_a_journal_of_before_are_none(tmp_path: Any) -> None:
 
 
 def test_numbers_of_the_user_are_checked_too(tmp_path: Any) -> None:
-    with pytest.raises(UserError, match="timeout_s must be above 0 and at most"):
+    with pytest.raises(UserError, match="--timeout-s must be above 0 and at most"):
         OpenAITeacherConfig(timeout_s=1e300)
     prices = tmp_path / "prices.json"
     prices.write_text(json.dumps({"models": {"m": {"input": 10**400, "output": 1}}}))

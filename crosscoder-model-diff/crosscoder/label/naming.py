@@ -96,7 +96,7 @@ class Namer:
         self.at_once = at_once
         self.attempts = attempts
 
-    async def next_step(self, passages: Passages) -> Wanted | None:
+    def next_step(self, passages: Passages) -> Wanted | None:
         """What is to be asked next of a latent; None where nothing is left."""
         return next(iter(self.wanted(passages)), None)
 

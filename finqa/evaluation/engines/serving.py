@@ -99,12 +99,7 @@ def _served(
         base = resolve_model(run.model, run.revision)
         check_adapter(student, base)
         check_base(student, base)
-    if not config.vllm:
-        yield from _by_hugging_face(run, student, adapter, wanted, config)
-    elif adapter and default_device() != "cpu":
-        yield from _by_vllm_with_requests(run, student, wanted, config)
-    else:
-        yield from _by_vllm_one_at_a_time(run, student, adapter, wanted, config)
+    yield from (_by_vllm if config.vllm else _by_hugging_face)(run, student, adapter, wanted, config)
 
 
 def _by_hugging_face(
@@ -127,47 +122,32 @@ def _by_hugging_face(
         yield Served("fine-tuned", hugging_face(whole, tokenizer, config), facts | {"adapter": "none"})
 
 
-def _by_vllm_with_requests(
-    run: StudentRun, student: Path | None, wanted: Sequence[Model], config: GenerationConfig
+def _by_vllm(
+    run: StudentRun, student: Path | None, adapter: bool, wanted: Sequence[Model], config: GenerationConfig
 ) -> Iterator[Served]:
-    """One engine for base and adapter.
+    """One engine a model; on a GPU one for base and adapter.
 
     An adapter of rank 512 takes 2.2 times the base's time on a 7B model (benchmarks/results/evaluation_lora.md), which
     is less than merging it and starting a second engine for the thousand rows of a split.
     """
     tokenizer: Any = tokenizer_of(run, student)
     ends = end_ids(tokenizer.eos_token_id)
-    path = resolve_model(run.model, run.revision)
-    with running_engine(EngineArguments(path, path, run.load_in_4bit, config, student)) as engine:
-        for model in _in_order(wanted):
-            adapted = model == "fine-tuned"
-            facts = engine.facts | {"adapter": "request" if adapted else "none"}
-            yield Served(model, engine.generate(adapted, ends), facts, engine.logprobs and engine.logprobs(adapted))
-
-
-def _by_vllm_one_at_a_time(
-    run: StudentRun, student: Path | None, adapter: bool, wanted: Sequence[Model], config: GenerationConfig
-) -> Iterator[Served]:
-    tokenizer: Any = tokenizer_of(run, student)
-    ends = end_ids(tokenizer.eos_token_id)
     base = resolve_model(run.model, run.revision)
-    for model in _in_order(wanted):
-        if model == "base":
-            folder: Any = nullcontext(base)
-        elif adapter and student is not None:
-            folder = merged(run.model, student, run.revision)
-        else:
-            folder = nullcontext(student)
-        with (
-            folder as path,
-            running_engine(EngineArguments(str(path), base, run.load_in_4bit, config, None)) as engine,
-        ):
-            facts = engine.facts | {"adapter": "merged" if model == "fine-tuned" and adapter else "none"}
-            yield Served(model, engine.generate(False, ends), facts, engine.logprobs and engine.logprobs(False))
-
-
-def _in_order(wanted: Sequence[Model]) -> list[Model]:
-    return [model for model in MODELS if model in wanted]
+    by_request = adapter and default_device() != "cpu"
+    models: list[Model] = [model for model in MODELS if model in wanted]
+    groups: list[list[Model]] = [models] if by_request else [[model] for model in models]
+    for together in groups:
+        folder: Any = nullcontext(base)
+        if student is not None and together == ["fine-tuned"] and not by_request:
+            folder = merged(run.model, student, run.revision) if adapter else nullcontext(student)
+        with folder as path:
+            arguments = EngineArguments(str(path), base, run.load_in_4bit, config, student if by_request else None)
+            with running_engine(arguments) as engine:
+                for model in together:
+                    adapted = by_request and model == "fine-tuned"
+                    how = "request" if adapted else "merged" if adapter and model == "fine-tuned" else "none"
+                    logprobs = engine.logprobs and engine.logprobs(adapted)
+                    yield Served(model, engine.generate(adapted, ends), engine.facts | {"adapter": how}, logprobs)
 
 
 @dataclass(frozen=True)

@@ -208,10 +208,11 @@ def kept_values(model: Sizes, compiled: bool) -> float:
     """Numbers that a decoder layer keeps of a token for the backward pass, counted from what autograd saves there.
 
     Compiled, it keeps the MLP's gate and up products, both inputs of the residual stream, the query, attention's
-    output, and key and value, which are counted as wide as the query: torch before 2.12 repeats them. Uncompiled, it
-    keeps the gate's activation too and the inputs of both norms in fp32. An adapter adds, for each of its modules, the
-    input after dropout, the dropout's mask (a byte a number) and the r numbers between its matrices. Where all weights
-    are trained, the inputs of the products are kept and the residual stream is fp32.
+    output, and key and value, which are counted as wide as the query: so they were where this was measured, before
+    torch 2.12. Uncompiled, it keeps the gate's activation too and the inputs of both norms in fp32. An adapter
+    adds, for each of its modules, the input after dropout, the dropout's mask (a byte a number) and the r numbers
+    between its matrices. Where all weights are trained, the inputs of the products are kept and the residual stream
+    is fp32.
     """
     values = 2 * model.intermediate + 6 * model.hidden + model.adapter_values
     if not model.adapted:

@@ -19,7 +19,6 @@ from finqa.runtime.memory.needs import (
     WORKSPACE,
     Load,
     Need,
-    Sizes,
     disk_need,
     evaluation_need,
     read_config,
@@ -87,7 +86,10 @@ def plan_training(
     tell("training", planned, there, device)
     if planned.total > USABLE * there:
         raise UserError(_does_not_fit(run, need, chosen, load, planned, there))
-    _check_disk(model, settings.optim, folder)
+    # What checkpoints of a run that goes on already take is not asked for again.
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    left = max(0.0, disk_need(model, settings.optim) - written)
+    hold_disk(folder, left, "checkpoints and student", "make room there or choose another --data-dir")
     return chosen
 
 
@@ -167,14 +169,9 @@ def plan_merging(base: Path, adapter: Path, folder: Path) -> None:
     )
     there = free_memory("cpu")
     tell("merging", need, there, "cpu")
-    disk = free_disk(folder)
-    print(f"  {'disk':<23}{amount(weights):>9}  the merged model; {amount(disk)} are free", flush=True)
     if need.total > there:
         raise UserError(f"merging needs {amount(need.total)} of the machine's memory and {amount(there)} are free")
-    if weights > disk:
-        raise UserError(
-            f"{folder} needs {amount(weights)} of disk for a merged model and {amount(disk)} are free; make room there"
-        )
+    hold_disk(folder, weights, "the merged model", "make room there")
 
 
 def tell(stage: str, need: Need, there: float, device: str) -> None:
@@ -190,14 +187,9 @@ def amount(size: float) -> str:
     return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.0f} MB"
 
 
-def _check_disk(model: Sizes, optim: str, folder: Path) -> None:
-    """What checkpoints of a run that goes on already take is not asked for again."""
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    need = max(0.0, disk_need(model, optim) - there)
+def hold_disk(folder: Path, need: float, what: str, remedy: str) -> None:
+    """Print what a stage writes and what is free; UserError, which ends with `remedy`, where that is too little."""
     free = free_disk(folder)
-    print(f"  {'disk':<23}{amount(need):>9}  checkpoints and student; {amount(free)} are free", flush=True)
+    print(f"  {'disk':<23}{amount(need):>9}  {what}; {amount(free)} are free", flush=True)
     if need > free:
-        raise UserError(
-            f"{folder} needs {amount(need)} of disk and {amount(free)} are free; make room there or choose "
-            "another --data-dir"
-        )
+        raise UserError(f"{folder} needs {amount(need)} of disk and {amount(free)} are free; {remedy}")

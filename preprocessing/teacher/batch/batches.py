@@ -79,10 +79,6 @@ def under_way(path: Path) -> set[str]:
     return {name.partition(".")[0] for record in read_records(path) if not record.taken for name in record.requests}
 
 
-def custom_id(wanted: Wanted) -> str:
-    return f"{wanted.key}.{wanted.limit}"
-
-
 def split_into_files(
     wanted: Iterable[Wanted],
     most_requests: int = REQUESTS_A_BATCH,
@@ -93,7 +89,7 @@ def split_into_files(
     names: list[str] = []
     content = bytearray()
     for one in wanted:
-        name = custom_id(one)
+        name = f"{one.key}.{one.limit}"
         body = as_sent(one.request, limit_name)
         line = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body}
         data = json_line(line).encode()
@@ -107,12 +103,7 @@ def split_into_files(
 
 
 class Batches:
-    """The batches of one journal.
-
-    Args:
-        config: Server, time-out, model.
-        journal: Takes the answers; its lock covers the file of batches too.
-    """
+    """The batches of one journal, which takes their answers and whose lock covers the file of batches too."""
 
     def __init__(self, config: OpenAITeacherConfig, journal: AnswerJournal) -> None:
         self.config = config

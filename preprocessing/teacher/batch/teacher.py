@@ -15,39 +15,24 @@ FINAL = ("teacher-bad-request",)
 """Failures that sending a request again cannot mend."""
 
 
-class BatchTeacher:
+class BatchTeacher(OpenAITeacher):
     """Called with questions it fetches: it takes what finished batches gave, and replies from the journal.
 
     Raises UserError while a batch is under way.
     """
 
-    def __init__(self, teacher: OpenAITeacher) -> None:
-        self.teacher = teacher
-        self.stopped = ""
-
-    @property
-    def settings(self) -> dict[str, object]:
-        return {**self.teacher.settings, "batch": True}
-
-    def usage(self) -> str:
-        return self.teacher.usage()
-
-    def facts(self) -> dict[str, object]:
-        return self.teacher.facts()
-
-    def dry_run(self, questions: Sequence[Question], show_prompt: bool = True) -> str:
-        return self.teacher.dry_run(questions, show_prompt, batch=True)
+    batch = True
 
     def submit(self, questions: Sequence[Question], most_requests: int = REQUESTS_A_BATCH) -> str:
         """Send what is missing and in no batch; returns a line about it."""
-        with self.teacher.open_journal() as journal, self.teacher.conversation(journal) as talk:
-            batches = Batches(self.teacher.config, journal)
+        with self.open_journal() as journal, self.conversation(journal) as talk:
+            batches = Batches(self.config, journal)
             batches.find_unnamed()
             waiting = under_way(batches.path)
             wanted = [step for step in _missing(questions, talk).values() if step.key not in waiting]
             if not wanted:
                 return f"nothing to submit; {len(waiting)} requests are under way in batches"
-            planned = self.teacher.plan(talk, questions, batch=True, leave_out=waiting)
+            planned = self.plan(talk, questions, leave_out=waiting)
             print(f"estimate: {planned}", flush=True)
             self._check_money(planned.dollars or 0.0, planned.requests, len(waiting))
             made = batches.submit(wanted, most_requests)
@@ -55,8 +40,8 @@ class BatchTeacher:
 
     def status(self) -> str:
         """A line for each batch whose answers are not taken yet."""
-        with self.teacher.open_journal() as journal:
-            looked = Batches(self.teacher.config, journal).look()
+        with self.open_journal() as journal:
+            looked = Batches(self.config, journal).look()
         lines = []
         for _, batch in looked:
             counts = batch.request_counts
@@ -65,11 +50,11 @@ class BatchTeacher:
         return "; ".join(lines) or "no batch is under way"
 
     def __call__(self, questions: Sequence[Question]) -> list[Reply]:
-        with self.teacher.open_journal() as journal, self.teacher.conversation(journal) as talk:
-            batches = Batches(self.teacher.config, journal)
+        with self.open_journal() as journal, self.conversation(journal) as talk:
+            batches = Batches(self.config, journal)
             if not batches.records and _missing(questions, talk):
                 raise UserError(f"no batch was submitted for {journal.path}; begin with --batch submit")
-            self.teacher.count_settled(talk, questions)
+            self.count_settled(talk, questions)
             running = []
             for record, batch in batches.look():
                 if batch.status not in FINISHED:
@@ -78,30 +63,26 @@ class BatchTeacher:
                 if batch.status != "completed":
                     print(reason(batch), flush=True)
                 for answer in batches.take(record, batch):
-                    self.teacher.spending.add(answer)
+                    self.spending.add(answer)
             if running:
                 raise UserError(
                     f"{', '.join(running)}: the output is written by the fetch after the last batch has finished; what "
                     "has finished is in the journal"
                 )
             left = [step for step in _missing(questions, talk).values() if not _is_final(step, talk)]
-            self.stopped = (
-                f"{len(left)} requests are still wanted (failed, expired, cut off, or a next attempt); send them with "
-                "--batch submit, or by the same command without --batch"
-                if left
-                else ""
-            )
-            return self.teacher.replies(talk, questions)
+            if left:
+                self.stopped = (
+                    f"{len(left)} requests are still wanted (failed, expired, cut off, or a next attempt); send them "
+                    "with --batch submit, or by the same command without --batch"
+                )
+            return self.replies(talk, questions)
 
     def _check_money(self, dollars: float, requests: int, waiting: int) -> None:
-        spending = self.teacher.spending
-        if spending.max_cost is None:
-            return
-        expected = spending.total + dollars * (requests + waiting) / requests
-        if expected > spending.max_cost:
+        most, expected = self.config.max_cost, self.spending.total + dollars * (requests + waiting) / requests
+        if most is not None and expected > most:
             raise UserError(
                 f"about ${expected:.2f} would be spent, with earlier runs and batches under way, more than --max-cost "
-                f"{spending.max_cost:g}, and a batch cannot be ended in time; submit fewer rows with --limit"
+                f"{most:g}, and a batch cannot be ended in time; submit fewer rows with --limit"
             )
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from finqa.evaluation.evaluate import score, summary, write_results
-from finqa.evaluation.generation import Reply
+from finqa.evaluation.evaluate import summary, write_results
+from finqa.evaluation.generation import Reply, all_replies
 from finqa.evaluation.judging import judge
 from finqa.evaluation.metrics import compare, mcnemar, metrics, wilson
 from finqa.evaluation.predictions import Prediction, read_predictions, write_predictions
@@ -55,7 +55,8 @@ def last_first(prompts: list[list[int]], done: Collection[int] = ()) -> Iterator
 @pytest.fixture(scope="module")
 def predictions() -> list[Prediction]:
     with Sandbox() as sandbox:
-        return score(ROWS, [[1, n] for n in range(5)], last_first, sandbox)[0]
+        prompts = [[1, n] for n in range(5)]
+        return judge(ROWS, prompts, all_replies(last_first, prompts), sandbox)
 
 
 def test_each_reply_is_run_and_judged_under_each_rule(predictions: list[Prediction]):

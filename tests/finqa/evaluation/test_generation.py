@@ -156,15 +156,15 @@ def test_sampling_draws_from_the_softmax_at_the_temperature():
     ("settings", "says"),
     [
         ({"samples": 4}, "--samples above 1 needs a --temperature above 0"),
-        ({"temperature": -0.1}, "--temperature must be 0 or more"),
-        ({"temperature": float("nan")}, "--temperature must be 0 or more"),
+        ({"temperature": -0.1}, "--temperature must be at least 0"),
+        ({"temperature": float("nan")}, "--temperature must be at least 0"),
         ({"samples": 0}, "must be at least 1"),
         ({"data_parallel": 2}, "need --VLLM"),
         ({"kv_cache_gb": 2.0}, "need --VLLM"),
         ({"enforce_eager": True}, "need --VLLM"),
-        ({"kv_cache_gb": 0.0, "vllm": True}, "--kv-cache-gb must be a number above 0"),
-        ({"kv_cache_gb": float("nan"), "vllm": True}, "--kv-cache-gb must be a number above 0"),
-        ({"kv_cache_gb": float("inf"), "vllm": True}, "--kv-cache-gb must be a number above 0"),
+        ({"kv_cache_gb": 0.0, "vllm": True}, "--kv-cache-gb must be above 0"),
+        ({"kv_cache_gb": float("nan"), "vllm": True}, "--kv-cache-gb must be above 0"),
+        ({"kv_cache_gb": float("inf"), "vllm": True}, "--kv-cache-gb must be above 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict, says: str):

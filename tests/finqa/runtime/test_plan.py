@@ -291,7 +291,7 @@ def test_merging_needs_the_weights_of_base_and_adapter_and_as_much_disk(
         plan.plan_merging(*folders)
     monkeypatch.setattr(plan, "free_memory", lambda device: GB)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2_500_000))
-    with pytest.raises(UserError, match="merged needs 3 MB of disk for a merged model and 2 MB are free"):
+    with pytest.raises(UserError, match="merged needs 3 MB of disk and 2 MB are free"):
         plan.plan_merging(*folders)
 
 
