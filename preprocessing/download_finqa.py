@@ -26,10 +26,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from finqa.chat.config import check_address
 from finqa.runtime.command_line import script_parser
 from finqa.runtime.errors import NO_ROOM, UserError, report_errors
 from finqa.runtime.paths import SPLITS, Folders, add_folder_flags, chosen_splits
-from preprocessing.rows import check_address
 
 COMMIT = "0f16e2867befa6840783e58be38c9efb9229d742"
 URL_BASE = f"https://raw.githubusercontent.com/czyssrs/FinQA/{COMMIT}/dataset"

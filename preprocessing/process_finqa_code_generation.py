@@ -47,6 +47,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from finqa.chat.config import config_from
 from finqa.runtime.command_line import add_flags, at_least_one, flag, from_args
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.journal import only_run_on
@@ -60,7 +61,7 @@ from preprocessing.run_programs import with_answers
 from preprocessing.summary import Summary, by_reason, count
 from preprocessing.teacher.batch.batches import REQUESTS_A_BATCH
 from preprocessing.teacher.batch.teacher import BatchTeacher
-from preprocessing.teacher.config import OpenAITeacherConfig, config_from
+from preprocessing.teacher.config import OpenAITeacherConfig
 from preprocessing.teacher.openai_teacher import OpenAITeacher
 from preprocessing.teacher.teachers import ProgramTeacher, Reply, Teacher
 
@@ -84,7 +85,7 @@ class Asking:
 
 def main() -> None:
     args = parse_arguments()
-    asking, config = from_args(Asking, args), config_from(args)
+    asking, config = from_args(Asking, args), config_from(args, OpenAITeacherConfig)
     folders, (data, splits) = Folders.from_args(args), from_args(Rows, args).chosen
     questions = {
         split: read_questions(rows_file("clean", data, split, folders), how_to_make("clean", data, split, folders))

@@ -1,4 +1,4 @@
-"""Which rows a stage works on, and the checks of flags that preprocessing scripts share."""
+"""Which rows a stage works on, and the check of a flag that preprocessing scripts share."""
 
 from __future__ import annotations
 
@@ -6,18 +6,8 @@ import argparse
 from dataclasses import dataclass
 
 from finqa.runtime.command_line import add_flags, flag, script_parser
-from finqa.runtime.errors import UserError
 from finqa.runtime.paths import SplitOrAll, add_folder_flags, chosen_splits
 from finqa.task.datasets import Dataset, dataset
-
-
-def check_address(name: str, url: str, remedy: str = "") -> None:
-    """Raises UserError, which does not repeat it, for an address that holds a user, a password, a query or a fragment.
-
-    Addresses are written to manifests, journals and messages.
-    """
-    if any(sign in url for sign in "@?#") or not url.isprintable():
-        raise UserError(f"{name} must hold no user, password, query or fragment, since it is written down{remedy}")
 
 
 @dataclass(frozen=True)

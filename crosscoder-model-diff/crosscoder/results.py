@@ -12,6 +12,7 @@ from crosscoder.analysis import figures, findings, latent_figures, tables
 from crosscoder.analysis.findings import Findings
 from crosscoder.analysis.measures import CLASSES
 from crosscoder.analysis.token_kinds import kind_rows
+from crosscoder.label.table import kept_labels
 from finqa.runtime.manifest import write_json
 
 if TYPE_CHECKING:
@@ -75,10 +76,10 @@ def write_figures(found: Findings, folder: Path) -> list[Path]:
 
 def write_tables(found: Findings, folder: Path) -> list[Path]:
     """latents.csv, most_changed.csv, explained_variance.csv, and where latents have classes classes.csv and
-    confirmed.csv."""
+    confirmed.csv. The labels of this very dictionary (crosscoder.label) stay in latents.csv."""
     names = ("latents", "most_changed", "explained_variance", "classes", "confirmed")
     paths = {name: folder / f"{name}.csv" for name in names}
-    tables.write_latent_table(paths["latents"], found.rows)
+    tables.write_latent_table(paths["latents"], found.rows, kept_labels(found.reading))
     tables.write_latent_table(paths["most_changed"], found.most_changed)
     tables.write_csv(paths["explained_variance"], kind_rows(found.by_kind))
     if found.two_models is None:

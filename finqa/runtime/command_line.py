@@ -114,8 +114,13 @@ def add_flags(
         several: Fields that take one value or more here.
         without: Fields that are left out here.
     """
-    scope: dict[str, Any] = kind.__dict__["__init__"].__globals__  # those of its module, also where that is a script
-    hints, docstrings = get_type_hints(kind, scope), field_docstrings(scope["__file__"]).get(kind.__name__, {})
+    scope: dict[str, Any] = {}
+    docstrings: dict[str, str] = {}
+    for parent in [parent for parent in reversed(kind.__mro__) if is_dataclass(parent)]:
+        own = parent.__dict__["__init__"].__globals__  # those of its module, also where that is a script
+        scope |= own
+        docstrings |= field_docstrings(own["__file__"]).get(parent.__name__, {})
+    hints = get_type_hints(kind, scope)
     for one in fields(kind):
         if one.name in without:
             continue

@@ -6,49 +6,28 @@ all see the same thing.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from finqa.chat import chat_request
+from finqa.chat.answer_journal import Answer, AnswerJournal, request_key
+from finqa.chat.chat_request import Request, how_it_ended, next_limit, one_line, request_of
 from finqa.sandbox.results import Run
 from finqa.task.answers import Rule, match
 from finqa.task.prompts import extract_code, teacher_messages
 from finqa.task.records import Question
 from finqa.task.worked_examples import WorkedExample
 from preprocessing.run_programs import answer_text
-from preprocessing.teacher.answer_journal import Answer, AnswerJournal, request_key
-from preprocessing.teacher.chat_request import Request, one_line
 from preprocessing.teacher.config import OpenAITeacherConfig
 from preprocessing.teacher.teachers import Reply
 
-_UNSAID = ("", "null", "none", "unknown", "unspecified", "finish-reason-unspecified")
-_CUT_OFF = re.compile(r"length|max.*token|token.*limit|truncat")
-_NOT_WHOLE = re.compile(
-    r"filter|safety|refus|block|recitation|prohibit|spii|toxic|harm|error|fail|abort|cancel|timeout|tool|function|"
-    r"language|malformed|pause|incomplete|interrupt|other"
-)
-LARGER_LIMIT = 2
-"""A reply that was cut off is asked for once more with so many times the limit."""
-
 
 @dataclass(frozen=True)
-class Wanted:
-    """A request that the journal holds no answer to yet."""
+class Wanted(chat_request.Wanted):
+    """A request about a question that the journal holds no answer to yet."""
 
-    key: str
-    request: Request
-    cut: Answer | None = None
-    """An answer to it that a smaller limit cut off."""
     so_far: Reply | None = None
-    """What the question has come to if this is never answered: that cut reply, or the attempt before."""
-
-    @property
-    def limit(self) -> int:
-        return self.request["max_completion_tokens"]
-
-    @property
-    def characters(self) -> int:
-        return sum(len(message["content"]) for message in self.request["messages"])
+    """What the question has come to if this is never answered: its cut reply, or the attempt before."""
 
 
 class Conversation:
@@ -83,7 +62,7 @@ class Conversation:
 
     def first_request(self, question: Question) -> Request:
         """What the talk about a question opens with; without its limit."""
-        return self._request(self._opening(question))
+        return request_of(self.config, self._opening(question))
 
     def opening_answer(self, question: Question) -> Answer | None:
         """The answer to that."""
@@ -93,7 +72,7 @@ class Conversation:
         """What became of the question, or what is to be asked next."""
         messages, so_far = self._opening(question), None
         for attempt in range(1, self.config.attempts + 1):
-            request = self._request(messages)
+            request = request_of(self.config, messages)
             key = request_key(request)
             answer = self.journal.answer(key)
             limit = next_limit(answer, self.config.max_completion_tokens)
@@ -125,18 +104,7 @@ class Conversation:
         return Reply(error_kind=failure.kind, error_message=failure.message)
 
     def _opening(self, question: Question) -> list[dict[str, str]]:
-        system, *turns = teacher_messages(question, self.examples, hint=self.config.hint)
-        if self.config.system_role != "user":
-            return [system | {"role": self.config.system_role}, *turns]
-        first = turns[0] | {"content": f"{system['content']}\n\n{turns[0]['content']}"}
-        return [first, *turns[1:]]
-
-    def _request(self, messages: list[dict[str, str]]) -> Request:
-        request: Request = {"model": self.config.model, "messages": list(messages)}
-        for name in ("temperature", "reasoning_effort"):
-            if getattr(self.config, name) is not None:
-                request[name] = getattr(self.config, name)
-        return request
+        return teacher_messages(question, self.examples, hint=self.config.hint)
 
     def _run(self, key: str, code: str) -> Run:
         """What the program gave, by the journal where it was run before: the same talk is told from it again."""
@@ -146,27 +114,6 @@ class Conversation:
             if self.journal.is_open:
                 self.journal.add_run(key, run)
         return run
-
-
-def next_limit(answer: Answer | None, limit: int) -> int:
-    """The limit to ask with next: `limit` at first, a larger one once after it cut the reply off; 0 for no more."""
-    if answer is None:
-        return limit
-    if how_it_ended(answer) != "length":
-        return 0
-    return next((larger for larger in (limit, limit * LARGER_LIMIT) if answer.limit < larger), 0)
-
-
-def how_it_ended(answer: Answer) -> str:
-    """The finish reason as OpenAI says it: `stop` for a whole reply, whatever a compatible server calls that.
-
-    Others are in lower case with hyphens. A server that gives no reason ended the reply itself, unless the tokens are
-    used up.
-    """
-    reason = re.sub(r"[^a-z0-9]+", "-", answer.finish_reason.lower()).strip("-")
-    if _CUT_OFF.search(reason) or (reason in _UNSAID and 0 < answer.limit <= answer.completion_tokens):
-        return "length"
-    return reason[:40] if _NOT_WHOLE.search(reason) else "stop"
 
 
 def reply_from(answer: Answer, attempt: int = 1) -> Reply:

@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from finqa.chat.answer_journal import AnswerJournal
+from finqa.chat.asking import ask_all
+from finqa.chat.chat_request import shown
+from finqa.chat.config import api_key
+from finqa.chat.prices import Estimate, estimate, spending_of
 from finqa.runtime.errors import UserError
-from finqa.runtime.progress import Progress
 from finqa.sandbox.results import Run
 from finqa.sandbox.running import Sandbox
 from finqa.task.answers import Rule
 from finqa.task.records import Question
 from finqa.task.worked_examples import WorkedExample
-from preprocessing.teacher.answer_journal import AnswerJournal, answers_in
-from preprocessing.teacher.asking import Asker, make_client, run_together
 from preprocessing.teacher.batch.batches import batches_file, under_way
-from preprocessing.teacher.chat_request import as_sent
-from preprocessing.teacher.config import OpenAITeacherConfig, api_key
+from preprocessing.teacher.config import NO_KEY, OpenAITeacherConfig
 from preprocessing.teacher.conversation import Conversation, Wanted
-from preprocessing.teacher.prices import Estimate, Price, Spending, estimate, price_of
 from preprocessing.teacher.teachers import Reply, Teacher
 
 
@@ -56,16 +55,8 @@ class OpenAITeacher(Teacher):
         self.examples = examples
         self.journal_path = journal_path
         self.rule: Rule = rule
-        self.price = price_of(config.model, config.prices)
-        if config.max_cost is not None and self.price is None:
-            raise UserError(
-                f"--max-cost needs a price and {config.model!r} has none; give it with --prices FILE "
-                "(preprocessing/teacher/prices.json shows the form)"
-            )
-        prices: dict[str, Price | None] = {"": self.price}  # Journals of the first form do not name the model.
-        paid = answers_in({journal_path, *paid_in})
-        prices |= {name: price_of(name, config.prices) for name in {answer.asked for answer in paid} if name}
-        self.spending = Spending(self.price, config.max_cost, [(prices[answer.asked], answer) for answer in paid])
+        self.spending = spending_of(config, {journal_path, *paid_in})
+        self.price = self.spending.price
         self.from_journal = 0
         self._attempts: Counter[int] = Counter()
         self._models: Counter[str] = Counter()
@@ -96,7 +87,7 @@ class OpenAITeacher(Teacher):
             missing = self.count_settled(talk, questions)
             if missing:
                 self._check_no_batch(talk, missing)
-                api_key()  # Before the estimate is worth reading.
+                api_key(NO_KEY)  # Before the estimate is worth reading.
                 planned = self.plan(talk, questions)
                 print(f"estimate: {planned}{self._more_attempts()}", flush=True)
                 self.spending.assumed_dollars = (planned.dollars or 0.0) / max(1, planned.requests)
@@ -128,10 +119,7 @@ class OpenAITeacher(Teacher):
         said = f"estimate: {planned}{self._more_attempts()}"
         if not show_prompt:
             return said
-        prompt = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in first.request["messages"])
-        others = as_sent(first.request, self.config.limit_name)
-        del others["messages"]
-        return f"{prompt}\n\n{json.dumps(others)}\n\n{said}"
+        return f"{shown(first.request, self.config.limit_name)}\n\n{said}"
 
     def plan(self, talk: Conversation, questions: Sequence[Question], leave_out: Collection[str] = ()) -> Estimate:
         """What is to be asked next of the questions, equal ones once, without those in a batch already."""
@@ -175,46 +163,15 @@ class OpenAITeacher(Teacher):
 
     async def _ask_all(self, questions: Sequence[Question], talk: Conversation, answered_before: bool) -> None:
         """Fill the journal with what the questions need, `max_concurrent` requests at a time."""
-        progress = Progress("teacher", len(questions))
-        queue = iter(questions)
-        locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        given_up: set[str] = set()
 
-        async with make_client(self.config) as client:
-            asker = Asker(client, self.config, talk.journal, self.spending, answered_before)
-
-            async def settle(question: Question) -> None:
-                # In a thread, because it may run a program.
-                while isinstance(step := await asyncio.to_thread(talk.next_step, question), Wanted):
-                    if step.key in given_up:
-                        return
-                    async with locks[step.key]:  # Equal questions are paid for once.
-                        still = talk.journal.answer(step.key) is step.cut and step.key not in given_up
-                        if still and not await asker.ask(step.key, step.request):
-                            given_up.add(step.key)
-
-            async def worker() -> None:
-                for question in queue:
-                    await settle(question)
-                    notes = (str(self.spending), f"{asker.given_up} failed", str(asker.throttle))
-                    progress.advance(note=", ".join(filter(None, notes)))
-
-            try:
-                await run_together(worker, min(self.config.max_concurrent, len(questions)), asker.throttle)
-            finally:
-                progress.close()
+        given_up = await ask_all(
+            questions, talk.next_step, self.config, talk.journal, self.spending, "teacher", answered_before
+        )
         steps = (talk.next_step(question) for question in questions)
         unasked = sum(isinstance(step, Wanted) and step.key not in given_up for step in steps)
-        self.stopped = self._out_of_money(unasked, len(questions)) if unasked else ""
+        self.stopped = self.spending.used_up(unasked, len(questions), "rows") if unasked else ""
 
     def _more_attempts(self) -> str:
         return f"; up to {self.config.attempts} attempts a question, of which this is the next" * (
             self.config.attempts > 1
-        )
-
-    def _out_of_money(self, unasked: int, of: int) -> str:
-        earlier = f", ${self.spending.spent_before:.2f} of it by earlier runs" if self.spending.spent_before else ""
-        return (
-            f"--max-cost {self.config.max_cost:g} is reached: ${self.spending.total:.2f} spent{earlier}; {unasked} of "
-            f"{of} rows are not settled; to go on, give the same command a larger --max-cost"
         )

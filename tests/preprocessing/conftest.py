@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command_fixture import Command
 from made_up_rows import every_operation
-from teacher_server import TeacherServer, running_teacher_server
+from teacher_server import TeacherServer, running
 from teaching import Teach, write_clean
 
 
@@ -19,7 +19,7 @@ def command(tmp_path: Path) -> Command:
 
 @pytest.fixture
 def teacher_server() -> Iterator[TeacherServer]:
-    with running_teacher_server() as server:
+    with running(TeacherServer()) as server:
         yield server
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
 
 from batch_server import BatchStore
 
@@ -193,9 +193,13 @@ class _Handler(BaseHTTPRequestHandler):
         """Silent: the tests look at what was recorded."""
 
 
+Server = TypeVar("Server", bound=TeacherServer)
+
+
 @contextmanager
-def running_teacher_server() -> Iterator[TeacherServer]:
-    with TeacherServer() as server:
+def running(server: Server) -> Iterator[Server]:
+    """The server, answering until the block ends."""
+    with server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         try:

@@ -10,12 +10,12 @@ from command_fixture import the_one_line
 from teacher_server import TeacherServer
 from teaching import Teach, number_in
 
+from finqa.chat.answer_journal import Answer, AnswerJournal
+from finqa.chat.chat_request import answer_from, one_line, retry_after_s
+from finqa.chat.prices import price_of
 from finqa.runtime.errors import UserError
-from preprocessing.teacher.answer_journal import Answer, AnswerJournal
-from preprocessing.teacher.chat_request import answer_from, one_line, retry_after_s
 from preprocessing.teacher.config import OpenAITeacherConfig
 from preprocessing.teacher.conversation import next_limit, reply_from
-from preprocessing.teacher.prices import price_of
 
 
 def body(content: object = "ans = 1", reason: object = "stop", usage: object = None) -> dict[str, Any]:

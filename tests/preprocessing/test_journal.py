@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from finqa.chat.answer_journal import Answer, AnswerJournal, Failure, request_key
 from finqa.runtime.errors import UserError
 from finqa.sandbox.results import Run
-from preprocessing.teacher.answer_journal import Answer, AnswerJournal, Failure, request_key
 
 ANSWER = Answer("ans = 1  # naïve \U0001f9fe \n", "stop", "gpt-5-dated", 100, 10)
 REQUEST = {"model": "gpt-5", "messages": [{"role": "user", "content": "how much?"}], "max_completion_tokens": 100}

@@ -10,9 +10,9 @@ import pytest
 from teacher_server import TeacherServer
 from teaching import Teach, number_in
 
+from finqa.chat.answer_journal import Answer, AnswerJournal
 from finqa.sandbox.results import Run
 from finqa.task.records import read_questions
-from preprocessing.teacher.answer_journal import Answer, AnswerJournal
 from preprocessing.teacher.config import OpenAITeacherConfig
 from preprocessing.teacher.conversation import Conversation, Wanted
 

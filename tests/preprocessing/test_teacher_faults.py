@@ -13,8 +13,8 @@ from command_fixture import the_one_line
 from teacher_server import Fault, TeacherServer
 from teaching import KEY, Teach, number_in
 
-from preprocessing.teacher.answer_journal import request_key
-from preprocessing.teacher.chat_request import retry_after_s, storable
+from finqa.chat.answer_journal import request_key
+from finqa.chat.chat_request import retry_after_s, storable
 
 
 def test_every_try_is_in_the_journal(teach: Teach, teacher_server: TeacherServer) -> None:

@@ -11,9 +11,9 @@ from made_up_rows import raw_row
 from teacher_server import TeacherServer
 from teaching import Teach, only_for, write_clean
 
+from finqa.chat.answer_journal import Answer
+from finqa.chat.prices import Price, Spending, estimate, price_of
 from finqa.runtime.errors import UserError
-from preprocessing.teacher.answer_journal import Answer
-from preprocessing.teacher.prices import Price, Spending, estimate, price_of
 
 USAGE = {
     "prompt_tokens": 2_000,

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from preprocessing.teacher.throttle import LONGEST_WAIT_S, Stopped, Throttle, backoff_s
+from finqa.chat.throttle import LONGEST_WAIT_S, Stopped, Throttle, backoff_s
 
 
 def test_the_limit_is_halved_by_a_429_and_grows_by_one_in_a_round_of_answers() -> None:

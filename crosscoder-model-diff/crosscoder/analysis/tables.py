@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -222,6 +222,19 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
     writer.writeheader()
     writer.writerows({name: None if value != value else value for name, value in row.items()} for row in rows)
     write_atomically(path, text.getvalue())
+
+
+def read_latent_table(path: Path) -> list[LatentRow]:
+    """The rows of latents.csv, without what was added to them."""
+    kinds = get_type_hints(LatentRow)
+
+    def value(name: str, text: str) -> Any:
+        if kinds[name] is str:
+            return text
+        return (int if kinds[name] in (int, int | None) else float)(text) if text else None
+
+    with path.open(newline="") as file:
+        return [LatentRow(**{name: value(name, row[name]) for name in kinds}) for row in csv.DictReader(file)]
 
 
 def ordered_by(model: BatchTopKCrosscoder) -> str:

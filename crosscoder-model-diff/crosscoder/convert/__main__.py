@@ -123,11 +123,12 @@ def write_pages(args: argparse.Namespace, names: list[str]) -> None:
     from crosscoder.convert.neuronpedia import write_neuronpedia
     from crosscoder.dashboard.builder import build_dashboard
     from crosscoder.dashboard.records import DashboardConfig
+    from crosscoder.dashboard.summary import summary_of
     from crosscoder.opening import open_reading
 
     config, reading = from_args(DashboardConfig, args), open_reading(names)
     found = find(reading)
-    dashboard = build_dashboard(reading, found.statistics, found.rows, config, found.explained)
+    dashboard = build_dashboard(reading, found.statistics, found.rows, summary_of(found), config)
     folder = args.out or reading.results / "neuronpedia"
     n = write_neuronpedia(reading, dashboard, config, folder)
     print(f"{n:,} latents with examples in {folder}")

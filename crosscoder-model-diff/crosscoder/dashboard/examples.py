@@ -51,7 +51,8 @@ class ExampleMaker:
         cuts = np.flatnonzero(np.diff(self._document)) + 1
         self._begins = np.concatenate([[0], cuts])
         self._ends = np.concatenate([cuts, [len(store)]])
-        self._page = self._pages(np.isin(kinds.numpy(), [KINDS.index("passage"), KINDS.index("table")]))
+        self.page = self._pages(np.isin(kinds.numpy(), [KINDS.index("passage"), KINDS.index("table")]))
+        """[token] the number of its document's page."""
 
     def _pages(self, of_page: NDArray[np.bool_]) -> NDArray[np.int64]:
         """[token] the number of its document's page, given the tokens that are of a page.
@@ -91,7 +92,7 @@ class ExampleMaker:
 
     def _apart(self, order: NDArray[np.int64], tokens: NDArray[np.int32], n: int) -> NDArray[np.int64]:
         """The first n firings of `order` that are on different pages."""
-        _, first = np.unique(self._page[tokens[order]], return_index=True)
+        _, first = np.unique(self.page[tokens[order]], return_index=True)
         return order[np.sort(first)[:n]]
 
     def _bands(self, latent: int, tokens: NDArray[np.int32], values: NDArray[np.float32]) -> list[Band]:

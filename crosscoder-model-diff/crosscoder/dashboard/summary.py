@@ -30,11 +30,15 @@ ORDERS = {
 def summary_of(found: Findings, causal: Sequence[Mapping[str, Any]] = ()) -> Summary:
     """Of a dictionary that was analysed; `causal` are the rows of its causal.csv (extra_readings.causal_rows)."""
     changed = tables.most_changed(found.rows, N_CHANGED, found.config.min_frequency)
-    programs = sum(row.completion_share > 0.5 for row in changed)
-    first = (
-        f"{programs} of the {len(changed)} latents that changed most fire mostly in what the model writes, "
-        f"{len(changed) - programs} mostly in what it reads. Below they are listed, {ORDERS[leading(changed)]}."
+    shares = [row.completion_share for row in changed if row.completion_share is not None]
+    written = sum(share > 0.5 for share in shares)
+    where = (
+        f"{written} of the {len(shares)} latents that changed most fire mostly in what the model writes, "
+        f"{len(shares) - written} mostly in what it reads. Below they are listed"
+        if shares  # plain texts have no completions
+        else "The latents that changed most are listed below"
     )
+    first = f"{where}, {ORDERS[leading(changed)]}."
     sentences = (first, explained(found), *counted(found.rows), *caused(causal))
     return Summary(sentences, tuple(row.latent for row in changed), leading(changed))
 

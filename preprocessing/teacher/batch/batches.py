@@ -19,12 +19,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finqa.chat.answer_journal import Answer, AnswerJournal, Failure
+from finqa.chat.chat_request import answer_from, as_sent, one_line, status_fault, status_kind
+from finqa.chat.config import LimitName, api_key
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_json
 from finqa.runtime.paths import json_line
-from preprocessing.teacher.answer_journal import Answer, AnswerJournal, Failure
-from preprocessing.teacher.chat_request import answer_from, as_sent, one_line, status_fault, status_kind
-from preprocessing.teacher.config import LimitName, OpenAITeacherConfig, api_key
+from preprocessing.teacher.config import NO_KEY, OpenAITeacherConfig
 from preprocessing.teacher.conversation import Wanted
 
 if TYPE_CHECKING:
@@ -209,7 +210,10 @@ class Batches:
         from openai import OpenAI
 
         return OpenAI(
-            api_key=api_key(), base_url=self.config.base_url, max_retries=5, timeout=max(60.0, self.config.timeout_s)
+            api_key=api_key(NO_KEY),
+            base_url=self.config.base_url,
+            max_retries=5,
+            timeout=max(60.0, self.config.timeout_s),
         )
 
     @contextlib.contextmanager

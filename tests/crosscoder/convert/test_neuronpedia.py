@@ -17,6 +17,7 @@ from crosscoder.convert import neuronpedia
 from crosscoder.convert.neuronpedia import write_neuronpedia
 from crosscoder.dashboard.builder import build_dashboard
 from crosscoder.dashboard.records import Dashboard, DashboardConfig
+from crosscoder.dashboard.summary import summary_of
 from crosscoder.dictionaries.config import CrosscoderConfig
 from crosscoder.dictionaries.methods import new_dictionary
 from crosscoder.opening import Reading
@@ -55,7 +56,7 @@ def reading(store, tiny_student) -> Reading:
 @pytest.fixture
 def dashboard(reading) -> Dashboard:
     found = find(reading)
-    return build_dashboard(reading, found.statistics, found.rows, CONFIG)
+    return build_dashboard(reading, found.statistics, found.rows, summary_of(found), CONFIG)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from typing import Literal
 import pytest
 
 from finqa.runtime.command_line import add_flags, flag, from_args, given, script_parser, words_of
+from preprocessing.teacher.config import OpenAITeacherConfig
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,16 @@ def test_the_help_is_the_first_sentence_and_the_default(capsys: pytest.CaptureFi
     assert "-S N, --SEED N, --seed N Seed of the draw (default: 3)" in text
     assert "(default: a b)" in text and "(default: 100% of both)" in text
     assert "second sentence" not in text and "unnamed" not in text
+
+
+def test_a_config_has_the_flags_of_the_one_it_extends_with_their_help(capsys: pytest.CaptureFixture[str]):
+    parser = script_parser("What it does.")
+    add_flags(parser, OpenAITeacherConfig)
+    assert from_args(OpenAITeacherConfig, parser.parse_args(["--model", "m", "--attempts", "2"])).model == "m"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "The model that is asked (default: gpt-5)" in text and "Times a question is put to the teacher" in text
 
 
 def test_the_words_of_a_config_make_it_again():

@@ -15,13 +15,13 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
+from finqa.chat.answer_journal import Answer, Failure, token_count
+from finqa.chat.config import ChatConfig, LimitName
 from finqa.runtime.errors import UserError
-from preprocessing.teacher.answer_journal import Answer, Failure, token_count
-from preprocessing.teacher.config import LimitName
 
 if TYPE_CHECKING:
     import openai
@@ -40,6 +40,34 @@ _ABOUT_ROLES = re.compile(r"\broles?\b|\bsystem (role|message|prompt)|user and a
 """In the message of a chat template that takes no system turn."""
 MALFORMED_TRIES = 2
 """A reply that is no chat completion may have been paid for: it is asked for once more, not --max-retries times."""
+
+
+_UNSAID = ("", "null", "none", "unknown", "unspecified", "finish-reason-unspecified")
+_CUT_OFF = re.compile(r"length|max.*token|token.*limit|truncat")
+_NOT_WHOLE = re.compile(
+    r"filter|safety|refus|block|recitation|prohibit|spii|toxic|harm|error|fail|abort|cancel|timeout|tool|function|"
+    r"language|malformed|pause|incomplete|interrupt|other"
+)
+LARGER_LIMIT = 2
+"""A reply that was cut off is asked for once more with so many times the limit."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A request that the journal holds no answer to yet."""
+
+    key: str
+    request: Request
+    cut: Answer | None = None
+    """An answer to it that a smaller limit cut off."""
+
+    @property
+    def limit(self) -> int:
+        return self.request["max_completion_tokens"]
+
+    @property
+    def characters(self) -> int:
+        return sum(len(message["content"]) for message in self.request["messages"])
 
 
 @dataclass(frozen=True)
@@ -75,6 +103,29 @@ async def send(client: openai.AsyncOpenAI, request: Request, timeout_s: float) -
     limit = next(request[name] for name in LIMIT_NAMES if name in request)
     outcome = answer_from(_json(response.text), limit, request["model"])
     return Fault(outcome, tries=MALFORMED_TRIES) if isinstance(outcome, Failure) else outcome
+
+
+def request_of(config: ChatConfig, messages: Sequence[Mapping[str, str]]) -> Request:
+    """The request that puts these messages, of which the first is the system's; without its limit."""
+    system, *turns = messages
+    if config.system_role == "user":
+        first = {**turns[0], "content": f"{system['content']}\n\n{turns[0]['content']}"}
+        turns = [first, *turns[1:]]
+    else:
+        turns = [{**system, "role": config.system_role}, *turns]
+    request: Request = {"model": config.model, "messages": turns}
+    for name in ("temperature", "reasoning_effort"):
+        if getattr(config, name) is not None:
+            request[name] = getattr(config, name)
+    return request
+
+
+def shown(request: Request, limit_name: LimitName) -> str:
+    """A request as a reader sees it: its messages, then its settings as they are sent."""
+    prompt = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in request["messages"])
+    others = as_sent(request, limit_name)
+    del others["messages"]
+    return f"{prompt}\n\n{json.dumps(others)}"
 
 
 def as_sent(request: Request, limit_name: LimitName) -> Request:
@@ -156,6 +207,27 @@ def answer_from(body: object, limit: int, asked: str, batch: str = "") -> Answer
         batch=batch,
         asked=asked,
     )
+
+
+def next_limit(answer: Answer | None, limit: int) -> int:
+    """The limit to ask with next: `limit` at first, a larger one once after it cut the reply off; 0 for no more."""
+    if answer is None:
+        return limit
+    if how_it_ended(answer) != "length":
+        return 0
+    return next((larger for larger in (limit, limit * LARGER_LIMIT) if answer.limit < larger), 0)
+
+
+def how_it_ended(answer: Answer) -> str:
+    """The finish reason as OpenAI says it: `stop` for a whole reply, whatever a compatible server calls that.
+
+    Others are in lower case with hyphens. A server that gives no reason ended the reply itself, unless the tokens are
+    used up.
+    """
+    reason = re.sub(r"[^a-z0-9]+", "-", answer.finish_reason.lower()).strip("-")
+    if _CUT_OFF.search(reason) or (reason in _UNSAID and 0 < answer.limit <= answer.completion_tokens):
+        return "length"
+    return reason[:40] if _NOT_WHOLE.search(reason) else "stop"
 
 
 def one_line(error: object) -> str:

@@ -9,19 +9,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from finqa.chat.answer_journal import Answer, AnswerJournal
+from finqa.chat.chat_request import LIMIT_NAMES, Fault, Request, Wanted, as_sent, refuses_limit_name, send
+from finqa.chat.config import ChatConfig, LimitName, api_key
+from finqa.chat.prices import Spending
+from finqa.chat.throttle import Stopped, Throttle, backoff_s
 from finqa.runtime.errors import UserError
-from preprocessing.teacher.answer_journal import Answer, AnswerJournal
-from preprocessing.teacher.chat_request import LIMIT_NAMES, Fault, Request, as_sent, refuses_limit_name, send
-from preprocessing.teacher.config import LimitName, OpenAITeacherConfig, api_key
-from preprocessing.teacher.prices import Spending
-from preprocessing.teacher.throttle import Stopped, Throttle, backoff_s
+from finqa.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
+Item = TypeVar("Item")
 GIVEN_UP_IN_A_ROW = 20
 """So many failures before the first answer mean that the set-up is wrong, not the questions; so many requests in a
 row given up after all their retries mean that the server is gone."""
@@ -34,7 +37,7 @@ LONGEST_RETRY_AFTER_S = 600.0
 _NOT_THERE = ("teacher-connection", "teacher-timeout")
 
 
-def make_client(config: OpenAITeacherConfig) -> AsyncOpenAI:
+def make_client(config: ChatConfig) -> AsyncOpenAI:
     """The client of OpenAI's package, without its own retries: Asker has what it needs to slow all requests down."""
     from openai import AsyncOpenAI, Timeout
 
@@ -56,7 +59,7 @@ class Asker:
     def __init__(
         self,
         client: AsyncOpenAI,
-        config: OpenAITeacherConfig,
+        config: ChatConfig,
         journal: AnswerJournal,
         spending: Spending,
         answered_before: bool = False,
@@ -153,6 +156,53 @@ class Asker:
                 f"the {which} {GIVEN_UP_IN_A_ROW} requests all failed: {fault.failure.message}; once that is mended, "
                 "start the same command again: what was answered is kept"
             )
+
+
+async def ask_all(
+    items: Sequence[Item],
+    next_step: Callable[[Item], object],
+    config: ChatConfig,
+    journal: AnswerJournal,
+    spending: Spending,
+    what: str,
+    answered_before: bool = False,
+) -> set[str]:
+    """Fill the journal with what the items need, `max_concurrent` requests at a time; the keys that were given up.
+
+    Args:
+        next_step: What an item needs next by the journal: a Wanted, or anything else where it is settled. Called in a
+            thread, since it may take long.
+        what: Who asks, for the line that says how far it is.
+        answered_before: As of Asker.
+    """
+    progress = Progress(what, len(items))
+    queue = iter(items)
+    locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+    given_up: set[str] = set()
+
+    async with make_client(config) as client:
+        asker = Asker(client, config, journal, spending, answered_before)
+
+        async def settle(item: Item) -> None:
+            while isinstance(step := await asyncio.to_thread(next_step, item), Wanted):
+                if step.key in given_up:
+                    return
+                async with locks[step.key]:  # Equal requests are paid for once.
+                    still = journal.answer(step.key) is step.cut and step.key not in given_up
+                    if still and not await asker.ask(step.key, step.request):
+                        given_up.add(step.key)
+
+        async def worker() -> None:
+            for item in queue:
+                await settle(item)
+                notes = (str(spending), f"{asker.given_up} failed", str(asker.throttle))
+                progress.advance(note=", ".join(filter(None, notes)))
+
+        try:
+            await run_together(worker, min(config.max_concurrent, len(items)), asker.throttle)
+        finally:
+            progress.close()
+    return given_up
 
 
 async def run_together(worker: Callable[[], Coroutine[Any, Any, None]], count: int, throttle: Throttle) -> None:

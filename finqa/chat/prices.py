@@ -18,8 +18,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from finqa.chat.answer_journal import Answer, answers_in
+from finqa.chat.config import ChatConfig
 from finqa.runtime.errors import UserError
-from preprocessing.teacher.answer_journal import Answer
 
 SHIPPED_PRICES = Path(__file__).with_name("prices.json")
 CHARACTERS_A_TOKEN = 3.3
@@ -141,6 +142,14 @@ class Spending:
         mean = (sum(self._alike_before) + self.dollars) / known if known else self.assumed_dollars
         return self.total + (under_way + 1) * mean <= self.max_cost
 
+    def used_up(self, unasked: int, of: int, what: str) -> str:
+        """What is said where `max_cost` left so many of the items without an answer."""
+        earlier = f", ${self.spent_before:.2f} of it by earlier runs" if self.spent_before else ""
+        return (
+            f"--max-cost {self.max_cost:g} is reached: ${self.total:.2f} spent{earlier}; {unasked} of {of} {what} are "
+            "not settled; to go on, give the same command a larger --max-cost"
+        )
+
     def __str__(self) -> str:
         tokens = (
             f"{self.tokens['prompt_tokens']:,} tokens read ({self.tokens['cached_tokens']:,} cached), "
@@ -151,6 +160,23 @@ class Spending:
     def facts(self) -> Mapping[str, object]:
         """The figures as a manifest has them."""
         return {field: self.tokens[field] for field in _COUNTED} | {"dollars": self.dollars if self.price else None}
+
+
+def spending_of(config: ChatConfig, journals: Iterable[Path]) -> Spending:
+    """What the journals' answers cost so far, under `max_cost`.
+
+    Raises UserError where `max_cost` is set and the model's price is unknown.
+    """
+    price = price_of(config.model, config.prices)
+    if config.max_cost is not None and price is None:
+        raise UserError(
+            f"--max-cost needs a price and {config.model!r} has none; give it with --prices FILE "
+            "(finqa/chat/prices.json shows the form)"
+        )
+    prices: dict[str, Price | None] = {"": price}  # Journals of the first form do not name the model.
+    paid = answers_in(journals)
+    prices |= {name: price_of(name, config.prices) for name in {answer.asked for answer in paid} if name}
+    return Spending(price, config.max_cost, [(prices[answer.asked], answer) for answer in paid])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Names for latents: a model describes each from its examples, and the description is scored on others."""
