@@ -148,7 +148,7 @@ def test_an_adapter_and_the_model_it_makes_are_recorded_alike(models: Path, tmp_
 
 @pytest.mark.slow
 def test_a_killed_collection_goes_on_and_sets_of_several_layers_are_told_apart(models: Path, tmp_path: Path):
-    file = write_rows(tmp_path / "texts.jsonl", ROWS["text"])
+    file = write_rows(tmp_path / "texts.jsonl", 10 * ROWS["text"])  # so that it is killed before it has ended
     words = (*pair(models, "adapter", file, tmp_path), "--name", "mine", "--layer", "1", "2", "--shard-tokens", "40")
     command = [sys.executable, "collect_activations.py", *map(str, words), "--batch-tokens", "40"]
     with subprocess.Popen(command, cwd=FOLDER, stdout=subprocess.DEVNULL) as process:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 N_CHANGED = 10
 CAUSAL_LATENTS = 10
 """Of the sets that were patched, the largest of at most so many latents is told."""
+FEW = 5
+"""Latents that a sentence names."""
 TURNED = 0.1
 """Change from which a latent of a stagewise SAE is counted as turned: its vectors turned by 26 degrees."""
 ORDERS = {
@@ -67,7 +69,7 @@ def counted(rows: Sequence[LatentRow]) -> Iterator[str]:
     written = sorted((row.difference_share for row in alive), reverse=True)
     total = sum(written)
     half = sum(2 * so_far < total for so_far in accumulate(written)) + (total > 0)
-    yield f"{text} {half:,} of them write half of what tells the models apart."
+    yield f"{text} {half:,} of the active ones make up half of the difference of the models that the dictionary gives."
     kinds = [row.kind for row in alive]
     if leading(rows) == "change":
         turned = sum((row.change or 0) > TURNED for row in alive)
@@ -78,9 +80,18 @@ def counted(rows: Sequence[LatentRow]) -> Iterator[str]:
         confirmed = [row.confirmed for row in alive]
         exclusive = ("fine-tuned-only", "instruct-only", *(["both"] if "both" in confirmed else []))
         if any(row.nu_err is not None for row in rows):
-            of = [f"{confirmed.count(kind):,} as {kind}" for kind in exclusive]
-            text += f" Latent scaling, which asks each model for the latent itself, confirms {listed(of)}."
+            of = [f"{confirmed.count(kind):,} as {kind}{numbers(alive, kind)}" for kind in exclusive]
+            text += (
+                " Latent scaling is another test: it asks how much of each latent either model's activations hold, "
+                f"whatever the lengths. It confirms {listed(of)}."
+            )
         yield text
+
+
+def numbers(rows: Sequence[LatentRow], kind: str) -> str:
+    """The latents that are confirmed as a kind, where they are few."""
+    found = [f"{row.latent}" for row in rows if row.confirmed == kind]
+    return f" ({listed(found)})" if 0 < len(found) <= FEW else ""
 
 
 def caused(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

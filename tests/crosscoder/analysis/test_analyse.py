@@ -31,6 +31,7 @@ from crosscoder.analysis.findings import find
 from crosscoder.analysis.latent_scaling import latent_scaling
 from crosscoder.analysis.tables import ADDED, read_added, write_csv
 from crosscoder.dashboard.records import DashboardConfig
+from crosscoder.dashboard.summary import FEW, listed
 from crosscoder.dictionaries.checkpoint import load_dictionary, save_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig
 from crosscoder.dictionaries.methods import StagewiseSAE, new_dictionary
@@ -214,13 +215,15 @@ def test_the_first_screen_of_the_dashboard_says_what_the_tables_say(analysed, ch
     expected |= {f"{explained[key]:.1%} of the variance of {name}" for key, name in names.items() if key in explained}
     shares = sorted((float(row["difference_share"]) for row in rows), reverse=True)
     half = next(n for n in range(1, len(shares)) if sum(shares[:n]) >= sum(shares) / 2)
-    expected |= {f"{half} of them write half of what tells the models apart"}
+    expected |= {f"{half} of the active ones make up half of the difference of the models"}
     if method == "batchtopk":
         expected |= {
             f"{row['latents']} {row['class'].replace('between', 'in between')}" for row in table(folder / "classes.csv")
         }
         for kind in ("fine-tuned-only", "instruct-only"):
-            expected |= {f"{sum(row['confirmed'] == kind for row in alive)} as {kind}"}
+            confirmed = [row["latent"] for row in alive if row["confirmed"] == kind]
+            which = f" ({listed(confirmed)})" if 0 < len(confirmed) <= FEW else ""
+            expected |= {f"{len(confirmed)} as {kind}{which}"}
     if method == "stagewise-sae":
         expected |= {f"{sum(float(row['change']) > 0.1 for row in alive)} turned by more than 0.1"}
     changed = table(folder / "most_changed.csv")

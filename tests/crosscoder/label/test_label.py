@@ -109,8 +109,10 @@ def run_here(script: object, *words: str) -> subprocess.CompletedProcess[str]:
     ):
         patch.setattr(sys, "argv", [str(script), *words])
         patch.setenv("OPENAI_API_KEY", "any")
-        start = runpy.run_path if isinstance(script, Path) else runpy.run_module
-        start(str(script), run_name="__main__")
+        if isinstance(script, Path):
+            runpy.run_path(str(script), run_name="__main__")
+        else:
+            runpy.run_module(str(script), run_name="__main__", alter_sys=True)
     return subprocess.CompletedProcess(words, ended.value.code, out.getvalue(), err.getvalue())  # type: ignore[arg-type]
 
 

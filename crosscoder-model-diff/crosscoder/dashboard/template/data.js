@@ -66,8 +66,13 @@ function format(value, kind) {
   if (value === null || value === undefined || value === "") return "–";
   if (kind === "word" || kind === "text") return value;
   if (kind === "count") return value.toLocaleString("en");
-  if (kind === "share") return value > 0 && value < 1e-5 ? "<0.001%" : `${threeDigits(100 * value)}%`;
+  if (kind === "share") return value > 0 && value < 1e-5 ? "<0.001%" : `${percent(100 * value)}%`;
   return threeDigits(value);
+}
+
+/** Two digits below one per cent, so that 0.97% is not taken for 97%. */
+function percent(value) {
+  return value > 0 && value < 1 ? `${Number(value.toPrecision(2))}` : threeDigits(value);
 }
 
 function threeDigits(value) {

@@ -8,13 +8,16 @@ function showSummary() {
     make("th", { scope: "row" }, latentLink(latent)), ...changedCells(latent))));
   const heads = ["latent", ...changedColumns().map(([head]) => head)].map((head) => make("th", { scope: "col" }, head));
   document.getElementById("changed-heads").replaceChildren(...heads);
+  document.getElementById("changed-note").textContent = "Examples are from the texts that both models were given to read, "
+    + "not from replies of theirs." + (columnOf.has("family") ? " A family of questions is new where "
+    + "fine-tuning was the first to ask for it, known where the base model was trained on it." : "");
 }
 
 /** [head, class of its cells, latent => content] of the columns; what was not measured has none. */
 function changedColumns() {
   const figure = (key) => [columnOf.get(key).label, `figure ${key}`, (latent) => tableCell(columnOf.get(key), latent)];
   const family = ["most active on questions of", "family", (latent) => valueOf("family", latent) === null ? "–"
-    : `${valueOf("family", latent)}, ${threeDigits(valueOf("family_times", latent))} times the mean`];
+    : `${valueOf("family", latent)}, ${threeDigits(valueOf("family_times", latent))} times its mean over all questions`];
   const fires = ["fires on", "tokens", (latent) => chips(data.topTokens[latent].slice(0, 4))];
   const label = ["label", "text", (latent) => valueOf("label", latent) ?? chips(data.topTokens[latent].slice(0, 4))];
   return [
