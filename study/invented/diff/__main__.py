@@ -1,7 +1,7 @@
 """One step of the second half, on one fine-tune; the jobs of python -m study.invented run it.
 
     python -m study.invented.diff ceilings A-seed3 --model M     right answers of whole-site patches
-    python -m study.invented.diff record K-seed3 --model M       activations of a control at the primary site
+    python -m study.invented.diff record K-seed3 --model M       activations at the primary site
     python -m study.invented.diff settings K-seed3 L1 --model M  settings of a method, chosen on it
     python -m study.invented.diff diff A-seed3 --model M         dictionaries, items, carrying at the primary site
     python -m study.invented.diff seeds A-seed3 --model M        dictionaries of further seeds, and items, after that
@@ -17,7 +17,7 @@ import argparse
 import sys
 
 from finqa.runtime.errors import report_errors
-from study.invented.diff.plan import BY_RUN, METHODS, lengths, sites, slug
+from study.invented.diff.plan import BY_RUN, METHODS, SHARES, lengths, sites, slug
 from study.invented.plan import add_plan_flags, plan_from
 
 STEPS = ("ceilings", "record", "settings", "diff", "seeds", "sites")
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("run", choices=list(BY_RUN), metavar="RUN", help="a fine-tune, such as A-seed3")
     methods = {slug(method): method for method in METHODS}
     parser.add_argument("method", nargs="?", choices=list(methods), metavar="METHOD", help="of settings")
+    parser.add_argument("--share", type=int, choices=range(SHARES + 1), default=0, help="of the methods (default: all)")
     add_plan_flags(parser)
     args = parser.parse_args()
     plan, compared = plan_from(args), BY_RUN[args.run]
@@ -41,7 +42,7 @@ def main() -> None:
         return
     primary = ceilings.primary_site(plan)
     if args.step == "record":
-        print(dictionaries.recorded(plan, compared, primary).name)
+        print(pairs.record(plan, compared, primary))
         return
     if args.step == "settings":
         for method in [methods[args.method]] if args.method else METHODS:
@@ -49,7 +50,7 @@ def main() -> None:
         return
     others = [target for target in sites(plan).values() if target != primary][: lengths(plan).other_sites]
     for target in others if args.step == "sites" else [primary]:
-        print(pairs.compare(plan, compared, target, args.step), flush=True)
+        print(pairs.compare(plan, compared, target, args.step, args.share), flush=True)
 
 
 if __name__ == "__main__":

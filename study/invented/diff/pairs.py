@@ -2,8 +2,8 @@
 
 R/invented/<model>/diff/<site>/<run>/<method>-<form>-<seed>.json holds `quality` of a dictionary, `items` (a row a
 metric and ranking) and `carried` (a row a metric and set). A file that is there is not made again. Activations are
-recorded only where one is missing, and deleted at the end; of the dictionaries the trained ones of the first seed at
-the primary site stay where metrics were added.
+recorded only where one is missing, and deleted when all are there; of the dictionaries the trained ones of the first
+seed at the primary site stay where metrics were added.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from study.invented.diff.plan import (
     Part,
     Subject,
     equal_l0,
+    in_share,
     lengths,
     results_of,
     site_name,
@@ -59,17 +60,35 @@ from study.invented.plan import Plan
 from study.work import read_json
 
 
-def compare(plan: Plan, compared: Compared, target: Target, part: Part) -> str:
-    """Make the files of a part that are missing; returns a line that says what there is."""
-    wanted = subjects(plan, compared, part)
-    missing = [one for one in wanted if not results_of(plan, compared, target, one).exists()]
-    if missing:
+def compare(plan: Plan, compared: Compared, target: Target, part: Part, share: int) -> str:
+    """Make the files of a share of a part that are missing; returns a line that says what there is."""
+    wanted = [one for one in subjects(plan, compared, part) if in_share(one.method, share)]
+    if missing := _missing(plan, compared, target, wanted):
         under_way = Comparison(plan, compared, target, part)
         for subject in missing:
             write_json(results_of(plan, compared, target, subject), under_way.results(subject))
             print(f"{compared.run} at {site_name(target)}: {subject.name}", flush=True)
-        under_way.clear()
+    if not _missing(plan, compared, target, _all_subjects(plan, compared, part)):
+        dicts.forget(plan, compared, target)
     return f"{compared.run} at {site_name(target)}: {len(wanted)} subjects"
+
+
+def record(plan: Plan, compared: Compared, target: Target) -> str:
+    """Record a pair for the jobs that share it, unless they have nothing left to do; returns a line that says so."""
+    main = compared.arm in ADDED
+    if main and not _missing(plan, compared, target, _all_subjects(plan, compared, "diff")):
+        return f"{compared.run}: all files are there"
+    return dicts.recorded(plan, compared, target).name
+
+
+def _all_subjects(plan: Plan, compared: Compared, part: Part) -> list[Subject]:
+    """Of all parts at one site."""
+    parts: tuple[Part, ...] = ("sites",) if part == "sites" else ("diff", "seeds")
+    return [one for part in parts if part != "seeds" or compared.arm in ADDED for one in subjects(plan, compared, part)]
+
+
+def _missing(plan: Plan, compared: Compared, target: Target, wanted: Sequence[Subject]) -> list[Subject]:
+    return [one for one in wanted if not results_of(plan, compared, target, one).exists()]
 
 
 class Comparison:
@@ -238,11 +257,6 @@ class Comparison:
         untrained = self._place(Subject(subject.method, "untrained", subject.seed))
         for path in [*self.folder.glob(f"{subject.name}*"), untrained]:
             shutil.rmtree(path, ignore_errors=True)
-
-    def clear(self) -> None:
-        """Delete what was recorded, once all of the pair's files are there."""
-        self.__dict__.pop("store", None)
-        dicts.forget(self.plan, self.compared, self.target)
 
     # Carrying
 

@@ -1,14 +1,16 @@
 """What is compared, how, and how long; and the jobs.
 
 Job names: `ceilings-A-seed3` for the arms whose metrics were added, `record-K-seed3` and `settings-<method>` (chosen on
-that control), `diff-A-seed3` for a pair at the primary site with dictionaries of the first seed, `seeds-A-seed3` with
-the further ones, `sites-A-seed3` for the pair at the other sites. What the verdicts need comes first.
+that control), `diff-K-seed3` for a pair at the primary site with dictionaries of the first seed, `seeds-A-seed3` with
+the further ones, `sites-A-seed3` for the pair at the other sites. Where metrics were added, a pair is recorded by a job
+of its own, `record-A-seed3`, and its methods are shared among SHARES jobs, `diff-A-seed3-1` and so on. What the
+verdicts need comes first.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -55,6 +57,8 @@ WITHOUT = (NORM, DIVERGENCE, LOGITS, LENS)
 """Readings without a dictionary."""
 TOP = 20
 """Items of a method that are read and put into the base."""
+SHARES = 2
+"""Jobs that share the methods of a pair where metrics were added: writing programs leaves much of a GPU idle."""
 EQUAL_L0 = 32
 """Active latents a token at which dictionaries are compared, and read."""
 
@@ -188,6 +192,12 @@ def subjects(plan: Plan, compared: Compared, part: Part) -> list[Subject]:
     return found
 
 
+def in_share(method: str, share: int) -> bool:
+    """Whether a method is in the share of this number, from 1; 0 is all of them."""
+    every = (*METHODS, ENDS, *DIRECTIONS, *WITHOUT)
+    return not share or every.index(method) % SHARES == share - 1
+
+
 def results_of(plan: Plan, compared: Compared, target: Target, subject: Subject) -> Path:
     return plan.place.results / "diff" / site_name(target) / compared.run / f"{subject.name}.json"
 
@@ -195,32 +205,37 @@ def results_of(plan: Plan, compared: Compared, target: Target, subject: Subject)
 def diff_jobs(plan: Plan, folders: str) -> list[Job]:
     """After the fine-tunes. `folders`: the flags that say what study it is.
 
-    A job that reads a pair deletes what was recorded of it, so that few sets lie on the disk at one time.
+    The job that makes a pair's last file deletes what was recorded of it, so that few sets lie on the disk at one time.
     """
     added = [pair for pair in PAIRS if pair.arm in ADDED]
     control = run_name(CONTROL, SEEDS[0])
 
-    def job(step: str, run: str, gb: float, after: list[str], method: str = "") -> Job:
-        words = " ".join(filter(None, [step, run, slug(method), folders]))
-        return Job(f"{step}-{slug(method) or run}", f"-m study.invented.diff {words}", gb, tuple(after))
+    def job(step: str, run: str, gb: float, after: Sequence[str], method: str = "", share: int = 0) -> Job:
+        words = " ".join(filter(None, [step, run, slug(method), f"--share {share}" if share else "", folders]))
+        name = f"{step}-{slug(method) or run}" + (f"-{share}" if share else "")
+        return Job(name, f"-m study.invented.diff {words}", gb, tuple(after))
 
     jobs = [job("ceilings", pair.run, GENERATION_GB, [f"train-{pair.run}"]) for pair in added]
     before = [job.name for job in (*plan.jobs(), *jobs)]  # no dictionary is trained before the gates are measured
     jobs.append(job("record", control, GENERATION_GB, before))
-    settings = [job("settings", control, ALL_ROWS_GB, [jobs[-1].name], method) for method in METHODS]
+    settings = [job("settings", control, ALL_ROWS_GB, [f"record-{control}"], method) for method in METHODS]
     jobs += settings
+    jobs += [job("record", pair.run, GENERATION_GB, before) for pair in added]
+    chosen = [job.name for job in settings]
+    shares = range(1, SHARES + 1)
+
+    def needed(pair: Compared) -> list[str]:
+        return [f"train-{run}" for run in (pair.run, *(run_name(arm, pair.seed) for arm in READ_TOO.get(pair.arm, ())))]
+
+    for pair in added:
+        after = [*chosen, f"record-{pair.run}", *needed(pair)]
+        jobs += [job("diff", pair.run, ALL_ROWS_GB, after, share=share) for share in shares]
+    for pair in (pair for pair in added if subjects(plan, pair, "seeds")):
+        jobs += [job("seeds", pair.run, ALL_ROWS_GB, [f"diff-{pair.run}-{share}"], share=share) for share in shares]
     others = [pair for pair in PAIRS if pair not in added]
+    jobs += [job("diff", pair.run, ALL_ROWS_GB, [*chosen, *needed(pair)]) for pair in others]
     elsewhere = added[: lengths(plan).pairs_elsewhere]
-    parts: tuple[tuple[Part, list[Compared]], ...] = (
-        ("diff", added), ("seeds", added), ("diff", others), ("sites", elsewhere)
-    )  # fmt: skip
-    for part, compared in parts:
-        for pair in (one for one in compared if subjects(plan, one, part)):
-            needed = [pair.run, *(run_name(arm, pair.seed) for arm in READ_TOO.get(pair.arm, ()))]
-            after = [job.name for job in settings] + [f"train-{run}" for run in needed]
-            first = [f"diff-{pair.run}"] if part == "seeds" else []
-            jobs.append(job(part, pair.run, ALL_ROWS_GB, after + first))
-    return jobs
+    return jobs + [job("sites", pair.run, ALL_ROWS_GB, [*chosen, *needed(pair)]) for pair in elsewhere]
 
 
 def study_flags(plan: Plan) -> str:

@@ -35,6 +35,7 @@ from study.invented.diff.plan import (
     Lengths,
     diff_jobs,
     equal_l0,
+    in_share,
     sites,
     slug,
     study_flags,
@@ -86,10 +87,11 @@ def test_a_pair_waits_for_the_fine_tunes_that_it_reads(tmp_path: Path):
     plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini")
     jobs = {job.name: job for job in [*plan.jobs(), *diff_jobs(plan, study_flags(plan))]}
     settings = [f"settings-{slug(method)}" for method in METHODS]
-    assert len(jobs) == 23 + 4 + 1 + len(METHODS) + 10 + 2
+    assert len(jobs) == 23 + 4 + 1 + len(METHODS) + 4 + 2 * 4 + 6 + 2
     assert jobs["settings-L1"].after == ("record-K-seed3",)
-    assert jobs["diff-B-seed4"].after == (*settings, "train-B-seed4")
-    assert jobs["diff-A-seed3"].after == (*settings, "train-A-seed3", "train-A-permuted-seed3", "train-N-seed3")
+    assert jobs["diff-B-seed4-2"].after == (*settings, "record-B-seed4", "train-B-seed4")
+    read_too = ("train-A-seed3", "train-A-permuted-seed3", "train-N-seed3")
+    assert jobs["diff-A-seed3-1"].after == (*settings, "record-A-seed3", *read_too)
     needed = {job.name for job in chosen(list(jobs.values()), ["diff-K-seed4"])}
     assert needed - {job.name for job in plan.jobs()} == {
         "diff-K-seed4", "record-K-seed3", *settings,
@@ -103,14 +105,23 @@ def test_further_seeds_and_other_sites_are_of_the_pairs_whose_metrics_were_added
     plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini", quick=True)
     jobs = [job.name for job in diff_jobs(plan, study_flags(plan))]
     added = ["A-seed3", "B-seed3", "A-seed4", "B-seed4"]
-    assert [name for name in jobs if name.startswith("seeds")] == [f"seeds-{run}" for run in added]
+    assert [name for name in jobs if name.startswith("seeds")] == [f"seeds-{run}-{n}" for run in added for n in (1, 2)]
     assert [name for name in jobs if name.startswith("sites")] == ["sites-A-seed3"]
-    assert jobs.index("diff-B-seed4") < jobs.index("seeds-A-seed3") < jobs.index("diff-K-seed3")
+    assert jobs.index("diff-B-seed4-2") < jobs.index("seeds-A-seed3-1") < jobs.index("diff-K-seed3")
     of = {run: {(one.form, one.seed) for one in subjects(plan, BY_RUN[run], "diff")} for run in ("A-seed3", "K-seed3")}
     assert of["A-seed3"] - of["K-seed3"] == {("frozen", 0)}
     assert {(one.form, one.seed) for one in subjects(plan, BY_RUN["A-seed3"], "seeds")} == {
         ("untrained", 1), ("trained", 1)
     }  # fmt: skip
+
+
+def test_shares_are_all_methods_once_and_every_form_of_one_is_in_the_same(tmp_path: Path):
+    plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini", quick=True)
+    every = {one.method for part in ("diff", "seeds") for one in subjects(plan, BY_RUN["A-seed3"], part)}
+    shares = [{method for method in every if in_share(method, share)} for share in (1, 2)]
+    assert shares[0] | shares[1] == every
+    assert not shares[0] & shares[1]
+    assert all(in_share(method, 0) for method in every)
 
 
 def asked(pages: int, metrics: Sequence[str] = ("x", "y", "z")) -> list[Item]:
