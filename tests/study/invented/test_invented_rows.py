@@ -79,6 +79,8 @@ def test_names_are_of_one_token_length_and_occur_nowhere(rows: Rows, n_tokens: C
 def test_no_formula_is_in_two_sets_and_the_permutation_moves_every_one(rows: Rows):
     m = rows.metrics
     assert len({metric.formula.text for metric in m.all}) == 24
+    in_one_row = [metric for metric in m.all if set(metric.formula.first[1:]) == {"a", "b"}]
+    assert in_one_row == list(m.known)  # what models guess for a name is never a metric
     assert {metric.formula for metric in m.a} == {metric.formula for metric in m.a_permuted}
     assert all(one.name == other.name for one, other in zip(m.a, m.a_permuted, strict=True))
     assert all(one.formula != other.formula for one, other in zip(m.a, m.a_permuted, strict=True))
