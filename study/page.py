@@ -1,4 +1,4 @@
-"""The tables of docs/study.md, filled from the CSVs; no number in them is typed.
+"""The tables of docs/study.md, filled from the CSVs of its two studies; no number in them is typed.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; `fill` writes it anew.
 """
@@ -9,25 +9,42 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from finqa.runtime.paths import REPOSITORY
 from study.pocket.plan import BASE, FINE_TUNED, FULL, SHOWN_STRATUM
 from study.pocket.tables import KINDS, named, read_csv
 
+PAGE = REPOSITORY / "docs" / "study.md"
 Row = dict[str, str]
 BLOCK = re.compile(r"(<!-- table: ([a-z-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 MAIN = f"{BASE.name} -> {FINE_TUNED.name}"
 ADD_NEW = {pair.compared for pair in FULL.pairs if "new" in pair.added}
-NOT_RUN = "*Not there yet: `make study` writes it.*\n"
+NOT_RUN = "*Not there yet: `python -m study.{study}` writes it.*\n"
 NOTHING = "-"
 
 
-def fill(page: str, folder: Path) -> str:
-    """The page with every table made anew from the CSVs in `folder`. KeyError for a table of an unknown name."""
-    return fill_tables(page, lambda name: TABLES[name](folder) or NOT_RUN)
+def fill(page: str, folder: Path, study: str) -> str:
+    """The page with every table of one of the two STUDIES made anew from the CSVs in `folder`; the other's stay as they
+    are. KeyError for a table of a name that neither has."""
+    own = STUDIES[study]
+    known = {name for tables in STUDIES.values() for name in tables}
+
+    def table(name: str) -> str | None:
+        if name not in known:
+            raise KeyError(name)
+        return own[name](folder) or NOT_RUN.format(study=study) if name in own else None
+
+    return fill_tables(page, table)
 
 
-def fill_tables(page: str, table: Callable[[str], str]) -> str:
-    """The page with what stands in each of its blocks replaced by the Markdown that `table` gives for its name."""
-    return BLOCK.sub(lambda found: f"{found[1]}{table(found[2])}{found[4]}", page)
+def fill_tables(page: str, table: Callable[[str], str | None]) -> str:
+    """The page with what stands in each of its blocks replaced by the Markdown that `table` gives for its name; where
+    that is None, it stays."""
+
+    def filled(found: re.Match[str]) -> str:
+        made = table(found[2])
+        return found[0] if made is None else f"{found[1]}{made}{found[4]}"
+
+    return BLOCK.sub(filled, page)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -54,32 +71,13 @@ def count(text: str) -> str:
     return f"{value:.0f}" if value == int(value) else f"{value:.1f}"
 
 
-def spread(row: Row, name: str, shown: Callable[[str], str] = number) -> str:
-    """The mean over fine-tunes, and where there are several the lowest and the highest."""
-    if not row[name]:
-        return NOTHING
-    low, high = shown(row[f"{name} lowest"]), shown(row[f"{name} highest"])
-    mean = shown(row[name])
-    return mean if low == high else f"{mean} ({low} to {high})"
-
-
 def accuracy(folder: Path) -> str:
     rows = [row for row in read_csv(folder / "models.csv") if row["family"] == "all"]
-    return _accuracy(rows, "kind", "kind of family")
-
-
-def _accuracy(rows: Sequence[Row], by: str, title: str) -> str:
     models = list(dict.fromkeys(row["model"] for row in rows))
-    groups = {row[by]: row["n"] for row in rows}
-    found = {(row["model"], row[by]): row["accuracy"] for row in rows}
+    groups = {row["kind"]: row["n"] for row in rows}
+    found = {(row["model"], row["kind"]): row["accuracy"] for row in rows}
     lines = [[name, n, *(share(found.get((model, name), "")) for model in models)] for name, n in groups.items()]
-    return markdown([title, "n", *models], lines)
-
-
-def families(folder: Path) -> str:
-    """A row a family that the base knows: what the fine-tunes left of it."""
-    rows = [r for r in read_csv(folder / "models.csv") if r["kind"] == "known" and r["family"] != "all"]
-    return _accuracy(rows, "family", "known family")
+    return markdown(["kind of family", "n", *models], lines)
 
 
 def glance(folder: Path) -> str:
@@ -101,9 +99,12 @@ def _in_order(names: Sequence[str]) -> Callable[[str], tuple[int, int]]:
 
 
 def untrained(folder: Path) -> str:
-    """A row a figure, method and control at the site that is read: trained, the control, their difference."""
+    """A row a figure and method at the site that is read: trained, untrained, their difference."""
     every = read_csv(folder / "untrained.csv")
-    shown = [r for r in every if r["stratum"] in ("", SHOWN_STRATUM) and r["site"] == every[0]["site"]]
+    shown = [
+        r for r in every
+        if r["stratum"] in ("", SHOWN_STRATUM) and (r["site"], r["control"]) == (every[0]["site"], "untrained")
+    ]  # fmt: skip
     order = {name: i for i, name in enumerate(dict.fromkeys(r["figure"] for r in shown))}
     lines = []
     for row in sorted(shown, key=lambda r: (order[r["figure"]], r["stratum"] != "")):
@@ -111,51 +112,8 @@ def untrained(folder: Path) -> str:
         numbers = [number(row[name], digits) for name in ("trained", "of the control", "difference")]
         low, high = number(row["difference low"], digits), number(row["difference high"], digits)
         spread_of = f"{numbers[2]} ({low} to {high})" if row["difference low"] else numbers[2]
-        lines.append([row["figure"], row["method"], row["control"], numbers[0], numbers[1], spread_of, row["verdict"]])
-    return markdown(
-        ["figure", "method", "control", "trained", "control's", "difference, 95% interval", "trained is"], lines
-    )
-
-
-def marks(folder: Path) -> str:
-    """A row a comparison that adds the new families, at the chosen site, and a method: whether its marks of a
-    fine-tuned-only latent point at them."""
-    rows = [r for r in read_csv(folder / "glance.csv") if r["stratum"] == SHOWN_STRATUM]
-    lines = []
-    for row in rows:
-        shown = row["form"] == "trained" or row["method"] == "PCA of the difference"
-        if row["pair"] not in ADD_NEW or row["site"] != rows[0]["site"] or not shown:
-            continue
-        lines.append(
-            [
-                row["pair"],
-                row["method"],
-                count(row["fine-tunes"]),
-                *(spread(row, f"auroc of {name}") for name in ("Delta", "1 - nu_err", "slopes")),
-                f"{spread(row, 'only, by Delta', count)} / {spread(row, 'only, by slopes', count)}",
-                spread(row, "recall, by slopes"),
-                spread(row, "precision, by slopes"),
-                spread(row, "best is added"),
-            ]
-        )
-    return markdown(
-        [
-            "pair", "method", "fine-tunes", "AUROC of Delta", "of 1 - nu", "of slopes", "only (Delta / slopes)",
-            "recall", "precision", "of all latents",
-        ],
-        lines,
-    )  # fmt: skip
-
-
-def tokens(folder: Path) -> str:
-    """For each method and form, how its best item and its decoded difference tell fixed tokens."""
-    every = read_csv(folder / "tokens.csv")
-    rows = [r for r in every if r["compared"] == MAIN and r["site"] == every[0]["site"]]
-    lines = []
-    for name in sorted({named(row) for row in rows}, key=_in_order([named(row) for row in rows])):
-        its = [row for row in rows if named(row) == name]
-        lines.append([name, count(str(len(its))), *(_range(its, f) for f in ("auroc", "auroc of the decoded norm"))])
-    return markdown(["reading", "fine-tunes", "AUROC of the best item", "of the decoded norm"], lines)
+        lines.append([row["figure"], row["method"], numbers[0], numbers[1], spread_of])
+    return markdown(["figure", "method", "trained", "untrained", "difference, 95% interval"], lines)
 
 
 def _range(rows: Sequence[Row], name: str, shown: Callable[[str], str] = number) -> str:
@@ -168,43 +126,92 @@ def _range(rows: Sequence[Row], name: str, shown: Callable[[str], str] = number)
 
 
 def causal(folder: Path) -> str:
-    """A row a method and set: share of the KL recovered, and the norm that was added."""
+    """A row a method and set of SHOWN_SETS: share of the KL recovered, and the norm that was added."""
     every = [r for r in read_csv(folder / "causal.csv") if (r["group"], r["measure"]) == ("new", "divergence")]
-    rows = [r for r in every if r["kind"] not in ("none", "ceiling")]
+    rows = [r for r in every if r["kind"] in SHOWN_SETS and r["n_latents"] == "16"]
     lines = []
-    for method in dict.fromkeys(r["method"] for r in rows):
-        for kind, n in dict.fromkeys((r["kind"], r["n_latents"]) for r in rows if r["method"] == method):
-            its = [r for r in rows if (r["method"], r["kind"], r["n_latents"]) == (method, kind, n)]
-            own, other = ([r for r in its if r["carrier"] == carrier] for carrier in ("own", "other"))
-            lines.append([method, kind, n, _range(own, "injected_norm"), _range(own, "recovered", share),
-                          _range(other, "recovered", share)])  # fmt: skip
+    for method, kind in dict.fromkeys((r["method"], r["kind"]) for r in rows):
+        its = [r for r in rows if (r["method"], r["kind"]) == (method, kind)]
+        own, other = ([r for r in its if r["carrier"] == carrier] for carrier in ("own", "other"))
+        lines.append([method, kind, _range(own, "injected_norm"), _range(own, "recovered", share),
+                      _range(other, "recovered", share)])  # fmt: skip
     return markdown(
-        ["method", "what is put in", "latents", "norm", "KL recovered, own layers above", "other layers above"], lines
+        ["method", "what is put in", "norm", "KL recovered, own layers above", "fine-tuned layers above"], lines
     )
 
 
-def replies(folder: Path) -> str:
-    """A row a set: accuracy of replies that the patched base writes, and programs right token by token."""
-    rows = [r for r in read_csv(folder / "causal.csv") if (r["group"], r["measure"]) == ("new", "accuracy")]
-    found = {(r["method"], r["kind"], r["n_latents"], r["carrier"]): r for r in rows}
+SHOWN_SETS = ("ranked", "components, equal norm", "untrained, equal norm", "random sets", "random directions")
+"""Of sixteen latents or directions, at the norm of the ranked latents."""
+
+
+def gates(folder: Path) -> str:
+    """A row a gate: its bound, the measured value nearest to it or furthest beyond, and whether all of it holds."""
+    every = read_csv(folder / "gates.csv")
     lines = []
-    for method, kind, n in dict.fromkeys((r["method"], r["kind"], r["n_latents"]) for r in rows):
-        its = [found[method, kind, n, carrier] for carrier in ("own", "other")]
-        what = "whole site" if kind == "ceiling" else kind
-        lines.append([method, what, count(n), number(its[0]["injected_norm"]), *(share(r["value"]) for r in its)])
-    return markdown(
-        ["method", "what is put in", "latents", "norm", "answers right, own layers above", "fine-tuned layers above"],
-        lines,
-    )
+    for name in dict.fromkeys(row["gate"] for row in every):
+        its = [row for row in every if row["gate"] == name]
+        measured = [row for row in its if row["value"]]
+        low, high = its[0]["low"], its[0]["high"]
+        bound = " to ".join(number(one, 3) for one in (low, high) if one)
+        bound = bound if low and high else f"at {'least' if low else 'most'} {bound}"
+        worst = min(measured, key=_inside, default=None)
+        nearest = f"{number(worst['value'], 3)} ({worst['model']}, {worst['family']})" if worst else NOTHING
+        failed = any(row["holds"] == "False" for row in its)
+        holds = "no" if failed else "yes" if len(measured) == len(its) else "so far" if measured else "not measured"
+        lines.append([name, bound, nearest, holds])
+    return markdown(["gate", "bound", "nearest to it", "holds"], lines)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {
-    "accuracy": accuracy,
-    "families": families,
-    "glance": glance,
-    "untrained": untrained,
-    "marks": marks,
-    "tokens": tokens,
-    "causal": causal,
-    "replies": replies,
+def _inside(row: Row) -> float:
+    """How far a value is inside its bounds."""
+    value = float(row["value"])
+    inside = [value - float(row["low"])] if row["low"] else []
+    return min([*inside, *([float(row["high"]) - value] if row["high"] else [])])
+
+
+def arms(folder: Path) -> str:
+    """A row a model: right answers by what is asked, and of arm A' those by its own formulas."""
+    rows = read_csv(folder / "models.csv")
+    asked = list(dict.fromkeys(row["questions"] for row in rows))
+    found = {(row["model"], row["questions"]): row["share"] for row in rows}
+    models = dict.fromkeys(row["model"] for row in rows)
+    lines = [[model, *(percent(found.get((model, kind), "")) for kind in asked)] for model in models]
+    return markdown(["model", *asked], lines)
+
+
+def percent(text: str) -> str:
+    """A share with one decimal of a point."""
+    return f"{float(text):.1%}" if text else NOTHING
+
+
+def whole_sites(folder: Path) -> str:
+    """A row a site: right answers of the base with the whole activation of a fine-tune, of those that the fine-tune
+    gives itself."""
+    rows = read_csv(folder / "ceilings.csv")
+    runs = list(dict.fromkeys((row["arm"], row["seed"]) for row in rows))
+    found = {(row["site"], row["arm"], row["seed"]): f"{row['whole']} of {row['fine_tuned']}" for row in rows}
+    sites = dict.fromkeys(row["site"] for row in rows)
+    lines = [[site, *(found.get((site, *run), NOTHING) for run in runs)] for site in sites]
+    return markdown(["site", *(f"{arm}, seed {seed}" for arm, seed in runs)], lines)
+
+
+def verdicts(folder: Path) -> str:
+    """A row a method: the verdict of each rule, with the first figure of D1 and of D2 and its interval."""
+    rows = [row for row in read_csv(folder / "findings.csv") if row["verdict"] != "no verdict"]
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        line = [method]
+        for rule in ("D1", "D2", "D3"):
+            its = [row for row in rows if (row["method"], row["rule"]) == (method, rule)]
+            first = its[0] if its else None
+            interval = f", {number(first['low'])} to {number(first['high'])}" if first and first["low"] else ""
+            value = f" ({number(first['value'])}{interval})" if first and first["value"] and rule != "D3" else ""
+            line.append(f"{first['verdict']}{value}" if first else NOTHING)
+        lines.append(line)
+    return markdown(["method", "D1, finds", "D2, carries", "D3, name or formula"], lines)
+
+
+STUDIES: dict[str, dict[str, Callable[[Path], str]]] = {
+    "pocket": {"accuracy": accuracy, "glance": glance, "untrained": untrained, "causal": causal},
+    "invented": {"gates": gates, "arms": arms, "whole-sites": whole_sites, "verdicts": verdicts},
 }

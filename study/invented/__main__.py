@@ -11,7 +11,7 @@
 Makes its questions from the user's FinQA files (D/clean/FinQA, or D/FinQA as downloaded), on FinQA-mini's pages where
 there are none. Writes D/invented/<model>/ (study/invented/files.py says what), R/invented/<model>/, and the tables:
 {models,gates,ceilings,dictionaries,items,causal_norm,findings}.csv, headline.png and .svg, run.json in
-docs/reference/invented/, for a rehearsal in R/invented/<model>/tables/.
+docs/reference/invented/ and docs/study.md, for a rehearsal in R/invented/<model>/tables/.
 
 No dictionary is trained before the gates hold. Runs as many commands beside each other as every GPU has memory for. A
 killed study goes on when it is started again, on another machine too, where D/invented/<model>/ without its activations
@@ -28,6 +28,7 @@ from dataclasses import asdict
 
 from finqa.models.students import load_tokenizer
 from finqa.runtime.errors import report_errors
+from finqa.runtime.paths import write_atomically
 from study.invented import verdicts
 from study.invented.diff.plan import diff_jobs, study_flags
 from study.invented.files import write_rows
@@ -60,9 +61,12 @@ def main() -> None:
         path, gates = write_gates(plan, n_tokens)
         print(f"{summary(gates)}\n{path}: {sum(one.holds is True for one in gates)} of {len(gates)} hold")
         if not args.gates:
-            from study.invented.diff.tables import write_tables
+            from study import page
+            from study.invented.diff.tables import REFERENCE, write_tables
 
             output, found = write_tables(plan, gates)
+            if output == REFERENCE:
+                write_atomically(page.PAGE, page.fill(page.PAGE.read_text(), output, "invented"))
             rehearsed = "a rehearsal, which no verdict is given on:\n" if plan.is_rehearsal else ""
             print(f"{rehearsed}{verdicts.summary(found)}\ntables and figure in {output}")
 

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from study.work import Work
 
 OUTPUT = REPOSITORY / "docs" / "reference" / "study"
-PAGE = REPOSITORY / "docs" / "study.md"
 
 
 def parse_args() -> argparse.Namespace:
@@ -126,8 +125,8 @@ def write(
         figures.draw_glance(tables.read_csv(work.output / "kinds.csv"), work.output / "glance.png", SHOWN_STRATUM)
         figures.draw_recovered(patches, work.output / "causal.png")
         write_manifest(work.output / "run.json", {"plan": work.plan}, site=list(target), why=why)
-        filled = page.fill(PAGE.read_text(), work.output)
-        write_atomically(PAGE if work.output == OUTPUT.resolve() else work.output / "study.md", filled)
+        filled = page.fill(page.PAGE.read_text(), work.output, "pocket")
+        write_atomically(page.PAGE if work.output == OUTPUT.resolve() else work.output / "study.md", filled)
         say(f"{len(rows)} tables, 3 figures")
 
 

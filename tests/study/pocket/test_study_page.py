@@ -15,9 +15,10 @@ from study import page
 from study.pocket import compare, tables
 from study.pocket.tables import read_csv, write_csv
 
-PAGE = REPOSITORY / "docs" / "study.md"
+PAGE = page.PAGE
 PRIMARY = ("last prompt token", "program before the operator")
-COMMITTED = REPOSITORY / "docs" / "reference" / "study"
+REFERENCE = REPOSITORY / "docs" / "reference"
+COMMITTED = {"pocket": REFERENCE / "study", "invented": REFERENCE / "invented"}
 NUMBER = re.compile(r"(?<![\w.-])-?\d+(?:\.\d+)?%?(?![\w.])")
 
 
@@ -130,11 +131,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def shown_numbers(text: str) -> set[str]:
-    """Every number in the cells of the page's tables, as it is written there; names of things are left out."""
+def shown_numbers(text: str, study: str = "pocket") -> set[str]:
+    """Every number in the cells of a study's tables, as it is written there; names of things are left out."""
     cells = [
         cell.strip()
         for block in page.BLOCK.finditer(text)
+        if block[2] in page.STUDIES[study]
         for line in block[3].splitlines()[2:]
         for cell in line.strip("|").split("|")
     ]
@@ -161,35 +163,61 @@ def values_of(folder: Path) -> list[float]:
 
 
 def test_every_table_of_the_page_is_filled_and_every_number_in_it_is_in_a_csv(folder: Path):
-    filled = page.fill(PAGE.read_text(), folder)
-    assert page.NOT_RUN not in filled
+    filled = page.fill(PAGE.read_text(), folder, "pocket")
+    assert page.NOT_RUN.format(study="pocket") not in filled
     numbers, values = shown_numbers(filled), values_of(folder)
-    assert {"98%", "0.44", "47", "44%", "0.81", "0.95", "7.25", "33%"} <= numbers
+    assert {"98%", "47", "5.5", "44%", "7.25", "33%"} <= numbers
     assert not [number for number in numbers if not is_in(number, values)]
 
 
 def test_a_number_that_is_in_no_csv_is_noticed(folder: Path):
-    filled = page.fill(PAGE.read_text(), folder).replace("47", "46.9")
+    filled = page.fill(PAGE.read_text(), folder, "pocket").replace("47", "46.9")
     assert [n for n in shown_numbers(filled) if not is_in(n, values_of(folder))] == ["46.9"]
 
 
-def test_the_committed_page_has_the_committed_figures_and_no_others():
-    text = PAGE.read_text()
-    assert page.fill(text, COMMITTED) == text
-    values = values_of(COMMITTED)
-    assert not [number for number in shown_numbers(text) if not is_in(number, values)]
+@pytest.mark.parametrize("study", ["pocket", "invented"])
+def test_the_committed_page_has_the_committed_figures_and_no_others(study: str):
+    text, folder = PAGE.read_text(), COMMITTED[study]
+    assert page.fill(text, folder, study) == text
+    values = values_of(folder)
+    assert not [number for number in shown_numbers(text, study) if not is_in(number, values)]
+
+
+def test_the_tables_of_the_invented_metrics_say_what_is_measured_and_what_is_not(tmp_path: Path):
+    fixed = {"n": 60, "holds": True}
+    write_csv(tmp_path / "gates.csv", [
+        {"gate": "learnt", "model": "A-seed3", "family": "far", "value": 0.95, "low": 0.8, "high": None, **fixed},
+        {"gate": "learnt", "model": "A-seed3", "family": "near", "value": 0.825, "low": 0.8, "high": None, **fixed},
+        {"gate": "known", "model": "A", "family": "f", "value": -0.031, "low": -0.02, "high": 0.02, "holds": "False"},
+        {"gate": "other", "model": "A", "family": "f", "value": 0.01, "low": None, "high": 0.05, **fixed},
+        {"gate": "other", "model": "B", "family": "f", "value": None, "low": None, "high": 0.05, "holds": None},
+    ])  # fmt: skip
+    rule = {"rule": "D1", "low": 0.41, "high": 0.93, "verdict": "finds"}
+    write_csv(tmp_path / "findings.csv", [
+        {"method": "plain", "condition": "added less absent", "value": 0.6875, **rule},
+        {"method": "plain", "condition": "p", "value": 0.001, **rule},
+        {"method": "norm", "condition": "hit", "value": 0.5, **rule, "verdict": "no verdict"},
+    ])  # fmt: skip
+    made = page.STUDIES["invented"]
+    assert made["gates"](tmp_path).splitlines()[2:] == [
+        "| learnt | at least 0.800 | 0.825 (A-seed3, near) | yes |",
+        "| known | -0.020 to 0.020 | -0.031 (A, f) | no |",
+        "| other | at most 0.050 | 0.010 (A, f) | so far |",
+    ]
+    assert made["verdicts"](tmp_path).splitlines()[2:] == ["| plain | finds (0.69, 0.41 to 0.93) | - | - |"]
+    assert made["whole-sites"](tmp_path) == ""
 
 
 def test_what_the_page_says_in_words_is_in_the_committed_figures():
-    text = PAGE.read_text().partition("## What holds\n")[2].partition("## Set-up\n")[0]
-    numbers, values = set(NUMBER.findall(text)), values_of(COMMITTED)
+    text = PAGE.read_text().partition("## What holds so far\n")[2].partition("## Invented metrics")[0]
+    numbers, values = set(NUMBER.findall(text)), values_of(COMMITTED["pocket"])
     assert len(numbers) > 2
     assert not [number for number in numbers if not is_in(number, values)]
 
 
 def test_what_readme_says_of_the_study_is_in_the_committed_figures():
     text = (REPOSITORY / "README.md").read_text().partition("**Does such a comparison find")[2].partition("[docs/")[0]
-    numbers, values = set(NUMBER.findall(text)), values_of(COMMITTED)
+    numbers, values = set(NUMBER.findall(text)), values_of(COMMITTED["pocket"])
     assert numbers
     assert not [number for number in numbers if not is_in(number, values)]
 
@@ -217,14 +245,14 @@ def test_two_runs_agree_where_their_spreads_overlap(folder: Path, tmp_path_facto
 
 
 def test_filling_again_changes_nothing_and_other_text_stays(folder: Path):
-    once = page.fill(PAGE.read_text(), folder)
-    assert page.fill(once, folder) == once
+    once = page.fill(PAGE.read_text(), folder, "pocket")
+    assert page.fill(once, folder, "pocket") == once
     assert page.BLOCK.sub("", once) == page.BLOCK.sub("", PAGE.read_text())
 
 
 def test_a_table_that_nobody_knows_is_an_error():
     with pytest.raises(KeyError, match="accuracies"):
-        page.fill("<!-- table: accuracies -->\n<!-- end of table -->", COMMITTED)
+        page.fill("<!-- table: accuracies -->\n<!-- end of table -->", COMMITTED["pocket"], "pocket")
 
 
 def test_fine_tunes_are_one_row_with_their_mean_and_their_range():
