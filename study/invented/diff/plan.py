@@ -57,6 +57,8 @@ WITHOUT = (NORM, DIVERGENCE, LOGITS, LENS)
 """Readings without a dictionary."""
 TOP = 20
 """Items of a method that are read and put into the base."""
+CARRY_GB = 65.0
+"""Memory of a GPU, in 1e9 bytes, for a job that trains dictionaries and has the base write `Lengths.batch` replies."""
 SHARES = 2
 """Jobs that share the methods of a pair where metrics were added: writing programs leaves much of a GPU idle."""
 EQUAL_L0 = 32
@@ -81,7 +83,7 @@ class Lengths:
     """Random directions, of which the top ones are taken."""
     logit_documents: int = 200
     """Documents on which tokens are mined by their logits' difference, and the adapter's output is taken."""
-    factors: tuple[float, ...] = (0.5, 2.0, 4.0)
+    factors: tuple[float, ...] = (0.5, 2.0)
     """What injected norms are multiplied by for the figure, besides 1."""
     sweep_pages: int = 15
     """Test pages that are asked for it."""
@@ -91,8 +93,8 @@ class Lengths:
     """Sites besides the primary one."""
     pairs_elsewhere: int = len(ADDED)
     """Pairs that are read at them: both arms, one fine-tuning seed."""
-    batch: int = 480
-    """Replies that are written at one time."""
+    batch: int = 960
+    """Replies that are written at one time: all questions of both arms, since a step takes nearly as long for fewer."""
     max_new_tokens: int = 96
     """A gold program has at most 53 of the main model's."""
 
@@ -229,7 +231,7 @@ def diff_jobs(plan: Plan, folders: str) -> list[Job]:
 
     for pair in added:
         after = [*chosen, f"record-{pair.run}", *needed(pair)]
-        jobs += [job("diff", pair.run, ALL_ROWS_GB, after, share=share) for share in shares]
+        jobs += [job("diff", pair.run, CARRY_GB, after, share=share) for share in shares]
     for pair in (pair for pair in added if subjects(plan, pair, "seeds")):
         jobs += [job("seeds", pair.run, ALL_ROWS_GB, [f"diff-{pair.run}-{share}"], share=share) for share in shares]
     others = [pair for pair in PAIRS if pair not in added]
