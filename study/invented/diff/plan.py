@@ -21,7 +21,7 @@ from crosscoder.names import default_layer, model_depth
 from study.invented.plan import SEEDS, Plan, run_name
 from study.invented.rows import ARMS
 from study.students.jobs import Job
-from study.students.plan import ALL_ROWS_GB, GENERATION_GB
+from study.students.plan import ALL_ROWS_GB, GENERATION_GB, MAIN, short
 
 ADDED = ("A", "B")
 """The arms whose sets of metrics are the known answer."""
@@ -89,6 +89,8 @@ class Lengths:
     """Test pages that are asked for it."""
     carry_pages: int | None = None
     """Test pages whose questions are answered by the base with items in it; None is all of them."""
+    controls: bool = True
+    """The pairs of A', K and N too."""
     other_sites: int = 3
     """Sites besides the primary one."""
     pairs_elsewhere: int = len(ADDED)
@@ -101,6 +103,8 @@ class Lengths:
 
 GAIN = 0.01
 """Explained variance of the difference: a dictionary has converged where twice the passes change it by less."""
+SHORT = Lengths(seeds=(0,), controls=False, pairs_elsewhere=0)
+"""For another model than the main one: the pairs of A and B, at the primary site."""
 QUICK = Lengths(
     seeds=(0, 1), latents=(64, 128), ks=(4, 8), rates=(1.0,), passes=1, most_passes=2, random=64,
     logit_documents=8, factors=(2.0,), sweep_pages=1, carry_pages=1, other_sites=1, pairs_elsewhere=1,
@@ -114,7 +118,9 @@ POCKET = Lengths(
 
 
 def lengths(plan: Plan) -> Lengths:
-    return QUICK if plan.quick else POCKET if plan.is_rehearsal else Lengths()
+    if plan.is_rehearsal:
+        return QUICK if plan.quick else POCKET
+    return Lengths() if plan.place.model == short(MAIN) else SHORT
 
 
 def equal_l0(lengths: Lengths) -> int:
@@ -234,7 +240,7 @@ def diff_jobs(plan: Plan, folders: str) -> list[Job]:
         jobs += [job("diff", pair.run, CARRY_GB, after, share=share) for share in shares]
     for pair in (pair for pair in added if subjects(plan, pair, "seeds")):
         jobs += [job("seeds", pair.run, ALL_ROWS_GB, [f"diff-{pair.run}-{share}"], share=share) for share in shares]
-    others = [pair for pair in PAIRS if pair not in added]
+    others = [pair for pair in PAIRS if lengths(plan).controls and pair not in added]
     jobs += [job("diff", pair.run, ALL_ROWS_GB, [*chosen, *needed(pair)]) for pair in others]
     elsewhere = added[: lengths(plan).pairs_elsewhere]
     return jobs + [job("sites", pair.run, ALL_ROWS_GB, [*chosen, *needed(pair)]) for pair in elsewhere]

@@ -115,6 +115,16 @@ def test_further_seeds_and_other_sites_are_of_the_pairs_whose_metrics_were_added
     }  # fmt: skip
 
 
+def test_another_model_than_the_main_one_is_read_in_the_short_form(tmp_path: Path):
+    plan = Plan(Place(Folders(tmp_path, tmp_path), "other"), "other/other", "FinQA-mini")
+    jobs = [job.name for job in diff_jobs(plan, study_flags(plan))]
+    runs = [f"{arm}-seed{seed}" for seed in (3, 4) for arm in "AB"]
+    assert [name for name in jobs if name.startswith("diff")] == [
+        f"diff-{run}-{share}" for run in runs for share in (1, 2)
+    ]
+    assert not [name for name in jobs if name.startswith(("seeds", "sites"))]
+
+
 def test_shares_are_all_methods_once_and_every_form_of_one_is_in_the_same(tmp_path: Path):
     plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini", quick=True)
     every = {one.method for part in ("diff", "seeds") for one in subjects(plan, BY_RUN["A-seed3"], part)}
