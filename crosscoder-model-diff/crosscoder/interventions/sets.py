@@ -154,7 +154,7 @@ class Constant:
 
 class Components:
     """The part of the difference that lies in a few directions: `basis` [directions, d_model], orthonormal (see
-    `orthonormal`). Those of the PCA, of an adapter (adapter_directions.py), or random ones (`random_basis`)."""
+    `orthonormal`). Those of the PCA, of an adapter (study/adapter_directions.py), or random ones (`random_basis`)."""
 
     reads = True
 

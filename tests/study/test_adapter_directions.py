@@ -10,7 +10,6 @@ from small_pair import small_pair
 
 from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
-from crosscoder.adapter_directions import output_directions, strongest, weight_directions
 from crosscoder.interventions.sets import (
     Components,
     Nothing,
@@ -23,6 +22,7 @@ from crosscoder.interventions.sets import (
     random_basis,
 )
 from finqa.runtime.errors import UserError
+from study.adapter_directions import output_directions, strongest, weight_directions
 
 WIDTH, RANK = 32, 4
 DOCUMENTS = [Document(f"d{n}", (1, *range(3 + n, 15 + n)), 5) for n in range(4)]
