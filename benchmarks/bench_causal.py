@@ -186,7 +186,7 @@ def teacher_forced(
 
 def whole_sites(model: Any, documents: Sequence[Any], layers: Sequence[int], args: argparse.Namespace) -> float:
     from crosscoder.activations.readers import Target
-    from crosscoder.interventions.patching import ceilings
+    from study.site_ceilings import ceilings
 
     targets = [Target(layer, site) for layer in layers for site in ("attention", "mlp", "residual")]
     started = begin(args.device)
