@@ -105,7 +105,7 @@ def latent_table(
 ) -> list[LatentRow]:
     """A row a latent, in their order, dead ones included. With `scaling` (of held-out documents) its columns too."""
     directions = [model.difference_decoder()] if model.config.n_inputs == 1 else list(model.raw_decoder().unbind(dim=1))
-    promoted = [_promoted(vectors, unembedding) for vectors in directions]
+    promoted = [promoted_tokens(vectors, unembedding, N_TOKENS) for vectors in directions]
     prompted = any(document.n_prompt > 1 for document in store.documents)
     completion = statistics.n_completion_firings / statistics.n_firings.clamp_min(1)
     template = statistics.template_share
@@ -123,7 +123,7 @@ def latent_table(
             difference_share=float(written[j]),
             mean_activation=float(statistics.mean_activation[j]),
             max_activation=float(statistics.top_values[j, 0]),
-            top_tokens=contexts.commonest_tokens(statistics.top_tokens[j]),
+            top_tokens=contexts.tokens(commonest_tokens(store, statistics.top_tokens[j])),
             example=contexts.around(int(statistics.top_tokens[j, 0])),
             promoted=contexts.tokens(promoted[-1][j]),
             promoted_instruct=contexts.tokens(promoted[0][j]) if len(promoted) == 2 else "",
@@ -137,12 +137,6 @@ def difference_shares(model: BatchTopKCrosscoder, statistics: LatentStatistics) 
     """[latent] fp64, on the CPU: LatentRow.difference_share of each; 0 where none writes any difference."""
     written = model.written_squares(statistics.mean_products.to(model.b_dec.device)).cpu()
     return written / written.sum().clamp_min(torch.finfo(torch.float64).tiny)
-
-
-def _promoted(vectors: Tensor, unembedding: Unembedding) -> list[list[int]]:
-    """Of every latent the tokens that its vector promotes; none where it has no length."""
-    tokens = promoted_tokens(vectors, unembedding, N_TOKENS).tolist()
-    return [ids if length > 0 else [] for ids, length in zip(tokens, vectors.norm(dim=-1).tolist(), strict=True)]
 
 
 def _compared(model: BatchTopKCrosscoder) -> list[dict[str, Any]]:
@@ -260,6 +254,12 @@ def most_changed(rows: Sequence[LatentRow], n: int, min_frequency: float = 0.0) 
     return sorted((row for row in rows if row.frequency > min_frequency), key=lean, reverse=True)[:n]
 
 
+def commonest_tokens(store: ActivationStore, indices: Tensor) -> tuple[int, ...]:
+    """The N_TOKENS commonest token ids at these indices of the store (-1 is none), the commonest first."""
+    counts = Counter(store.token_id[indices[indices >= 0]].tolist())
+    return tuple(token for token, _ in counts.most_common(N_TOKENS))
+
+
 class Contexts:
     """Turns token indices of a store into text."""
 
@@ -271,12 +271,6 @@ class Contexts:
     def tokens(self, ids: Sequence[int]) -> str:
         """Token ids as quoted text, so that spaces and line breaks show."""
         return " ".join(map(repr, self._spelt(ids)))
-
-    def commonest_tokens(self, indices: Tensor) -> str:
-        """Tokens at these indices (-1 is none), the commonest first."""
-        there = indices[indices >= 0]
-        counts = Counter(self._store.token_id[there].tolist())
-        return self.tokens([token for token, _ in counts.most_common(N_TOKENS)])
 
     def around(self, index: int) -> str:
         """The text up to and after one token, which is marked; empty for -1."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -131,6 +132,21 @@ class LatentPage:
     """Text around its strongest firing, which «» mark; for latents without examples."""
     examples: Examples | None
     """None where the latent is not among those that get examples, or is active on no token."""
+
+    @property
+    def shown(self) -> list[Example]:
+        """All examples, the strongest first, then band by band."""
+        if self.examples is None:
+            return []
+        return [*self.examples.strongest, *(example for band in self.examples.bands for example in band.examples)]
+
+    def tokens(self) -> Iterator[int]:
+        """The token ids that stand outside of the examples; those that stand there twice come twice."""
+        yield from self.top_tokens
+        for tokens in self.promoted:
+            yield from tokens
+        if self.examples is not None:
+            yield from (use.token_id for use in self.examples.fires_on)
 
 
 @dataclass(frozen=True)
