@@ -119,10 +119,7 @@ def patched_logits(
     """
     number, receiver, above = sides(pair, direction, carrier)
     record = halves.records[number][target.layer]
-    if value is None:
-        hidden = above.through(record.residual, range(target.layer, pair.depth), halves.frame)
-    else:
-        hidden = after_patch(receiver, above, record, target, value, halves.frame)
+    hidden = after_patch(receiver, above, record, target, value, halves.frame)
     return above.logits(hidden[halves.batch.predicting])
 
 

@@ -225,10 +225,10 @@ def _last_hidden(
 ) -> Tensor:
     """[documents, time, d_model] of the last layer with the site's activation `rows` [known, d_model] at the known
     tokens; None leaves it as it is."""
-    if rows is None:
-        return side.through(record.residual, range(target.layer, len(side.layers)), frame)
-    value = record.site(target).clone()
-    value[known] = rows.to(value)
+    value = None
+    if rows is not None:
+        value = record.site(target).clone()
+        value[known] = rows.to(value)
     return after_patch(side, side, record, target, value, frame)
 
 
