@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from crosscoder.dictionaries.config import READ_TOKENS
-from finqa.runtime.command_line import flag
-from finqa.runtime.errors import UserError
+from finqa.runtime.command_line import check_bounds, flag
 
 Value = float | int | str | None
 ColumnKind = Literal["number", "share", "count", "word", "text"]
@@ -22,7 +21,7 @@ LEVELS = 255
 class DashboardConfig:
     """What a dashboard shows, and what building it may hold in memory."""
 
-    n_with_examples: int = flag(1024, "--examples-for", metavar="LATENTS")
+    n_with_examples: int = flag(1024, "--examples-for", metavar="LATENTS", least=0)
     """Latents that get examples in the dashboard, the most interesting first (builder.by_interest)."""
     n_strongest: int = 10
     """Maximally activating examples of a latent, each from a page of its own."""
@@ -43,8 +42,7 @@ class DashboardConfig:
     """Of the draw of examples within a band."""
 
     def __post_init__(self) -> None:
-        if self.n_with_examples < 0:
-            raise UserError(f"the number of latents with examples is at least 0, not {self.n_with_examples}")
+        check_bounds(self)
 
 
 @dataclass(frozen=True)
