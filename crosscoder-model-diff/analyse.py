@@ -159,11 +159,9 @@ def summary(found: Findings) -> str:
     from crosscoder.results import class_rows
 
     explained = found.explained
-    parts = {"instruct": explained.instruct, "fine-tuned": explained.fine_tuned, "difference": explained.difference}
-    values = ", ".join(f"{part} {value:.4f}" for part, value in parts.items() if value is not None)
     dead = int(found.statistics.dead.sum())
     lines = [
-        f"held-out explained variance: {values}, at L0 {explained.l0:.1f}, n {explained.n_tokens:,} tokens",
+        f"held-out explained variance: {explained}, n {explained.n_tokens:,} tokens",
         f"latents: {len(found.rows):,}, {dead:,} of them active on no token",
     ]
     for row in class_rows(found):

@@ -267,13 +267,9 @@ def summary(run: Run, report: CrosscoderReport) -> str:
     """The last lines of the run."""
     from crosscoder.analysis.latent_scaling import meet_lines
 
-    held_out = report.held_out
-    parts = {"instruct": held_out.instruct, "fine-tuned": held_out.fine_tuned, "difference": held_out.difference}
-    explained = ", ".join(f"{part} {value:.4f}" for part, value in parts.items() if value is not None)
     k = run.crosscoder.k + run.crosscoder.k_delta
     lines = [
-        f"held-out explained variance: {explained}, at L0 {held_out.l0:.1f} (k {k}), "
-        f"on {report.n_held_out_documents} documents",
+        f"held-out explained variance: {report.held_out} (k {k}), on {report.n_held_out_documents} documents",
         f"latents: {report.dead_share:.1%} dead"
         + "".join(f", {count} {kind}" for kind, count in (report.classes or {}).items()),
     ]

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 
 from crosscoder.analysis import measures as analysis
-from crosscoder.analysis.latent_scaling import (
-    MIN_FIRINGS,
-    NU_ERR_BELOW,
-    NU_RANGE,
-    NU_REC_BELOW,
-    LatentScaling,
-)
+from crosscoder.analysis.latent_scaling import LatentScaling
 from crosscoder.analysis.measures import LatentClass
 
 NORM_BINS = 100
@@ -117,10 +111,11 @@ class ScalingPoints(NamedTuple):
     regions: dict[str, int]
     """How many lie in each of REGIONS."""
     too_few: int
-    """Latents that are left out because they are active on fewer than MIN_FIRINGS tokens of the held-out documents."""
+    """Latents that are left out because they are active on fewer than latent_scaling.MIN_FIRINGS tokens of the held-out
+    documents."""
     outside: int
     """Latents that are left out because a slope of their own model is not positive, or a ratio of slopes lies outside
-    NU_RANGE and means nothing."""
+    latent_scaling.NU_RANGE and means nothing."""
 
     @property
     def n(self) -> int:
@@ -144,19 +139,15 @@ def scaling_points(
 
 
 def _points(scaling: LatentScaling, chosen: Tensor, probe: Tensor) -> ScalingPoints:
-    err, rec = scaling.nu_err[chosen, probe], scaling.nu_rec[chosen, probe]
-    enough = scaling.n[chosen] >= MIN_FIRINGS
-    positive = (scaling.beta_err[chosen, probe, probe] > 0) & (scaling.beta_rec[chosen, probe, probe] > 0)
-    low, high = NU_RANGE
-    inside = positive & (err >= low) & (err <= high) & (rec >= low) & (rec <= high)
+    met = {condition: mask[chosen, probe] for condition, mask in scaling.met.items()}
+    enough, inside = met["n"], met["beta"] & met["nu_range"]
     shown = enough & inside
-    err, rec = err[shown], rec[shown]
-    shrunk, decoupled = err >= NU_ERR_BELOW, rec >= NU_REC_BELOW
+    shrunk, decoupled = ~met["nu_err"][shown], ~met["nu_rec"][shown]
     in_region = (~shrunk & ~decoupled, shrunk & ~decoupled, ~shrunk & decoupled, shrunk & decoupled)
     return ScalingPoints(
         latents=chosen[shown].tolist(),
-        nu_err=err.tolist(),
-        nu_rec=rec.tolist(),
+        nu_err=scaling.nu_err[chosen, probe][shown].tolist(),
+        nu_rec=scaling.nu_rec[chosen, probe][shown].tolist(),
         regions={name: int(mask.sum()) for name, mask in zip(REGIONS, in_region, strict=True)},
         too_few=int((~enough).sum()),
         outside=int((enough & ~inside).sum()),

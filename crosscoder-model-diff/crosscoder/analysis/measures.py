@@ -35,6 +35,15 @@ class ExplainedVariance(NamedTuple):
     """Mean active latents a token, without which no explained variance can be compared."""
     n_tokens: int
 
+    @property
+    def parts(self) -> dict[str, float]:
+        """Of each model and of their difference, by name; without the models of a difference SAE."""
+        every = {"instruct": self.instruct, "fine-tuned": self.fine_tuned, "difference": self.difference}
+        return {name: value for name, value in every.items() if value is not None}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.4f}" for name, value in self.parts.items()) + f", at L0 {self.l0:.1f}"
+
 
 class _Moments:
     """Sums in fp64 for one explained variance; `shift` keeps the difference of large sums exact."""

@@ -52,12 +52,11 @@ def leading(rows: Sequence[LatentRow]) -> str:
 
 
 def explained(found: Findings) -> str:
-    parts = found.explained
-    models = {"the instruct model": parts.instruct, "the fine-tuned model": parts.fine_tuned}
-    of = [f"{value:.1%} of the variance of {name}" for name, value in models.items() if value is not None]
-    of.append(f"{parts.difference:.1%} of the variance of their difference")
+    whose = {"instruct": "the instruct model", "fine-tuned": "the fine-tuned model", "difference": "their difference"}
+    of = [f"{value:.1%} of the variance of {whose[name]}" for name, value in found.explained.parts.items()]
+    l0 = found.explained.l0
     return (
-        f"On held-out documents this dictionary explains {listed(of)}, with {parts.l0:.1f} latents active at once. "
+        f"On held-out documents this dictionary explains {listed(of)}, with {l0:.1f} latents active at once. "
         "What it does not explain of the difference, this page cannot show."
     )
 
