@@ -17,6 +17,7 @@ from crosscoder.activations.store import ActivationStore, read_set_config
 from crosscoder.names import OWN_FIELDS, ActivationChoice, find_folder
 from crosscoder.own_pair import STUDENT_FIELDS, OwnPair, find_model, one_tokenizer
 from finqa.models import students
+from finqa.models.adapters import is_adapter
 from finqa.models.weights import weights_hash
 from finqa.runtime.commands import typed
 from finqa.runtime.errors import UserError
@@ -166,10 +167,6 @@ def inputs_of(choice: ActivationChoice, facts: dict[str, Any], documents: list[D
         pair = {"models": asdict(choice.pair), "student": of_student, "set": of_set}
         found |= {"model": choice.student.model, "pair": json.loads(json.dumps(pair, default=str))}
     return found
-
-
-def is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").exists()
 
 
 def is_collected(folder: Path, fingerprint: str, overwrite: bool) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 from finqa.evaluation.engines.data_parallel import parallel_engines
 from finqa.evaluation.engines.vllm_engine import EngineArguments, LogProbs, vllm_engine, vllm_generate, vllm_logprobs
 from finqa.evaluation.generation import Generate, GenerationConfig, end_ids
-from finqa.models.adapters import check_adapter
+from finqa.models.adapters import check_adapter, is_adapter
 from finqa.models.merging import merged
 from finqa.models.students import (
     StudentRun,
@@ -92,7 +92,7 @@ def _not_used(model: Path) -> dict[str, Any]:
 def _served(
     run: StudentRun, student: Path | None, wanted: Sequence[Model], config: GenerationConfig
 ) -> Generator[Served, None, None]:
-    adapter = student is not None and (student / "adapter_config.json").exists()
+    adapter = student is not None and is_adapter(student)
     if "fine-tuned" in wanted and student is None:
         raise ValueError("a fine-tuned model is wanted and no folder given")
     if student is not None:
