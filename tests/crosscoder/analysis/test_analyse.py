@@ -467,7 +467,7 @@ def test_a_killed_run_has_all_that_is_cheap_and_goes_on_to_the_report_of_an_unin
     monkeypatch.setattr("finqa.runtime.time_left.FIRST_S", 0)
     assert run_here(*made.words(), "--results-dir", whole.parent, *EXTRAS) == 0
     n_cells = len((whole / "causal" / "cells.jsonl").read_text().splitlines())
-    assert re.search(rf"\nabout \d+ seconds? for {n_cells} cells on 1 documents\n", capsys.readouterr().out)
+    assert re.search(rf"\n[\d:]{{8}} about \d+ seconds? for {n_cells} cells on 1 documents\n", capsys.readouterr().out)
     words = [*made.words(), "--results-dir", killed.parent, *EXTRAS]
 
     def lines(name: str) -> int:
