@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from crosscoder.activations.feed import BATCHES_AHEAD, Feed
+from crosscoder.activations.feed import Feed
 from crosscoder.activations.feed import ShuffledOrder as ShuffledOrder
 from crosscoder.dictionaries.checkpoint import check_files, tensors_hash
 from crosscoder.dictionaries.config import N_MODELS, READ_TOKENS, check_types
@@ -216,14 +216,14 @@ class ActivationStore:
                 out[order[first:last]] = self._shard(shard).index_select(0, rising[first:last] - self._starts[shard])
         return out
 
-    def feed(self, batches: Iterable[Tensor], device: torch.device | str = "cpu", ahead: int = BATCHES_AHEAD) -> Feed:
+    def feed(self, batches: Iterable[Tensor], device: torch.device | str = "cpu") -> Feed:
         """Batches of token indices with their activations on `device`, the next ones read while the current one is
         computed with. `batches` is gone through in another thread.
 
         with store.feed(map(order.batch, range(first_step, total_steps)), "cuda") as batches:
             for indices, activations in batches: ...
         """
-        return Feed(self.read, batches, device, ahead)
+        return Feed(self.read, batches, device)
 
     def check(self) -> None:
         """Raises UserError where a shard is not as it was written."""
