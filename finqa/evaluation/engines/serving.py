@@ -72,7 +72,14 @@ def served_models(
     Raises UserError where the student was trained on another base.
     """
     quiet_libraries()
-    with closing(_served(run, student, wanted, config)) as models:
+    if student is not None:
+        base = resolve_model(run.model, run.revision)
+        check_adapter(student, base)
+        check_base(student, base)
+    elif "fine-tuned" in wanted:
+        raise ValueError("a fine-tuned model is wanted and no folder given")
+    adapter = student is not None and is_adapter(student)
+    with closing((_by_vllm if config.vllm else _by_hugging_face)(run, student, adapter, wanted, config)) as models:
         for served in models:
             folder = student if served.model == "fine-tuned" and served.facts["adapter"] == "none" else None
             not_used = _not_used(folder or Path(resolve_model(run.model, run.revision)))
@@ -89,22 +96,9 @@ def _not_used(model: Path) -> dict[str, Any]:
     return {name: said[name] for name in kept}
 
 
-def _served(
-    run: StudentRun, student: Path | None, wanted: Sequence[Model], config: GenerationConfig
-) -> Generator[Served, None, None]:
-    adapter = student is not None and is_adapter(student)
-    if "fine-tuned" in wanted and student is None:
-        raise ValueError("a fine-tuned model is wanted and no folder given")
-    if student is not None:
-        base = resolve_model(run.model, run.revision)
-        check_adapter(student, base)
-        check_base(student, base)
-    yield from (_by_vllm if config.vllm else _by_hugging_face)(run, student, adapter, wanted, config)
-
-
 def _by_hugging_face(
     run: StudentRun, student: Path | None, adapter: bool, wanted: Sequence[Model], config: GenerationConfig
-) -> Iterator[Served]:
+) -> Generator[Served, None, None]:
     from finqa.evaluation.engines.hugging_face_engine import hugging_face
 
     tokenizer = tokenizer_of(run, student)
@@ -124,7 +118,7 @@ def _by_hugging_face(
 
 def _by_vllm(
     run: StudentRun, student: Path | None, adapter: bool, wanted: Sequence[Model], config: GenerationConfig
-) -> Iterator[Served]:
+) -> Generator[Served, None, None]:
     """One engine a model; on a GPU one for base and adapter.
 
     An adapter of rank 512 takes 2.2 times the base's time on a 7B model (benchmarks/results/evaluation_lora.md), which
