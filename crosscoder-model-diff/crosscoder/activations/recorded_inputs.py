@@ -129,29 +129,19 @@ def describe_inputs(
         how = "merged model"
     else:
         how = "adapter switched on" if is_adapter(fine_tuned) else "fine-tuned as a whole"
-    if choice.pair:
-        return {
-            "dataset": choice.pair.name,
-            "keep_bos": choice.keep_bos,
-            "load_in_4bit": choice.student.load_in_4bit,
-            "fine_tuned": how,
-            "base_hash": weights_hash(base),
-            "fine_tuned_hash": weights_hash(fine_tuned),
-        }
-    other = {"against": choice.against, "against_hash": weights_hash(instruct)} if instruct else {}
-    return {
-        "dataset": choice.student.dataset,
-        "split": choice.split,
-        "model": choice.student.model,
-        "model_id": choice.student.model_id,
-        "raw": choice.raw,
+    student = choice.student
+    facts: dict[str, Any] = {"dataset": student.dataset}
+    if not choice.pair:
+        facts |= {"split": choice.split, "model": student.model, "model_id": student.model_id, "raw": choice.raw}
+        facts |= {"rows_hash": "+".join(map(file_hash, rows_files))}
+    if instruct:
+        facts |= {"against": choice.against, "against_hash": weights_hash(instruct)}
+    return facts | {
         "keep_bos": choice.keep_bos,
-        "load_in_4bit": choice.student.load_in_4bit,
+        "load_in_4bit": student.load_in_4bit,
         "fine_tuned": how,
         "base_hash": weights_hash(base),
         "fine_tuned_hash": weights_hash(fine_tuned),
-        "rows_hash": "+".join(map(file_hash, rows_files)),
-        **other,
     }
 
 

@@ -23,7 +23,6 @@ from crosscoder.training.gpu.pairs import (
     Pairs,
     Selection,
     index_type,
-    laid_out_like,
     largest,
     latents_first,
     starts_of,
@@ -309,8 +308,8 @@ class GpuStep:
         """Adam's state of a parameter, made where it has none: moments as [latent, width], and the step count."""
         state: dict[str, Any] = self.optimizer.state[parameter]
         for name in ("exp_avg", "exp_avg_sq"):
-            there = state.get(name)
-            state[name] = torch.zeros_like(parameter.data) if there is None else laid_out_like(there, parameter.data)
+            moment = torch.zeros_like(parameter.data)
+            state[name] = moment if state.get(name) is None else moment.copy_(state[name])  # laid out as the parameter
         state.setdefault("step", torch.zeros((), device=parameter.device))
         first, second = (
             latents_first(state[name]) if transposed else state[name].view(self.n_latents, self.width)
