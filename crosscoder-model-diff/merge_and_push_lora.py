@@ -52,7 +52,7 @@ class Divergence(NamedTuple):
     base: float
     """KL(base + adapter || base): what the adapter does."""
     agreement: float
-    """Of merged and base + adapter."""
+    """Share of tokens whose likeliest successor is the same in merged and base + adapter."""
     n_tokens: int
 
 

@@ -45,7 +45,7 @@ UNNAMED = "unnamed"
 DEFAULT_DEPTH = 32
 """Layers of the default model."""
 OWN_FIELDS = ("num_samples", "layer", "site", "keep_bos", "keep_outliers")
-"""Of an ActivationChoice, what applies to two models of the user's own."""
+"""Fields of an ActivationChoice that apply to two models of the user's own."""
 
 
 @dataclass(frozen=True)

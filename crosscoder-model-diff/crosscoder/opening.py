@@ -45,7 +45,7 @@ class Reading:
     """Its tokens, by whether their document was held out of training."""
     tokenizer: PreTrainedTokenizerBase
     unembedding: Unembedding
-    """Of the base model."""
+    """Unembedding of the base model."""
     results: Path
     """Folder of its figures and tables."""
     families: Mapping[str, str] = field(default_factory=dict)

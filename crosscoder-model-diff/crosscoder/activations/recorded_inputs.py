@@ -81,7 +81,7 @@ def check_every_split_is_reached(choice: ActivationChoice, n_rows: Sequence[int]
 
 
 def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path) -> tuple[list[Document], Any]:
-    """The first --num-samples rows as token ids, the same for both models' tokenizers; and the base model's."""
+    """The first --num-samples rows as token ids, the same for both models' tokenizers; and that of the base."""
     student = choice.student
     tokenizer: Any = students.tokenizer_of(student, fine_tuned)
     longest = student.settings.max_seq_length
@@ -105,7 +105,7 @@ def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path)
 def tokenize_texts(
     texts: Sequence[OwnText], choice: ActivationChoice, pair: OwnPair, fine_tuned: Path
 ) -> tuple[list[Document], Any]:
-    """The same of texts of the user's own, of which a long one is cut."""
+    """The first --num-samples texts of the user's own as token ids, long ones cut; and the base model's tokenizer."""
     student, chosen = choice.student, texts[: choice.num_samples]
     if len(chosen) < len(texts):
         print(f"{pair.text} holds {len(texts)} documents, the first {len(chosen)} are taken; more with --num-samples")

@@ -16,7 +16,7 @@ from crosscoder.analysis.measures import LatentClass
 NORM_BINS = 100
 FREQUENCY_BINS_PER_DECADE = 8
 REGIONS = ("exclusive", "complete shrinkage", "latent decoupling", "both")
-"""Of the plane of nu_err and nu_rec, as latent scaling cuts it."""
+"""Regions of the plane of nu_err and nu_rec, as latent scaling cuts it."""
 
 
 class Histogram(NamedTuple):
@@ -31,14 +31,14 @@ class Histogram(NamedTuple):
 
 
 def histogram(values: Tensor, edges: Tensor) -> Histogram:
-    """Of [n] numbers, on any edges that rise; what lies outside, or is not a number, is not counted."""
+    """Counts of [n] numbers between edges that rise; what lies outside, or is not a number, is not counted."""
     values = values.double().cpu()
     counts, _ = torch.histogram(values[values.isfinite()], edges.double())
     return Histogram(edges.tolist(), [int(count) for count in counts.tolist()])
 
 
 def relative_norms(norms: Tensor) -> Histogram:
-    """Of the relative decoder norm of [latent, 2] `norms`."""
+    """Histogram of the relative decoder norms of [latent, 2] `norms`."""
     return histogram(analysis.relative_decoder_norm(norms), torch.linspace(0, 1, NORM_BINS + 1, dtype=torch.float64))
 
 
@@ -52,7 +52,7 @@ class ClassCount(NamedTuple):
 
 
 def class_counts(norms: Tensor) -> list[ClassCount]:
-    """Of [latent, 2] `norms`, from instruct-only to fine-tuned-only; `between` is there twice, on either side."""
+    """Counts by class of [latent, 2] norms, from instruct-only to fine-tuned-only; `between` stands on either side."""
     deltas = analysis.delta(norms)
     kinds = analysis.classify(deltas)
     low, high = analysis.INSTRUCT_ONLY_BELOW, analysis.FINE_TUNED_ONLY_ABOVE
@@ -79,7 +79,8 @@ def class_counts(norms: Tensor) -> list[ClassCount]:
 def frequencies(
     frequency: Tensor, n_tokens: int, kinds: Sequence[LatentClass] | None = None
 ) -> Mapping[LatentClass | None, Histogram]:
-    """Of how often latents are active, on a log axis from one token in `n_tokens` to all; dead ones are not counted.
+    """Histograms of how often latents are active, on a log axis from one token in `n_tokens` to all; dead latents are
+    not counted.
 
     By class where `kinds` gives each latent's, without those that have none; else one, under None.
     """

@@ -51,19 +51,19 @@ class LatentRow:
     """Length of the decoder vector in the instruct model's own units."""
     fine_tuned_norm: float | None
     cosine: float | None
-    """Of the two decoder vectors; None for a difference SAE."""
+    """Cosine of the two decoder vectors; None for a difference SAE."""
     frequency: float
     """Share of tokens on which it is active."""
     completion_share: float | None
-    """Of the tokens on which it is active, the share in completions (programs, of FinQA); 0 where it is active on none,
-    None where no document has a prompt."""
+    """Share in completions (programs, of FinQA) of the tokens on which it is active; 0 where it is active on none, None
+    where no document has a prompt."""
     template_share: float | None
-    """Of its summed activation, the share on tokens that every document has alike (statistics.template_share); None
+    """Share of its summed activation on tokens that every document has alike (statistics.template_share); None
     where the kinds of the tokens were not asked for, or the set has no such tokens."""
     difference_share: float
-    """Of what all latents write into the difference of the models, this one's part: the mean squared length of what it
-    adds to fine-tuned less instruct, over the sum of all latents. In the models' own units; what two latents write
-    together is left out."""
+    """Its part of what all latents write into the difference of the models: the mean squared length of what it adds to
+    fine-tuned less instruct, over the sum of all latents. In the models' own units; what two latents write together is
+    left out."""
     mean_activation: float
     max_activation: float
     top_tokens: str
@@ -73,7 +73,7 @@ class LatentRow:
     promoted: str
     """Tokens that its fine-tuned decoder vector promotes (logit lens); a difference SAE's one vector."""
     promoted_instruct: str
-    """The same of its instruct decoder vector."""
+    """Tokens that its instruct decoder vector promotes."""
     scaling_firings: int | None = None
     """Tokens of the held-out documents on which it is active; this and the next are of latent scaling."""
     beta_err: float | None = None
@@ -89,7 +89,7 @@ class LatentRow:
     instruct_verdict: str = ""
     """What latent scaling says of it as an instruct-only latent (latent_scaling.verdict); empty where it is dead."""
     fine_tuned_verdict: str = ""
-    """The same as a fine-tuned-only one."""
+    """What latent scaling says of it as a fine-tuned-only latent; empty where it is dead."""
     change: float | None = None
     """How far it turned when a stagewise SAE was trained on with the fine-tuned model, 0 to 2 (StagewiseSAE.change):
     1 less the mean cosine of its encoder and its decoder vector before and after; None for other methods."""
@@ -250,7 +250,7 @@ def lean(row: LatentRow) -> tuple[float, float]:
 
 
 def most_changed(rows: Sequence[LatentRow], n: int, min_frequency: float = 0.0) -> list[LatentRow]:
-    """Of the latents that are active on more than this share of the tokens, the `n` that changed most (`lean`)."""
+    """The `n` latents that changed most (`lean`), of those that are active on more than this share of the tokens."""
     return sorted((row for row in rows if row.frequency > min_frequency), key=lean, reverse=True)[:n]
 
 

@@ -80,7 +80,7 @@ def write_neuronpedia(reading: Reading, dashboard: Dashboard, config: DashboardC
 
 
 def _logits(reading: Reading, vectors: Tensor, vocabulary: dict[int, str], n: int) -> Iterator[dict[str, Any]]:
-    """Of each of [latent, d_model] `vectors`: the tokens whose logits it raises and lowers most, and the histogram of
+    """For each of [latent, d_model] `vectors` the tokens whose logits it raises and lowers most, and the histogram of
     all."""
     import torch
 
@@ -128,7 +128,7 @@ def _activation(
 
 
 def _middles(low: float, high: float, n: int) -> list[float]:
-    """Of n equal bins."""
+    """Middles of n equal bins from `low` to `high`."""
     return _short(low + (i + 0.5) * (high - low) / n for i in range(n))
 
 

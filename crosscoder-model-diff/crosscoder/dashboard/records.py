@@ -31,7 +31,7 @@ class DashboardConfig:
     tokens_after: int = 12
     """Context of an example, in tokens; less at the ends of its document."""
     n_bins: int = 30
-    """Of a latent's histogram, from 0 to its largest activation."""
+    """Bins of a latent's histogram, from 0 to its largest activation."""
     n_promoted: int = 10
     n_nearest: int = 8
     n_fires_on: int = 10
@@ -39,7 +39,7 @@ class DashboardConfig:
     """Firings gathered in one pass over the set, about 40 bytes each at the peak; more than that take more passes."""
     batch_size: int = READ_TOKENS
     seed: int = 0
-    """Of the draw of examples within a band."""
+    """Seed of the draw of examples within a band."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -93,9 +93,9 @@ class TokenUse:
     token_id: int
     n_firings: int
     share: float
-    """Of the token's occurrences, those that it fires on."""
+    """Share of the token's occurrences that the latent fires on."""
     mean: float
-    """Activation, over those."""
+    """Mean activation over the occurrences that it fires on."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Dashboard:
     facts: tuple[tuple[str, str], ...]
     """What was read, as pairs of a label and a text."""
     columns: tuple[Column, ...]
-    """Those that exist for this dictionary."""
+    """The columns that exist for this dictionary."""
     directions: tuple[str, ...]
     """Whose decoder vectors a latent has: instruct and fine-tuned, or the difference alone."""
     chosen_by: str

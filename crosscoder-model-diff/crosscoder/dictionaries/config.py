@@ -49,7 +49,7 @@ class CrosscoderConfig:
     published run did: there a drift of the norms changes what is selected."""
     method: Method = "batchtopk"
     """`batchtopk`: the k * batch largest scores of a batch are active. `l1`: every positive latent is, and the loss
-    has a price on values (Lindsey et al. 2024). `partition`: most latents have one decoder vector for both models,
+    has an L1 penalty (Lindsey et al. 2024). `partition`: most latents have one decoder vector for both models,
     the last `n_delta` one for each. `dedicated`: a crosscoder in which either model has latents of its own, which
     neither read nor write the other. `difference-sae`: a BatchTopK autoencoder of x[1] - x[0], decoder of unit norm.
     `stagewise-sae`: an autoencoder of the instruct model that is then trained on with the fine-tuned one."""
@@ -139,9 +139,9 @@ class TrainingConfig:
     """lambda on the squared error of the difference, |e[1] - e[0]|^2 (sum over features, mean over tokens). `equal`:
     the weight at which the models' sum and difference count alike, taken from the data."""
     l1_weight: float = flag(0.0, group="loss", shown="0; l1: 0.7")
-    """Price of sum over latents of value * (norm W_dec[j,0] + norm W_dec[j,1]), mean over tokens."""
+    """L1 coefficient, on the sum over latents of value * (norm W_dec[j,0] + norm W_dec[j,1]), mean over tokens."""
     l1_warmup_fraction: float = 0.05
-    """Share of the steps over which that price rises from 0."""
+    """Share of the steps over which that coefficient rises from 0."""
     aux_weight: float = flag(1 / 32, group="loss", shown="1/32")
     """Weight of the auxiliary loss, which is about 1 at most; only dead latents receive its gradient."""
     aux_k: int | None = None
@@ -165,7 +165,7 @@ class TrainingConfig:
     threshold_from_step: int = 10
     """Step after which the threshold follows the smallest selected score."""
     threshold_decay: float = 0.99
-    """Of the running average of that score."""
+    """Decay of the running average of that score."""
     calibration_tokens: int = 131_072
     """Training tokens, at most, on which the threshold is set after the last step."""
     precision: Precision = flag("auto")

@@ -100,7 +100,7 @@ class Pair(NamedTuple):
 
 
 def pair_of(instruct: Any, fine_tuned: Any = None) -> Pair:
-    """Of two whole models, or of one with an adapter (a PeftModel) alone. UserError where they cannot be paired."""
+    """A pair of two whole models, or of one with an adapter (a PeftModel). UserError where they cannot be paired."""
     if fine_tuned is None:
         whole = instruct.get_base_model()
         return Pair(Side(whole, _switch(instruct, off=True)), Side(whole, _switch(instruct, off=False)))

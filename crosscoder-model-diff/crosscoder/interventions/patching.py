@@ -83,7 +83,7 @@ class Halves:
     batch: Batch
     frame: Frame
     records: tuple[dict[int, LayerRecord], dict[int, LayerRecord]]
-    """Of the instruct and the fine-tuned model, by layer (from 1)."""
+    """What the patched layers of the instruct and of the fine-tuned model gave, by layer (from 1)."""
     reference: Tensor
     """[predicting positions, vocabulary] fp32: the fine-tuned model's logits, document after document."""
 
@@ -125,7 +125,7 @@ def patched_logits(
 
 @torch.no_grad()
 def agreement(logits: Tensor, fine_tuned: Tensor, batch: Batch) -> Agreement:
-    """Of a model's logits at the predicting positions with the fine-tuned model's."""
+    """How near a model's logits at the predicting positions are to the fine-tuned model's."""
     ours, theirs = logits.log_softmax(-1), fine_tuned.log_softmax(-1)
     divergence = (theirs.exp() * (theirs - ours)).sum(-1).double()
     true = torch.roll(batch.ids, -1, dims=1)[batch.predicting]

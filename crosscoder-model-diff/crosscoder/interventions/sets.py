@@ -237,7 +237,7 @@ def difference_parts(dictionary: BatchTopKCrosscoder) -> Tensor:
 
 
 def dictionary_digest(dictionary: BatchTopKCrosscoder) -> str:
-    """Of all that shapes what a trained dictionary reads and writes; taken once."""
+    """Hash of all that shapes what a trained dictionary reads and writes; taken once."""
     if dictionary not in _digests:
         means = [] if dictionary.activation_means is None else [dictionary.activation_means]
         thresholds, scales = dictionary.latent_thresholds(), torch.tensor(dictionary.activation_scales)
@@ -248,7 +248,7 @@ def dictionary_digest(dictionary: BatchTopKCrosscoder) -> str:
 
 
 def digest(*values: Tensor | float) -> str:
-    """Of the very numbers, wherever they lie."""
+    """Hash of the very numbers, wherever they lie."""
     found = hashlib.sha256()
     for value in values:
         tensor = torch.as_tensor(value).detach().cpu().contiguous()
@@ -258,7 +258,7 @@ def digest(*values: Tensor | float) -> str:
 
 
 def weights_digest(model: Any) -> str:
-    """Of a model in memory: sums of its parameters' bits, which no order of summation changes, on any device."""
+    """Hash of a model in memory, from sums of its parameters' bits, so that no device or order changes it."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.uint8}
     found = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

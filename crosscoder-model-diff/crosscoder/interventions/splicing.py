@@ -57,7 +57,7 @@ ROWS_AT_ONCE = 512
 
 
 class LossRecovered(NamedTuple):
-    """Of one model, over one choice of tokens, against one ablation. Cross-entropies in nats a token."""
+    """Loss recovered in one model, over one choice of tokens, against one ablation. Cross-entropies in nats a token."""
 
     model: str
     """instruct or fine-tuned."""
@@ -90,7 +90,7 @@ class SpliceLosses:
     sums: Tensor
     """[document, model, condition, tokens]: cross-entropy, nats; not a number where a model was not spliced."""
     divergences: Tensor
-    """The same of KL(clean || condition)."""
+    """[document, model, condition, tokens]: KL(clean || condition), nats; not a number in the same places."""
     counts: Tensor
     """[document, tokens] int64."""
 

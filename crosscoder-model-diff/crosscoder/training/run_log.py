@@ -23,7 +23,7 @@ class StepRecord(NamedTuple):
     reconstruction: float
     auxiliary: float
     explained_variance: tuple[float, ...]
-    """Of the instruct and the fine-tuned model, or of their difference alone, on the training batch
+    """Explained variance of the instruct and the fine-tuned model, or of their difference alone, on the training batch
     (losses.batch_explained_variance)."""
     explained_variance_published: tuple[float, ...]
     """The published run's figure (losses.published_explained_variance)."""
@@ -39,9 +39,9 @@ class StepRecord(NamedTuple):
     l0: float = 0.0
     """Mean active latents a token."""
     explained_variance_of_difference: float | None = None
-    """Of fine-tuned less instruct, in the models' own units; None for the two SAEs, which read one vector a token."""
+    """Explained variance of fine-tuned less instruct, in the models' own units; None for the SAEs, of one input."""
     difference: float = 0.0
-    """The difference term and the L1 price, before their weights; 0 where they are off."""
+    """The difference term and the L1 penalty, before their weights; 0 where they are off."""
     l1: float = 0.0
     stage: int | None = None
     """The model that a stagewise SAE reads at this step, whose the explained variance then is; None for others."""

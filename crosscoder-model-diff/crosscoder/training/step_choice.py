@@ -21,7 +21,7 @@ def not_by_hand(
         f"method {crosscoder.method}": crosscoder.method != "batchtopk",
         "a frozen decoder": config.freeze_decoder,
         "a difference term": config.difference_weight != 0,
-        "a price of L1": config.l1_weight > 0,
+        "an L1 penalty": config.l1_weight > 0,
         f"{ranks.world} processes": ranks.world > 1,
         f"the device {device.type}": device.type != "cuda",
         "no Triton is installed": find_spec("triton") is None,

@@ -45,7 +45,7 @@ class Served:
     facts: dict[str, Any]
     """Engine, adapter (none, merged, unmerged, request), dtype, device: for run.json."""
     logprobs: LogProbs | None = None
-    """Of one vLLM engine alone."""
+    """Log-probabilities by the model, which one vLLM engine alone can give."""
 
 
 def check_backend(run: StudentRun, vllm: bool) -> None:

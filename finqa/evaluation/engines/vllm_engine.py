@@ -40,8 +40,8 @@ TOP_LOGPROBS = 20
 
 
 LogProbs = Callable[[Sequence[tuple[list[int], int]]], list[list[dict[int, float]]]]
-"""Of sequences (token ids, how many of them are prompt): for every completion token of each, log-probabilities by
-token id of the likeliest tokens at its place, and of itself."""
+"""From sequences (token ids, how many of them are prompt) to log-probabilities by token id, for every completion token
+of each: of the likeliest tokens at its place, and of itself."""
 
 
 @dataclass(frozen=True)

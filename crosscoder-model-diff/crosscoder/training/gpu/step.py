@@ -33,19 +33,19 @@ from crosscoder.training.step import Step
 CAPACITY = 4
 """Candidates of the selection that there is room for, over the pairs that are kept."""
 BOUND = 0.9
-"""Of the last step's smallest kept score, at first: pairs below are no candidates. It moves so that there are between
-ENOUGH and MANY times the pairs that are kept: some room on both sides for what a step changes."""
+"""Share of the last step's smallest kept score, at first: pairs below are no candidates. It moves so that there are
+between ENOUGH and MANY times the pairs that are kept: some room on both sides for what a step changes."""
 ENOUGH, MANY = 1.3, 2.0
 SEARCH_STEPS = 40
 """Bounds that are tried where that one was no good, before the selection is made over all pairs."""
 SAMPLED_TOKENS = 64
-"""Whose scores the search of a bound starts from."""
+"""Tokens whose scores the search of a bound starts from."""
 SMALLEST_SQUARE = 1e-30
-"""Of an error's length, before it is divided by."""
+"""Smallest square of an error's length, which is divided by."""
 ALIGNED = 64
 """Rows that dead latents are filled up to: products of odd sizes take four times as long."""
 ROUNDING = 1e-5
-"""Of a difference of sums in fp32, relative to them."""
+"""Rounding of a difference of sums in fp32, relative to them."""
 CLIP_EPSILON = 1e-6
 """As in torch.nn.utils.clip_grad_norm_."""
 
