@@ -48,7 +48,7 @@ def reader(model: PreTrainedModel, targets: Sequence[Target], kind: ReaderKind =
     With a LoRA adapter in the model's layers, what it reads is the model with or without the adapter, as the adapter
     is switched at the time of the call. UserError where the model has no such layers.
     """
-    layers = decoder_layers(model)
+    layers = llama_layers(model)
     for target in targets:
         if not 1 <= target.layer <= len(layers):
             raise UserError(f"--layer {target.layer}: the model has layers 1 to {len(layers)}")
@@ -80,7 +80,7 @@ def adapter_readers(
     return with_the_other if instruct else without_adapter, read
 
 
-def decoder_layers(model: Any) -> Any:
+def llama_layers(model: Any) -> Any:
     """The decoder layers of a Llama-like model; UserError where it has none."""
     layers = getattr(getattr(model, "model", None), "layers", None)
     if layers is None:
@@ -104,7 +104,7 @@ class _EverythingRead(Exception):
 
 
 def _hook_reader(model: PreTrainedModel, targets: Sequence[Target]) -> Read:
-    layers = decoder_layers(model)
+    layers = llama_layers(model)
     last = max(targets, key=_when_it_runs)
 
     def read(ids: Tensor) -> list[Tensor]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from crosscoder.activations.readers import Target, decoder_layers, hidden_of, site_module
+from crosscoder.activations.readers import Target, hidden_of, llama_layers, site_module
 from finqa.runtime.errors import UserError
 
 Edit = Callable[[Tensor], Tensor]
@@ -40,7 +40,7 @@ class Side:
         """`active` opens the context in which the model is this side: its adapter switched off, say."""
         self.model = model
         self.active = active
-        self.layers: Sequence[nn.Module] = decoder_layers(model)
+        self.layers: Sequence[nn.Module] = llama_layers(model)
 
     @property
     def device(self) -> torch.device:
