@@ -64,8 +64,7 @@ class CrosscoderConfig:
         for name in ("d_model", "n_latents", "k"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         _require(self.k <= self.n_latents, f"k ({self.k}) is more than the {self.n_latents} latents")
-        _require_choice("score_norm", self.score_norm, ScoreNorm)
-        _require_choice("method", self.method, Method)
+        _require_choices(self)
         if self.method == "dedicated":
             _require(
                 0 < self.reserved_share < 0.5 and 1 <= self.n_reserved < self.n_latents / 2,
@@ -204,14 +203,7 @@ class TrainingConfig:
             (self.anneal_k_from is not None) == (self.anneal_fraction > 0),
             "anneal_k_from and anneal_fraction need each other: with no steps to fall in, k would stay where it starts",
         )
-        for name, choices in (
-            ("reconstruction", Reconstruction),
-            ("precision", Precision),
-            ("decay", Decay),
-            ("directions", Directions),
-        ):
-            _require_choice(name, getattr(self, name), choices)
-        _require(self.decoder_bias in ("zero", "median"), f"decoder_bias is zero or median, not {self.decoder_bias}")
+        _require_choices(self)
         _require(not (self.untrained and self.freeze_decoder), "untrained and freeze_decoder exclude each other")
 
     def total_steps(self, n_tokens: int) -> int:
@@ -296,5 +288,9 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _require_choice(name: str, value: str, choices: Any) -> None:
-    _require(value in get_args(choices), f"{name} is one of {', '.join(get_args(choices))}, not {value}")
+def _require_choices(config: CrosscoderConfig | TrainingConfig) -> None:
+    """UserError where a field is none of the words that its type names."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal:
+            choices, value = get_args(hint), getattr(config, name)
+            _require(value in choices, f"{name} is one of {', '.join(choices)}, not {value}")
