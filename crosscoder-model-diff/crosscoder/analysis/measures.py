@@ -108,6 +108,13 @@ def decoder_norms(model: BatchTopKCrosscoder) -> Tensor:
     return model.raw_decoder().norm(dim=-1).cpu()
 
 
+def decoder_directions(model: BatchTopKCrosscoder) -> dict[str, Tensor]:
+    """[latent, d_model] decoder vectors in the models' own units, by whose they are."""
+    if model.config.n_inputs == N_MODELS:
+        return dict(zip(("instruct", "fine-tuned"), model.raw_decoder().unbind(dim=1), strict=True))
+    return {"difference": model.difference_decoder()}
+
+
 def relative_decoder_norm(norms: Tensor) -> Tensor:
     """[latent, 2] -> [latent]: n1 / (n0 + n1), near 0 for instruct-only, near 1 for fine-tuned-only latents."""
     return norms[:, 1] / norms.sum(dim=-1)

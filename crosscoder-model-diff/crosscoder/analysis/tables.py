@@ -104,7 +104,7 @@ def latent_table(
     scaling: LatentScaling | None = None,
 ) -> list[LatentRow]:
     """A row a latent, in their order, dead ones included. With `scaling` (of held-out documents) its columns too."""
-    directions = [model.difference_decoder()] if model.config.n_inputs == 1 else list(model.raw_decoder().unbind(dim=1))
+    directions = analysis.decoder_directions(model).values()
     promoted = [promoted_tokens(vectors, unembedding, N_TOKENS) for vectors in directions]
     prompted = any(document.n_prompt > 1 for document in store.documents)
     completion = statistics.n_completion_firings / statistics.n_firings.clamp_min(1)

@@ -44,7 +44,7 @@ def write_neuronpedia(reading: Reading, dashboard: Dashboard, config: DashboardC
     Raises UserError where none has, or `folder` holds batches already.
     """
     from crosscoder.activations.layout import token_texts
-    from crosscoder.dashboard.builder import decoder_directions
+    from crosscoder.analysis.measures import decoder_directions
 
     pages = [page for page in dashboard.pages if page.examples is not None]
     if not pages:

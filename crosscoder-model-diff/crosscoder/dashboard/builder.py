@@ -13,12 +13,12 @@ from torch import Tensor
 
 from crosscoder.activations.layout import token_texts
 from crosscoder.analysis.lens import promoted_tokens
+from crosscoder.analysis.measures import decoder_directions
 from crosscoder.analysis.tables import EFFECT, commonest_tokens, lean
 from crosscoder.analysis.token_kinds import token_kinds
 from crosscoder.dashboard.examples import ExampleMaker, Family
 from crosscoder.dashboard.firings import gather_firings, groups_within
 from crosscoder.dashboard.records import Column, Dashboard, DashboardConfig, Examples, LatentPage, Summary, Value
-from crosscoder.dictionaries.config import N_MODELS
 
 if TYPE_CHECKING:
     from crosscoder.analysis.statistics import LatentStatistics
@@ -178,13 +178,6 @@ def by_interest(rows: Iterable[LatentRow], statistics: LatentStatistics) -> list
         return not row.confirmed, few, -first, -second
 
     return sorted(rows, key=key)
-
-
-def decoder_directions(model: BatchTopKCrosscoder) -> dict[str, Tensor]:
-    """[latent, d_model] decoder vectors in the models' own units, by whose they are."""
-    if model.config.n_inputs == N_MODELS:
-        return dict(zip(("instruct", "fine-tuned"), model.raw_decoder().unbind(dim=1), strict=True))
-    return {"difference": model.difference_decoder()}
 
 
 @torch.no_grad()
