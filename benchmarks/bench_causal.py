@@ -186,7 +186,7 @@ def teacher_forced(
 
 def whole_sites(model: Any, documents: Sequence[Any], layers: Sequence[int], args: argparse.Namespace) -> float:
     from crosscoder.activations.readers import Target
-    from crosscoder.interventions.patching import ceilings
+    from study.site_ceilings import ceilings
 
     targets = [Target(layer, site) for layer in layers for site in ("attention", "mlp", "residual")]
     started = begin(args.device)
@@ -198,8 +198,8 @@ def whole_models(pair: Any, documents: Sequence[Any], layers: Sequence[int]) -> 
     """What one would write first: for each patch the giver up to the site, then all of the receiver with a hook."""
     import torch
 
-    from crosscoder.activations.readers import SITES, Target, reader
-    from crosscoder.interventions.halves import edited, site_module
+    from crosscoder.activations.readers import SITES, Target, reader, site_module
+    from crosscoder.interventions.halves import edited
     from crosscoder.interventions.patching import agreement, batch_of
 
     device = str(pair.instruct.device)
@@ -216,7 +216,7 @@ def whole_models(pair: Any, documents: Sequence[Any], layers: Sequence[int]) -> 
                 def put(own: Any, given: Any = given, where: Any = batch.patched[..., None]) -> Any:
                     return torch.where(where, given, own)
 
-                with receiver.active(), torch.no_grad(), edited(site_module(receiver, target), put):
+                with receiver.active(), torch.no_grad(), edited(site_module(receiver.layers, target), put):
                     hidden = receiver.model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
                     logits = receiver.model.lm_head(hidden[batch.predicting]).float()
                     agreement(logits, logits, batch)

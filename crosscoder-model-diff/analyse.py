@@ -49,8 +49,8 @@ from typing import TYPE_CHECKING
 from crosscoder.dashboard.records import DashboardConfig
 from crosscoder.names import CrosscoderChoice, choice_from_args
 from crosscoder.opening import ReadingConfig, add_reading_flags, open_reading_of
-from finqa.runtime.command_line import add_flags, flag, from_args, script_parser, settings_of
-from finqa.runtime.errors import UserError, report_errors
+from finqa.runtime.command_line import add_flags, check_bounds, flag, from_args, script_parser, settings_of
+from finqa.runtime.errors import report_errors
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import write_manifest
 from finqa.runtime.paths import Folders, check_writable
@@ -70,13 +70,12 @@ class Extras:
     second_seed: str | None = flag(None, metavar="FOLDER")
     """Checkpoint of another dictionary of the same activations, to see which latents it finds too."""
     splice: bool = flag(False, help="Load both models, and measure what their loss is with reconstructions")
-    causal: int | None = flag(None, metavar="N", const=0, shown="not; without N: all")
+    causal: int | None = flag(None, metavar="N", const=0, shown="not; without N: all", least=0)
     """Load both models, and patch sets of latents into them on N held-out documents; latents are chosen on as many
     training documents."""
 
     def __post_init__(self) -> None:
-        if self.causal is not None and self.causal < 0:
-            raise UserError(f"--causal {self.causal}: a number of documents, or nothing for all")
+        check_bounds(self)
 
 
 def parse_args() -> argparse.Namespace:
@@ -160,11 +159,9 @@ def summary(found: Findings) -> str:
     from crosscoder.results import class_rows
 
     explained = found.explained
-    parts = {"instruct": explained.instruct, "fine-tuned": explained.fine_tuned, "difference": explained.difference}
-    values = ", ".join(f"{part} {value:.4f}" for part, value in parts.items() if value is not None)
     dead = int(found.statistics.dead.sum())
     lines = [
-        f"held-out explained variance: {values}, at L0 {explained.l0:.1f}, n {explained.n_tokens:,} tokens",
+        f"held-out explained variance: {explained}, n {explained.n_tokens:,} tokens",
         f"latents: {len(found.rows):,}, {dead:,} of them active on no token",
     ]
     for row in class_rows(found):

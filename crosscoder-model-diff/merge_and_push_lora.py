@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from crosscoder.names import add_push_flags, hub_id, require_push
 from finqa.models import fidelity, hub, merging, students
+from finqa.models.adapters import is_adapter
 from finqa.models.model_card import loading, metadata, shown
 from finqa.models.weights import weights_hash
 from finqa.runtime import parallel
@@ -51,7 +52,7 @@ class Divergence(NamedTuple):
     base: float
     """KL(base + adapter || base): what the adapter does."""
     agreement: float
-    """Of merged and base + adapter."""
+    """Share of tokens whose likeliest successor is the same in merged and base + adapter."""
     n_tokens: int
 
 
@@ -79,7 +80,7 @@ def main() -> None:
     parallel.check_device(config.device)
     require_push(args, student, f"{student.model_id}-merged")
     adapter = students.find_adapter(student, folders)
-    if not (adapter / "adapter_config.json").exists():
+    if not is_adapter(adapter):
         raise UserError(f"{adapter} is a whole model, not an adapter: there is nothing to merge")
     if student.load_in_4bit:
         raise UserError("an adapter of a 4-bit base cannot be merged into it; serve the pair, or train without -F")

@@ -8,19 +8,19 @@
     torchrun --nproc-per-node 2 train.py FinQA-mini pocket-mistral
 
 --method batchtopk is the crosscoder. The others are there to be compared with it, with the same trainer on the same
-activations: l1 (a price on values), partition (shared and delta latents), dedicated (shared latents, and --reserved of
-them for either model, which neither read nor write the other), difference-sae (an autoencoder of the difference), and
-stagewise-sae (an autoencoder of the instruct model, then trained on with the fine-tuned one: two stages of as many
-steps each, at the cost of one crosscoder). Every method has two forms that show what training adds: --untrained takes
-no step, --freeze-decoder trains all but the decoder's vectors; both are in the default name.
+activations: l1 (an L1 penalty on values), partition (shared and delta latents), dedicated (shared latents, and
+--reserved of them for either model, which neither read nor write the other), difference-sae (an autoencoder of the
+difference), and stagewise-sae (an autoencoder of the instruct model, then trained on with the fine-tuned one: two
+stages of as many steps each, at the cost of one crosscoder). Every method has two forms that show what training adds:
+--untrained takes no step, --freeze-decoder trains all but the decoder's vectors; both are in the default name.
 
 Reads the activation set that the same names and flags make collect_activations.py write: D/activations/<set>/, else
 its copy on the Hub. Size of the dictionary, k, batch and passes follow from the width and number of the activations
 where no flag gives them (crosscoder/training/sizing.py). Before anything is loaded it prints what the run needs and
 what there is; the activations are held on the GPU if they fit beside the dictionary, else in memory if they fit there,
-else read from disk (--store). --preset published takes the published run's settings where
-no flag gives others, and prints what of that run it does not reproduce. Under torchrun each process takes an equal
-share of every batch; latents are selected over the whole batch, and the first process alone writes.
+else read from disk (--store). --preset published takes the published run's settings where no flag gives others, and
+prints what of that run it does not reproduce. Under torchrun each process takes an equal share of every batch; latents
+are selected over the whole batch, and the first process alone writes.
 
 Writes the checkpoint D/models/crosscoders/<name>/ (model.safetensors, config.json; while under way the training state,
 from which the same command goes on after an interruption), and crosscoder-model-diff/results/<name>/: metrics.json,
@@ -96,7 +96,7 @@ class Run:
     running: Running
     store: ActivationStore
     folder: Path
-    """Of the checkpoint."""
+    """Folder of the checkpoint."""
     results: Path
     device: str
     ranks: Ranks
@@ -267,13 +267,9 @@ def summary(run: Run, report: CrosscoderReport) -> str:
     """The last lines of the run."""
     from crosscoder.analysis.latent_scaling import meet_lines
 
-    held_out = report.held_out
-    parts = {"instruct": held_out.instruct, "fine-tuned": held_out.fine_tuned, "difference": held_out.difference}
-    explained = ", ".join(f"{part} {value:.4f}" for part, value in parts.items() if value is not None)
     k = run.crosscoder.k + run.crosscoder.k_delta
     lines = [
-        f"held-out explained variance: {explained}, at L0 {held_out.l0:.1f} (k {k}), "
-        f"on {report.n_held_out_documents} documents",
+        f"held-out explained variance: {report.held_out} (k {k}), on {report.n_held_out_documents} documents",
         f"latents: {report.dead_share:.1%} dead"
         + "".join(f", {count} {kind}" for kind, count in (report.classes or {}).items()),
     ]

@@ -25,9 +25,11 @@ from crosscoder.interventions.splicing import (
 )
 from crosscoder.opening import Reading
 from finqa.models import students
+from finqa.models.adapters import is_adapter
 from finqa.models.weights import weights_hash
 from finqa.runtime.errors import UserError
 from finqa.runtime.journal import KeyedJournal
+from finqa.runtime.progress import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,10 +43,6 @@ CONFIRMED = "fine-tuned-only, confirmed"
 PATCHES_AT_ONCE = 1000
 """Cells times documents that are measured, of eight cells or more, before they are written down: half a minute's work
 for a model of 1.5 billion parameters on a GPU."""
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 def open_second(reading: Reading, name: Path | str, any_method: bool = False) -> BatchTopKCrosscoder:
@@ -162,7 +160,7 @@ def load_pair(reading: Reading, choice: ActivationChoice, folders: Folders) -> P
     UserError where one is missing, or is not the one that was recorded.
     """
     from crosscoder.activations.readers import in_the_models_dtype
-    from crosscoder.activations.recorded_inputs import find_fine_tuned, find_instruct, is_adapter
+    from crosscoder.activations.recorded_inputs import find_fine_tuned, find_instruct
     from crosscoder.interventions.halves import pair_of
 
     recorded, student = reading.store.config.recorded, choice.student

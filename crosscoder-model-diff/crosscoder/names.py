@@ -31,7 +31,7 @@ from finqa.models.students import (
     local_model,
     student_from_args,
 )
-from finqa.runtime.command_line import add_flags, flag, from_args, given, words_of
+from finqa.runtime.command_line import add_flags, check_bounds, flag, from_args, given, words_of
 from finqa.runtime.commands import typed
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY, Folders, SplitOrAll, add_folder_flags, check_name
@@ -45,7 +45,7 @@ UNNAMED = "unnamed"
 DEFAULT_DEPTH = 32
 """Layers of the default model."""
 OWN_FIELDS = ("num_samples", "layer", "site", "keep_bos", "keep_outliers")
-"""Of an ActivationChoice, what applies to two models of the user's own."""
+"""Fields of an ActivationChoice that apply to two models of the user's own."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class ActivationChoice:
     student: StudentRun
     split: SplitOrAll = flag("test")
     """One of the splits, or `all` of them."""
-    num_samples: int = flag(1024, metavar="DOCUMENTS")
-    """Documents, from the top of the filtered rows."""
-    layer: int | None = flag(None, shown="17 of 32, or nearest to that share")
+    num_samples: int = flag(1024, metavar="DOCUMENTS", least=2)
+    """Documents, from the top of the filtered rows; at least one of them is held out of training."""
+    layer: int | None = flag(None, shown="17 of 32, or nearest to that share", least=1)
     """Layer that is read, counted from 1."""
     site: Site = flag("mlp")
     """Output of the MLP, of the attention block, or of the whole layer."""
@@ -75,10 +75,7 @@ class ActivationChoice:
     """Two models of the user's own; `student` is then the first of them."""
 
     def __post_init__(self) -> None:
-        if self.num_samples < 2:
-            raise UserError(f"--num-samples must be at least 2 (one document is held out), not {self.num_samples}")
-        if self.layer is not None and self.layer < 1:
-            raise UserError(f"--layer counts from 1, and is {self.layer}")
+        check_bounds(self)
         if self.site not in SITES:
             raise UserError(f"--site is one of {', '.join(SITES)}, not {self.site}")
         check_name("--against", self.against or "")

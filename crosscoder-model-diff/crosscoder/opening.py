@@ -20,7 +20,7 @@ from crosscoder.names import (
 )
 from crosscoder.own_pair import base_tokenizer
 from finqa.models import students
-from finqa.runtime.command_line import add_flags, flag, from_args, words_of
+from finqa.runtime.command_line import add_flags, check_bounds, flag, from_args, words_of
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import Folders, chosen_splits
 from finqa.task.records import read_questions
@@ -45,7 +45,7 @@ class Reading:
     """Its tokens, by whether their document was held out of training."""
     tokenizer: PreTrainedTokenizerBase
     unembedding: Unembedding
-    """Of the base model."""
+    """Unembedding of the base model."""
     results: Path
     """Folder of its figures and tables."""
     families: Mapping[str, str] = field(default_factory=dict)
@@ -56,17 +56,14 @@ class Reading:
 class ReadingConfig:
     """How a dictionary is read, and what goes into the table of its most changed latents."""
 
-    n_most_changed: int = flag(20, "--most-changed", metavar="LATENTS")
+    n_most_changed: int = flag(20, "--most-changed", metavar="LATENTS", least=1)
     """Latents in that table."""
-    min_frequency: float = flag(1e-4, metavar="SHARE")
+    min_frequency: float = flag(1e-4, metavar="SHARE", least=0, below=1)
     """Share of the tokens, at or below which a latent is left out of that table: too few examples to read."""
     batch_size: int = READ_TOKENS
 
     def __post_init__(self) -> None:
-        if self.n_most_changed < 1:
-            raise UserError(f"the table of the most changed latents needs at least 1 row, not {self.n_most_changed}")
-        if not 0 <= self.min_frequency < 1:
-            raise UserError(f"the smallest frequency is a share of tokens from 0 to below 1, not {self.min_frequency}")
+        check_bounds(self)
 
 
 def add_reading_flags(parser: argparse.ArgumentParser) -> None:

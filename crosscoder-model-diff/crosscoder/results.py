@@ -92,7 +92,7 @@ def write_tables(found: Findings, folder: Path) -> list[Path]:
 
 
 EXTRA_FILES = ("stability.csv", "splicing.csv", "causal.csv", "causal.png", "causal.svg")
-"""Of readings that are made only when they are asked for, long after the others."""
+"""Files of readings that are made only when they are asked for, long after the others."""
 
 
 def write_extra(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:

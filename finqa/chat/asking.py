@@ -29,7 +29,7 @@ GIVEN_UP_IN_A_ROW = 20
 """So many failures before the first answer mean that the set-up is wrong, not the questions; so many requests in a
 row given up after all their retries mean that the server is gone."""
 TRIES_WITHOUT_A_SERVER = 4
-"""Of the first requests, where no server was ever reached."""
+"""Tries of each of the first requests, where no server was ever reached."""
 UNLUCKY = 4
 """A request that was told to slow down so many times waits longer than the server says, and lets others pass."""
 LONGEST_RETRY_AFTER_S = 600.0

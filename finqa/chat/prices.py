@@ -24,7 +24,7 @@ from finqa.runtime.errors import UserError
 
 SHIPPED_PRICES = Path(__file__).with_name("prices.json")
 CHARACTERS_A_TOKEN = 3.3
-"""Of FinQA's pages, on the low side so that the estimate is on the high one; measured where a journal has answers."""
+"""Characters in a token of FinQA's pages, too few rather than too many; measured where a journal has answers."""
 TOKENS_A_REPLY = 1_000
 """Assumed of a reply, its reasoning included, until a journal has answers to measure it from."""
 HIGHEST_PRICE = 1_000_000
@@ -36,7 +36,7 @@ _DATED = re.compile(r"-\d{4}-?\d{2}-?\d{2}$")
 
 @dataclass(frozen=True)
 class Price:
-    """Of one model, in dollars per million tokens."""
+    """Prices of one model, in dollars per million tokens."""
 
     input: float
     cached_input: float
@@ -116,7 +116,7 @@ class Spending:
         """By the names of Answer's fields; cached tokens are among the prompt's, reasoning among the completion's."""
         self.dollars = 0.0
         self.assumed_dollars = 0.0
-        """Of one request, until there are answers to take the mean of."""
+        """Cost of one request, until there are answers to take the mean of."""
 
     def add(self, answer: Answer) -> None:
         self.answers += 1
@@ -181,7 +181,7 @@ def spending_of(config: ChatConfig, journals: Iterable[Path]) -> Spending:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of what is still to be asked, before it is."""
+    """What is still to be asked, and what it is going to cost."""
 
     requests: int
     prompt_tokens: int

@@ -20,7 +20,7 @@ PALE = 0.35
 FEWEST = 10
 """Questions of a group that is drawn, families aside: the interval of fewer fills the panel."""
 TOP = 1.02
-"""Of the axes: the end of an interval at 1 is seen."""
+"""Upper end of the axes: the end of an interval at 1 is seen."""
 
 
 @styled

@@ -25,6 +25,7 @@ from finqa.evaluation.engines.serving import Served, served_models
 from finqa.evaluation.predictions import read_predictions
 from finqa.evaluation.rows import read_rows
 from finqa.models import fidelity, merging
+from finqa.models.adapters import is_adapter
 from finqa.models.fidelity import AGREEMENT, Sequences
 from finqa.models.students import StudentRun, find_adapter, prompt_ids, quiet_libraries, tokenizer_of
 from finqa.runtime.errors import UserError
@@ -63,7 +64,7 @@ def check_adapter(
     of it.
     """
     student = find_adapter(run, folders)
-    if not (student / "adapter_config.json").exists():
+    if not is_adapter(student):
         print("no check of the adapter: the student is a whole model", flush=True)
         return
     manifests = [

@@ -83,7 +83,7 @@ class Task:
 
     @property
     def slots(self) -> list[Slot]:
-        """Of every reply: sample s of row r has the place r * samples + s."""
+        """Slot of every reply: sample s of row r has the place r * samples + s."""
         return prompt_slots(self.prompt_tokens, self.samples)
 
     @property

@@ -22,7 +22,7 @@ class Evaluation:
     """One finished evaluation as its folder has it."""
 
     name: str
-    """Of its folder: the eval type, and after it `-<n>-samples` where answers were voted on."""
+    """Name of its folder: the eval type, and after it `-<n>-samples` where answers were voted on."""
     metrics: dict[str, Any]
     predictions: list[Prediction]
 
@@ -63,7 +63,7 @@ class Grouping:
     """One way in which metrics.json divides the questions."""
 
     key: str
-    """Of metrics.json."""
+    """Its key in metrics.json."""
     column: str
     title: str
     note: str = ""

@@ -58,7 +58,7 @@ class Prediction:
     error_message: str
     n_prompt_tokens: int
     n_new_tokens: int
-    """Of the reply; of all samples where there are several."""
+    """Tokens of the reply; of all samples where there are several."""
     finish_reason: FinishReason
     program_steps: int | None
     """Steps of the gold program; None where there is none."""

@@ -116,7 +116,7 @@ def prompt_slots(prompts: Sequence[list[int]], samples: int) -> list[Slot]:
 
 
 def slots_of(hashes: Sequence[str], samples: int) -> list[Slot]:
-    """The same of the prompts' hashes. Replies to a prompt that stands twice are counted on."""
+    """The slots of all replies, from the prompts' hashes. Replies to a prompt that stands twice are counted on."""
     counts: Counter[str] = Counter()
     slots = []
     for hashed in hashes:

@@ -30,10 +30,15 @@ SHARED = ("lm_head", "embed_tokens", "embed_out", "embed_in", "wte", "word_embed
 """Names of embeddings and heads, which are one matrix in a model with tied weights."""
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and not a whole model."""
+    return (folder / CONFIG).exists()
+
+
 def adapter_settings(folder: Path) -> dict[str, Any] | None:
     """The settings of the adapter in `folder`; None where there is none. Raises UserError where they are damaged."""
     path = folder / CONFIG
-    if not path.exists():
+    if not is_adapter(folder):
         return None
     try:
         settings = json.loads(path.read_text())

@@ -51,7 +51,7 @@ def whole_model(
 
 
 def logprobs(model: Any, sequences: Sequences) -> list[Tensor]:
-    """Of every sequence the log-probabilities [completion tokens, vocabulary] fp32 on the CPU."""
+    """Log-probabilities [completion tokens, vocabulary] of every sequence, fp32 on the CPU."""
     import torch
 
     found = []

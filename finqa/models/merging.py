@@ -23,14 +23,8 @@ def merged(model: str, student: Path, revision: str | None = None) -> Iterator[P
         yield folder
 
 
-def merge(
-    model: str,
-    student: Path,
-    folder: Path,
-    revision: str | None = None,
-    max_shard_size: str = f"{MERGED_FILE_GB}GB",
-) -> None:
-    """Write base + adapter as one model, in files of at most `max_shard_size`, tokenizer included.
+def merge(model: str, student: Path, folder: Path, revision: str | None = None) -> None:
+    """Write base + adapter as one model, in files of at most MERGED_FILE_GB, tokenizer included.
 
     Each sum is taken in fp32 and rounded once, to the dtype of the base (bf16 for every student here), so a
     merged weight is the bf16 number nearest to base + scale * B A. It still is a rounded one: logits differ
@@ -52,5 +46,5 @@ def merge(
         weight.data = (weight.float() + layer.get_delta_weight("default").float()).to(stored)
     whole = pair.unload()
     del layers, pair
-    whole.save_pretrained(folder, max_shard_size=max_shard_size)
+    whole.save_pretrained(folder, max_shard_size=f"{MERGED_FILE_GB}GB")
     load_tokenizer(model, revision, student=student).save_pretrained(folder)

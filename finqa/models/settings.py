@@ -89,7 +89,7 @@ _SMALL = StudentSettings(
 )
 
 SMALL_UNKNOWN = replace(_SMALL, batch_size=DEFAULTS.batch_size, num_epochs=DEFAULTS.num_epochs)
-"""Of small models that are not in the table. What names a fine-tuned model is as for every other unknown one."""
+"""Settings of small models that are not in the table. What names a fine-tuned model is as for other unknown ones."""
 SMALL_SIZE, SMALL_WIDTH = 4e9, 3072
 """Parameters, and hidden size, below which a model is small."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finqa.models import hub
-from finqa.models.adapters import check_adapter, check_layers, check_plain
+from finqa.models.adapters import check_adapter, check_layers, check_plain, is_adapter
 from finqa.models.settings import StudentSettings, settings_for
 from finqa.models.templates import TEMPLATE_DATE, put_template, read_template
 from finqa.models.weights import SAFETENSORS, check_base, check_model_folder
@@ -274,7 +274,7 @@ def find_adapter(run: StudentRun, folders: Folders) -> Path:
 
 def is_student(folder: Path) -> bool:
     """Whether a folder holds a whole adapter or a whole fine-tuned model."""
-    adapter = (folder / "adapter_config.json").exists() and (folder / "adapter_model.safetensors").exists()
+    adapter = is_adapter(folder) and (folder / "adapter_model.safetensors").exists()
     return adapter or ((folder / "config.json").exists() and any(folder.glob("model*.safetensors")))
 
 

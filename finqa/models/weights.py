@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+from finqa.models.adapters import is_adapter
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import file_hash
 
@@ -48,7 +49,7 @@ def check_model_folder(folder: Path) -> None:
     """UserError where a folder holds no causal language model in the form of transformers."""
     path = folder / "config.json"
     if not path.exists():
-        if (folder / "adapter_config.json").exists():
+        if is_adapter(folder):
             raise UserError(f"{folder} holds an adapter (config.json is missing); give the base model it belongs to")
         raise UserError(f"{folder} holds no model (config.json is missing); {SAFETENSORS}")
     try:

@@ -32,7 +32,7 @@ FINQA_INSTRUCTION = (
     "them, and store the result in the variable ans. Give ratios and percentages as fractions (0.25, not 25). Reply "
     "with one ```python block and nothing else; its last line sets ans."
 )
-"""The same for FinQA, whose labels are fractions; the best of six wordings on dev (docs/finqa.md)."""
+"""What it is told for FinQA, whose labels are fractions; the best of six wordings on dev (docs/finqa.md)."""
 
 _TAGS = "think|thinking|thought|thoughts|reasoning|reflection|scratchpad"
 _REASONING = re.compile(rf"<(?:{_TAGS})>|\[THINK\]|\u25c1think\u25b7|<\|channel\|>analysis", re.IGNORECASE)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import PrinterCallback, Trainer
+from transformers import Trainer
 
 from finqa.training.rows import LengthGrouped
 
@@ -51,9 +51,3 @@ class CompletionTrainer(Trainer):
             self.captured = CapturedSteps(trained, lambda batch, n: model(**batch, num_items_in_batch=n).loss)
         model.train()
         return self.captured(self._prepare_inputs(inputs), num_items_in_batch)
-
-
-def without_printing(trainer: CompletionTrainer) -> CompletionTrainer:
-    """The same trainer, without transformers' own lines in the log."""
-    trainer.remove_callback(PrinterCallback)
-    return trainer

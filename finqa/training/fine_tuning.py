@@ -174,10 +174,10 @@ def make_trainer(
     base: PreTrainedModel | None = None,
 ) -> CompletionTrainer:
     """The Trainer of a run, its model made ready; `base` is loaded where it is not given."""
-    from transformers import set_seed
+    from transformers import PrinterCallback, set_seed
 
     from finqa.training.callbacks import EpochOrder
-    from finqa.training.completion_trainer import CompletionTrainer, without_printing
+    from finqa.training.completion_trainer import CompletionTrainer
 
     device = parallel.own_device(default_device())
     bf16 = multiplies_bf16(device)
@@ -193,10 +193,11 @@ def make_trainer(
     )
     if packed and config.speed.captured and alone:
         trainer.capture_steps()
+    trainer.remove_callback(PrinterCallback)  # transformers' own lines in the log
     trainer.add_callback(EpochOrder())
     if not parallel.is_first():
         set_seed(config.seed + parallel.rank())  # dropout of its own in every process
-    return without_printing(trainer)
+    return trainer
 
 
 def training_arguments(

@@ -20,7 +20,7 @@ LENGTH_STEP = 128
 """Batches are padded up to a multiple of this many tokens: a matrix product's tile on a GPU, so it costs nothing, and
 there are few different lengths."""
 TARGETS_STEP = 256
-"""The same for the positions that carry loss."""
+"""The positions that carry loss are padded up to a multiple of this many, for the same reason."""
 LONGEST_GRAPH = 4096
 """Tokens of a batch up to which its step is recorded as a CUDA graph (captured_steps.py): a longer one keeps
 the GPU busy without a graph, which would only hold memory."""

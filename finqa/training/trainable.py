@@ -45,7 +45,7 @@ def trainable(run: StudentRun, device: str, bf16: bool, speed: Speed) -> PreTrai
 
 
 def made_trainable(base: PreTrainedModel, run: StudentRun, speed: Speed) -> PreTrainedModel:
-    """The same base, with its loss on the completion, attention and layers as `speed` says, and the run's adapter.
+    """The base made ready: its loss on the completion, attention and layers as `speed` says, and the run's adapter.
 
     Raises UserError where the base has no layers of the names that get an adapter, or `fp8_base` is not possible.
     """

@@ -96,13 +96,13 @@ def limit(args: argparse.Namespace) -> list[object]:
 def train_plainly(run: StudentRun, config: TrainingConfig, folders: Folders) -> None:
     """Train a student by the plain recipe, and keep it as main.py keeps one; run.json last, which makes it whole."""
     import torch
+    from transformers import PrinterCallback
 
     from benchmarks.bench_lora import plain_trainer
     from finqa.models.students import default_device, load_base, load_tokenizer, resolve_model
     from finqa.models.weights import weights_hash
     from finqa.runtime.manifest import write_manifest
     from finqa.training.callbacks import TrainingLog
-    from finqa.training.completion_trainer import without_printing
     from finqa.training.fine_tuning import multiplies_bf16
     from finqa.training.rows import read_training_rows, tokenised
 
@@ -113,7 +113,8 @@ def train_plainly(run: StudentRun, config: TrainingConfig, folders: Folders) -> 
     examples, _ = tokenised(rows, tokenizer, run.settings.max_seq_length, folders.tokenised)
     dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
     base = load_base(run.model, dtype, device)
-    trainer = without_printing(plain_trainer(run, config, examples, folder, base, device, tokenizer.pad_token_id))
+    trainer = plain_trainer(run, config, examples, folder, base, device, tokenizer.pad_token_id)
+    trainer.remove_callback(PrinterCallback)
     trainer.args.save_strategy = "no"
     trainer.add_callback(TrainingLog(folder / LOG_FILE, trainer))
     trainer.train()

@@ -46,7 +46,7 @@ def measure_ceilings(work: Work, model: Model) -> list[Row]:
 
 
 def _ceilings(work: Work, model: Model) -> list[Row]:
-    from crosscoder.interventions.patching import ceilings
+    from study.site_ceilings import ceilings
 
     documents = added_documents(work, model, work.plan.ceiling_questions)
     targets = [Target(layer, site) for layer in range(1, model_depth(STUDENT) + 1) for site in SITES]

@@ -175,7 +175,7 @@ def test_a_missing_folder_names_both_places_and_the_command(tmp_path: Path, monk
     ("options", "message"),
     [
         ({"num_samples": 1}, "--num-samples must be at least 2"),
-        ({"layer": 0}, "--layer counts from 1"),
+        ({"layer": 0}, "--layer must be at least 1"),
         ({"site": "head"}, "--site is one of attention, mlp, residual"),
     ],
 )

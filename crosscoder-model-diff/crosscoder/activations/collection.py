@@ -118,7 +118,7 @@ def planned_shards(
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[range]:
-    """Cut documents of rising lengths into as few batches as `batch_tokens` allows, of about equal size."""
+    """Cut documents of ascending lengths into as few batches as `batch_tokens` allows, of about equal size."""
     greedy = _batches(lengths, batch_tokens, 0)
     even = _batches(lengths, batch_tokens, sum(lengths) / len(greedy))
     return even if len(even) <= len(greedy) else greedy

@@ -65,14 +65,13 @@ class Feed:
         read: Callable[[Tensor], Tensor],
         batches: Iterable[Tensor],
         device: torch.device | str = "cpu",
-        ahead: int = BATCHES_AHEAD,
     ):
         """`read` is a store's; `batches` are [n] token indices."""
         self._read = read
         self._device = torch.device(device)
         self._stream: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._ready: queue.SimpleQueue[_Ready | BaseException | None] = queue.SimpleQueue()
-        self._room = threading.Semaphore(ahead)
+        self._room = threading.Semaphore(BATCHES_AHEAD)
         self._closed = threading.Event()
         self._over = False
         self._thread = threading.Thread(

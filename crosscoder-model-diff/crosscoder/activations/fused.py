@@ -41,16 +41,9 @@ def fuse_norms(model: PreTrainedModel) -> int:
     """
     fused = 0
     for norm in model.modules():
-        epsilon = getattr(norm, "variance_epsilon", None)
-        weight = getattr(norm, "weight", None)
-        if epsilon is None or not type(norm).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor):
-            continue
-        forward = _fused_norm(weight, epsilon)
-        sample = torch.randn(4, len(weight), device=weight.device, dtype=weight.dtype)
-        with torch.no_grad():
-            if _agree(forward(sample), norm(sample)):
-                norm.forward = forward
-                fused += 1
+        epsilon, weight = getattr(norm, "variance_epsilon", None), getattr(norm, "weight", None)
+        if epsilon is not None and type(norm).__name__.endswith("RMSNorm") and isinstance(weight, Tensor):
+            fused += _replaced(norm, _fused_norm(weight, epsilon), weight)
     return fused
 
 
@@ -59,6 +52,19 @@ def _fused_norm(weight: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
         return nn.functional.rms_norm(hidden_states, (len(weight),), weight, epsilon)
 
     return forward
+
+
+def _replaced(module: nn.Module, forward: Callable[..., Tensor], weight: Tensor) -> bool:
+    """Give a module another forward pass, where that gives for random inputs what its own gives; whether it did.
+
+    Inputs are as wide as the last dimension of `weight`, and of its dtype and device.
+    """
+    sample = torch.randn(4, weight.shape[-1], device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        agree = _agree(forward(sample), module(sample))
+    if agree:
+        module.forward = forward
+    return agree
 
 
 def _agree(ours: Tensor, theirs: Tensor) -> bool:
@@ -76,16 +82,9 @@ def fuse_gates(model: PreTrainedModel) -> int:
     """Compute SiLU(gate) * up of an MLP in one pass, over the gate's memory; returns how many."""
     fused = 0
     for mlp in model.modules():
-        parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-        if not all(map(_is_linear, parts)):
-            continue
-        forward = _fused_gate(mlp, mlp.forward)
-        first: Any = parts[0]
-        sample = torch.randn(4, first.in_features, device=first.weight.device, dtype=first.weight.dtype)
-        with torch.no_grad():
-            if _agree(forward(sample), mlp(sample)):
-                mlp.forward = forward
-                fused += 1
+        parts: list[Any] = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        if all(map(_is_linear, parts)):
+            fused += _replaced(mlp, _fused_gate(mlp, mlp.forward), parts[0].weight)
     return fused
 
 
@@ -113,15 +112,9 @@ def fuse_adapter(model: PeftModel) -> int:
     """
     fused = 0
     for layer in model.modules():
-        if not isinstance(layer, LoraLayer) or not _is_linear(layer.base_layer):
-            continue
-        forward = _fused_adapter(layer, layer.forward)
-        weight: Any = layer.base_layer.weight
-        sample = torch.randn(4, weight.shape[1], device=weight.device, dtype=weight.dtype)
-        with torch.no_grad():
-            if _agree(forward(sample), layer(sample)):
-                layer.forward = forward
-                fused += 1
+        if isinstance(layer, LoraLayer) and _is_linear(layer.base_layer):
+            base: Any = layer.base_layer
+            fused += _replaced(layer, _fused_adapter(layer, layer.forward), base.weight)
     return fused
 
 

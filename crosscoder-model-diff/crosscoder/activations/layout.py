@@ -142,10 +142,9 @@ def _with_byte_marks(token: str, text: str) -> str:
     byte-level BPE has a letter for every byte. `text` where it is neither."""
     if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
         return token
-    # The letters that print stand for themselves; the other bytes, in order, have those from U+0100 on.
-    printed = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (b for b in range(0x100) if b not in printed)
-    byte_of = {chr(b): b for b in printed} | {chr(0x100 + n): b for n, b in enumerate(others)}
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
     if not set(token) <= set(byte_of):
         return text
     spelled = bytes(byte_of[letter] for letter in token).decode(errors="surrogateescape")

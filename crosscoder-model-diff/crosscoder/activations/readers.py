@@ -48,7 +48,7 @@ def reader(model: PreTrainedModel, targets: Sequence[Target], kind: ReaderKind =
     With a LoRA adapter in the model's layers, what it reads is the model with or without the adapter, as the adapter
     is switched at the time of the call. UserError where the model has no such layers.
     """
-    layers = decoder_layers(model)
+    layers = llama_layers(model)
     for target in targets:
         if not 1 <= target.layer <= len(layers):
             raise UserError(f"--layer {target.layer}: the model has layers 1 to {len(layers)}")
@@ -80,7 +80,7 @@ def adapter_readers(
     return with_the_other if instruct else without_adapter, read
 
 
-def decoder_layers(model: Any) -> Any:
+def llama_layers(model: Any) -> Any:
     """The decoder layers of a Llama-like model; UserError where it has none."""
     layers = getattr(getattr(model, "model", None), "layers", None)
     if layers is None:
@@ -104,7 +104,7 @@ class _EverythingRead(Exception):
 
 
 def _hook_reader(model: PreTrainedModel, targets: Sequence[Target]) -> Read:
-    layers = decoder_layers(model)
+    layers = llama_layers(model)
     last = max(targets, key=_when_it_runs)
 
     def read(ids: Tensor) -> list[Tensor]:
@@ -112,13 +112,13 @@ def _hook_reader(model: PreTrainedModel, targets: Sequence[Target]) -> Read:
 
         def keep(target: Target) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                seen[target] = _hidden(output)
+                seen[target] = hidden_of(output)
                 if target == last:
                     raise _EverythingRead
 
             return hook
 
-        handles = [_module(layers, target).register_forward_hook(keep(target)) for target in set(targets)]
+        handles = [site_module(layers, target).register_forward_hook(keep(target)) for target in set(targets)]
         try:
             with torch.no_grad():
                 model(input_ids=ids, use_cache=False)
@@ -137,11 +137,11 @@ def _nnsight_reader(model: PreTrainedModel, targets: Sequence[Target]) -> Read:
 
     traced: Any = nnsight.NNsight(model)
     in_order = sorted(set(targets), key=_when_it_runs)
-    points = [_module(traced.model.layers, target) for target in in_order]
+    points = [site_module(traced.model.layers, target) for target in in_order]
 
     def read(ids: Tensor) -> list[Tensor]:
         with torch.no_grad(), traced.trace(input_ids=ids, use_cache=False) as tracer:
-            seen = nnsight.save([_hidden(point.output) for point in points])
+            seen = nnsight.save([hidden_of(point.output) for point in points])
             tracer.stop()
         by_target = dict(zip(in_order, seen, strict=True))
         return [by_target[target] for target in targets]
@@ -149,7 +149,8 @@ def _nnsight_reader(model: PreTrainedModel, targets: Sequence[Target]) -> Read:
     return read
 
 
-def _module(layers: Any, target: Target) -> Any:
+def site_module(layers: Any, target: Target) -> Any:
+    """The module, of a model's decoder layers, whose output the target is."""
     block = layers[target.layer - 1]
     match target.site:
         case "attention":
@@ -164,5 +165,6 @@ def _when_it_runs(target: Target) -> tuple[int, int]:
     return target.layer, SITES.index(target.site)
 
 
-def _hidden(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
+    """The activation among what a module gives: attention gives its weights, too."""
     return output[0] if isinstance(output, tuple) else output

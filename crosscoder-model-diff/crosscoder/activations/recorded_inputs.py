@@ -17,6 +17,7 @@ from crosscoder.activations.store import ActivationStore, read_set_config
 from crosscoder.names import OWN_FIELDS, ActivationChoice, find_folder
 from crosscoder.own_pair import STUDENT_FIELDS, OwnPair, find_model, one_tokenizer
 from finqa.models import students
+from finqa.models.adapters import is_adapter
 from finqa.models.weights import weights_hash
 from finqa.runtime.commands import typed
 from finqa.runtime.errors import UserError
@@ -80,7 +81,7 @@ def check_every_split_is_reached(choice: ActivationChoice, n_rows: Sequence[int]
 
 
 def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path) -> tuple[list[Document], Any]:
-    """The first --num-samples rows as token ids, the same for both models' tokenizers; and the base model's."""
+    """The first --num-samples rows as token ids, the same for both models' tokenizers; and that of the base."""
     student = choice.student
     tokenizer: Any = students.tokenizer_of(student, fine_tuned)
     longest = student.settings.max_seq_length
@@ -104,7 +105,7 @@ def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path)
 def tokenize_texts(
     texts: Sequence[OwnText], choice: ActivationChoice, pair: OwnPair, fine_tuned: Path
 ) -> tuple[list[Document], Any]:
-    """The same of texts of the user's own, of which a long one is cut."""
+    """The first --num-samples texts of the user's own as token ids, long ones cut; and the base model's tokenizer."""
     student, chosen = choice.student, texts[: choice.num_samples]
     if len(chosen) < len(texts):
         print(f"{pair.text} holds {len(texts)} documents, the first {len(chosen)} are taken; more with --num-samples")
@@ -128,29 +129,19 @@ def describe_inputs(
         how = "merged model"
     else:
         how = "adapter switched on" if is_adapter(fine_tuned) else "fine-tuned as a whole"
-    if choice.pair:
-        return {
-            "dataset": choice.pair.name,
-            "keep_bos": choice.keep_bos,
-            "load_in_4bit": choice.student.load_in_4bit,
-            "fine_tuned": how,
-            "base_hash": weights_hash(base),
-            "fine_tuned_hash": weights_hash(fine_tuned),
-        }
-    other = {"against": choice.against, "against_hash": weights_hash(instruct)} if instruct else {}
-    return {
-        "dataset": choice.student.dataset,
-        "split": choice.split,
-        "model": choice.student.model,
-        "model_id": choice.student.model_id,
-        "raw": choice.raw,
+    student = choice.student
+    facts: dict[str, Any] = {"dataset": student.dataset}
+    if not choice.pair:
+        facts |= {"split": choice.split, "model": student.model, "model_id": student.model_id, "raw": choice.raw}
+        facts |= {"rows_hash": "+".join(map(file_hash, rows_files))}
+    if instruct:
+        facts |= {"against": choice.against, "against_hash": weights_hash(instruct)}
+    return facts | {
         "keep_bos": choice.keep_bos,
-        "load_in_4bit": choice.student.load_in_4bit,
+        "load_in_4bit": student.load_in_4bit,
         "fine_tuned": how,
         "base_hash": weights_hash(base),
         "fine_tuned_hash": weights_hash(fine_tuned),
-        "rows_hash": "+".join(map(file_hash, rows_files)),
-        **other,
     }
 
 
@@ -166,10 +157,6 @@ def inputs_of(choice: ActivationChoice, facts: dict[str, Any], documents: list[D
         pair = {"models": asdict(choice.pair), "student": of_student, "set": of_set}
         found |= {"model": choice.student.model, "pair": json.loads(json.dumps(pair, default=str))}
     return found
-
-
-def is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").exists()
 
 
 def is_collected(folder: Path, fingerprint: str, overwrite: bool) -> bool:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from crosscoder.activations.feed import BATCHES_AHEAD, Feed
+from crosscoder.activations.feed import Feed
 from crosscoder.activations.feed import ShuffledOrder as ShuffledOrder
 from crosscoder.dictionaries.checkpoint import check_files, tensors_hash
 from crosscoder.dictionaries.config import N_MODELS, READ_TOKENS, check_types
@@ -64,7 +64,7 @@ class SetConfig:
     n_tokens: int
     """Tokens in the shards."""
     n_dropped: int
-    """Of those, outliers by their norm, which reading leaves out."""
+    """Tokens in the shards that are outliers by their norm, which reading leaves out."""
     activation_scales: tuple[float, float]
     """c_m = sqrt(d_model) / mean norm of model m's kept activations."""
     shard_tokens: tuple[int, ...]
@@ -72,7 +72,7 @@ class SetConfig:
     recorded: dict[str, Any]
     """What was recorded: models, layer, site, data; and `fingerprint`, which changes with any of it."""
     version: int = 1
-    """Of the form of the set; VERSION where it is written."""
+    """Version of the set's form; VERSION where it is written."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the token table and the documents; empty in a set of version 1."""
     shard_hashes: tuple[str, ...] = ()
@@ -192,7 +192,7 @@ class ActivationStore:
 
     @property
     def size_bytes(self) -> int:
-        """Of all activations."""
+        """Bytes that all activations take."""
         return 2 * N_MODELS * self.config.d_model * self.config.n_tokens
 
     def move(self, place: Place, device: torch.device | str = "cpu") -> None:
@@ -216,14 +216,14 @@ class ActivationStore:
                 out[order[first:last]] = self._shard(shard).index_select(0, rising[first:last] - self._starts[shard])
         return out
 
-    def feed(self, batches: Iterable[Tensor], device: torch.device | str = "cpu", ahead: int = BATCHES_AHEAD) -> Feed:
+    def feed(self, batches: Iterable[Tensor], device: torch.device | str = "cpu") -> Feed:
         """Batches of token indices with their activations on `device`, the next ones read while the current one is
         computed with. `batches` is gone through in another thread.
 
         with store.feed(map(order.batch, range(first_step, total_steps)), "cuda") as batches:
             for indices, activations in batches: ...
         """
-        return Feed(self.read, batches, device, ahead)
+        return Feed(self.read, batches, device)
 
     def check(self) -> None:
         """Raises UserError where a shard is not as it was written."""

@@ -89,7 +89,7 @@ class ShardFile:
         self._temporary.unlink(missing_ok=True)
 
     def _header(self) -> bytes:
-        """Of one length, whatever has been written."""
+        """The file's header, of one length whatever has been written."""
         about = {"__metadata__": {HASH: self._digest.hexdigest()}}
         text = json.dumps(about | self._layout, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)

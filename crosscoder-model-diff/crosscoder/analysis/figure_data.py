@@ -10,19 +10,13 @@ import torch
 from torch import Tensor
 
 from crosscoder.analysis import measures as analysis
-from crosscoder.analysis.latent_scaling import (
-    MIN_FIRINGS,
-    NU_ERR_BELOW,
-    NU_RANGE,
-    NU_REC_BELOW,
-    LatentScaling,
-)
+from crosscoder.analysis.latent_scaling import LatentScaling
 from crosscoder.analysis.measures import LatentClass
 
 NORM_BINS = 100
 FREQUENCY_BINS_PER_DECADE = 8
 REGIONS = ("exclusive", "complete shrinkage", "latent decoupling", "both")
-"""Of the plane of nu_err and nu_rec, as latent scaling cuts it."""
+"""Regions of the plane of nu_err and nu_rec, as latent scaling cuts it."""
 
 
 class Histogram(NamedTuple):
@@ -37,14 +31,14 @@ class Histogram(NamedTuple):
 
 
 def histogram(values: Tensor, edges: Tensor) -> Histogram:
-    """Of [n] numbers, on any edges that rise; what lies outside, or is not a number, is not counted."""
+    """Counts of [n] numbers between edges that rise; what lies outside, or is not a number, is not counted."""
     values = values.double().cpu()
     counts, _ = torch.histogram(values[values.isfinite()], edges.double())
     return Histogram(edges.tolist(), [int(count) for count in counts.tolist()])
 
 
 def relative_norms(norms: Tensor) -> Histogram:
-    """Of the relative decoder norm of [latent, 2] `norms`."""
+    """Histogram of the relative decoder norms of [latent, 2] `norms`."""
     return histogram(analysis.relative_decoder_norm(norms), torch.linspace(0, 1, NORM_BINS + 1, dtype=torch.float64))
 
 
@@ -58,7 +52,7 @@ class ClassCount(NamedTuple):
 
 
 def class_counts(norms: Tensor) -> list[ClassCount]:
-    """Of [latent, 2] `norms`, from instruct-only to fine-tuned-only; `between` is there twice, on either side."""
+    """Counts by class of [latent, 2] norms, from instruct-only to fine-tuned-only; `between` stands on either side."""
     deltas = analysis.delta(norms)
     kinds = analysis.classify(deltas)
     low, high = analysis.INSTRUCT_ONLY_BELOW, analysis.FINE_TUNED_ONLY_ABOVE
@@ -85,7 +79,8 @@ def class_counts(norms: Tensor) -> list[ClassCount]:
 def frequencies(
     frequency: Tensor, n_tokens: int, kinds: Sequence[LatentClass] | None = None
 ) -> Mapping[LatentClass | None, Histogram]:
-    """Of how often latents are active, on a log axis from one token in `n_tokens` to all; dead ones are not counted.
+    """Histograms of how often latents are active, on a log axis from one token in `n_tokens` to all; dead latents are
+    not counted.
 
     By class where `kinds` gives each latent's, without those that have none; else one, under None.
     """
@@ -117,10 +112,11 @@ class ScalingPoints(NamedTuple):
     regions: dict[str, int]
     """How many lie in each of REGIONS."""
     too_few: int
-    """Latents that are left out because they are active on fewer than MIN_FIRINGS tokens of the held-out documents."""
+    """Latents that are left out because they are active on fewer than latent_scaling.MIN_FIRINGS tokens of the held-out
+    documents."""
     outside: int
     """Latents that are left out because a slope of their own model is not positive, or a ratio of slopes lies outside
-    NU_RANGE and means nothing."""
+    latent_scaling.NU_RANGE and means nothing."""
 
     @property
     def n(self) -> int:
@@ -144,19 +140,15 @@ def scaling_points(
 
 
 def _points(scaling: LatentScaling, chosen: Tensor, probe: Tensor) -> ScalingPoints:
-    err, rec = scaling.nu_err[chosen, probe], scaling.nu_rec[chosen, probe]
-    enough = scaling.n[chosen] >= MIN_FIRINGS
-    positive = (scaling.beta_err[chosen, probe, probe] > 0) & (scaling.beta_rec[chosen, probe, probe] > 0)
-    low, high = NU_RANGE
-    inside = positive & (err >= low) & (err <= high) & (rec >= low) & (rec <= high)
+    met = {condition: mask[chosen, probe] for condition, mask in scaling.met.items()}
+    enough, inside = met["n"], met["beta"] & met["nu_range"]
     shown = enough & inside
-    err, rec = err[shown], rec[shown]
-    shrunk, decoupled = err >= NU_ERR_BELOW, rec >= NU_REC_BELOW
+    shrunk, decoupled = ~met["nu_err"][shown], ~met["nu_rec"][shown]
     in_region = (~shrunk & ~decoupled, shrunk & ~decoupled, ~shrunk & decoupled, shrunk & decoupled)
     return ScalingPoints(
         latents=chosen[shown].tolist(),
-        nu_err=err.tolist(),
-        nu_rec=rec.tolist(),
+        nu_err=scaling.nu_err[chosen, probe][shown].tolist(),
+        nu_rec=scaling.nu_rec[chosen, probe][shown].tolist(),
         regions={name: int(mask.sum()) for name, mask in zip(REGIONS, in_region, strict=True)},
         too_few=int((~enough).sum()),
         outside=int((enough & ~inside).sum()),

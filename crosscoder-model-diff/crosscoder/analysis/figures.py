@@ -15,7 +15,6 @@ from finqa.runtime.figures import BLUE, GREEN, GREY, VERMILION, WIDTH, new_figur
 from finqa.runtime.figures import save_figure as save_figure
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from crosscoder.analysis.token_kinds import KindExplained
@@ -28,22 +27,16 @@ LOWEST_SHOWN = -0.5
 @styled
 def explained_variance_figure(explained: ExplainedVariance) -> Figure:
     """Bars of the explained variance of either model and of their difference; of a difference SAE the last alone."""
-    all_bars = (
-        ("instruct", explained.instruct, INSTRUCT),
-        ("fine-tuned", explained.fine_tuned, FINE_TUNED),
-        ("difference", explained.difference, OTHER),
-    )
-    bars = {name: (value, colour) for name, value, colour in all_bars if value is not None}
+    colours = {"instruct": INSTRUCT, "fine-tuned": FINE_TUNED, "difference": OTHER}
+    bars = explained.parts
     figure, axes = new_figure()
-    drawn = axes.bar(
-        list(bars), [value for value, _ in bars.values()], width=0.6, color=[colour for _, colour in bars.values()]
-    )
-    axes.bar_label(drawn, [f"{value:.3f}" for value, _ in bars.values()], padding=2)
+    drawn = axes.bar(list(bars), list(bars.values()), width=0.6, color=[colours[name] for name in bars])
+    axes.bar_label(drawn, [f"{value:.3f}" for value in bars.values()], padding=2)
     axes.axhline(0, color="black", lw=0.6)
-    lowest = min(0.0, *(value for value, _ in bars.values()))
+    lowest = min(0.0, *bars.values())
     room_for_a_label = 0.12 * (1 - lowest)
     below = lowest - room_for_a_label if lowest < 0 else 0.0
-    beside = (len(all_bars) - len(bars)) / 2  # one bar alone is no wider than one of three
+    beside = (len(colours) - len(bars)) / 2  # one bar alone is no wider than one of three
     axes.set(
         xlim=(-0.6 - beside, len(bars) - 0.4 + beside), ylim=(below, 1 + room_for_a_label), ylabel="explained variance"
     )
@@ -116,10 +109,6 @@ def training_figure(records: Sequence[dict[str, Any]]) -> Figure:
     dead.plot(steps, shares, color="black")
     dead.set(ylabel="dead latents (%)", ylim=(0, max([5, *(1.05 * share for share in shares)])))
     for axes in panels:
-        _steps(axes)
+        axes.set_xlabel("step")
+        axes.locator_params(axis="x", nbins=4)
     return figure
-
-
-def _steps(axes: Axes) -> None:
-    axes.set_xlabel("step")
-    axes.locator_params(axis="x", nbins=4)

@@ -64,7 +64,7 @@ class Findings:
 
     @property
     def classes(self) -> list[LatentClass]:
-        """Of the latents that are alive, in their order; empty where there is no `two_models`."""
+        """Classes of the latents that are alive, in their order; empty where there is no `two_models`."""
         kinds = self.two_models.kinds if self.two_models else []
         return [kind for kind, lives in zip(kinds, self.alive.tolist(), strict=True) if lives] if kinds else []
 

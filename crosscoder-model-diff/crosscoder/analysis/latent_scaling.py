@@ -52,7 +52,7 @@ BATCHES_IN_PRODUCTS_PRECISION = 8
 
 @dataclass(frozen=True)
 class LatentScaling:
-    """Of every latent; on the CPU, fp64. The second axis is the model whose decoder vector is the probe."""
+    """Slopes of every latent, on the CPU in fp64. The second axis is the model whose decoder vector is the probe."""
 
     n: Tensor
     """[latent] int64: tokens on which it is active."""
@@ -122,7 +122,7 @@ class ExclusiveCounts:
 
 @torch.no_grad()
 def latent_scaling(model: BatchTopKCrosscoder, batches: Iterable[Tensor]) -> LatentScaling:
-    """Of raw activations [n, 2, d_model], at the inference threshold. Give it held-out documents.
+    """Slopes on raw activations [n, 2, d_model], at the inference threshold. Give it held-out documents.
 
     UserError for a difference SAE, which has one decoder vector a latent, and a stagewise SAE, which has two values.
     """

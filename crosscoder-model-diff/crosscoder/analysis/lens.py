@@ -49,10 +49,12 @@ def read_unembedding(model: str, n_tokens: int, revision: str | None = None) -> 
     return Unembedding(norm, weight[:n_tokens].float(), family in CENTRED)
 
 
-def promoted_tokens(directions: Tensor, unembedding: Unembedding, n: int) -> Tensor:
-    """[latent, d_model] -> [latent, n] ids of the tokens whose logits the directions raise most, best first."""
+def promoted_tokens(directions: Tensor, unembedding: Unembedding, n: int) -> list[tuple[int, ...]]:
+    """[latent, d_model] -> for every latent the ids of the `n` tokens whose logits its direction raises most, best
+    first; none where the direction has no length, as those of a partition can have."""
     best = [torch.topk(logits(some, unembedding), n, dim=-1).indices for some in directions.split(AT_ONCE)]
-    return torch.cat(best)
+    lengths = directions.norm(dim=-1).tolist()
+    return [tuple(ids) if length > 0 else () for ids, length in zip(torch.cat(best).tolist(), lengths, strict=True)]
 
 
 def logits(directions: Tensor, unembedding: Unembedding) -> Tensor:

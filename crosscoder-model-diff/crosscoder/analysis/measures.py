@@ -29,11 +29,20 @@ class ExplainedVariance(NamedTuple):
     joint: float | None
     """Both sums over both models, in scaled space."""
     difference: float
-    """Of x[1] - x[0] by xhat[1] - xhat[0], in the models' own units. With both models well explained, 0 still means
-    that what tells them apart is not."""
+    """Explained variance of x[1] - x[0] by xhat[1] - xhat[0], in the models' own units. With both models well
+    explained, 0 still means that what tells them apart is not."""
     l0: float
     """Mean active latents a token, without which no explained variance can be compared."""
     n_tokens: int
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Explained variance of each model and of their difference, by name; a difference SAE has the last alone."""
+        every = {"instruct": self.instruct, "fine-tuned": self.fine_tuned, "difference": self.difference}
+        return {name: value for name, value in every.items() if value is not None}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.4f}" for name, value in self.parts.items()) + f", at L0 {self.l0:.1f}"
 
 
 class _Moments:
@@ -68,7 +77,7 @@ class _Moments:
 
 @torch.no_grad()
 def explained_variance(model: BatchTopKCrosscoder, batches: Iterable[Tensor]) -> ExplainedVariance:
-    """Of raw activations [n, 2, d_model], reconstructed by the inference threshold.
+    """Explained variance of raw activations [n, 2, d_model], reconstructed by the inference threshold.
 
     A ratio of two sums over all tokens, in fp64. Give it held-out documents, without BOS and padding.
     """
@@ -97,6 +106,13 @@ def explained_variance(model: BatchTopKCrosscoder, batches: Iterable[Tensor]) ->
 def decoder_norms(model: BatchTopKCrosscoder) -> Tensor:
     """[latent, 2], on the CPU: lengths of the decoder vectors in each model's own units."""
     return model.raw_decoder().norm(dim=-1).cpu()
+
+
+def decoder_directions(model: BatchTopKCrosscoder) -> dict[str, Tensor]:
+    """[latent, d_model] decoder vectors in the models' own units, by whose they are."""
+    if model.config.n_inputs == N_MODELS:
+        return dict(zip(("instruct", "fine-tuned"), model.raw_decoder().unbind(dim=1), strict=True))
+    return {"difference": model.difference_decoder()}
 
 
 def relative_decoder_norm(norms: Tensor) -> Tensor:
@@ -160,6 +176,6 @@ def decoder_cosines(model: BatchTopKCrosscoder) -> Tensor:
 
 
 def median(values: Tensor) -> float | None:
-    """Of the values that are numbers; None where there are none."""
+    """Median of the values that are numbers; None where there are none."""
     numbers = values[values.isfinite()]
     return float(numbers.median()) if len(numbers) else None

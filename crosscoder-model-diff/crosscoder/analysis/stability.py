@@ -27,7 +27,7 @@ from finqa.runtime.errors import UserError
 COSINES = (0.7, 0.8, 0.9, 0.95)
 """At which shares are given."""
 RANK_TOLERANCE = 1e-4
-"""Of the largest singular value, below which a direction does not count to a set's span."""
+"""Share of the largest singular value, below which a direction does not count to a set's span."""
 
 OVERLAP_AT_MOST = 2048
 """Latents in a set whose span is taken; the span of more is next to everything, and costs minutes."""
@@ -86,7 +86,7 @@ def features(
     indices: Tensor,
     further: Mapping[str, Tensor] | None = None,
 ) -> Features:
-    """Of the latents that are active on some token at `indices` of the store.
+    """The latents that are active on some token at `indices` of the store, and the sets that they form.
 
     The sets are the classes (measures.latent_classes), and the two parts of a partition; the latents of a difference
     SAE and of a stagewise SAE are of one kind.

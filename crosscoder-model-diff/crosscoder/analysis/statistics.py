@@ -30,7 +30,7 @@ class LatentStatistics:
     """[part, part, latent] fp64: mean over all tokens of the products of the values of its parts
     (BatchTopKCrosscoder.parts); of most methods one part, so its value squared."""
     top_values: Tensor
-    """[latent, n_top]: its largest values, falling; 0 where it has fewer."""
+    """[latent, n_top]: its largest values, descending; 0 where it has fewer."""
     top_tokens: Tensor
     """[latent, n_top] int64: token indices of those in the store; -1 where it has fewer."""
     activation_by_kind: Tensor | None = None

@@ -51,19 +51,19 @@ class LatentRow:
     """Length of the decoder vector in the instruct model's own units."""
     fine_tuned_norm: float | None
     cosine: float | None
-    """Of the two decoder vectors; None for a difference SAE."""
+    """Cosine of the two decoder vectors; None for a difference SAE."""
     frequency: float
     """Share of tokens on which it is active."""
     completion_share: float | None
-    """Of the tokens on which it is active, the share in completions (programs, of FinQA); 0 where it is active on none,
-    None where no document has a prompt."""
+    """Share in completions (programs, of FinQA) of the tokens on which it is active; 0 where it is active on none, None
+    where no document has a prompt."""
     template_share: float | None
-    """Of its summed activation, the share on tokens that every document has alike (statistics.template_share); None
+    """Share of its summed activation on tokens that every document has alike (statistics.template_share); None
     where the kinds of the tokens were not asked for, or the set has no such tokens."""
     difference_share: float
-    """Of what all latents write into the difference of the models, this one's part: the mean squared length of what it
-    adds to fine-tuned less instruct, over the sum of all latents. In the models' own units; what two latents write
-    together is left out."""
+    """Its part of what all latents write into the difference of the models: the mean squared length of what it adds to
+    fine-tuned less instruct, over the sum of all latents. In the models' own units; what two latents write together is
+    left out."""
     mean_activation: float
     max_activation: float
     top_tokens: str
@@ -73,7 +73,7 @@ class LatentRow:
     promoted: str
     """Tokens that its fine-tuned decoder vector promotes (logit lens); a difference SAE's one vector."""
     promoted_instruct: str
-    """The same of its instruct decoder vector."""
+    """Tokens that its instruct decoder vector promotes."""
     scaling_firings: int | None = None
     """Tokens of the held-out documents on which it is active; this and the next are of latent scaling."""
     beta_err: float | None = None
@@ -89,7 +89,7 @@ class LatentRow:
     instruct_verdict: str = ""
     """What latent scaling says of it as an instruct-only latent (latent_scaling.verdict); empty where it is dead."""
     fine_tuned_verdict: str = ""
-    """The same as a fine-tuned-only one."""
+    """What latent scaling says of it as a fine-tuned-only latent; empty where it is dead."""
     change: float | None = None
     """How far it turned when a stagewise SAE was trained on with the fine-tuned model, 0 to 2 (StagewiseSAE.change):
     1 less the mean cosine of its encoder and its decoder vector before and after; None for other methods."""
@@ -104,8 +104,8 @@ def latent_table(
     scaling: LatentScaling | None = None,
 ) -> list[LatentRow]:
     """A row a latent, in their order, dead ones included. With `scaling` (of held-out documents) its columns too."""
-    directions = [model.difference_decoder()] if model.config.n_inputs == 1 else list(model.raw_decoder().unbind(dim=1))
-    promoted = [_promoted(vectors, unembedding) for vectors in directions]
+    directions = analysis.decoder_directions(model).values()
+    promoted = [promoted_tokens(vectors, unembedding, N_TOKENS) for vectors in directions]
     prompted = any(document.n_prompt > 1 for document in store.documents)
     completion = statistics.n_completion_firings / statistics.n_firings.clamp_min(1)
     template = statistics.template_share
@@ -123,7 +123,7 @@ def latent_table(
             difference_share=float(written[j]),
             mean_activation=float(statistics.mean_activation[j]),
             max_activation=float(statistics.top_values[j, 0]),
-            top_tokens=contexts.commonest_tokens(statistics.top_tokens[j]),
+            top_tokens=contexts.tokens(commonest_tokens(store, statistics.top_tokens[j])),
             example=contexts.around(int(statistics.top_tokens[j, 0])),
             promoted=contexts.tokens(promoted[-1][j]),
             promoted_instruct=contexts.tokens(promoted[0][j]) if len(promoted) == 2 else "",
@@ -137,12 +137,6 @@ def difference_shares(model: BatchTopKCrosscoder, statistics: LatentStatistics) 
     """[latent] fp64, on the CPU: LatentRow.difference_share of each; 0 where none writes any difference."""
     written = model.written_squares(statistics.mean_products.to(model.b_dec.device)).cpu()
     return written / written.sum().clamp_min(torch.finfo(torch.float64).tiny)
-
-
-def _promoted(vectors: Tensor, unembedding: Unembedding) -> list[list[int]]:
-    """Of every latent the tokens that its vector promotes; none where it has no length."""
-    tokens = promoted_tokens(vectors, unembedding, N_TOKENS).tolist()
-    return [ids if length > 0 else [] for ids, length in zip(tokens, vectors.norm(dim=-1).tolist(), strict=True)]
 
 
 def _compared(model: BatchTopKCrosscoder) -> list[dict[str, Any]]:
@@ -256,8 +250,14 @@ def lean(row: LatentRow) -> tuple[float, float]:
 
 
 def most_changed(rows: Sequence[LatentRow], n: int, min_frequency: float = 0.0) -> list[LatentRow]:
-    """Of the latents that are active on more than this share of the tokens, the `n` that changed most (`lean`)."""
+    """The `n` latents that changed most (`lean`), of those that are active on more than this share of the tokens."""
     return sorted((row for row in rows if row.frequency > min_frequency), key=lean, reverse=True)[:n]
+
+
+def commonest_tokens(store: ActivationStore, indices: Tensor) -> tuple[int, ...]:
+    """The N_TOKENS commonest token ids at these indices of the store (-1 is none), the commonest first."""
+    counts = Counter(store.token_id[indices[indices >= 0]].tolist())
+    return tuple(token for token, _ in counts.most_common(N_TOKENS))
 
 
 class Contexts:
@@ -271,12 +271,6 @@ class Contexts:
     def tokens(self, ids: Sequence[int]) -> str:
         """Token ids as quoted text, so that spaces and line breaks show."""
         return " ".join(map(repr, self._spelt(ids)))
-
-    def commonest_tokens(self, indices: Tensor) -> str:
-        """Tokens at these indices (-1 is none), the commonest first."""
-        there = indices[indices >= 0]
-        counts = Counter(self._store.token_id[there].tolist())
-        return self.tokens([token for token, _ in counts.most_common(N_TOKENS)])
 
     def around(self, index: int) -> str:
         """The text up to and after one token, which is marked; empty for -1."""

@@ -51,9 +51,9 @@ class KindExplained(NamedTuple):
     """Distances are from the mean of all tokens given: the figures of the kinds, weighted by their shares of the
     variance, average to the figure of all."""
     share_of_variance: float
-    """Of the difference's squared distances from its mean over all tokens, the part of these tokens."""
+    """These tokens' part of the difference's squared distances from its mean over all tokens."""
     share_of_error: float
-    """Of its squared errors."""
+    """These tokens' part of the difference's squared errors."""
 
 
 @dataclass
@@ -98,7 +98,7 @@ class _KindSums:
 def explained_variance_by_kind(
     model: BatchTopKCrosscoder, store: ActivationStore, indices: Tensor, kinds: Tensor, batch_size: int = READ_TOKENS
 ) -> list[KindExplained]:
-    """Of the tokens at `indices` of the store, reconstructed by the inference threshold, kind by kind.
+    """Explained variance on the tokens at `indices` of the store, by the inference threshold, kind by kind.
 
     One pass. `kinds` [tokens of the store] is token_kinds'. First all tokens, then the template, then every kind that
     occurs; where all are of one kind, that is left out. Models in scaled space and the difference in the models' own

@@ -39,13 +39,15 @@ FILES = ("model.safetensors", "model.pt")
 
 
 def parser_of(layout: str | None) -> argparse.ArgumentParser:
-    """The flags beside --to; those of neuronpedia leave train.py's to open_reading."""
+    """The flags beside --to."""
     from crosscoder.dashboard.records import DashboardConfig
+    from crosscoder.opening import add_reading_flags
 
     parser = script_parser(__doc__)
     parser.prog = "python -m crosscoder.convert"
     parser.add_argument("--to", choices=LAYOUTS, help="(default: a checkpoint of this project)")
     if layout == "neuronpedia":
+        add_reading_flags(parser)
         add_flags(parser, DashboardConfig)
         parser.add_argument("--out", type=Path, help="the folder (default: neuronpedia in the folder of the results)")
         return parser
@@ -63,10 +65,9 @@ def main() -> None:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--to")
     layout = first.parse_known_args()[0].to
-    parser = parser_of(layout)
+    args = parser_of(layout).parse_args()
     if layout == "neuronpedia":
-        return write_pages(*parser.parse_known_args())
-    args = parser.parse_args()
+        return write_pages(args)
     target: Path = args.target
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise UserError(f"{target} is there already, and nothing is replaced; give a new folder")
@@ -117,16 +118,16 @@ def local_copy(source: Path) -> Path:
     return fetched
 
 
-def write_pages(args: argparse.Namespace, names: list[str]) -> None:
+def write_pages(args: argparse.Namespace) -> None:
     """The batches of the dictionary that train.py's names and flags name."""
     from crosscoder.analysis.findings import find
     from crosscoder.convert.neuronpedia import write_neuronpedia
     from crosscoder.dashboard.builder import build_dashboard
     from crosscoder.dashboard.records import DashboardConfig
     from crosscoder.dashboard.summary import summary_of
-    from crosscoder.opening import open_reading
+    from crosscoder.opening import open_reading_of
 
-    config, reading = from_args(DashboardConfig, args), open_reading(names)
+    config, reading = from_args(DashboardConfig, args), open_reading_of(args)
     found = find(reading)
     dashboard = build_dashboard(reading, found.statistics, found.rows, summary_of(found), config)
     folder = args.out or reading.results / "neuronpedia"

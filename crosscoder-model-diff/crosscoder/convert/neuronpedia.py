@@ -44,7 +44,7 @@ def write_neuronpedia(reading: Reading, dashboard: Dashboard, config: DashboardC
     Raises UserError where none has, or `folder` holds batches already.
     """
     from crosscoder.activations.layout import token_texts
-    from crosscoder.dashboard.builder import decoder_directions
+    from crosscoder.analysis.measures import decoder_directions
 
     pages = [page for page in dashboard.pages if page.examples is not None]
     if not pages:
@@ -80,7 +80,7 @@ def write_neuronpedia(reading: Reading, dashboard: Dashboard, config: DashboardC
 
 
 def _logits(reading: Reading, vectors: Tensor, vocabulary: dict[int, str], n: int) -> Iterator[dict[str, Any]]:
-    """Of each of [latent, d_model] `vectors`: the tokens whose logits it raises and lowers most, and the histogram of
+    """For each of [latent, d_model] `vectors` the tokens whose logits it raises and lowers most, and the histogram of
     all."""
     import torch
 
@@ -128,7 +128,7 @@ def _activation(
 
 
 def _middles(low: float, high: float, n: int) -> list[float]:
-    """Of n equal bins."""
+    """Middles of n equal bins from `low` to `high`."""
     return _short(low + (i + 0.5) * (high - low) / n for i in range(n))
 
 

@@ -17,42 +17,38 @@ import sys
 from pathlib import Path
 
 from crosscoder.dashboard.records import DashboardConfig
-from finqa.runtime.command_line import add_flags, from_args
+from crosscoder.opening import add_reading_flags, open_reading_of
+from finqa.runtime.command_line import add_flags, from_args, script_parser
 from finqa.runtime.errors import report_errors
 from finqa.runtime.journal import only_run_on
 
 
-def parse_args() -> tuple[argparse.Namespace, list[str]]:
-    """The flags below, and what is left for reading.open_reading."""
-    parser = argparse.ArgumentParser(
-        prog="python -m crosscoder.dashboard", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    add_flags(parser, DashboardConfig)
-    parser.add_argument(
-        "--compare",
-        metavar="FOLDER",
-        help="Checkpoint of another dictionary of these activations, to match latents with",
-    )
-    parser.add_argument("--out", type=Path, help="the file (default: dashboard.html in the folder of the results)")
-    return parser.parse_known_args()
+def parse_args() -> argparse.Namespace:
+    parser = script_parser(__doc__)
+    parser.prog = "python -m crosscoder.dashboard"
+    add_reading_flags(parser)
+    group = parser.add_argument_group("dashboard")
+    add_flags(group, DashboardConfig)
+    other = "Checkpoint of another dictionary of these activations, to match latents with"
+    group.add_argument("--compare", metavar="FOLDER", help=other)
+    group.add_argument("--out", type=Path, help="the file (default: dashboard.html in the folder of the results)")
+    return parser.parse_args()
 
 
 def main() -> None:
-    args, names = parse_args()
+    args = parse_args()
     config = from_args(DashboardConfig, args)
 
     from crosscoder.analysis.findings import find
     from crosscoder.extra_readings import open_second
-    from crosscoder.opening import open_reading
     from crosscoder.results import write_page
 
-    reading = open_reading(names)
+    reading = open_reading_of(args)
     second = (Path(args.compare).name, open_second(reading, args.compare, any_method=True)) if args.compare else None
     path = args.out or reading.results / "dashboard.html"
     with only_run_on(path):
-        print(
-            f"{reading.name}: {reading.model.config.n_latents:,} latents on {len(reading.store):,} tokens", flush=True
-        )
+        n_latents = reading.model.config.n_latents
+        print(f"{reading.name}: {n_latents:,} latents on {len(reading.store):,} tokens", flush=True)
         print(write_page(find(reading), config, path, second))
 
 

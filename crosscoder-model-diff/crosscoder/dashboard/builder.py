@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor
 
 from crosscoder.activations.layout import token_texts
-from crosscoder.analysis.lens import Unembedding, promoted_tokens
-from crosscoder.analysis.tables import EFFECT, lean
+from crosscoder.analysis.lens import promoted_tokens
+from crosscoder.analysis.measures import decoder_directions
+from crosscoder.analysis.tables import EFFECT, commonest_tokens, lean
 from crosscoder.analysis.token_kinds import token_kinds
 from crosscoder.dashboard.examples import ExampleMaker, Family
 from crosscoder.dashboard.firings import gather_firings, groups_within
 from crosscoder.dashboard.records import Column, Dashboard, DashboardConfig, Examples, LatentPage, Summary, Value
-from crosscoder.dictionaries.config import N_MODELS
 
 if TYPE_CHECKING:
     from crosscoder.analysis.statistics import LatentStatistics
@@ -124,14 +123,14 @@ def build_dashboard(
     for latent, (name, times) in families.items():
         values[latent] |= {"family": name, "family_times": times}
     directions = decoder_directions(model)
-    promoted = [_promoted(vectors, reading.unembedding, config.n_promoted) for vectors in directions.values()]
+    promoted = [promoted_tokens(each, reading.unembedding, config.n_promoted) for each in directions.values()]
     nearest = nearest_latents(model, statistics.dead, config.n_nearest)
     pages = tuple(
         LatentPage(
             latent=j,
             values=values[j],
             max_activation=float(largest[j]),
-            top_tokens=_commonest(reading.store.token_id, statistics.top_tokens[j]),
+            top_tokens=commonest_tokens(reading.store, statistics.top_tokens[j]),
             promoted=tuple(tokens[j] for tokens in promoted),
             nearest=nearest[j],
             histogram=tuple(histograms[j].tolist()),
@@ -140,6 +139,8 @@ def build_dashboard(
         )
         for j in range(len(rows))
     )
+    named = {token for page in pages for token in page.tokens()}
+    token_ids = named | {token for page in pages for example in page.shown for token in example.token_ids}
     return Dashboard(
         title=reading.name,
         summary=summary,
@@ -154,7 +155,7 @@ def build_dashboard(
             else "that latent scaling confirms, then those whose decoder norms differ most between the models"
         ),
         pages=pages,
-        vocabulary=token_texts(tokenizer, _token_ids(pages)),
+        vocabulary=token_texts(tokenizer, sorted(token_ids)),
     )
 
 
@@ -177,13 +178,6 @@ def by_interest(rows: Iterable[LatentRow], statistics: LatentStatistics) -> list
         return not row.confirmed, few, -first, -second
 
     return sorted(rows, key=key)
-
-
-def decoder_directions(model: BatchTopKCrosscoder) -> dict[str, Tensor]:
-    """[latent, d_model] decoder vectors in the models' own units, by whose they are."""
-    if model.config.n_inputs == N_MODELS:
-        return dict(zip(("instruct", "fine-tuned"), model.raw_decoder().unbind(dim=1), strict=True))
-    return {"difference": model.difference_decoder()}
 
 
 @torch.no_grad()
@@ -238,31 +232,6 @@ def _values(row: LatentRow, model: BatchTopKCrosscoder, added: Mapping[str, Sequ
         known["part"] = "shared" if row.latent < model.config.n_shared else "delta"
     values = {column.key: known.get(column.key) for column in COLUMNS}
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
-
-
-def _promoted(vectors: Tensor, unembedding: Unembedding, n: int) -> list[tuple[int, ...]]:
-    """Of every latent the tokens that its vector promotes; none where it has no length, as a partition's can."""
-    tokens = promoted_tokens(vectors, unembedding, n).tolist()
-    lengths = vectors.norm(dim=-1).tolist()
-    return [tuple(ids) if length > 0 else () for ids, length in zip(tokens, lengths, strict=True)]
-
-
-def _commonest(token_id: Tensor, indices: Tensor) -> tuple[int, ...]:
-    """Token ids at these indices (-1 is none), the commonest first."""
-    counts = Counter(token_id[indices[indices >= 0]].tolist())
-    return tuple(token for token, _ in counts.most_common(5))
-
-
-def _token_ids(pages: Sequence[LatentPage]) -> list[int]:
-    ids: set[int] = set()
-    for page in pages:
-        ids.update(page.top_tokens)
-        ids.update(token for tokens in page.promoted for token in tokens)
-        if page.examples is not None:
-            ids.update(use.token_id for use in page.examples.fires_on)
-            shown = [*page.examples.strongest, *(e for band in page.examples.bands for e in band.examples)]
-            ids.update(token for example in shown for token in example.token_ids)
-    return sorted(ids)
 
 
 def _facts(reading: Reading, statistics: LatentStatistics) -> Iterable[tuple[str, str]]:

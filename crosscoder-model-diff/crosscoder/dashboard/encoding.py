@@ -25,10 +25,10 @@ def encode(dashboard: Dashboard) -> dict[str, Any]:
 class _Encoder:
     def __init__(self, dashboard: Dashboard):
         self._dashboard = dashboard
-        self._examples = [example for page in dashboard.pages for example in _examples(page)]
-        self._stretches, self._stretch_of = _stretches(self._examples)
+        examples = [example for page in dashboard.pages for example in page.shown]
+        self._stretches, self._stretch_of = _stretches(examples)
         self._words = {token: i for i, (token, _) in enumerate(self._used_tokens().most_common())}
-        names = dict.fromkeys(example.document for example in self._examples)
+        names = dict.fromkeys(example.document for example in examples)
         self._documents = {name: i for i, name in enumerate(names)}
 
     def encoded(self) -> dict[str, Any]:
@@ -60,10 +60,7 @@ class _Encoder:
         for _, tokens in self._stretches:
             used.update(tokens)
         for page in self._dashboard.pages:
-            used.update(page.top_tokens)
-            used.update(token for tokens in page.promoted for token in tokens)
-            if page.examples is not None:
-                used.update(use.token_id for use in page.examples.fires_on)
+            used.update(page.tokens())
         return used
 
     def _latent(self, page: LatentPage) -> Any:
@@ -91,12 +88,6 @@ class _Encoder:
 
     def _tokens(self, tokens: tuple[int, ...]) -> list[int]:
         return [self._words[token] for token in tokens]
-
-
-def _examples(page: LatentPage) -> list[Example]:
-    if page.examples is None:
-        return []
-    return [*page.examples.strongest, *(example for band in page.examples.bands for example in band.examples)]
 
 
 def _stretches(examples: list[Example]) -> tuple[list[tuple[int, list[int]]], dict[int, int]]:

@@ -68,7 +68,7 @@ class ExampleMaker:
         return page
 
     def examples(self, latent: int, tokens: NDArray[np.int32], values: NDArray[np.float32]) -> Examples | None:
-        """Of a latent's firings: [n] token indices, rising, and their activations. None where there are none."""
+        """Examples of a latent from its firings: [n] ascending token indices, and their activations. None without."""
         if not len(tokens):
             return None
         strongest = self._apart(np.argsort(-values, kind="stable"), tokens, self.config.n_strongest)
@@ -79,7 +79,7 @@ class ExampleMaker:
         )
 
     def family(self, families: Mapping[str, str], tokens: NDArray[np.int32], values: NDArray[np.float32]) -> Family:
-        """Of a latent's firings: the family on whose questions it is most active, and its mean activation, summed over
+        """The family on whose questions a latent is most active, from its firings, and its mean activation, summed over
         a question, as a multiple of the mean over all. (None, None) where a question has no family, or the latent is
         active on fewer than LEAST_QUESTIONS."""
         of = [families.get(name, "") for name in self._names]

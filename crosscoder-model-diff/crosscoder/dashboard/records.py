@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from crosscoder.dictionaries.config import READ_TOKENS
-from finqa.runtime.command_line import flag
-from finqa.runtime.errors import UserError
+from finqa.runtime.command_line import check_bounds, flag
 
 Value = float | int | str | None
 ColumnKind = Literal["number", "share", "count", "word", "text"]
@@ -21,7 +21,7 @@ LEVELS = 255
 class DashboardConfig:
     """What a dashboard shows, and what building it may hold in memory."""
 
-    n_with_examples: int = flag(1024, "--examples-for", metavar="LATENTS")
+    n_with_examples: int = flag(1024, "--examples-for", metavar="LATENTS", least=0)
     """Latents that get examples in the dashboard, the most interesting first (builder.by_interest)."""
     n_strongest: int = 10
     """Maximally activating examples of a latent, each from a page of its own."""
@@ -31,7 +31,7 @@ class DashboardConfig:
     tokens_after: int = 12
     """Context of an example, in tokens; less at the ends of its document."""
     n_bins: int = 30
-    """Of a latent's histogram, from 0 to its largest activation."""
+    """Bins of a latent's histogram, from 0 to its largest activation."""
     n_promoted: int = 10
     n_nearest: int = 8
     n_fires_on: int = 10
@@ -39,11 +39,10 @@ class DashboardConfig:
     """Firings gathered in one pass over the set, about 40 bytes each at the peak; more than that take more passes."""
     batch_size: int = READ_TOKENS
     seed: int = 0
-    """Of the draw of examples within a band."""
+    """Seed of the draw of examples within a band."""
 
     def __post_init__(self) -> None:
-        if self.n_with_examples < 0:
-            raise UserError(f"the number of latents with examples is at least 0, not {self.n_with_examples}")
+        check_bounds(self)
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,9 @@ class TokenUse:
     token_id: int
     n_firings: int
     share: float
-    """Of the token's occurrences, those that it fires on."""
+    """Share of the token's occurrences that the latent fires on."""
     mean: float
-    """Activation, over those."""
+    """Mean activation over the occurrences that it fires on."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +131,21 @@ class LatentPage:
     examples: Examples | None
     """None where the latent is not among those that get examples, or is active on no token."""
 
+    @property
+    def shown(self) -> list[Example]:
+        """All examples, the strongest first, then band by band."""
+        if self.examples is None:
+            return []
+        return [*self.examples.strongest, *(example for band in self.examples.bands for example in band.examples)]
+
+    def tokens(self) -> Iterator[int]:
+        """The token ids that stand outside of the examples; those that stand there twice come twice."""
+        yield from self.top_tokens
+        for tokens in self.promoted:
+            yield from tokens
+        if self.examples is not None:
+            yield from (use.token_id for use in self.examples.fires_on)
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -153,7 +167,7 @@ class Dashboard:
     facts: tuple[tuple[str, str], ...]
     """What was read, as pairs of a label and a text."""
     columns: tuple[Column, ...]
-    """Those that exist for this dictionary."""
+    """The columns that exist for this dictionary."""
     directions: tuple[str, ...]
     """Whose decoder vectors a latent has: instruct and fine-tuned, or the difference alone."""
     chosen_by: str

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 N_CHANGED = 10
 CAUSAL_LATENTS = 10
-"""Of the sets that were patched, the largest of at most so many latents is told."""
+"""The effect of the largest patched set of at most so many latents is told."""
 FEW = 5
 """Latents that a sentence names."""
 TURNED = 0.1
@@ -30,7 +30,7 @@ ORDERS = {
 
 
 def summary_of(found: Findings, causal: Sequence[Mapping[str, Any]] = ()) -> Summary:
-    """Of a dictionary that was analysed; `causal` are the rows of its causal.csv (extra_readings.causal_rows)."""
+    """Summary of an analysed dictionary; `causal` are the rows of its causal.csv (extra_readings.causal_rows)."""
     changed = tables.most_changed(found.rows, N_CHANGED, found.config.min_frequency)
     shares = [row.completion_share for row in changed if row.completion_share is not None]
     written = sum(share > 0.5 for share in shares)
@@ -52,12 +52,11 @@ def leading(rows: Sequence[LatentRow]) -> str:
 
 
 def explained(found: Findings) -> str:
-    parts = found.explained
-    models = {"the instruct model": parts.instruct, "the fine-tuned model": parts.fine_tuned}
-    of = [f"{value:.1%} of the variance of {name}" for name, value in models.items() if value is not None]
-    of.append(f"{parts.difference:.1%} of the variance of their difference")
+    whose = {"instruct": "the instruct model", "fine-tuned": "the fine-tuned model", "difference": "their difference"}
+    of = [f"{value:.1%} of the variance of {whose[name]}" for name, value in found.explained.parts.items()]
+    l0 = found.explained.l0
     return (
-        f"On held-out documents this dictionary explains {listed(of)}, with {parts.l0:.1f} latents active at once. "
+        f"On held-out documents this dictionary explains {listed(of)}, with {l0:.1f} latents active at once. "
         "What it does not explain of the difference, this page cannot show."
     )
 

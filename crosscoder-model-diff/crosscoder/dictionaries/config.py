@@ -49,7 +49,7 @@ class CrosscoderConfig:
     published run did: there a drift of the norms changes what is selected."""
     method: Method = "batchtopk"
     """`batchtopk`: the k * batch largest scores of a batch are active. `l1`: every positive latent is, and the loss
-    has a price on values (Lindsey et al. 2024). `partition`: most latents have one decoder vector for both models,
+    has an L1 penalty (Lindsey et al. 2024). `partition`: most latents have one decoder vector for both models,
     the last `n_delta` one for each. `dedicated`: a crosscoder in which either model has latents of its own, which
     neither read nor write the other. `difference-sae`: a BatchTopK autoencoder of x[1] - x[0], decoder of unit norm.
     `stagewise-sae`: an autoencoder of the instruct model that is then trained on with the fine-tuned one."""
@@ -64,8 +64,7 @@ class CrosscoderConfig:
         for name in ("d_model", "n_latents", "k"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         _require(self.k <= self.n_latents, f"k ({self.k}) is more than the {self.n_latents} latents")
-        _require_choice("score_norm", self.score_norm, ScoreNorm)
-        _require_choice("method", self.method, Method)
+        _require_choices(self)
         if self.method == "dedicated":
             _require(
                 0 < self.reserved_share < 0.5 and 1 <= self.n_reserved < self.n_latents / 2,
@@ -139,9 +138,9 @@ class TrainingConfig:
     """lambda on the squared error of the difference, |e[1] - e[0]|^2 (sum over features, mean over tokens). `equal`:
     the weight at which the models' sum and difference count alike, taken from the data."""
     l1_weight: float = flag(0.0, group="loss", shown="0; l1: 0.7")
-    """Price of sum over latents of value * (norm W_dec[j,0] + norm W_dec[j,1]), mean over tokens."""
+    """L1 coefficient, on the sum over latents of value * (norm W_dec[j,0] + norm W_dec[j,1]), mean over tokens."""
     l1_warmup_fraction: float = 0.05
-    """Share of the steps over which that price rises from 0."""
+    """Share of the steps over which that coefficient rises from 0."""
     aux_weight: float = flag(1 / 32, group="loss", shown="1/32")
     """Weight of the auxiliary loss, which is about 1 at most; only dead latents receive its gradient."""
     aux_k: int | None = None
@@ -165,7 +164,7 @@ class TrainingConfig:
     threshold_from_step: int = 10
     """Step after which the threshold follows the smallest selected score."""
     threshold_decay: float = 0.99
-    """Of the running average of that score."""
+    """Decay of the running average of that score."""
     calibration_tokens: int = 131_072
     """Training tokens, at most, on which the threshold is set after the last step."""
     precision: Precision = flag("auto")
@@ -204,14 +203,7 @@ class TrainingConfig:
             (self.anneal_k_from is not None) == (self.anneal_fraction > 0),
             "anneal_k_from and anneal_fraction need each other: with no steps to fall in, k would stay where it starts",
         )
-        for name, choices in (
-            ("reconstruction", Reconstruction),
-            ("precision", Precision),
-            ("decay", Decay),
-            ("directions", Directions),
-        ):
-            _require_choice(name, getattr(self, name), choices)
-        _require(self.decoder_bias in ("zero", "median"), f"decoder_bias is zero or median, not {self.decoder_bias}")
+        _require_choices(self)
         _require(not (self.untrained and self.freeze_decoder), "untrained and freeze_decoder exclude each other")
 
     def total_steps(self, n_tokens: int) -> int:
@@ -296,5 +288,9 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _require_choice(name: str, value: str, choices: Any) -> None:
-    _require(value in get_args(choices), f"{name} is one of {', '.join(get_args(choices))}, not {value}")
+def _require_choices(config: CrosscoderConfig | TrainingConfig) -> None:
+    """UserError where a field is none of the words that its type names."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal:
+            choices, value = get_args(hint), getattr(config, name)
+            _require(value in choices, f"{name} is one of {', '.join(choices)}, not {value}")

@@ -24,7 +24,7 @@ def difference_loss(x: Tensor, xhat: Tensor) -> Tensor:
     return (error[:, 1] - error[:, 0]).pow(2).sum(dim=-1).mean()
 
 
-def l1_price(values: Tensor, norms: Tensor) -> Tensor:
+def l1_penalty(values: Tensor, norms: Tensor) -> Tensor:
     """Sum over latents of value times decoder norms, mean over tokens (Lindsey et al. 2024).
 
     `values` [batch, latent]; `norms` [latent], the sum of a latent's decoder norms, is not detached: else values would

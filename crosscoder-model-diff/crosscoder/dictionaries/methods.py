@@ -1,6 +1,6 @@
 """The methods beside the BatchTopK crosscoder: each is that dictionary but for one thing.
 
-l1               every positive latent is active; the loss has a price on values (Lindsey et al. 2024)
+l1               every positive latent is active; the loss has an L1 penalty (Lindsey et al. 2024)
 partition        shared latents have one decoder vector for both models, delta latents their own selection and
                  two vectors: they alone tell the models apart. After Delta-Crosscoder, arXiv 2603.04426, whose
                  code is not public; the formulation is ours
@@ -249,7 +249,7 @@ class StagewiseSAE(UnitNormSAE):
         return torch.stack([after, -before])
 
     def set_thresholds(self, thresholds: list[float]) -> None:
-        """Of the stage that training is in."""
+        """Set the threshold of the stage that training is in."""
         if self.stage == 0:
             self.further_thresholds = (thresholds[0],)
         else:

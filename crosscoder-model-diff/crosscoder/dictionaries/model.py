@@ -50,9 +50,9 @@ class BatchTopKCrosscoder(nn.Module):
         """Score above which a latent is active at inference; a Python number, so no cast of the module rounds it.
         None until training has set it."""
         self.delta_threshold: float | None = None
-        """That of the delta latents of a partition; None for other methods."""
+        """Threshold of the delta latents of a partition; None for other methods."""
         self.further_thresholds: tuple[float, ...] = ()
-        """Those of a dedicated feature crosscoder's latents of the instruct and of the fine-tuned model; that of a
+        """Thresholds of a dedicated feature crosscoder's latents of the instruct and of the fine-tuned model; of a
         stagewise SAE's first stage; empty for other methods."""
         self.stage: int | None = None
         """The one of `stages` that training is in; None when it is not."""

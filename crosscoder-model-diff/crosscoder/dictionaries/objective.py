@@ -46,7 +46,7 @@ def objective(
     dead: Tensor | None = None,
     ranks: Ranks = ALONE,
 ) -> Terms:
-    """Of scaled activations `x` [batch, 2, d_model]: reconstruction + lambda * difference + price * l1 + weight * aux.
+    """Loss of scaled `x` [batch, 2, d_model]: reconstruction + lambda * difference + coefficient * l1 + weight * aux.
 
     `dead` is the [latent] mask of the auxiliary loss; without one, or with no dead latent, there is none. With several
     processes `x` are one's own rows, and the mean over the processes is the loss of the batch.
@@ -57,12 +57,12 @@ def objective(
     xhat = model.decode(selection.values)
     reconstruction = losses.reconstruction_loss(x, xhat, config.reconstruction)
     difference = losses.difference_loss(x, xhat) if weights.difference else zero
-    price = losses.l1_price(selection.values, model.W_dec.norm(dim=-1).sum(dim=-1)) if weights.l1 else zero
+    penalty = losses.l1_penalty(selection.values, model.W_dec.norm(dim=-1).sum(dim=-1)) if weights.l1 else zero
     auxiliary = zero
     if config.aux_weight and dead is not None and bool(dead.any()):
         auxiliary = _auxiliary(model, values, (x - xhat).detach(), dead, config, ranks)
-    loss = reconstruction + weights.difference * difference + weights.l1 * price + config.aux_weight * auxiliary
-    return Terms(loss, reconstruction, difference, price, auxiliary, values, selection, xhat)
+    loss = reconstruction + weights.difference * difference + weights.l1 * penalty + config.aux_weight * auxiliary
+    return Terms(loss, reconstruction, difference, penalty, auxiliary, values, selection, xhat)
 
 
 def auxiliary_latents(config: TrainingConfig, d_model: int) -> int:

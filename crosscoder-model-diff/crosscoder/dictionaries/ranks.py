@@ -37,11 +37,11 @@ class Ranks:
         return batch[self.rank * n : (self.rank + 1) * n]
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Of all processes, elementwise; without gradient."""
+        """Sum over all processes, elementwise; without gradient."""
         return self._reduced(tensor, "SUM")
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Of all processes, elementwise; without gradient."""
+        """Mean over all processes, elementwise; without gradient."""
         return tensor if self.world == 1 else self.sum(tensor) / self.world
 
     def any(self, mask: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Ranks:
         return mask if self.world == 1 else self._reduced(mask.to(torch.uint8), "MAX").bool()
 
     def smallest(self, tensor: Tensor) -> Tensor:
-        """Of all processes, elementwise."""
+        """Minimum over all processes, elementwise."""
         return self._reduced(tensor, "MIN")
 
     def gather(self, tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from finqa.runtime.errors import UserError
 
 
 def sample_of(indices: Tensor, max_tokens: int, seed: int) -> Tensor:
-    """At most `max_tokens` of the token indices, drawn, in rising order."""
+    """At most `max_tokens` of the token indices, drawn, in ascending order."""
     generator = torch.Generator().manual_seed(seed)
     return indices[torch.randperm(len(indices), generator=generator)[:max_tokens]].sort().values
 

@@ -40,7 +40,7 @@ def smallest_positive(scores: Tensor) -> Tensor:
 
 
 def _share(best: Tensor, n_keep: int, ranks: Ranks) -> int:
-    """How many of this process's falling `best` scores are among the `n_keep` largest of all processes.
+    """How many of this process's descending `best` scores are among the `n_keep` largest of all processes.
 
     No process has more than `n_keep` of those, so its own best are all that the others need to know. Of scores that
     are equal at the cut the first processes keep theirs.

@@ -57,7 +57,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one cell, a number for each document."""
+    """What one cell gives, a number for each document."""
 
     divergence: list[float]
     """Mean over the completion's tokens of KL(fine-tuned || patched), nats."""
@@ -117,7 +117,7 @@ def _patched(pair: Pair, halves: Halves, target: Target, cell: Cell, reading: Re
 
 
 def experiment_key(pair: Pair, target: Target, documents: Sequence[Document], completions: str) -> str:
-    """Of the two models' weights, the site and the very documents."""
+    """Key of the two models' weights, the site and the very documents."""
     made_of = [[d.id, d.n_prompt, digest(torch.tensor(d.ids)), d.untouched] for d in documents]
     weights = [weights_digest(side.model) for side in pair]
     return _hash([weights, list(target), completions, made_of])

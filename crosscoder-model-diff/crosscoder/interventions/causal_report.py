@@ -61,7 +61,7 @@ class CausalConfig:
     generate_sizes: tuple[int, ...] = ()
     """Sizes whose sets and controls also write replies, which are run, as do nothing and the whole site."""
     generate_random: int = 0
-    """Of the random sets, how many are generated with."""
+    """How many of the random sets are generated with."""
     max_new_tokens: int = 200
     generation_batch: int = 32
     completions: str = "gold programs"

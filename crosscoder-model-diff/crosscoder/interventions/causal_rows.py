@@ -152,13 +152,7 @@ def _row(
         "positions": label["positions"],
         "group": group,
         "measure": measure,
-        "n": share.n,
-        "value": share.patched,
-        "none": share.none,
-        "ceiling": share.ceiling,
-        "gap_interval": list(share.gap),
-        "recovered": share.recovered,
-        "interval": list(share.interval) if share.interval else None,
+        **share._asdict(),
         "injected_norm": measured.injected,
     }
     if measure in VERDICTS:
@@ -171,19 +165,20 @@ def _where(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 class Share(NamedTuple):
-    """Of one measure over the same questions."""
+    """What a patch recovers of one measure: the part of a report's row that the questions' numbers decide."""
 
     n: int
     """Questions."""
-    patched: float
+    value: float
+    """Mean of the measure with the patch; `none` is that without one, `ceiling` that with the whole site."""
     none: float
     ceiling: float
-    gap: tuple[float, float]
-    """95% interval of m(ceiling) - m(none)."""
+    gap_interval: list[float]
+    """95% interval of m(ceiling) - m(none): its two ends."""
     recovered: float | None
-    """None where there is no gap."""
-    interval: tuple[float, float] | None
-    """95%, of the share."""
+    """Share of the gap that the patch closes; None where there is no gap."""
+    interval: list[float] | None
+    """95% interval of that share."""
 
 
 def resamples(n: int, seed: int = 0, count: int = RESAMPLES) -> Tensor:
@@ -201,7 +196,7 @@ def draws(n: int, seed: int = 0, count: int = RESAMPLES) -> Tensor:
 def share_recovered(
     patched: Sequence[float], none: Sequence[float], ceiling: Sequence[float], weights: Tensor
 ) -> Share:
-    """A number for each question, and the resamples of these questions."""
+    """What a patch recovers, from a number for each question and the `resamples` of these questions."""
     table = torch.tensor([list(patched), list(none), list(ceiling)], dtype=torch.float64)
     m_patched, m_none, m_ceiling = table.mean(dim=1).tolist()
     drawn = table @ weights.T
@@ -212,9 +207,8 @@ def share_recovered(
         # A few resamples of few questions have no gap; they say nothing of the share.
         has_gap = drawn[2] != drawn[1]
         ratios = ((drawn[0] - drawn[1]) / (drawn[2] - drawn[1]))[has_gap]
-        ends = ratios.quantile(torch.tensor(INTERVAL, dtype=torch.float64)).tolist()
-        interval = (ends[0], ends[1])
-    return Share(table.shape[1], m_patched, m_none, m_ceiling, (low, high), recovered, interval)
+        interval = ratios.quantile(torch.tensor(INTERVAL, dtype=torch.float64)).tolist()
+    return Share(table.shape[1], m_patched, m_none, m_ceiling, [low, high], recovered, interval)
 
 
 def mcnemar_of(patched: Sequence[bool], none: Sequence[bool]) -> float:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from crosscoder.activations.readers import Target, decoder_layers
+from crosscoder.activations.readers import Target, hidden_of, llama_layers, site_module
 from finqa.runtime.errors import UserError
 
 Edit = Callable[[Tensor], Tensor]
@@ -40,7 +40,7 @@ class Side:
         """`active` opens the context in which the model is this side: its adapter switched off, say."""
         self.model = model
         self.active = active
-        self.layers: Sequence[nn.Module] = decoder_layers(model)
+        self.layers: Sequence[nn.Module] = llama_layers(model)
 
     @property
     def device(self) -> torch.device:
@@ -79,7 +79,7 @@ class Side:
                     use_cache=False,
                     position_embeddings=frame.rotary,
                 )
-                hidden = output[0] if isinstance(output, tuple) else output
+                hidden = hidden_of(output)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class Pair(NamedTuple):
 
 
 def pair_of(instruct: Any, fine_tuned: Any = None) -> Pair:
-    """Of two whole models, or of one with an adapter (a PeftModel) alone. UserError where they cannot be paired."""
+    """A pair of two whole models, or of one with an adapter (a PeftModel). UserError where they cannot be paired."""
     if fine_tuned is None:
         whole = instruct.get_base_model()
         return Pair(Side(whole, _switch(instruct, off=True)), Side(whole, _switch(instruct, off=False)))
@@ -168,25 +168,24 @@ def record_layers(side: Side, hidden: Tensor, frame: Frame, layers: Sequence[int
     return records
 
 
-def after_patch(receiver: Side, carrier: Side, record: LayerRecord, target: Target, value: Tensor, frame: Frame) -> Any:
-    """[batch, time, d_model] of the last layer where the site of the receiver gives `value` for every token.
+def after_patch(
+    receiver: Side, carrier: Side, record: LayerRecord, target: Target, value: Tensor | None, frame: Frame
+) -> Tensor:
+    """[batch, time, d_model] of the last layer where the site of the receiver gives `value` for every token, or with
+    None what it gave.
 
     The receiver's layer runs up to the site's end, the carrier's layers above it.
     """
-    if target.site == "residual":
+    if value is None:
+        hidden = record.residual
+    elif target.site == "residual":
         hidden = value
     elif target.site == "mlp" and record.between is not None:
         hidden = record.between + value
     else:
-        with edited(site_module(receiver, target), lambda _: value):
+        with edited(site_module(receiver.layers, target), lambda _: value):
             hidden = receiver.through(record.entering, range(target.layer - 1, target.layer), frame)
     return carrier.through(hidden, range(target.layer, len(carrier.layers)), frame)
-
-
-def site_module(side: Side, target: Target) -> nn.Module:
-    block = side.layers[target.layer - 1]
-    name = {"attention": "self_attn", "mlp": "mlp"}.get(target.site)
-    return getattr(block, name) if name else block
 
 
 @contextlib.contextmanager
@@ -194,8 +193,7 @@ def edited(module: nn.Module, edit: Edit) -> Iterator[None]:
     """While open, what the module gives goes through `edit`."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        changed = edit(hidden)
+        changed = edit(hidden_of(output))
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     handle = module.register_forward_hook(hook)

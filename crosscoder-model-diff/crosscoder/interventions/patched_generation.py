@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosscoder.activations.readers import Target
+from crosscoder.activations.readers import Target, site_module
 from crosscoder.interventions.causal import Cell, patched_value
-from crosscoder.interventions.halves import Edit, Pair, Side, edited, site_module
+from crosscoder.interventions.halves import Edit, Pair, Side, edited
 from crosscoder.interventions.patching import sides
 from crosscoder.interventions.sets import Reading
 from finqa.evaluation.engines.hugging_face_engine import hugging_face
@@ -37,7 +37,7 @@ def patched(pair: Pair, target: Target, cell: Cell) -> Iterator[Any]:
     one model's cache and not the other's.
     """
     number, receiver, above = sides(pair, cell.direction, cell.carrier)
-    giver, block = pair[1 - number], above.layers[target.layer - 1]
+    giver, block, site = pair[1 - number], above.layers[target.layer - 1], site_module(above.layers, target)
     follower = _Follower(giver if above is receiver else receiver, target)
     call = _Call()
     given: list[Tensor] = []
@@ -68,7 +68,7 @@ def patched(pair: Pair, target: Target, cell: Cell) -> Iterator[Any]:
     with contextlib.ExitStack() as hooks:
         hooks.enter_context(above.active())
         hooks.callback(above.model.register_forward_pre_hook(before, with_kwargs=True).remove)
-        hooks.enter_context(edited(site_module(above, target), at_own_site if above is receiver else at_givers_site))
+        hooks.enter_context(edited(site, at_own_site if above is receiver else at_givers_site))
         if above is not receiver:
             hooks.enter_context(edited(block, at_givers_layer))
         yield above.model
@@ -112,13 +112,13 @@ class _Follower:
 
     def site(self, call: _Call) -> Tensor:
         """[batch, new, d_model] of the site."""
-        with edited(site_module(self.side, self.target), _stop):
+        with edited(site_module(self.side.layers, self.target), _stop):
             return self._run(call)
 
     def layer(self, call: _Call, edit: Edit) -> Tensor:
         """[batch, new, d_model] of the layer, where `edit` changes the site."""
         block = self.side.layers[self.target.layer - 1]
-        with edited(site_module(self.side, self.target), edit), edited(block, _stop):
+        with edited(site_module(self.side.layers, self.target), edit), edited(block, _stop):
             return self._run(call)
 
     def _run(self, call: _Call) -> Tensor:

@@ -99,7 +99,7 @@ def survey(
 
 
 def reading_of(halves: Halves, target: Target) -> Reading:
-    """Of every token that a patch may change, document after document."""
+    """Reading of every token that a patch may change, document after document."""
     sites = [records[target.layer].site(target)[halves.batch.patched] for records in halves.records]
     return Reading(torch.stack(sites, dim=1))
 
@@ -118,15 +118,15 @@ def divergence_gradient(pair: Pair, halves: Halves, target: Target) -> Tensor:
 
 def by_effect(found: Survey) -> list[int]:
     """Alive latents, the most helpful first."""
-    return _falling(found.effect, found.alive)
+    return _descending(found.effect, found.alive)
 
 
 def by_exclusivity(scaling: LatentScaling, found: Survey) -> list[int]:
     """Alive latents by 1 - nu_err of the fine-tuned probe; those without a slope to trust last."""
-    return _falling(torch.where(scaling.trusted, 1 - scaling.nu_err[:, 1], -torch.inf), found.alive)
+    return _descending(torch.where(scaling.trusted, 1 - scaling.nu_err[:, 1], -torch.inf), found.alive)
 
 
-def _falling(scores: Tensor, among: Sequence[int]) -> list[int]:
-    """Of equal scores the lower number first."""
+def _descending(scores: Tensor, among: Sequence[int]) -> list[int]:
+    """Latents in descending order of their scores, of equal ones the lower number first."""
     values = scores.tolist()
     return sorted(among, key=lambda latent: (-values[latent], latent))

@@ -23,8 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from crosscoder.dictionaries.model import BatchTopKCrosscoder, random_directions
-from finqa.runtime.errors import UserError
+from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 
 class Reading:
@@ -153,8 +152,8 @@ class Constant:
 
 
 class Components:
-    """The part of the difference that lies in a few directions: `basis` [directions, d_model], orthonormal (see
-    `orthonormal`). Those of the PCA, of an adapter (adapter_directions.py), or random ones (`random_basis`)."""
+    """The part of the difference that lies in a few directions: `basis` [directions, d_model], orthonormal, as those of
+    its PCA are."""
 
     reads = True
 
@@ -168,7 +167,7 @@ class Components:
 
 
 class Scaled:
-    """Another addition times a number: sets are compared at one injected norm (`at_norm`)."""
+    """Another addition times a number: sets are compared at one `injected_norm`."""
 
     def __init__(self, addition: Addition, factor: float):
         self.addition, self.factor, self.reads = addition, factor, addition.reads
@@ -187,36 +186,6 @@ def injected_norm(addition: Addition, readings: Iterable[Reading]) -> float:
         squares += float(added.double().square().sum())
         n_tokens += len(added)
     return (squares / max(1, n_tokens)) ** 0.5
-
-
-def at_norm(addition: Addition, norm: float, readings: Iterable[Reading]) -> Scaled:
-    """The addition with an `injected_norm` of `norm` on these readings; one factor for all tokens, so where it adds
-    nothing it goes on to. UserError where it adds nothing anywhere."""
-    own = injected_norm(addition, readings)
-    if own == 0:
-        kind, n = addition.label["kind"], addition.label["n"]
-        raise UserError(f"{kind} ({n}) add nothing on these documents, so they have no norm to scale; leave them out")
-    return Scaled(addition, norm / own)
-
-
-def orthonormal(vectors: Tensor) -> Tensor:
-    """[n, d_model] -> [rank, d_model] fp32: an orthonormal basis of what they span; the first k of independent ones are
-    a basis of the first k. A vector that those before it span adds none."""
-    basis: list[Tensor] = []
-    for vector in torch.nn.functional.normalize(vectors.double(), dim=-1):
-        left = vector
-        for _ in range(2):  # once more takes out what rounding has left
-            for direction in basis:
-                left = left - (left @ direction) * direction
-        if left.norm() > 1e-6:
-            basis.append(left / left.norm())
-    return torch.stack(basis).float() if basis else vectors.new_zeros(0, vectors.shape[-1]).float()
-
-
-def random_basis(n: int, d_model: int, seed: int) -> Components:
-    """The part of the difference in `n` directions that are drawn at random."""
-    drawn = random_directions(n, d_model, 1.0, torch.Generator().manual_seed(seed))
-    return Components(orthonormal(drawn), "drawn components")
 
 
 def bias_of(dictionary: BatchTopKCrosscoder) -> Constant:
@@ -268,7 +237,7 @@ def difference_parts(dictionary: BatchTopKCrosscoder) -> Tensor:
 
 
 def dictionary_digest(dictionary: BatchTopKCrosscoder) -> str:
-    """Of all that shapes what a trained dictionary reads and writes; taken once."""
+    """Hash of all that shapes what a trained dictionary reads and writes; taken once."""
     if dictionary not in _digests:
         means = [] if dictionary.activation_means is None else [dictionary.activation_means]
         thresholds, scales = dictionary.latent_thresholds(), torch.tensor(dictionary.activation_scales)
@@ -279,7 +248,7 @@ def dictionary_digest(dictionary: BatchTopKCrosscoder) -> str:
 
 
 def digest(*values: Tensor | float) -> str:
-    """Of the very numbers, wherever they lie."""
+    """Hash of the very numbers, wherever they lie."""
     found = hashlib.sha256()
     for value in values:
         tensor = torch.as_tensor(value).detach().cpu().contiguous()
@@ -289,7 +258,7 @@ def digest(*values: Tensor | float) -> str:
 
 
 def weights_digest(model: Any) -> str:
-    """Of a model in memory: sums of its parameters' bits, which no order of summation changes, on any device."""
+    """Hash of a model in memory, from sums of its parameters' bits, so that no device or order changes it."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.uint8}
     found = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

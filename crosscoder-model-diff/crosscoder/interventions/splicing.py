@@ -35,10 +35,10 @@ from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
 from crosscoder.activations.store import ActivationStore
 from crosscoder.activations.writer import MODELS
-from crosscoder.dictionaries.config import N_MODELS, READ_TOKENS
+from crosscoder.dictionaries.config import N_MODELS
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.interventions.causal import cell_key, experiment_key
-from crosscoder.interventions.causal_rows import INTERVAL, RESAMPLES, draws
+from crosscoder.interventions.causal_rows import INTERVAL, draws
 from crosscoder.interventions.halves import Frame, LayerRecord, Pair, Side, after_patch, record_layers
 from crosscoder.interventions.patching import BATCH_TOKENS, Batch, batches
 from crosscoder.interventions.sets import dictionary_digest, digest
@@ -57,7 +57,7 @@ ROWS_AT_ONCE = 512
 
 
 class LossRecovered(NamedTuple):
-    """Of one model, over one choice of tokens, against one ablation. Cross-entropies in nats a token."""
+    """Loss recovered in one model, over one choice of tokens, against one ablation. Cross-entropies in nats a token."""
 
     model: str
     """instruct or fine-tuned."""
@@ -90,7 +90,7 @@ class SpliceLosses:
     sums: Tensor
     """[document, model, condition, tokens]: cross-entropy, nats; not a number where a model was not spliced."""
     divergences: Tensor
-    """The same of KL(clean || condition)."""
+    """[document, model, condition, tokens]: KL(clean || condition), nats; not a number in the same places."""
     counts: Tensor
     """[document, tokens] int64."""
 
@@ -116,10 +116,10 @@ def stored_texts(store: ActivationStore, numbers: Iterable[int], bos_id: int | N
     return texts
 
 
-def mean_activations(store: ActivationStore, indices: Tensor, batch_size: int = READ_TOKENS) -> Tensor:
+def mean_activations(store: ActivationStore, indices: Tensor) -> Tensor:
     """[2, d_model] fp64, in the models' own units, over the tokens at these indices."""
     total = torch.zeros(N_MODELS, store.config.d_model, dtype=torch.float64)
-    for _, raw in store.batches(indices, batch_size):
+    for _, raw in store.batches(indices):
         total += raw.double().sum(dim=0).cpu()
     return total / len(indices)
 
@@ -225,10 +225,10 @@ def _last_hidden(
 ) -> Tensor:
     """[documents, time, d_model] of the last layer with the site's activation `rows` [known, d_model] at the known
     tokens; None leaves it as it is."""
-    if rows is None:
-        return side.through(record.residual, range(target.layer, len(side.layers)), frame)
-    value = record.site(target).clone()
-    value[known] = rows.to(value)
+    value = None
+    if rows is not None:
+        value = record.site(target).clone()
+        value[known] = rows.to(value)
     return after_patch(side, side, record, target, value, frame)
 
 
@@ -243,10 +243,10 @@ def _losses(side: Side, hidden: Tensor, clean: Tensor, following: Tensor) -> tup
     return torch.cat(losses).double(), torch.cat(divergences).double()
 
 
-def loss_recovered(losses: SpliceLosses, n_resamples: int = RESAMPLES, seed: int = 0) -> list[LossRecovered]:
+def loss_recovered(losses: SpliceLosses) -> list[LossRecovered]:
     """Every model that was spliced, choice of tokens and ablation; the interval is a bootstrap over documents."""
     n = len(losses.counts)
-    weights = torch.cat([torch.ones(1, n, dtype=torch.float64), draws(n, seed, n_resamples)])
+    weights = torch.cat([torch.ones(1, n, dtype=torch.float64), draws(n)])
     found = []
     for m, t in ((m, t) for m in range(N_MODELS) for t in range(len(TOKENS))):
         # The first row is the documents themselves, the others are resamples: a mean over tokens in each.

@@ -9,7 +9,7 @@ from crosscoder.dictionaries.config import TrainingConfig
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 FRESH_ENCODER_SCALE = 0.2
-"""Of a fresh latent's encoder to its decoder, so that its first scores do not push working latents out."""
+"""Length of a fresh latent's encoder over its decoder's, so that its first scores do not push working latents out."""
 
 
 class Liveness:

@@ -29,7 +29,8 @@ class CrosscoderReport:
     """On the training documents."""
     n_held_out_documents: int
     published_explained_variance: tuple[float, ...] | None
-    """Of the last logged training batch, by batch top-k (losses.published_explained_variance); instruct, fine-tuned."""
+    """The published run's figure (losses.published_explained_variance) on the last logged training batch, by batch
+    top-k; instruct, fine-tuned."""
     dead_share: float
     """Latents that are active on no training token."""
     never_positive_share: float
@@ -38,7 +39,7 @@ class CrosscoderReport:
     """Latents that were re-initialised in training."""
     threshold: float
     delta_threshold: float | None
-    """Of the delta latents of a partition."""
+    """Threshold of the delta latents of a partition."""
     further_thresholds: tuple[float, ...]
     """See BatchTopKCrosscoder.further_thresholds."""
     classes: dict[str, int] | None
@@ -47,9 +48,9 @@ class CrosscoderReport:
     """On held-out documents, by exclusive class: how many of its latents latent scaling confirms, how many fail each of
     its conditions, and which latents of any class meet them (latent_scaling.ExclusiveCounts)."""
     median_relative_decoder_norm: float | None
-    """Of the latents that are active on some training token."""
+    """Median over the latents that are active on some training token."""
     median_decoder_cosine: float | None
-    """Of the same latents, those left out that have a vector of no length."""
+    """Median over the same latents, without those that have a vector of no length."""
     median_change: float | None = None
     """How far the same latents of a stagewise SAE turned in its second stage (StagewiseSAE.change)."""
 

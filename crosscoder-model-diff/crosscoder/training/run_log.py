@@ -23,7 +23,7 @@ class StepRecord(NamedTuple):
     reconstruction: float
     auxiliary: float
     explained_variance: tuple[float, ...]
-    """Of the instruct and the fine-tuned model, or of their difference alone, on the training batch
+    """Explained variance of the instruct and the fine-tuned model, or of their difference alone, on the training batch
     (losses.batch_explained_variance)."""
     explained_variance_published: tuple[float, ...]
     """The published run's figure (losses.published_explained_variance)."""
@@ -39,9 +39,9 @@ class StepRecord(NamedTuple):
     l0: float = 0.0
     """Mean active latents a token."""
     explained_variance_of_difference: float | None = None
-    """Of fine-tuned less instruct, in the models' own units; None for the two SAEs, which read one vector a token."""
+    """Explained variance of fine-tuned less instruct, in the models' own units; None for the SAEs, of one input."""
     difference: float = 0.0
-    """The difference term and the L1 price, before their weights; 0 where they are off."""
+    """The difference term and the L1 penalty, before their weights; 0 where they are off."""
     l1: float = 0.0
     stage: int | None = None
     """The model that a stagewise SAE reads at this step, whose the explained variance then is; None for others."""
@@ -57,7 +57,8 @@ class RunLog:
         self.wandb_run: Any = None
         """Where records go besides the file (finqa.runtime.tracking.wandb_run); None is nowhere."""
         self._path = path
-        self._records = Journal(path).read().records
+        self.records = Journal(path).read().records
+        """All records of the run, those before an interruption included."""
         self._mended = False
         self._started = time.monotonic()
         self._first_tokens: int | None = None
@@ -78,11 +79,6 @@ class RunLog:
             self._progress.close()
 
     @property
-    def records(self) -> list[dict[str, Any]]:
-        """All records of the run, those before an interruption included."""
-        return self._records
-
-    @property
     def seconds(self) -> float:
         """Since the log was opened: the time of this start of the run."""
         return time.monotonic() - self._started
@@ -90,11 +86,11 @@ class RunLog:
     def add(self, record: StepRecord) -> None:
         """Take one record."""
         values = record._asdict()
-        before = [old for old in self._records if old["step"] < record.step]
-        lost = len(before) < len(self._records) or not self._mended
-        self._records, self._mended = [*before, values], True
+        before = [old for old in self.records if old["step"] < record.step]
+        lost = len(before) < len(self.records) or not self._mended
+        self.records, self._mended = [*before, values], True
         if lost:
-            Journal(self._path).rewrite(self._records)
+            Journal(self._path).rewrite(self.records)
         else:
             with self._path.open("a") as file:
                 file.write(json_line(values))

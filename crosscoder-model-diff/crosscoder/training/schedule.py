@@ -1,4 +1,4 @@
-"""What changes from step to step: learning rate, k, and the price of L1. Steps are counted from 0."""
+"""What changes from step to step: learning rate, k, and the L1 coefficient. Steps are counted from 0."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ Measured on pocket-mistral (MLP output of layer 3 of 5, 180,000 training tokens,
     256     4        1.6e-3          0.979      0.978        0.560         1.2%
 
 At 512, 3 passes, 2e-3: reconstruction `l2` gives 0.975, 0.974, 0.513 (so `mse` is the default), a decoder norm of 0.1
-at the start 53% dead latents. Method l1 at a price of 0.25, 0.5, 0.8 and 2 has 87, 38, 21 and 7 active latents a token
-(3 passes, 1.6e-3, batch 256): the default price is that of about 25, so that methods are compared at one sparsity.
+at the start 53% dead latents. Method l1 at a coefficient of 0.25, 0.5, 0.8 and 2 has 87, 38, 21 and 7 active latents a
+token (3 passes, 1.6e-3, batch 256): the default is that of about 25, so that methods are compared at one sparsity.
 
 At a size of 7B nothing was measured: those defaults are the published run's, but for more passes and a learning rate
 between the published one and that of the BatchTopK reference.
@@ -43,13 +43,13 @@ LARGEST_LEARNING_RATE = 2e-3
 
 
 DELTA_SHARE = 1 / 4
-"""Of a partition's latents and of its k, those of the difference."""
+"""Share of a partition's latents, and of its k, that tell the models apart."""
 RESERVED_SHARE = 0.05
-"""Of a dedicated feature crosscoder's latents and of its k, those of either model."""
+"""Share of a dedicated feature crosscoder's latents, and of its k, that is either model's."""
 L1_WEIGHT = 0.7
-"""Price of L1 where none is given, for activations of length sqrt(d_model): about as many active latents as k."""
+"""L1 coefficient where none is given, for activations of length sqrt(d_model): about as many active latents as k."""
 PUBLISHED_L1_WEIGHT = 2.0
-"""That of the published replication of Lindsey et al. 2024."""
+"""L1 coefficient of the published replication of Lindsey et al. 2024."""
 
 PUBLISHED: dict[str, Any] = {
     "n_latents": PUBLISHED_LATENTS,

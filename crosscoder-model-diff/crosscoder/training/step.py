@@ -101,6 +101,6 @@ class AutogradStep:
 
 
 def product_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
-    """Of the matrix products; parameters and optimiser are fp32."""
+    """Dtype of the matrix products; parameters and optimiser are fp32."""
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return torch.bfloat16 if bf16 else torch.float32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 
@@ -17,16 +17,16 @@ def not_by_hand(
     crosscoder: CrosscoderConfig, config: TrainingConfig, device: torch.device, ranks: Ranks = ALONE
 ) -> str | None:
     """Why these settings have no step by hand; None where they have."""
-    reasons: list[tuple[bool, Callable[[], str]]] = [
-        (crosscoder.method != "batchtopk", lambda: f"method {crosscoder.method}"),
-        (config.freeze_decoder, lambda: "a frozen decoder"),
-        (config.difference_weight != 0, lambda: "a difference term"),
-        (config.l1_weight > 0, lambda: "a price of L1"),
-        (ranks.world > 1, lambda: f"{ranks.world} processes"),
-        (device.type != "cuda", lambda: f"the device {device.type}"),
-        (not _has_triton(), lambda: "no Triton is installed"),
-    ]
-    return next((reason() for applies, reason in reasons if applies), None)
+    reasons = {
+        f"method {crosscoder.method}": crosscoder.method != "batchtopk",
+        "a frozen decoder": config.freeze_decoder,
+        "a difference term": config.difference_weight != 0,
+        "an L1 penalty": config.l1_weight > 0,
+        f"{ranks.world} processes": ranks.world > 1,
+        f"the device {device.type}": device.type != "cuda",
+        "no Triton is installed": find_spec("triton") is None,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
 
 
 def new_step(
@@ -42,23 +42,10 @@ def new_step(
     """
     device = model.b_dec.device
     reason = not_by_hand(model.config, config, device, ranks)
-    if kind == "by-hand" and reason is not None and not _interpreted(device):
+    if kind == "by-hand" and reason is not None:
         raise UserError(f"there is no step by hand for {reason}: --step autograd, or auto")
     if kind == "autograd" or (kind == "auto" and reason is not None):
         return AutogradStep(model, optimizer, config, ranks)
     from crosscoder.training.gpu.step import GpuStep
 
     return GpuStep(model, optimizer, config, product_dtype(config, device))
-
-
-def _has_triton() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("triton") is not None
-
-
-def _interpreted(device: torch.device) -> bool:
-    """Whether Triton's kernels run on the CPU, as they do to be checked."""
-    import os
-
-    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and _has_triton()

@@ -124,7 +124,7 @@ class Trainer:
         return self.store.feed((self.ranks.rows(self.order.batch(step)) for step in left), self.device)
 
     def learning_rate(self, step: int) -> float:
-        """Of a step counted from 0."""
+        """Learning rate of a step counted from 0."""
         return schedule.learning_rate(self.config, step % self.steps_a_stage, self.steps_a_stage)
 
     def weights(self, step: int) -> Weights:

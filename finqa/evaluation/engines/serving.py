@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 from finqa.evaluation.engines.data_parallel import parallel_engines
 from finqa.evaluation.engines.vllm_engine import EngineArguments, LogProbs, vllm_engine, vllm_generate, vllm_logprobs
 from finqa.evaluation.generation import Generate, GenerationConfig, end_ids
-from finqa.models.adapters import check_adapter
+from finqa.models.adapters import check_adapter, is_adapter
 from finqa.models.merging import merged
 from finqa.models.students import (
     StudentRun,
@@ -45,7 +45,7 @@ class Served:
     facts: dict[str, Any]
     """Engine, adapter (none, merged, unmerged, request), dtype, device: for run.json."""
     logprobs: LogProbs | None = None
-    """Of one vLLM engine alone."""
+    """Log-probabilities by the model, which one vLLM engine alone can give."""
 
 
 def check_backend(run: StudentRun, vllm: bool) -> None:
@@ -72,7 +72,14 @@ def served_models(
     Raises UserError where the student was trained on another base.
     """
     quiet_libraries()
-    with closing(_served(run, student, wanted, config)) as models:
+    if student is not None:
+        base = resolve_model(run.model, run.revision)
+        check_adapter(student, base)
+        check_base(student, base)
+    elif "fine-tuned" in wanted:
+        raise ValueError("a fine-tuned model is wanted and no folder given")
+    adapter = student is not None and is_adapter(student)
+    with closing((_by_vllm if config.vllm else _by_hugging_face)(run, student, adapter, wanted, config)) as models:
         for served in models:
             folder = student if served.model == "fine-tuned" and served.facts["adapter"] == "none" else None
             not_used = _not_used(folder or Path(resolve_model(run.model, run.revision)))
@@ -89,22 +96,9 @@ def _not_used(model: Path) -> dict[str, Any]:
     return {name: said[name] for name in kept}
 
 
-def _served(
-    run: StudentRun, student: Path | None, wanted: Sequence[Model], config: GenerationConfig
-) -> Generator[Served, None, None]:
-    adapter = student is not None and (student / "adapter_config.json").exists()
-    if "fine-tuned" in wanted and student is None:
-        raise ValueError("a fine-tuned model is wanted and no folder given")
-    if student is not None:
-        base = resolve_model(run.model, run.revision)
-        check_adapter(student, base)
-        check_base(student, base)
-    yield from (_by_vllm if config.vllm else _by_hugging_face)(run, student, adapter, wanted, config)
-
-
 def _by_hugging_face(
     run: StudentRun, student: Path | None, adapter: bool, wanted: Sequence[Model], config: GenerationConfig
-) -> Iterator[Served]:
+) -> Generator[Served, None, None]:
     from finqa.evaluation.engines.hugging_face_engine import hugging_face
 
     tokenizer = tokenizer_of(run, student)
@@ -124,7 +118,7 @@ def _by_hugging_face(
 
 def _by_vllm(
     run: StudentRun, student: Path | None, adapter: bool, wanted: Sequence[Model], config: GenerationConfig
-) -> Iterator[Served]:
+) -> Generator[Served, None, None]:
     """One engine a model; on a GPU one for base and adapter.
 
     An adapter of rank 512 takes 2.2 times the base's time on a 7B model (benchmarks/results/evaluation_lora.md), which

@@ -40,8 +40,8 @@ TOP_LOGPROBS = 20
 
 
 LogProbs = Callable[[Sequence[tuple[list[int], int]]], list[list[dict[int, float]]]]
-"""Of sequences (token ids, how many of them are prompt): for every completion token of each, log-probabilities by
-token id of the likeliest tokens at its place, and of itself."""
+"""From sequences (token ids, how many of them are prompt) to log-probabilities by token id, for every completion token
+of each: of the likeliest tokens at its place, and of itself."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,12 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
     """A running vLLM engine and what is worth recording of it; it is gone at the end of the block."""
     config, adapter = arguments.config, arguments.adapter
     _check_one_copy(Path(arguments.model))
+    shape = json.loads((Path(arguments.model) / "config.json").read_text())
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     device, show = default_device(), sys.stderr.isatty()
     settings: dict[str, Any] = {
-        "max_model_len": _limit_of(Path(arguments.model), config),
+        "max_model_len": min(shape.get("max_position_embeddings", CONTEXT), config.max_model_len or CONTEXT),
         "tensor_parallel_size": config.tensor_parallel,
         "enable_prefix_caching": True,
         "seed": 0,
@@ -82,9 +83,7 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
         settings |= {
             "enforce_eager": True,
             "max_num_seqs": CPU_SEQUENCES,
-            "kv_cache_memory_bytes": _cpu_cache_bytes(
-                Path(arguments.model), settings["max_model_len"], config.data_parallel
-            ),
+            "kv_cache_memory_bytes": _cpu_cache_bytes(shape, settings["max_model_len"], config.data_parallel),
         }
         if config.temperature:
             # A sample that draws from its own seed is given back where a prompt was read in part, which the random
@@ -102,7 +101,7 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
         if not show:
             os.environ.setdefault("TQDM_DISABLE", "1")  # some of its bars are drawn whatever vLLM is told
     if config.kv_cache_gb is not None:
-        _check_cache_holds_a_reply(Path(arguments.model), settings["max_model_len"], config)
+        _check_cache_holds_a_reply(shape, settings["max_model_len"], config)
         settings["kv_cache_memory_bytes"] = int(config.kv_cache_gb * 1e9)
     if arguments.load_in_4bit:
         settings |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
@@ -266,29 +265,23 @@ def _rank_limit(adapter: Path) -> int:
     return min(allowed)
 
 
-def _limit_of(model: Path, config: GenerationConfig) -> int:
-    own = json.loads((model / "config.json").read_text()).get("max_position_embeddings", CONTEXT)
-    return min(own, config.max_model_len or CONTEXT)
-
-
-def _cpu_cache_bytes(model: Path, max_model_len: int, engines: int) -> int:
+def _cpu_cache_bytes(shape: dict[str, Any], max_model_len: int, engines: int) -> int:
     """Cache for all sequences at full length, but for all engines at most a third of the memory that is free."""
-    wanted = _token_bytes(model) * max_model_len * CPU_SEQUENCES
+    wanted = _token_bytes(shape) * max_model_len * CPU_SEQUENCES
     return max(1 << 26, min(wanted, int(free_memory("cpu")) // (3 * engines)))
 
 
-def _token_bytes(model: Path) -> int:
-    """Keys and values of one token in 16 bits."""
-    shape = json.loads((model / "config.json").read_text())
+def _token_bytes(shape: dict[str, Any]) -> int:
+    """Keys and values of one token in 16 bits; `shape` is the model's config.json."""
     heads = shape["num_attention_heads"]
     width = shape.get("head_dim") or shape["hidden_size"] // heads
     return 2 * 2 * shape["num_hidden_layers"] * (shape.get("num_key_value_heads") or heads) * width
 
 
-def _check_cache_holds_a_reply(model: Path, max_model_len: int, config: GenerationConfig) -> None:
+def _check_cache_holds_a_reply(shape: dict[str, Any], max_model_len: int, config: GenerationConfig) -> None:
     """UserError where the cache that is asked for is too small for one prompt and reply of full length."""
-    window = json.loads((model / "config.json").read_text()).get("sliding_window") or max_model_len
-    needed = _token_bytes(model) * min(max_model_len, window) / config.tensor_parallel / 1e9
+    window = shape.get("sliding_window") or max_model_len
+    needed = _token_bytes(shape) * min(max_model_len, window) / config.tensor_parallel / 1e9
     if config.kv_cache_gb is not None and config.kv_cache_gb < needed:
         raise UserError(
             f"--kv-cache-gb {config.kv_cache_gb:g} does not hold one prompt and reply of {max_model_len:,} tokens, "

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 L1_PRICE, L1_PRICE_AT, L1_PRICE_FALL = 0.7, 25, 0.85
-"""The library's price of L1 leaves about 25 latents active; it falls by this power of how many there shall be."""
+"""The library's L1 coefficient leaves about 25 latents active; it falls by this power of how many there shall be."""
 
 
 @dataclass(frozen=True)

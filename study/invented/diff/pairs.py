@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from crosscoder.activations.readers import Target
-from crosscoder.adapter_directions import output_directions, strongest, weight_directions
 from crosscoder.dictionaries.model import random_directions
 from crosscoder.interventions.sets import Nothing, Scaled, Whole
 from finqa.models import students
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_json
 from finqa.task.records import read_teacher_rows
+from study.adapter_directions import output_directions, strongest, weight_directions
 from study.invented.diff import dictionaries as dicts
 from study.invented.diff import readings, sources
 from study.invented.diff.carrying import Carrier

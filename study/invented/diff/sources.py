@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from crosscoder.interventions.sets import Addition, Components, Latents, Reading, orthonormal
+from crosscoder.interventions.sets import Addition, Components, Latents, Reading
 
 if TYPE_CHECKING:
     from crosscoder.activations.store import ActivationStore
@@ -117,3 +117,17 @@ def exclusivity(model: BatchTopKCrosscoder, store: ActivationStore, held_out: Te
         return None
     scaling = latent_scaling(model, (raw for _, raw in store.batches(held_out)))
     return torch.where(scaling.trusted, 1 - scaling.nu_err[:, 1], torch.nan)
+
+
+def orthonormal(vectors: Tensor) -> Tensor:
+    """[n, d_model] -> [rank, d_model] fp32: an orthonormal basis of what they span; the first k of independent ones are
+    a basis of the first k. A vector that those before it span adds none."""
+    basis: list[Tensor] = []
+    for vector in torch.nn.functional.normalize(vectors.double(), dim=-1):
+        left = vector
+        for _ in range(2):  # once more takes out what rounding has left
+            for direction in basis:
+                left = left - (left @ direction) * direction
+        if left.norm() > 1e-6:
+            basis.append(left / left.norm())
+    return torch.stack(basis).float() if basis else vectors.new_zeros(0, vectors.shape[-1]).float()

@@ -290,7 +290,7 @@ def test_only_so_many_batches_are_read_ahead(store):
                 asked.set()
             yield torch.arange(step, step + 2)
 
-    with Feed(store.read, batches(), ahead=2) as feed:
+    with Feed(store.read, batches()) as feed:
         for _ in range(3):
             next(feed)
         assert asked.wait(10)

@@ -467,7 +467,7 @@ def test_a_killed_run_has_all_that_is_cheap_and_goes_on_to_the_report_of_an_unin
     monkeypatch.setattr("finqa.runtime.time_left.FIRST_S", 0)
     assert run_here(*made.words(), "--results-dir", whole.parent, *EXTRAS) == 0
     n_cells = len((whole / "causal" / "cells.jsonl").read_text().splitlines())
-    assert re.search(rf"\nabout \d+ seconds? for {n_cells} cells on 1 documents\n", capsys.readouterr().out)
+    assert re.search(rf"\n[\d:]{{8}} about \d+ seconds? for {n_cells} cells on 1 documents\n", capsys.readouterr().out)
     words = [*made.words(), "--results-dir", killed.parent, *EXTRAS]
 
     def lines(name: str) -> int:
@@ -528,7 +528,7 @@ def test_sets_of_latents_are_patched_into_the_models(with_adapter, method, tmp_p
     assert not (folder / "causal.png").exists()
     assert columns_of_page(folder).isdisjoint(ADDED)
     assert run_here(*words, "--causal", -3) == 1
-    assert "--causal -3" in capsys.readouterr().err
+    assert "--causal must be at least 0, not -3" in capsys.readouterr().err
 
 
 def test_a_dictionary_of_another_kind_or_of_other_activations_is_no_second_seed(made, tmp_path: Path):
@@ -591,9 +591,9 @@ def test_a_dictionary_of_other_activations_is_refused(made):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--most-changed", "0"), "at least 1 row, not 0"),
-        (("--min-frequency", "1"), "from 0 to below 1, not 1.0"),
-        (("--examples-for", "-1"), "at least 0, not -1"),
+        (("--most-changed", "0"), "--most-changed must be at least 1, not 0"),
+        (("--min-frequency", "1"), "--min-frequency must be at least 0 and below 1, not 1.0"),
+        (("--examples-for", "-1"), "--examples-for must be at least 0, not -1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_anything_is_read(flags, said, tmp_path: Path):
@@ -601,5 +601,5 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_read(flags, 
 
 
 def test_a_reading_config_checks_itself():
-    with pytest.raises(UserError, match="a share of tokens"):
+    with pytest.raises(UserError, match="--min-frequency must be at least 0 and below 1"):
         ReadingConfig(min_frequency=-0.1)

@@ -164,8 +164,9 @@ def test_the_logit_lens_multiplies_by_the_final_gain_and_the_unembedding():
     def logit(direction: torch.Tensor, token: int) -> float:
         return sum(direction[a].item() * gain[a].item() * weight[token, a].item() for a in range(4))
 
-    expected = [sorted(range(9), key=lambda token, d=d: -logit(d, token))[:2] for d in directions]
-    assert promoted_tokens(directions, Unembedding(gain, weight), 2).tolist() == expected
+    expected = [tuple(sorted(range(9), key=lambda token, d=d: -logit(d, token))[:2]) for d in directions]
+    assert promoted_tokens(directions, Unembedding(gain, weight), 2) == expected
+    assert promoted_tokens(0 * directions[:1], Unembedding(gain, weight), 2) == [()], "no length, no direction"
 
 
 def test_tied_weights_are_found_without_loading_the_model(tiny_student):

@@ -243,8 +243,7 @@ def test_untrained_and_frozen_at_once_is_refused():
         TrainingConfig(untrained=True, freeze_decoder=True)
 
 
-def test_a_frozen_decoder_has_no_step_by_hand(store, tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+def test_a_frozen_decoder_has_no_step_by_hand(store, tmp_path: Path):
     run = trainer(store, tmp_path, "batchtopk", freeze_decoder=True)
     run._step_kind = "by-hand"
     with pytest.raises(UserError, match="there is no step by hand for a frozen decoder: --step autograd, or auto"):

@@ -55,7 +55,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 def test_without_a_gap_there_is_no_share():
     same = [0.5, 0.25, 1.0, 0.0] * 5
     share = share_recovered([v + 1 for v in same], same, same, resamples(20))
-    assert share.recovered is None and share.interval is None and share.gap == (0, 0)
+    assert share.recovered is None and share.interval is None and share.gap_interval == [0, 0]
     noise = torch.randn(50, generator=torch.Generator().manual_seed(0)).tolist()
     assert share_recovered(noise, [0.0] * 50, noise, resamples(50)).recovered is None
 

@@ -15,11 +15,11 @@ from crosscoder.interventions.patching import (
     agreement,
     batch_of,
     batches,
-    ceilings,
     patched_logits,
     run_halves,
 )
 from finqa.runtime.errors import UserError
+from study.site_ceilings import ceilings
 
 SITES = ("mlp", "attention", "residual")
 

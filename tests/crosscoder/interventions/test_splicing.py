@@ -106,7 +106,7 @@ def recovered(model, models, store, site: Any = "mlp") -> dict[tuple[str, str, s
     with TemporaryDirectory() as folder:
         journal = opened(Path(folder) / "splicing.jsonl")
         losses = splice_losses(model, pair_of(*models), texts, Target(2, site), means, journal, batch_tokens=40)
-    found = loss_recovered(losses, n_resamples=200)
+    found = loss_recovered(losses)
     return {(each.model, each.tokens, each.ablation): each for each in found}
 
 

@@ -296,7 +296,7 @@ def test_a_step_by_hand_is_for_what_it_was_written_for():
         (gpu, replace(SHAPE, method="stagewise-sae"), SETTINGS, ALONE, "method stagewise-sae"),
         (gpu, SHAPE, replace(SETTINGS, freeze_decoder=True), ALONE, "a frozen decoder"),
         (gpu, SHAPE, replace(SETTINGS, difference_weight="equal"), ALONE, "a difference term"),
-        (gpu, SHAPE, replace(SETTINGS, l1_weight=1.0), ALONE, "a price of L1"),
+        (gpu, SHAPE, replace(SETTINGS, l1_weight=1.0), ALONE, "an L1 penalty"),
         (gpu, SHAPE, SETTINGS, Ranks(0, 2), "2 processes"),
     ]:
         assert not_by_hand(shape, settings, device, ranks) == reason

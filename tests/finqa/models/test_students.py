@@ -204,14 +204,15 @@ def test_a_merged_weight_is_the_sum_in_fp32_rounded_once(tiny_student: Path, ada
 
 
 def test_a_large_merged_model_is_written_in_shards_with_the_same_weights(
-    tiny_student: Path, adapter: Path, tmp_path: Path
+    tiny_student: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     import torch
 
-    from finqa.models.merging import merge
+    from finqa.models import merging
 
-    for name, size in (("whole", "5GB"), ("sharded", "100KB")):
-        merge(str(tiny_student), adapter, tmp_path / name, max_shard_size=size)
+    for name, size_gb in (("whole", 5), ("sharded", 0.0001)):
+        monkeypatch.setattr(merging, "MERGED_FILE_GB", size_gb)
+        merging.merge(str(tiny_student), adapter, tmp_path / name)
     shards = sorted((tmp_path / "sharded").glob("*.safetensors"))
     assert len(shards) > 1 and len(list((tmp_path / "whole").glob("*.safetensors"))) == 1
     whole, sharded = (load_base(str(tmp_path / name), torch.float32).state_dict() for name in ("whole", "sharded"))

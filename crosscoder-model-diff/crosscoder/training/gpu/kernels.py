@@ -11,11 +11,11 @@ import triton  # pyright: ignore[reportMissingImports]  not installed without a 
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 DECODER_COLUMNS, DECODER_ROWS = 128, 32
-"""Of a program that decodes, of one warp: columns, so few that those of all rows lie in the cache, and rows that it has
-on their way at the same time."""
+"""What a program of one warp decodes: columns, so few that those of all rows lie in the cache, and rows that it has on
+their way at the same time."""
 GRADIENT_BLOCK = 128, 8
 SPARSE_BLOCK = 256, 2
-"""The same of one that sums gradients, and where a latent has fewer pairs than MANY_PAIRS."""
+"""Columns and rows of a program that sums gradients, and of one where a latent has fewer pairs than MANY_PAIRS."""
 MANY_PAIRS = 16
 
 
@@ -24,9 +24,9 @@ def candidates(
     product, bias, norms, bound, counter, scores, values, indices, positive,
     n_tokens, n_latents, capacity, tokens: tl.constexpr, latents: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile [tokens, latents]: value = ReLU(product + bias), score = value * norm; those with a score above
-    `bound` are appended, in any order, to scores, values and indices (token * n_latents + latent). `counter` counts
-    them, also what is over `capacity`. Sets `positive` of each latent that has a positive value."""
+    """Find the candidates of a tile [tokens, latents]: value = ReLU(product + bias), score = value * norm; those with a
+    score above `bound` are appended, in any order, to scores, values and indices (token * n_latents + latent).
+    `counter` counts them, also what is over `capacity`. Sets `positive` of each latent that has a positive value."""
     token = tl.program_id(0) * tokens + tl.arange(0, tokens)
     latent = tl.program_id(1) * latents + tl.arange(0, latents)
     inside = (token < n_tokens)[:, None] & (latent < n_latents)[None, :]
@@ -53,8 +53,8 @@ def decode_and_differentiate(
     starts, order, latents, values, decoder, bias, x, error, squares, products,
     n_pairs, d_model, parts_of_model, at_once: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Of one token, `block` columns of one model: error of the reconstruction, the sum of its squares, and its product
-    with the decoder row of each active latent.
+    """Decode `block` columns of one model for one token: error of the reconstruction, the sum of its squares, and its
+    product with the decoder row of each active latent.
 
     `latents` and `values` are the pairs in order of tokens, those of token t from starts[t] to starts[t + 1]. Part p
     of the columns belongs to model p // parts_of_model; `squares` is [parts, tokens], `products` [parts, pairs].
@@ -92,7 +92,7 @@ def weight_gradients(
     starts, tokens, values, value_gradients, gradient, x, decoder_gradient, encoder_gradient, bias_gradient, squares,
     width, at_once: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Of one latent, `block` columns of its decoder's and its encoder's gradient.
+    """Sum `block` columns of one latent's decoder gradient and of its encoder gradient.
 
     The pairs are in order of latents, those of latent j from starts[j] to starts[j + 1]. `squares` [latents, parts]
     takes the sum of the squares of what was written.

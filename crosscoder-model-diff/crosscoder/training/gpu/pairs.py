@@ -42,12 +42,8 @@ class Selection(NamedTuple):
         return self.least <= int(self.counter) <= self.most
 
 
-def laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
-    return torch.empty_like(other).copy_(tensor)
-
-
 def largest(scores: Tensor, values: Tensor, indices: Tensor, n_keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the n_keep largest scores: indices, ascending, and values, both 0 where the score is not positive; and the
+    """The n_keep largest scores: their indices, ascending, and values, both 0 where the score is not positive; and the
     smallest positive score."""
     top = torch.topk(scores, n_keep, sorted=False)
     kept = top.values > 0

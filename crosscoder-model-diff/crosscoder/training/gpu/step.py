@@ -23,7 +23,6 @@ from crosscoder.training.gpu.pairs import (
     Pairs,
     Selection,
     index_type,
-    laid_out_like,
     largest,
     latents_first,
     starts_of,
@@ -34,19 +33,19 @@ from crosscoder.training.step import Step
 CAPACITY = 4
 """Candidates of the selection that there is room for, over the pairs that are kept."""
 BOUND = 0.9
-"""Of the last step's smallest kept score, at first: pairs below are no candidates. It moves so that there are between
-ENOUGH and MANY times the pairs that are kept: some room on both sides for what a step changes."""
+"""Share of the last step's smallest kept score, at first: pairs below are no candidates. It moves so that there are
+between ENOUGH and MANY times the pairs that are kept: some room on both sides for what a step changes."""
 ENOUGH, MANY = 1.3, 2.0
 SEARCH_STEPS = 40
 """Bounds that are tried where that one was no good, before the selection is made over all pairs."""
 SAMPLED_TOKENS = 64
-"""Whose scores the search of a bound starts from."""
+"""Tokens whose scores the search of a bound starts from."""
 SMALLEST_SQUARE = 1e-30
-"""Of an error's length, before it is divided by."""
+"""Smallest square of an error's length, which is divided by."""
 ALIGNED = 64
 """Rows that dead latents are filled up to: products of odd sizes take four times as long."""
 ROUNDING = 1e-5
-"""Of a difference of sums in fp32, relative to them."""
+"""Rounding of a difference of sums in fp32, relative to them."""
 CLIP_EPSILON = 1e-6
 """As in torch.nn.utils.clip_grad_norm_."""
 
@@ -309,8 +308,8 @@ class GpuStep:
         """Adam's state of a parameter, made where it has none: moments as [latent, width], and the step count."""
         state: dict[str, Any] = self.optimizer.state[parameter]
         for name in ("exp_avg", "exp_avg_sq"):
-            there = state.get(name)
-            state[name] = torch.zeros_like(parameter.data) if there is None else laid_out_like(there, parameter.data)
+            moment = torch.zeros_like(parameter.data)
+            state[name] = moment if state.get(name) is None else moment.copy_(state[name])  # laid out as the parameter
         state.setdefault("step", torch.zeros((), device=parameter.device))
         first, second = (
             latents_first(state[name]) if transposed else state[name].view(self.n_latents, self.width)

@@ -10,19 +10,16 @@ from small_pair import small_pair
 
 from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
-from crosscoder.adapter_directions import output_directions, strongest, weight_directions
 from crosscoder.interventions.sets import (
     Components,
-    Nothing,
     Reading,
     Scaled,
     Whole,
-    at_norm,
     injected_norm,
-    orthonormal,
-    random_basis,
 )
 from finqa.runtime.errors import UserError
+from study.adapter_directions import output_directions, strongest, weight_directions
+from study.invented.diff.sources import orthonormal
 
 WIDTH, RANK = 32, 4
 DOCUMENTS = [Document(f"d{n}", (1, *range(3 + n, 15 + n)), 5) for n in range(4)]
@@ -123,16 +120,14 @@ def test_additions_are_scaled_by_one_factor_to_the_same_injected_norm():
     readings = [reading(1), reading(2, n=20)]
     whole = torch.cat([each.difference for each in readings])
     assert injected_norm(Whole(), readings) == pytest.approx(whole.square().sum(dim=-1).mean().sqrt().item(), rel=1e-6)
-    chance = random_basis(5, WIDTH, seed=3)
+    chance = Components(torch.linalg.qr(torch.randn(WIDTH, 5)).Q.T)
     principal = Components(torch.linalg.eigh(whole.T @ whole).eigenvectors.flip(-1)[:, :5].T)
     for addition in (chance, principal):
-        scaled = at_norm(addition, 7.0, readings)
+        scaled = Scaled(addition, 7.0 / injected_norm(addition, readings))
         assert injected_norm(scaled, [reading(1), reading(2, n=20)]) == pytest.approx(7, rel=1e-5)
         assert torch.allclose(scaled(reading(4)), scaled.factor * addition(reading(4)))
     labels = [str(each.label) for each in (chance, Scaled(chance, 2.0), Scaled(chance, 3.0), Scaled(principal, 2.0))]
     assert len(set(labels)) == 4
-    with pytest.raises(UserError, match="add nothing on these documents"):
-        at_norm(Nothing(), 1.0, readings)
 
 
 def test_a_basis_spans_the_vectors_and_is_orthonormal():

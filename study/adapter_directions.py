@@ -104,7 +104,7 @@ def strongest(found: Sequence[AdapterDirections], n: int, target: Target | None 
     """[at most n, d_model] fp32 of length 1: of all modules the directions of the largest strength, largest first.
 
     With a target only of the modules that reach it directly: all up to its layer for the residual stream, else the
-    one whose output it is. UserError where there is none. They need not be at right angles: see sets.orthonormal.
+    one whose output it is. UserError where there is none. They need not be at right angles.
     """
     reaching = [each for each in found if target is None or _reaches(each, target)]
     if not reaching:
