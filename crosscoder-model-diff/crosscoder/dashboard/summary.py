@@ -97,7 +97,15 @@ def numbers(rows: Sequence[LatentRow], kind: str) -> str:
 def caused(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What the best latents do together, put into the instruct model, beside random sets of as many."""
     of = {"direction": "sufficiency", "carrier": "own", "group": "all", "measure": "divergence"}
-    asked = [row for row in rows if row["recovered"] is not None and all(row[k] == v for k, v in of.items())]
+    placed = [row for row in rows if all(row[k] == v for k, v in of.items())]
+    asked = [row for row in placed if row["recovered"] is not None]
+    for row in placed:
+        if row["kind"] == "ceiling" and row["recovered"] is None:
+            yield (
+                "Even all that this place in the model gives in the fine-tuned one does not bring the instruct model "
+                f"nearer to it (KL {row['none']:.3g} without and {row['ceiling']:.3g} with it, {row['n']} documents), "
+                "so there is no gap of which latents could close a share."
+            )
     ranked = [row for row in asked if row["kind"] == "ranked" and row["n_latents"] <= CAUSAL_LATENTS]
     if not ranked:
         return

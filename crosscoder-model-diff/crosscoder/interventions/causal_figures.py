@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 COLOURS = {
     "ranked": FINE_TUNED,
     "worst": INSTRUCT,
-    "worst half by nu": INSTRUCT,
+    "worst half by nu": "#332288",
     "components": BOTH,
     "mean difference": "#CC79A7",
     "bias": "#E69F00",
@@ -35,7 +35,8 @@ def recovered_figure(report: Mapping[str, Any]) -> Figure:
     """Recovered share of the KL against the number of latents, log scale; a panel for each direction and carrier.
 
     Lines: the ranked sets with their 95% interval, and controls. Bands: lowest to highest of the random sets. A panel's
-    title has the measure's values with nothing patched (0) and with the whole site (1); one without a gap says so.
+    title has the measure's values with nothing patched (0) and with the whole site (1); one without a gap that could be
+    recovered says so.
     """
     rows = [r for r in report["rows"] if (r["measure"], r["group"]) == ("divergence", "all")]
     panels = list(dict.fromkeys((r["direction"], r["carrier"], r["positions"]) for r in rows))
@@ -63,7 +64,10 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], panel: tuple[str, str,
     shown = [r for r in rows if r["recovered"] is not None]
     ranked = sorted((r for r in shown if r["kind"] == "ranked"), key=lambda r: r["n_latents"])
     if not shown:
-        axes.text(0.5, 0.5, "nothing to recover", transform=axes.transAxes, ha="center", color=OTHER)
+        low, high = rows[0]["gap_interval"]
+        away = "" if low <= 0 <= high else ":\nthe whole site moves it the other way"
+        said = f"nothing to recover{away}"
+        axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", va="center", color=OTHER)
         return
     axes.set_xscale("log", base=2)
     for level in (0, 1):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from crosscoder.analysis.figures import save_figure
-from crosscoder.interventions.causal_figures import recovered_figure
+from crosscoder.interventions.causal_figures import COLOURS, RIVALS, recovered_figure
 
 
 def row(kind, n, recovered, direction="sufficiency", carrier="own", measure="divergence", group="all"):
     interval = None if recovered is None else [recovered - 0.1, recovered + 0.1]
     return {"kind": kind, "n_latents": n, "seed": 0, "direction": direction, "carrier": carrier, "positions": "all",
             "measure": measure, "group": group, "recovered": recovered, "interval": interval, "none": 1.5,
-            "ceiling": 0.25}  # fmt: skip
+            "ceiling": 0.25, "gap_interval": [-1.3, -1.2]}  # fmt: skip
 
 
 def test_recovered_shares_are_drawn_against_the_number_of_latents(tmp_path):
@@ -35,9 +35,15 @@ def test_recovered_shares_are_drawn_against_the_number_of_latents(tmp_path):
 
 
 def test_a_panel_for_each_direction_and_carrier_and_one_without_a_gap_says_so():
-    rows = [row("ranked", 1, 0.5), row("ranked", 1, None, carrier="other"), row("none", 0, None, carrier="other")]
-    own, other = recovered_figure({"rows": rows}).axes
+    rows = [row("ranked", 1, 0.5), row("none", 0, None, carrier="other") | {"gap_interval": [-0.1, 0.1]}]
+    rows.append(row("none", 0, None, "necessity"))
+    own, other, away = recovered_figure({"rows": rows}).axes[:3]
     assert [text.get_text() for text in other.texts] == ["nothing to recover"] and not own.texts
+    assert "the whole site moves it the other way" in away.texts[0].get_text()
+
+
+def test_no_two_kinds_of_set_have_one_colour():
+    assert len({*COLOURS.values(), *RIVALS}) == len(COLOURS) + len(RIVALS)
 
 
 def test_sizes_without_a_share_are_left_out():
