@@ -24,14 +24,15 @@ from crosscoder.interventions.splicing import (
     target_of,
 )
 from crosscoder.opening import Reading
+from crosscoder.own_pair import check_unchanged
 from finqa.models import students
-from finqa.models.weights import weights_hash
 from finqa.runtime.errors import UserError
 from finqa.runtime.journal import KeyedJournal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from crosscoder.activations.store import ActivationStore
     from crosscoder.interventions.halves import Pair, Side
     from crosscoder.names import ActivationChoice
     from finqa.runtime.paths import Folders
@@ -156,8 +157,8 @@ def causal_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def load_pair(reading: Reading, choice: ActivationChoice, folders: Folders) -> Pair:
-    """Both models that the activations are of, in the precision that they were recorded in.
+def load_pair(store: ActivationStore, choice: ActivationChoice, folders: Folders) -> Pair:
+    """Both models that a set's activations are of, in the precision that they were recorded in.
 
     UserError where one is missing, or is not the one that was recorded.
     """
@@ -165,12 +166,12 @@ def load_pair(reading: Reading, choice: ActivationChoice, folders: Folders) -> P
     from crosscoder.activations.recorded_inputs import find_fine_tuned, find_instruct, is_adapter
     from crosscoder.interventions.halves import pair_of
 
-    recorded, student = reading.store.config.recorded, choice.student
+    recorded, student = store.config.recorded, choice.student
     fine_tuned, instruct = find_fine_tuned(choice, folders), find_instruct(choice, folders)
     for folder, key in ((fine_tuned, "fine_tuned_hash"), (instruct, "against_hash")):
-        if folder is not None and key in recorded and weights_hash(folder) != recorded[key]:
-            raise UserError(f"{folder} has changed since {reading.store.folder} was recorded; collect it again")
-    device = str(reading.model.b_dec.device)
+        if folder is not None:
+            check_unchanged(folder, recorded, key)
+    device = students.default_device()
     dtype = torch.bfloat16 if recorded.get("dtype") == "bf16" else torch.float32
 
     def base() -> Any:

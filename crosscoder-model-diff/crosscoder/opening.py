@@ -16,9 +16,9 @@ from crosscoder.names import (
     add_activation_flags,
     choice_from_args,
     crosscoder_folder,
-    find_folder,
 )
 from crosscoder.own_pair import base_tokenizer
+from crosscoder.repositories import find_activations, find_folder
 from finqa.models import students
 from finqa.runtime.command_line import add_flags, flag, from_args, words_of
 from finqa.runtime.errors import UserError
@@ -90,11 +90,10 @@ def open_reading_of(args: argparse.Namespace) -> Reading:
     """
     choice, crosscoder, folders = choice_from_args(args), from_args(CrosscoderChoice, args), Folders.from_args(args)
     name = crosscoder.name_on(choice, folders)
-    train = " ".join([choice.command("train.py", folders), *words_of(crosscoder, results_dir=crosscoder.results_dir)])
+    train = choice.command("train.py", folders, *words_of(crosscoder, results_dir=crosscoder.results_dir))
     local, earlier = crosscoder_folder(folders, name), crosscoder.earlier_name_on(choice)
-    folder = find_folder(local, choice.student, "config.json", "crosscoder", train, earlier)
-    command = choice.command("collect_activations.py", folders)
-    recorded = find_folder(folders.activations(choice.name), choice.student, "config.json", "activation set", command)
+    folder = find_folder(local, choice.student, "crosscoder", train, earlier)
+    recorded = find_activations(choice, folders)
     # Only now, so that what is missing is said at once.
     from crosscoder.activations.store import ActivationStore
     from crosscoder.analysis.lens import read_unembedding
@@ -111,7 +110,10 @@ def open_reading_of(args: argparse.Namespace) -> Reading:
         )
     training = config.training or TrainingConfig()
     trained = folders.model(choice.student.dataset, choice.student.model_id)
-    tokenizer = base_tokenizer(choice.student) if choice.pair else students.tokenizer_of(choice.student, trained)
+    if choice.pair:
+        tokenizer = base_tokenizer(choice.student, store.config.recorded)
+    else:
+        tokenizer = students.tokenizer_of(choice.student, trained)
     return Reading(
         name=name,
         model=load_dictionary(folder).to(students.default_device()),
