@@ -6,10 +6,11 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.dictionaries.config import READ_TOKENS
+from crosscoder.interventions.sets import dictionary_digest
 from crosscoder.names import (
     ActivationChoice,
     CrosscoderChoice,
@@ -50,6 +51,16 @@ class Reading:
     """Folder of its figures and tables."""
     families: Mapping[str, str] = field(default_factory=dict)
     """Question family of every document, by its id, where the data set knows it and its clean rows are here."""
+
+    @property
+    def made_of(self) -> dict[str, str]:
+        """What results, labels and effects are of: this very dictionary, on this very set."""
+        fingerprint = self.store.config.recorded.get("fingerprint")
+        return {"dictionary": dictionary_digest(self.model), "activations": str(fingerprint)}
+
+    def made(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record that holds a `made_of` is of these."""
+        return self.made_of.items() <= record.items()
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,6 @@ from finqa.chat.chat_request import shown
 from finqa.chat.config import ChatConfig, api_key, config_from
 from finqa.chat.prices import Spending, estimate, spending_of
 from finqa.runtime.command_line import add_flags, at_least_one, flag, from_args, script_parser, settings_of, words_of
-from finqa.runtime.commands import typed
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.paths import Folders
@@ -80,7 +79,7 @@ def main() -> None:
     args = parse_args()
     config, chat = from_args(LabelConfig, args), config_from(args, ChatConfig)
     choice, crosscoder, folders = choice_from_args(args), from_args(CrosscoderChoice, args), Folders.from_args(args)
-    words = [*choice.student.words(), *words_of(choice), *words_of(crosscoder)]
+    words = words_of(crosscoder)
     results = crosscoder.results_dir / crosscoder.name_on(choice, folders)
     if not config.dry_run:
         api_key()  # Before anything long.
@@ -91,7 +90,7 @@ def main() -> None:
         from crosscoder.label.table import analysed_rows, label_table
 
         reading = open_reading_of(args)
-        rows = analysed_rows(reading, typed("crosscoder-model-diff/analyse.py", *words, folders=folders))
+        rows = analysed_rows(reading, choice.command("analyse.py", folders, *words))
         chosen = most_changed(rows, config.latents, ReadingConfig.min_frequency)
         passages = choose_passages(reading, chosen, config.explaining, config.scoring, config.seed)
         path = results / "labels.journal.jsonl"
@@ -106,7 +105,7 @@ def main() -> None:
         label_table(reading, named, settings_of(choice, crosscoder, config, chat), **spending.facts())
     print(summary(named, passages), spending, sep="\n")
     print(f"{results / 'latents.csv'} has the labels; the dashboard shows them once it is built again:")
-    print(typed("-m crosscoder.dashboard", *words, folders=folders), flush=True)
+    print(choice.command("-m crosscoder.dashboard", folders, *words), flush=True)
     if stopped:
         raise UserError(stopped)
 
