@@ -14,7 +14,7 @@ from typing import Any
 from finqa.models import hub
 from finqa.models.adapters import check_plain
 from finqa.models.settings import StudentSettings, settings_for
-from finqa.models.students import MODEL_FILES, StudentRun, local_model, resolve_model
+from finqa.models.students import MODEL_FILES, POCKET, StudentRun, local_model, resolve_model
 from finqa.models.templates import read_template
 from finqa.models.weights import check_model_folder, weights_hash
 from finqa.runtime.command_line import flag, given
@@ -187,6 +187,8 @@ def portable(pair: OwnPair, student: StudentRun) -> tuple[dict[str, Any], dict[s
     models, of_student = asdict(pair), {name: getattr(student, name) for name in STUDENT_FIELDS}
     places = {name: str(models[name]) for name in ("base", "fine_tuned", "text") if Path(models[name]).is_absolute()}
     models |= {name: portable_name(place) for name, place in places.items()}
+    if models["base"] == models["fine_tuned"]:  # as two checkpoints of one step
+        models |= {name: "-".join(Path(places[name]).parts[-2:]) for name in ("base", "fine_tuned") if name in places}
     if student.chat_template:
         places["chat_template"] = str(student.chat_template.expanduser().resolve())
         of_student["chat_template"] = student.chat_template.name
@@ -201,17 +203,22 @@ def write_places(folder: Path, pair: OwnPair, student: StudentRun) -> None:
 
 def _placed(recorded: dict[str, Any], folder: Path, folders: Folders) -> dict[str, Any]:
     """What a set in `folder` records, its models and texts by where they lie on this machine: where they were read, or
-    where that is not known or nothing is there any more, below D/models/ by their names."""
+    where that is not known or nothing is there any more, below D/models/ by their names, a Hub id by itself."""
     models, student = (dict(recorded["pair"][part]) for part in ("models", "student"))
     try:
         known = json.loads((folder / PLACES).read_text())
     except (OSError, ValueError):
         known = {}
+    known = known if isinstance(known, dict) else {}
     absolute = [name for name in models if Path(str(models[name])).is_absolute()]  # of a set that has no `local`
     for name in recorded["pair"].get("local", absolute):
         of = student if name == "chat_template" else models
-        below, place = folders.data.resolve() / "models" / portable_name(of[name]), Path(known.get(name, of[name]))
-        of[name] = str(place if place.is_absolute() and place.exists() else below)
+        place, called = Path(str(known.get(name, of[name]))), of[name]
+        called = portable_name(called) if Path(called).is_absolute() else called
+        there = place.is_absolute() and place.exists()
+        shipped = local_model(POCKET) if called == POCKET else None
+        below = shipped or folders.data.resolve() / "models" / called
+        of[name] = str(place) if there else called if "/" in called else str(below)
     template = student["chat_template"]
     student["chat_template"] = Path(template) if template and Path(template).exists() else None
     return recorded | {"model": models["base"], "pair": recorded["pair"] | {"models": models, "student": student}}

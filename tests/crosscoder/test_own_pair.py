@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from crosscoder.activations.layout import KINDS
 from crosscoder.activations.own_texts import documents_from_texts, read_texts
 from crosscoder.activations.store import ActivationStore
-from crosscoder.own_pair import recorded_pairs
+from crosscoder.own_pair import OwnPair, portable, recorded_pairs
 from finqa.models import students
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY, Folders
@@ -293,13 +293,47 @@ def test_a_pushed_set_is_a_data_set_that_another_machine_works_with(models: Path
         assert output.returncode == 1 and "unknown dataset 'mine-layer3-mlp-1024'" in output.stderr
 
 
-def test_a_set_that_has_whole_paths_in_its_record_is_found_too(tmp_path: Path):
-    models = {"base": str(tmp_path), "fine_tuned": "/nowhere/adapter", "text": "/nowhere/t.txt", "name": "mine"}
-    recorded = {"pair": {"models": models | {"max_tokens": None}, "student": {"chat_template": None}}}
+CACHED = "/nowhere/hub/models--big--tuned/snapshots/0123abcd"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "kept", "found"),
+    [
+        ("adapter", "{here}", "{here}"),
+        ("adapter", "/nowhere/adapter", "{here}/models/adapter"),
+        ("adapter", None, "{here}/models/adapter"),
+        ("adapter", "damaged", "{here}/models/adapter"),
+        ("big/tuned", CACHED, "big/tuned"),
+        ("pocket-mistral", None, str(students.local_model("pocket-mistral"))),
+        # Of a set that has whole paths in its record.
+        ("{here}", None, "{here}"),
+        ("/nowhere/adapter", None, "{here}/models/adapter"),
+        (CACHED, None, "big/tuned"),
+    ],
+)
+def test_a_model_is_where_it_was_read_or_below_the_data_folder_or_on_the_hub(
+    recorded: str, kept: str | None, found: str, tmp_path: Path
+):
+    here = str(tmp_path)
+    models = {"base": "big/base", "fine_tuned": recorded.format(here=here), "name": "mine"}
+    of_pair = {"models": models, "student": {"chat_template": None}}
+    of_pair |= {} if Path(models["fine_tuned"]).is_absolute() else {"local": ["fine_tuned"]}
     (folder := tmp_path / "activations" / "mine-layer2-mlp-9").mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"recorded": recorded}))
-    found = recorded_pairs("mine", Folders(data=tmp_path))["mine-layer2-mlp-9"]["pair"]["models"]
-    assert (found["base"], found["fine_tuned"]) == (str(tmp_path), str(tmp_path / "models" / "adapter"))
+    (folder / "config.json").write_text(json.dumps({"recorded": {"pair": of_pair}}))
+    if kept:
+        text = "[1" if kept == "damaged" else json.dumps({"fine_tuned": kept.format(here=here)})
+        (folder / ".places.json").write_text(text)
+    placed = recorded_pairs("mine", Folders(data=tmp_path))["mine-layer2-mlp-9"]["pair"]["models"]
+    assert (placed["base"], placed["fine_tuned"]) == ("big/base", found.format(here=here))
+
+
+def test_two_checkpoints_of_one_step_are_told_apart(tmp_path: Path):
+    (file := tmp_path / "t.txt").write_text("a b")
+    of = [str(tmp_path / name / "checkpoint-9") for name in ("one", "two")]
+    pair = OwnPair(*of, text=file, name="mine")
+    recorded, places = portable(pair, pair.student())
+    assert [recorded["models"][name] for name in ("base", "fine_tuned")] == ["one-checkpoint-9", "two-checkpoint-9"]
+    assert [places[name] for name in ("base", "fine_tuned")] == of
 
 
 def parts(models: Path, file: Path) -> list[list[tuple[str, str]]]:
