@@ -105,11 +105,14 @@ def caused(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 "Even all that this place in the model gives in the fine-tuned one does not bring the instruct model "
                 f"nearer to it (KL {row['none']:.3g} without and {row['ceiling']:.3g} with it, {row['n']} documents), "
                 "so there is no gap of which latents could close a share."
+                + "".join(
+                    f" With the {best['n_latents']} of the largest estimated effect alone it is {best['value']:.3g}."
+                    for best in _largest(placed)
+                )
             )
-    ranked = [row for row in asked if row["kind"] == "ranked" and row["n_latents"] <= CAUSAL_LATENTS]
-    if not ranked:
+    if not (largest := _largest(asked)):
         return
-    best = max(ranked, key=lambda row: row["n_latents"])
+    [best] = largest
     n = best["n_latents"]
     random = [row["recovered"] for row in asked if row["kind"] == "random sets" and row["n_latents"] == n]
     low, high = best["recovered_low"], best["recovered_high"]
@@ -120,6 +123,12 @@ def caused(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         + (f" (95% interval {low:.0%} to {high:.0%})" if low is not None else "")
         + (f"; random sets of as many close {sum(random) / len(random):.0%}." if random else ".")
     )
+
+
+def _largest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The largest ranked set of at most CAUSAL_LATENTS; none where there is none."""
+    ranked = [row for row in rows if row["kind"] == "ranked" and row["n_latents"] <= CAUSAL_LATENTS]
+    return [max(ranked, key=lambda row: row["n_latents"])] if ranked else []
 
 
 def listed(parts: Sequence[str]) -> str:

@@ -60,6 +60,7 @@ def test_a_site_that_moves_the_models_apart_has_no_share(direction, none, ceilin
     if direction == "sufficiency":
         [said] = caused([{**r, "recovered_low": None, "recovered_high": None} for r in found["rows"]])
         assert ("does not bring the instruct model nearer" in said) == bool(why) and ("50%" in said) == (not why)
+        assert (f"estimated effect alone it is {values['ranked']:.3g}." in said) == bool(why)
 
 
 def test_a_share_is_of_means_and_its_interval_holds_it():
