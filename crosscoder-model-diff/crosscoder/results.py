@@ -162,7 +162,7 @@ def write_page(
     own = found.reading.made(numbers.get("made_of", {}))
     added = tables.read_added(folder / "latents.csv", found.rows) if own else {}
     causal = numbers.get("causal", []) if tables.EFFECT in added else []
-    summary = summary_of(found, causal)
+    summary = summary_of(found, causal, added.get("label_score", ()))
     if second is not None:
         columns, sentence = matched(found, *second)
         summary, added = replace(summary, sentences=(*summary.sentences, sentence)), added | columns

@@ -134,9 +134,7 @@ def ask(namer: Namer, passages: list[Passages], spending: Spending) -> str:
 
 def summary(named: list[Named], passages: list[Passages]) -> str:
     """How many latents have a label, and what the labels are worth."""
-    import torch
-
-    from crosscoder.interventions.causal_rows import INTERVAL, resamples
+    from crosscoder.label.table import mean_score
 
     rare = sum(not each.explaining for each in passages)
     with_label = sum(bool(each.label) for each in named)
@@ -145,13 +143,13 @@ def summary(named: list[Named], passages: list[Passages]) -> str:
         f"{with_label} of {len(named)} latents have a label; {rare} fire on too few pages, {unread} have no reply that "
         "can be read"
     ]
-    scores = torch.tensor([each.label_score for each in named if each.label_score is not None], dtype=torch.float64)
-    if not len(scores):
+    scores = [each.label_score for each in named if each.label_score is not None]
+    if not scores:
         return "\n".join([*lines, "no label has a score: too few replies to its passages can be read"])
-    low, high = (resamples(len(scores)) @ scores).quantile(torch.tensor(INTERVAL, dtype=torch.float64)).tolist()
+    mean, low, high = mean_score(scores)
     n = sum(each.n_firing + each.n_silent for each in named if each.label_score is not None)
     lines.append(
-        f"detection score: {scores.mean():.3f} [{low:.3f}, {high:.3f}], mean and 95% interval of {len(scores)} labels "
+        f"detection score: {mean:.3f} [{low:.3f}, {high:.3f}], mean and 95% interval of {len(scores)} labels "
         f"({n / len(scores):.0f} passages each; chance is 0.5)"
     )
     return "\n".join(lines)

@@ -19,6 +19,17 @@ FILE = "labels.json"
 COLUMNS = ("label", "label_score")
 
 
+def mean_score(scores: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of the detection scores of labels, and its 95% interval (a bootstrap over labels)."""
+    import torch
+
+    from crosscoder.interventions.causal_rows import INTERVAL, resamples
+
+    table = torch.tensor(list(scores), dtype=torch.float64)
+    low, high = (resamples(len(table)) @ table).quantile(torch.tensor(INTERVAL, dtype=torch.float64)).tolist()
+    return float(table.mean()), low, high
+
+
 def analysed_rows(reading: Reading, analyse: str) -> list[LatentRow]:
     """The rows of latents.csv; UserError where there is none of this dictionary, with the command that makes it."""
     path, numbers = reading.results / "latents.csv", reading.results / "analysis.json"

@@ -191,9 +191,13 @@ def test_the_numbers_are_those_of_the_library_over_the_held_out_documents(made, 
     assert sum(map(sum, found["frequency"]["histogram"]["counts"].values())) == alive
 
 
-def columns_of_page(folder: Path) -> set[str]:
+def page_of(folder: Path) -> dict[str, Any]:
     packed = re.findall(r'id="data">(.*?)</script>', (folder / "dashboard.html").read_text(), re.DOTALL)[0]
-    return {column["key"] for column in json.loads(gzip.decompress(base64.b64decode(packed)))["columns"]}
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
+
+
+def columns_of_page(folder: Path) -> set[str]:
+    return {column["key"] for column in page_of(folder)["columns"]}
 
 
 @pytest.mark.slow
@@ -245,6 +249,8 @@ def test_the_dashboard_has_the_labels_of_latents_csv_unless_it_is_of_another_dic
     write_csv(folder / "latents.csv", labelled)
     write_page(found, DashboardConfig())
     assert {"label", "label_score"} == columns_of_page(folder) & set(ADDED)
+    said = f"a mean score of 0.75 (95% interval 0.75 to 0.75, {len(labelled) - 1} labels); 0.5 is chance"
+    assert said in " ".join(page_of(folder)["summary"]["sentences"])
     assert read_added(folder / "latents.csv", found.rows)["label"][:3] == ["label 0", None, "a\u2028b\nc"]
     write_csv(folder / "latents.csv", labelled[::-1])  # as one who sorts the table leaves it
     assert read_added(folder / "latents.csv", found.rows)["label"][:3] == ["label 0", None, "a\u2028b\nc"]
