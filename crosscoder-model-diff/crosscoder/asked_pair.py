@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crosscoder.names import ActivationChoice
-from crosscoder.own_pair import base_tokenizer, find_model, one_tokenizer
+from crosscoder.own_pair import base_tokenizer, check_there, find_model, one_tokenizer
 from crosscoder.repositories import find_activations
 from crosscoder.steered_pair import Steering, open_steered_pair
 from finqa.evaluation.engines.serving import MODELS, Model
@@ -65,6 +65,7 @@ class AskedPair:
             return list(self.tokenizer(text)["input_ids"])
         student, pair, recorded = self.choice.student, self.choice.pair, self.store.config.recorded
         assert pair is not None
+        check_there(pair.fine_tuned)
         base = resolve_model(student.model, student.revision)
         reads = one_tokenizer(student, base, find_model(pair.fine_tuned), chats=True)[0]
         if template_facts(reads)["chat_template_sha256"] != recorded["chat_template_sha256"]:

@@ -24,7 +24,7 @@ from crosscoder.interventions.splicing import (
     target_of,
 )
 from crosscoder.opening import Reading
-from crosscoder.own_pair import check_unchanged
+from crosscoder.own_pair import check_there, check_unchanged
 from finqa.models import students
 from finqa.runtime.errors import UserError
 from finqa.runtime.journal import KeyedJournal
@@ -167,6 +167,8 @@ def load_pair(store: ActivationStore, choice: ActivationChoice, folders: Folders
     from crosscoder.interventions.halves import pair_of
 
     recorded, student = store.config.recorded, choice.student
+    if choice.pair:
+        check_there(choice.pair.fine_tuned)
     fine_tuned, instruct = find_fine_tuned(choice, folders), find_instruct(choice, folders)
     for folder, key in ((fine_tuned, "fine_tuned_hash"), (instruct, "against_hash")):
         if folder is not None:

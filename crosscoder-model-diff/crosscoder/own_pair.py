@@ -80,7 +80,6 @@ def pair_from_args(args: argparse.Namespace) -> OwnPair | None:
 
 def find_model(name: str) -> Path:
     """Folder of a whole model or an adapter, which may be on the Hub; UserError where it holds neither."""
-    check_there(name)
     folder = local_model(name) or hub.fetch_model(name, None, MODEL_FILES)
     if (folder / "adapter_config.json").exists():
         check_plain(folder)

@@ -148,7 +148,7 @@ def test_every_script_takes_the_pairs_name(form: str, fine_tuned: str, kinds: se
     assert "net sales" in other.stdout.partition("\n===")[0] and ("user" in other.stdout) == (form == "messages")
     title = f"=== base model: without | with latents {alive}=3000, {alive} ablated, from the fine-tuned model\n"
     assert title in other.stdout and "(the same text)" not in other.stdout
-    for words, says in (
+    for words, says in (form == "text") * (
         (("--id", "line 31"), "no document 'line 31' in "),
         (("--id", "line 1", "--question", "net"), "give one of them"),
         (("--passage-file", "page.txt", "--VLLM"), "by --question or --id; leave out --passage-file, --vllm"),
@@ -232,6 +232,11 @@ def test_a_set_names_no_folder_and_its_models_are_found_where_they_are_or_where_
     (data / "models" / "another.jinja").rename(data / "models" / "own.jinja")
     output = run(*ask)
     assert output.returncode == 0 and output.stdout.count("\n=== ") == 2, output.stderr
+    (own / "adapter").rename(tmp_path / "adapter")
+    for words in (analyse, ask):
+        output = run(*words)
+        assert output.returncode == 1 and f"nor in {data / 'models' / 'adapter'}; put the folder" in output.stderr
+    (tmp_path / "adapter").rename(own / "adapter")
     own.rename(moved := tmp_path / "moved")
     output = run(*analyse)
     assert output.returncode == 1
@@ -420,6 +425,11 @@ def test_a_wrong_line_is_named_with_the_remedy(content: str, tmp_path: Path):
             "leave out --grad-accum, --merged",
         ),
         (("--base", "a", "--fine-tuned", "b", "--text", "nowhere.jsonl"), "nowhere.jsonl: there is no such file"),
+        (("--base", "/no/a", "--fine-tuned", "/no/b", "--text", __file__), "the model /no/a is neither a local folder"),
+        (
+            ("--base", "pocket-mistral", "--fine-tuned", "/no/b", "--text", __file__),
+            "the model /no/b is neither a local folder",
+        ),
     ],
 )
 def test_flags_that_make_no_pair_are_refused_in_one_line(words: tuple[str, ...], said: str, tmp_path: Path):
