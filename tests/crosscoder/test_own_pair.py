@@ -145,7 +145,7 @@ def test_every_script_takes_the_pairs_name(form: str, fine_tuned: str, kinds: se
     assert " ".join(sentence(0).split()[:begin]) in same.stdout.partition("\n===")[0].replace("\n", " ")
     other = run(*ask, "--question", "net sales", "--steer", f"{alive}=3000", "--ablate", alive, "--from", "fine-tuned")
     assert other.returncode == 0, other.stderr
-    assert "net sales" in other.stdout.partition("\n===")[0] and ("user" in other.stdout) == (form == "messages")
+    assert "net sales" in other.stdout.partition("\n===")[0]
     title = f"=== base model: without | with latents {alive}=3000, {alive} ablated, from the fine-tuned model\n"
     assert title in other.stdout and "(the same text)" not in other.stdout
     for words, says in (form == "text") * (
