@@ -5,6 +5,7 @@ its numbers stand: which cells of the table, or which sentence.
     python inference.py FinQA-mini pocket-mistral --id ROW_ID
     python inference.py FinQA-mini pocket-mistral --question "what was ...?" --passage-file page.txt
     python inference.py FinQA-mini pocket-mistral --steer 81=2,204=-1 --from fine-tuned
+    python inference.py mine --question "..." --steer 81=2         # a pair of your own (collect_activations.py --base)
 
 Without --id or --question the question is the first of the split, or where the split is not at hand the data set's
 worked example. A passage file is text, a table in it one line a row with cells joined by |, or the page as JSON with
@@ -13,6 +14,9 @@ pre_text, post_text and table. Reads D/clean/<dataset>/ and the fine-tuned stude
 With --steer or --ablate both models also answer with latents of a trained dictionary turned up or taken out, at every
 token but BOS. That program stands beside the one without; lines that differ have a mark: ! changed, - gone, + new. Then
 the crosscoder and its activation set are read, too, by the names that train.py takes.
+
+A pair of your own is asked by its name: --question is any prompt, as a chat where the recorded texts were chats;
+without it the prompt is that of the document --id, or of the first. What is written is shown, and not run.
 """
 
 from __future__ import annotations
@@ -24,14 +28,17 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import zip_longest
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
+from crosscoder.asked_pair import MAX_NEW_TOKENS, AskedPair
+from crosscoder.names import ActivationChoice, choice_from_args
 from crosscoder.steered_pair import add_steering_flags, open_steered_pair, steering_from_args
 from finqa.evaluation.engines.serving import check_backend, served_models
 from finqa.evaluation.evaluate import MODEL_OF_TYPE
 from finqa.evaluation.generation import GenerationConfig, all_replies
-from finqa.models.students import add_student_flags, find_adapter, prompt_ids, student_from_args, tokenizer_of
-from finqa.runtime.command_line import add_flags, flag, from_args, script_parser
+from finqa.models.students import add_student_flags, find_adapter, prompt_ids, tokenizer_of
+from finqa.runtime.command_line import add_flags, flag, from_args, given, script_parser
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.paths import Folders, Split, add_folder_flags
 from finqa.sandbox.results import Run
@@ -51,7 +58,11 @@ WIDEST = 72
 
 def main() -> int:
     args = parse_arguments()
-    run, folders, request = student_from_args(args), Folders.from_args(args), from_args(Request, args)
+    folders, request = Folders.from_args(args), from_args(Request, args)
+    choice = choice_from_args(args)
+    if choice.pair:
+        return ask_own_pair(args, choice, folders, request)
+    run = choice.student
     data = datasets.dataset(run.dataset)
     question = chosen_question(request, data, folders)
     check_backend(run, request.vllm)
@@ -87,15 +98,41 @@ def main() -> int:
     return 0
 
 
+def ask_own_pair(args: argparse.Namespace, choice: ActivationChoice, folders: Folders, request: Request) -> int:
+    """Show what both models of a pair write to one prompt, and with --steer or --ablate what they write steered."""
+    if other := [
+        f"--{name.replace('_', '-')}" for name in ("split", "passage_file", "vllm") if name in given(Request, args)
+    ]:
+        raise UserError(f"two models of your own are asked by --question or --id; leave out {', '.join(other)}")
+    if request.question is not None and request.id is not None:
+        raise UserError("--question is a prompt of your own, and --id one of the documents; give one of them")
+    steering = steering_from_args(args)
+    asked = AskedPair(choice, folders, request.question, request.id)
+    print(f"prompt: {asked.text}", flush=True)
+    before = ""
+    for model, generate, is_steered in asked.served(args, steering, request.max_new_tokens):
+        reply = all_replies(generate, [asked.ids])[0].text
+        text = "\n".join(part for line in reply.strip().split("\n") for part in wrap(line, WIDEST) or [""])
+        beside = "(the same text)" if text == before else side_by_side(before, text)
+        title = f"{model} model" + (f": without | with {steering}" if is_steered else "")
+        print(f"\n=== {title}\n{beside if is_steered else text}", flush=True)
+        before = text
+    return 0
+
+
 @dataclass(frozen=True)
 class Request:
     """The question, and how it is answered."""
 
     split: Split = flag("test", help="Split of --id")
-    id: str | None = flag(None, help="Id of a row of the split")
-    question: str | None = flag(None, help="A question of your own, about the page in --passage-file")
+    id: str | None = flag(None, help="Id of a row of the split, or of a document of a pair")
+    question: str | None = flag(
+        None, help="A question of your own, about the page in --passage-file; any prompt to a pair"
+    )
     passage_file: Path | None = flag(None, help="Text or JSON file of the page")
-    max_new_tokens: int | None = flag(None, metavar="TOKENS", shown="the student's settings")
+    max_new_tokens: int | None = flag(
+        None, metavar="TOKENS", shown=f"the student's settings; {MAX_NEW_TOKENS} for a pair"
+    )
     """Tokens of a reply, at most."""
     vllm: bool = flag(False, "--VLLM", "--vllm", help="Generate by vLLM, not by Hugging Face")
 

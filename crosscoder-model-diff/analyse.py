@@ -141,7 +141,7 @@ def extra_tables(
         yield "stability"
     if not extras.splice and extras.causal is None:
         return
-    pair = load_pair(found.reading, choice_from_args(args), Folders.from_args(args))
+    pair = load_pair(found.reading.store, choice_from_args(args), Folders.from_args(args))
     if extras.splice:
         write_extra("splicing", splice(found.reading, pair), folder)
         yield "splicing"

@@ -37,12 +37,10 @@ from crosscoder.cards import write_activations_card
 from crosscoder.names import (
     ActivationChoice,
     add_activation_flags,
-    add_push_flags,
     choices_from_args,
-    hub_id,
-    require_push,
 )
-from crosscoder.own_pair import OwnPair
+from crosscoder.own_pair import OwnPair, write_places
+from crosscoder.repositories import add_push_flags, hub_id, require_push
 from finqa.models import hub, students
 from finqa.models.templates import template_facts
 from finqa.models.weights import check_base
@@ -107,10 +105,11 @@ def main() -> None:
         if parallel.is_first():
             for choice in choices:
                 if choice.pair:
+                    write_places(folders.activations(choice.name), choice.pair, choice.student)
                     print(f"next: {choice.command('train.py', folders)}")
                 repository = hub_id(choice.student, choice.name) if args.push else None
                 write_activations_card(folders.activations(choice.name), repository)
-                hub.push_folder(folders.activations(choice.name), repository, args.push, args.private)
+                hub.push_folder(folders.activations(choice.name), repository, args.push, args.private, "dataset")
 
 
 @dataclass(frozen=True)

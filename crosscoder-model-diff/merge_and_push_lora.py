@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from crosscoder.names import add_push_flags, hub_id, require_push
+from crosscoder.repositories import add_push_flags, hub_id, require_push
 from finqa.models import fidelity, hub, merging, students
 from finqa.models.adapters import is_adapter
 from finqa.models.model_card import loading, metadata, shown

@@ -40,16 +40,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from crosscoder.cards import write_crosscoder_card
 from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
-from crosscoder.names import (
-    CrosscoderChoice,
-    add_activation_flags,
-    add_push_flags,
-    choice_from_args,
-    crosscoder_folder,
-    find_folder,
-    hub_id,
-    require_push,
-)
+from crosscoder.names import CrosscoderChoice, add_activation_flags, choice_from_args, crosscoder_folder
+from crosscoder.repositories import add_push_flags, find_activations, hub_id, require_push
 from crosscoder.training.run_log import RunLog
 from crosscoder.training.sizing import NOT_REPRODUCED, PUBLISHED, sized_configs
 from finqa.models import hub, students
@@ -126,8 +118,7 @@ def main() -> None:
     require_push(args, choice.student, name)
     parallel.check_device(running.device)
     check_writable(named.results_dir)
-    command = choice.command("collect_activations.py", folders)
-    recorded = find_folder(folders.activations(choice.name), choice.student, "config.json", "activation set", command)
+    recorded = find_activations(choice, folders)
 
     # Only now, so that what is missing is said at once.
     from crosscoder.activations.store import ActivationStore

@@ -26,7 +26,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from hub_contents import HubContents, Repository, Seen, Stored, is_large, stored
 
-ID = r"(?P<repo>[^/]+/[^/]+)"
+ID = r"(?P<repo>(datasets/)?[^/]+/[^/]+)"
+"""A data set's repository is kept by its name behind `datasets/`."""
+KEPT = r"/api/(models/(?=[^/]+/)|(?=datasets/))" + ID
 MODEL_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PIECE = 1 << 16
 
@@ -173,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
         return repository
 
     def _owns(self, repo: str) -> bool:
-        return self.account is not None and repo.split("/")[0] == self.account.name
+        return self.account is not None and repo.removeprefix("datasets/").split("/")[0] == self.account.name
 
     def _commit(self, repo: str, revision: str) -> tuple[str, dict[str, Stored]]:
         repository = self._readable(repo)
@@ -195,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.account is None:
             raise Refusal(401, "Invalid username or password.")
         owner = asked.get("organization") or self.account.name
-        repo = f"{owner}/{asked['name']}"
+        repo = f"{'datasets/' if asked.get('type') == 'dataset' else ''}{owner}/{asked['name']}"
         if not self.account.writes or owner != self.account.name:
             raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
         if repo in self.server.repositories:
@@ -217,10 +219,8 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.server.repositories[repo]
         siblings = [{"rfilename": path} for path in files]
         gated = "auto" if repository.gated else False
-        self._json(
-            {"id": repo, "modelId": repo, "sha": commit, "private": repository.private, "gated": gated, "tags": []}
-            | {"siblings": siblings}
-        )
+        known = {"id": repo.removeprefix("datasets/"), "modelId": repo, "sha": commit, "private": repository.private}
+        self._json(known | {"gated": gated, "tags": [], "siblings": siblings})
 
     def tree(self, repo: str, revision: str) -> None:
         _, files = self._commit(repo, revision)
@@ -318,12 +318,12 @@ ROUTES: tuple[tuple[str, str, Callable[..., None]], ...] = (
     ("GET", "/api/whoami-v2", _Handler.whoami),
     ("POST", "/api/repos/create", _Handler.create),
     ("POST", "/api/validate-yaml", _Handler.validate_card),
-    ("PUT", f"/api/models/{ID}/settings", _Handler.settings),
-    ("GET", f"/api/models/{ID}(/revision/(?P<revision>[^/]+))?", _Handler.info),
-    ("GET", f"/api/models/{ID}/tree/(?P<revision>[^/]+)", _Handler.tree),
-    ("POST", f"/api/models/{ID}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
-    ("POST", f"/api/models/{ID}/commit/(?P<revision>[^/]+)", _Handler.add_commit),
-    ("POST", f"/api/models/{ID}/branch/(?P<branch>[^/]+)", _Handler.add_branch),
+    ("PUT", f"{KEPT}/settings", _Handler.settings),
+    ("GET", f"{KEPT}(/revision/(?P<revision>[^/]+))?", _Handler.info),
+    ("GET", f"{KEPT}/tree/(?P<revision>[^/]+)", _Handler.tree),
+    ("POST", f"{KEPT}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
+    ("POST", f"{KEPT}/commit/(?P<revision>[^/]+)", _Handler.add_commit),
+    ("POST", f"{KEPT}/branch/(?P<branch>[^/]+)", _Handler.add_branch),
     ("POST", rf"/{ID}\.git/info/lfs/objects/batch", _Handler.batch),
     ("POST", rf"/{ID}\.git/info/lfs/objects/verify", _Handler.verify),
     ("PUT", "/storage/(?P<sha256>[0-9a-f]{64})", _Handler.storage),

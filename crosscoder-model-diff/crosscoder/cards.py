@@ -33,9 +33,11 @@ def write_activations_card(folder: Path, repository: str | None) -> None:
     load = loading(
         "from crosscoder.activations.store import ActivationStore",
         "from finqa.models.hub import fetch_folder",
-        f"store = ActivationStore(fetch_folder({_where(folder, repository)}))",
+        f"store = ActivationStore(fetch_folder({_where(folder, repository)}, kind='dataset'))",
     )
-    head = metadata(folder.name, _models(recorded), LIBRARY, ["activations", *TAGS], dataset=_dataset(recorded))
+    head = metadata(
+        folder.name, _models(recorded), LIBRARY, ["activations", *TAGS], dataset=_dataset(recorded), viewer=False
+    )
     what = "Activations of a base model and its fine-tuned form over the same tokens"
     text = f"# {folder.name}\n\n{what}: {_pair(recorded)}.\n\n{table(facts)}\n\n{load}\n\n{READS}\n"
     write_atomically(folder / "README.md", f"{head}\n{text}")

@@ -24,9 +24,9 @@ from crosscoder.interventions.splicing import (
     target_of,
 )
 from crosscoder.opening import Reading
+from crosscoder.own_pair import check_there, check_unchanged
 from finqa.models import students
 from finqa.models.adapters import is_adapter
-from finqa.models.weights import weights_hash
 from finqa.runtime.errors import UserError
 from finqa.runtime.journal import KeyedJournal
 from finqa.runtime.progress import say
@@ -34,6 +34,7 @@ from finqa.runtime.progress import say
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from crosscoder.activations.store import ActivationStore
     from crosscoder.interventions.halves import Pair, Side
     from crosscoder.names import ActivationChoice
     from finqa.runtime.paths import Folders
@@ -154,8 +155,8 @@ def causal_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def load_pair(reading: Reading, choice: ActivationChoice, folders: Folders) -> Pair:
-    """Both models that the activations are of, in the precision that they were recorded in.
+def load_pair(store: ActivationStore, choice: ActivationChoice, folders: Folders) -> Pair:
+    """Both models that a set's activations are of, in the precision that they were recorded in.
 
     UserError where one is missing, or is not the one that was recorded.
     """
@@ -163,12 +164,14 @@ def load_pair(reading: Reading, choice: ActivationChoice, folders: Folders) -> P
     from crosscoder.activations.recorded_inputs import find_fine_tuned, find_instruct
     from crosscoder.interventions.halves import pair_of
 
-    recorded, student = reading.store.config.recorded, choice.student
+    recorded, student = store.config.recorded, choice.student
+    if choice.pair:
+        check_there(choice.pair.fine_tuned)
     fine_tuned, instruct = find_fine_tuned(choice, folders), find_instruct(choice, folders)
     for folder, key in ((fine_tuned, "fine_tuned_hash"), (instruct, "against_hash")):
-        if folder is not None and key in recorded and weights_hash(folder) != recorded[key]:
-            raise UserError(f"{folder} has changed since {reading.store.folder} was recorded; collect it again")
-    device = str(reading.model.b_dec.device)
+        if folder is not None:
+            check_unchanged(folder, recorded, key)
+    device = students.default_device()
     dtype = torch.bfloat16 if recorded.get("dtype") == "bf16" else torch.float32
 
     def base() -> Any:

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: the flags that name an activation set or a crosscoder, and finding them.
+"""What the scripts of this folder share: the flags that name an activation set or a crosscoder.
 
     activation set   D/activations/<model-id>-<dataset>-<split>-layer<L>-<site>-<n>/    Hub HF_NAME/<same name>
                      D/activations/<pair>-layer<L>-<site>-<n>/ of two models of the user's own (own_pair)
@@ -145,13 +145,14 @@ class ActivationChoice:
         }
         return all(recorded.get(name) == value for name, value in asked.items())
 
-    def command(self, script: str, folders: Folders | None = None) -> str:
-        """The command that runs `script` for this choice, with the flags that are not at their default."""
+    def command(self, script: str, folders: Folders | None = None, *more: str) -> str:
+        """The command that runs `script` for this choice, with the flags that are not at their default, and `more`."""
+        words = [*self.student.words(), *words_of(self)]
         if self.pair:
             own = [*words_of(self.pair), *self.student.flags(), *words_of(self)]
             words = own if script == "collect_activations.py" else [shlex.quote(self.name)]
-            return typed(f"crosscoder-model-diff/{script}", *words, folders=folders)
-        return typed(f"crosscoder-model-diff/{script}", *self.student.words(), *words_of(self), folders=folders)
+        place = script if script.startswith("-m ") else f"crosscoder-model-diff/{script}"
+        return typed(place, *words, *more, folders=folders)
 
 
 @dataclass(frozen=True)
@@ -208,21 +209,6 @@ def add_activation_flags(parser: argparse.ArgumentParser, several: bool = False)
     group = parser.add_argument_group("activations (these shape the name of the activation set)")
     add_flags(group, ActivationChoice, several=("layer", "site") if several else ())
     add_folder_flags(parser, results=False)
-
-
-def add_push_flags(parser: argparse.ArgumentParser, what: str) -> None:
-    """--push, --no-push and --private; what these scripts make is pushed only when asked for."""
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--push", action="store_true", help=f"Upload the {what} to the Hub")
-    group.add_argument("--no-push", dest="push", action="store_false", help="Keep it here (the default)")
-    parser.add_argument("--private", action="store_true", help="Make the Hub repository private")
-
-
-def require_push(args: argparse.Namespace, student: StudentRun, name: str) -> None:
-    """UserError before any work where --push is given and cannot be done."""
-    reason = hub.why_no_push(hub_id(student, name)) if args.push else None
-    if reason:
-        raise UserError(f"cannot push {name}: {reason}")
 
 
 def choice_from_args(args: argparse.Namespace) -> ActivationChoice:
@@ -285,12 +271,6 @@ def model_depth(model: str, revision: str | None = None) -> int:
     return int(depth)
 
 
-def hub_id(student: StudentRun, name: str) -> str | None:
-    """Hub repository of something by this name; None where no Hub account is known."""
-    account = student.hf_name
-    return f"{account}/{hub.repository_name(name)}" if account else None
-
-
 def crosscoder_folder(folders: Folders, name: str) -> Path:
     """Checkpoint folder of a crosscoder."""
     return folders.data / "models" / "crosscoders" / name
@@ -300,18 +280,3 @@ def name_of_method(name: str, method: str) -> str:
     """The default name of a crosscoder, which says batchtopk, with another method in its place."""
     before, _, after = name.rpartition("_batchtopk")
     return f"{before}_{method}{after}"
-
-
-def find_folder(local: Path, student: StudentRun, marker: str, what: str, command: str, earlier_name: str = "") -> Path:
-    """`local` where it holds the file `marker`, else its copy from the Hub; UserError names both and the remedy.
-
-    `earlier_name`: under which the Hub may have it, too.
-    """
-    if (local / marker).exists():
-        return local
-    repository = hub_id(student, local.name)
-    for name in dict.fromkeys([local.name, earlier_name or local.name]) if repository else ():
-        fetched = hub.fetch_folder(str(hub_id(student, name)))
-        if fetched is not None and (fetched / marker).exists():
-            return fetched
-    raise UserError(f"no {what} in {local}, nor {hub.looked_for(repository)}; make it with: {command}")

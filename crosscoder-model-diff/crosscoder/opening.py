@@ -6,19 +6,20 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.dictionaries.config import READ_TOKENS
+from crosscoder.interventions.sets import dictionary_digest
 from crosscoder.names import (
     ActivationChoice,
     CrosscoderChoice,
     add_activation_flags,
     choice_from_args,
     crosscoder_folder,
-    find_folder,
 )
 from crosscoder.own_pair import base_tokenizer
+from crosscoder.repositories import find_activations, find_folder
 from finqa.models import students
 from finqa.runtime.command_line import add_flags, check_bounds, flag, from_args, words_of
 from finqa.runtime.errors import UserError
@@ -50,6 +51,16 @@ class Reading:
     """Folder of its figures and tables."""
     families: Mapping[str, str] = field(default_factory=dict)
     """Question family of every document, by its id, where the data set knows it and its clean rows are here."""
+
+    @property
+    def made_of(self) -> dict[str, str]:
+        """What results, labels and effects are of: this very dictionary, on this very set."""
+        fingerprint = self.store.config.recorded.get("fingerprint")
+        return {"dictionary": dictionary_digest(self.model), "activations": str(fingerprint)}
+
+    def made(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record that holds a `made_of` is of these."""
+        return self.made_of.items() <= record.items()
 
 
 @dataclass(frozen=True)
@@ -87,11 +98,10 @@ def open_reading_of(args: argparse.Namespace) -> Reading:
     """
     choice, crosscoder, folders = choice_from_args(args), from_args(CrosscoderChoice, args), Folders.from_args(args)
     name = crosscoder.name_on(choice, folders)
-    train = " ".join([choice.command("train.py", folders), *words_of(crosscoder, results_dir=crosscoder.results_dir)])
+    train = choice.command("train.py", folders, *words_of(crosscoder, results_dir=crosscoder.results_dir))
     local, earlier = crosscoder_folder(folders, name), crosscoder.earlier_name_on(choice)
-    folder = find_folder(local, choice.student, "config.json", "crosscoder", train, earlier)
-    command = choice.command("collect_activations.py", folders)
-    recorded = find_folder(folders.activations(choice.name), choice.student, "config.json", "activation set", command)
+    folder = find_folder(local, choice.student, "crosscoder", train, earlier)
+    recorded = find_activations(choice, folders)
     # Only now, so that what is missing is said at once.
     from crosscoder.activations.store import ActivationStore
     from crosscoder.analysis.lens import read_unembedding
@@ -108,7 +118,10 @@ def open_reading_of(args: argparse.Namespace) -> Reading:
         )
     training = config.training or TrainingConfig()
     trained = folders.model(choice.student.dataset, choice.student.model_id)
-    tokenizer = base_tokenizer(choice.student) if choice.pair else students.tokenizer_of(choice.student, trained)
+    if choice.pair:
+        tokenizer = base_tokenizer(choice.student, store.config.recorded)
+    else:
+        tokenizer = students.tokenizer_of(choice.student, trained)
     return Reading(
         name=name,
         model=load_dictionary(folder).to(students.default_device()),

@@ -7,18 +7,19 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finqa.models import hub
 from finqa.models.adapters import check_plain
 from finqa.models.settings import StudentSettings, settings_for
-from finqa.models.students import MODEL_FILES, StudentRun, local_model, resolve_model
+from finqa.models.students import MODEL_FILES, POCKET, StudentRun, local_model, resolve_model
 from finqa.models.templates import read_template
-from finqa.models.weights import check_model_folder
+from finqa.models.weights import check_model_folder, weights_hash
 from finqa.runtime.command_line import flag, given
 from finqa.runtime.errors import UserError
+from finqa.runtime.manifest import file_hash, portable_name, write_json
 from finqa.runtime.paths import Folders, check_name
 from finqa.task.datasets import DATASETS
 
@@ -27,6 +28,8 @@ STUDENT_FIELDS = ("load_in_4bit", "revision", "chat_template")
 """What the flags of a student may say of a model of the user's own."""
 SPECIAL = ("bos_token", "eos_token", "unk_token")
 """Of the special tokens, those that may be read; padding never is."""
+PLACES = ".places.json"
+"""In the folder of a set: where its models and texts lie on this machine. A push leaves it at home."""
 POSITIONAL = {"dataset": "DATASET_NAME", "model": "MODEL_ID", "given_hf_name": "HF_NAME"}
 
 
@@ -85,9 +88,31 @@ def find_model(name: str) -> Path:
     return folder
 
 
-def base_tokenizer(student: StudentRun) -> Any:
-    """That of the pair's base model, to read what was recorded."""
-    return _tokenizer(resolve_model(student.model, student.revision))
+def check_there(model: str) -> None:
+    """UserError where a model was recorded from a local folder that this machine does not have (`_placed`)."""
+    place = Path(model)
+    if place.is_absolute() and not place.exists():
+        raise UserError(
+            f"the model {place.name}, which was read from a local folder, is not where it was read, nor in {place}; "
+            "put the folder, or a link to it, there"
+        )
+
+
+def check_unchanged(folder: Path | str, recorded: Mapping[str, Any], hashed: str) -> None:
+    """UserError where the weights in a folder are not those that a set was recorded from."""
+    if hashed in recorded and weights_hash(folder) != recorded[hashed]:
+        raise UserError(
+            f"{folder} has changed since the activations were recorded; put the weights that were read back there, or "
+            "collect the activations again"
+        )
+
+
+def base_tokenizer(student: StudentRun, recorded: Mapping[str, Any]) -> Any:
+    """That of the pair's base model, to read what was recorded; UserError where that very model is not here."""
+    check_there(student.model)
+    folder = resolve_model(student.model, student.revision)
+    check_unchanged(folder, recorded, "base_hash")
+    return _tokenizer(folder)
 
 
 def one_tokenizer(student: StudentRun, base: str, fine_tuned: Path, chats: bool) -> tuple[Any, Any | None, str]:
@@ -155,6 +180,49 @@ def refuse_others(args: argparse.Namespace, kinds: Sequence[type], allowed: Coll
         raise UserError(f"{why}; leave out {', '.join(said)}")
 
 
+def portable(pair: OwnPair, student: StudentRun) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a set records of its pair, by names that mean something elsewhere; and where on this machine that lies,
+    which goes into the set's PLACES."""
+    models, of_student = asdict(pair), {name: getattr(student, name) for name in STUDENT_FIELDS}
+    places = {name: str(models[name]) for name in ("base", "fine_tuned", "text") if Path(models[name]).is_absolute()}
+    models |= {name: portable_name(place) for name, place in places.items()}
+    if models["base"] == models["fine_tuned"]:  # as two checkpoints of one step
+        models |= {name: "-".join(Path(places[name]).parts[-2:]) for name in ("base", "fine_tuned") if name in places}
+    if student.chat_template:
+        places["chat_template"] = str(student.chat_template.expanduser().resolve())
+        of_student["chat_template"] = student.chat_template.name
+    recorded = {"models": models, "student": of_student, "local": sorted(places), "text_sha256": file_hash(pair.text)}
+    return recorded, places
+
+
+def write_places(folder: Path, pair: OwnPair, student: StudentRun) -> None:
+    """Write the PLACES of the set in a folder."""
+    write_json(folder / PLACES, portable(pair, student)[1])
+
+
+def _placed(recorded: dict[str, Any], folder: Path, folders: Folders) -> dict[str, Any]:
+    """What a set in `folder` records, its models and texts by where they lie on this machine: where they were read, or
+    where that is not known or nothing is there any more, below D/models/ by their names, a Hub id by itself."""
+    models, student = (dict(recorded["pair"][part]) for part in ("models", "student"))
+    try:
+        known = json.loads((folder / PLACES).read_text())
+    except (OSError, ValueError):
+        known = {}
+    known = known if isinstance(known, dict) else {}
+    absolute = [name for name in models if Path(str(models[name])).is_absolute()]  # of a set that has no `local`
+    for name in recorded["pair"].get("local", absolute):
+        of = student if name == "chat_template" else models
+        place, called = Path(str(known.get(name, of[name]))), of[name]
+        called = portable_name(called) if Path(called).is_absolute() else called
+        there = place.is_absolute() and place.exists()
+        shipped = local_model(POCKET) if called == POCKET else None
+        below = shipped or folders.data.resolve() / "models" / called
+        of[name] = str(place) if there else called if "/" in called else str(below)
+    template = student["chat_template"]
+    student["chat_template"] = Path(template) if template and Path(template).exists() else None
+    return recorded | {"model": models["base"], "pair": recorded["pair"] | {"models": models, "student": student}}
+
+
 def recorded_pairs(name: str, folders: Folders) -> dict[str, dict[str, Any]]:
     """What the sets record, by their names, that are called `name`, or were made of the pair of that name; none have
     the name of a data set.
@@ -164,19 +232,21 @@ def recorded_pairs(name: str, folders: Folders) -> dict[str, dict[str, Any]]:
     if name in DATASETS:
         return {}
     paths = sorted(folders.activations("x").parent.glob("*/config.json"))
-    found = _of_pairs(name, {path.parent.name: path for path in paths})
+    found = _of_pairs(name, {path.parent.name: path for path in paths}, folders)
     account = (os.environ.get("HF_NAME") or hub.logged_in_name()) if not found and "-layer" in name else None
-    fetched = account and hub.fetch_folder(f"{account}/{hub.repository_name(name)}", None, ["config.json"])
-    return _of_pairs(name, {name: fetched / "config.json"}) if fetched else found
+    for kind in hub.ACTIVATION_KINDS if account else ():
+        fetched = hub.fetch_folder(f"{account}/{hub.repository_name(name)}", None, ["config.json"], kind)
+        found = found or (_of_pairs(name, {name: fetched / "config.json"}, folders) if fetched else {})
+    return found
 
 
-def _of_pairs(name: str, configs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+def _of_pairs(name: str, configs: Mapping[str, Path], folders: Folders) -> dict[str, dict[str, Any]]:
     found = {}
     for folder, path in configs.items():
         try:
             recorded = json.loads(path.read_text())["recorded"]
             if name in (folder, recorded["pair"]["models"]["name"]):
-                found[folder] = recorded
+                found[folder] = _placed(recorded, path.parent, folders)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged, or of a data set
     return found

@@ -150,7 +150,7 @@ def write_page(
     second: tuple[str, BatchTopKCrosscoder] | None = None,
 ) -> str:
     """Write dashboard.html; a line about it. What latents.csv and analysis.json tell of labels and of causal effects is
-    in it, and the partners of the latents in a `second` dictionary, which is given with its name."""
+    in it where they are of this dictionary, and the partners of the latents in a `second` one, given with its name."""
     from crosscoder.dashboard.builder import build_dashboard
     from crosscoder.dashboard.matching import matched
     from crosscoder.dashboard.page import write_dashboard
@@ -158,10 +158,11 @@ def write_page(
 
     folder = found.reading.results
     path = path or folder / "dashboard.html"
-    added = tables.read_added(folder / "latents.csv", found.rows)
-    numbers = folder / "analysis.json"
-    causal = json.loads(numbers.read_text()).get("causal", []) if tables.EFFECT in added and numbers.exists() else []
-    summary = summary_of(found, causal)
+    numbers = json.loads((folder / "analysis.json").read_text()) if (folder / "analysis.json").exists() else {}
+    own = found.reading.made(numbers.get("made_of", {}))
+    added = tables.read_added(folder / "latents.csv", found.rows) if own else {}
+    causal = numbers.get("causal", []) if tables.EFFECT in added else []
+    summary = summary_of(found, causal, added.get("label_score", ()))
     if second is not None:
         columns, sentence = matched(found, *second)
         summary, added = replace(summary, sentences=(*summary.sentences, sentence)), added | columns

@@ -151,7 +151,7 @@ def open_steered_pair(args: argparse.Namespace, steering: Steering) -> SteeredPa
     raw = (rows for _, rows in reading.store.batches(torch.arange(len(reading.store)), what="means of latents, tokens"))
     means = active_means(reading.model, raw, latents)
     check_steering(reading.model, means, steering.steer, steering.ablate, steering.half)
-    pair = load_pair(reading, choice_from_args(args), Folders.from_args(args))
+    pair = load_pair(reading.store, choice_from_args(args), Folders.from_args(args))
     # c_m, what activations are scaled by, is sqrt(d_model) over their mean length.
     lengths = tuple(reading.store.config.d_model**0.5 / scale for scale in reading.store.config.activation_scales)
     return SteeredPair(steering, pair, target_of(reading.store), reading.model, means, lengths)

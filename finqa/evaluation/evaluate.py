@@ -215,7 +215,7 @@ def _finish(task: Task, run: StudentRun, config: EvaluationConfig, sandbox: Sand
         generation_key=task.journal.key,
         generation=task.journal.settings,
         served=task.journal.served,
-        data={str(task.data_file): file_hash(task.data_file)},
+        data={task.data_file.name: file_hash(task.data_file)},
         sandbox_protections=sandbox.protections,
         seconds=seconds,
         **task.template,

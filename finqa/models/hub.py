@@ -21,6 +21,9 @@ NOT_FETCHED = ("consolidated*", "original/*")
 NAME_LENGTH = 96
 """Longest repository name that the Hub takes."""
 Purpose = Literal["read", "write"]
+RepositoryKind = Literal["model", "dataset"]
+ACTIVATION_KINDS: tuple[RepositoryKind, ...] = ("dataset", "model")
+"""Of the repositories of activations; those that were pushed first are models."""
 Result = TypeVar("Result")
 
 
@@ -50,7 +53,9 @@ def fetch_model(name: str, revision: str | None, patterns: list[str]) -> Path:
     return fetched
 
 
-def fetch_folder(repo_id: str, revision: str | None = None, patterns: list[str] | None = None) -> Path | None:
+def fetch_folder(
+    repo_id: str, revision: str | None = None, patterns: list[str] | None = None, kind: RepositoryKind = "model"
+) -> Path | None:
     """Local copy of a Hub repository (cached), or None where the Hub is switched off or has no such repository.
 
     Raises UserError, in one line with its remedy, where the Hub refuses, cannot be reached, or has no such revision.
@@ -68,7 +73,7 @@ def fetch_folder(repo_id: str, revision: str | None = None, patterns: list[str] 
     chosen: Any = {"allow_patterns": patterns, "ignore_patterns": list(NOT_FETCHED)}
     try:
         with _explained(repo_id, "read"):
-            return Path(_once_more(lambda: snapshot_download(repo_id, revision=revision, **chosen)))
+            return Path(_once_more(lambda: snapshot_download(repo_id, revision=revision, repo_type=kind, **chosen)))
     except GatedRepoError as error:
         raise _refused(repo_id, "read") from error
     except LocalEntryNotFoundError as error:
@@ -132,8 +137,9 @@ def push_folder(
     repo_id: str | None,
     push: bool | None,
     private: bool = False,
+    kind: RepositoryKind = "model",
 ) -> str | None:
-    """Upload `folder` as the model repository `repo_id`; the address, or None where nothing was pushed.
+    """Upload `folder` as the repository `repo_id`; the address, or None where nothing was pushed.
 
     `push`: True is mandatory (a UserError when it cannot be done), False never pushes, None pushes when a token and a
     name are there, and otherwise says in one line why not. With `private` nothing is sent before the repository is
@@ -144,7 +150,7 @@ def push_folder(
     missing = why_no_push(repo_id)
     if missing is None and repo_id is not None:
         try:
-            return _push(folder, repo_id, private)
+            return _push(folder, repo_id, private, kind)
         except UserError as error:
             if push:
                 raise
@@ -155,7 +161,7 @@ def push_folder(
     return None
 
 
-def _push(folder: Path, repo_id: str, private: bool) -> str:
+def _push(folder: Path, repo_id: str, private: bool, kind: RepositoryKind) -> str:
     import huggingface_hub
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -163,18 +169,19 @@ def _push(folder: Path, repo_id: str, private: bool) -> str:
     api = huggingface_hub.HfApi()
     try:
         with _explained(repo_id, "write"):
-            api.create_repo(repo_id, private=private or None, exist_ok=True)
-            if private and not api.model_info(repo_id).private:
-                api.update_repo_settings(repo_id, private=True)
+            api.create_repo(repo_id, private=private or None, exist_ok=True, repo_type=kind)
+            if private and not api.repo_info(repo_id, repo_type=kind).private:
+                api.update_repo_settings(repo_id, private=True, repo_type=kind)
             api.upload_folder(
                 repo_id=repo_id,
+                repo_type=kind,
                 folder_path=folder,
                 ignore_patterns=list(LEFT_OUT),
                 commit_message=f"Upload {folder.name}",
             )
     except RepositoryNotFoundError as error:
         raise _refused(repo_id, "write") from error
-    address = f"{api.endpoint}/{repo_id}"
+    address = f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
     print(f"pushed {folder} to {address}", flush=True)
     return address
 

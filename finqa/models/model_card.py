@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finqa.models.students import POCKET, StudentRun, local_model
+from finqa.runtime.manifest import portable_name
 from finqa.runtime.paths import SPLITS, Folders, write_atomically
 from finqa.task.prompts import EVAL_TYPES, EvalType
 
@@ -26,7 +27,7 @@ def on_the_hub(model: str) -> bool:
 
 def shown(model: str) -> str:
     """A model's name; of one in a local folder the folder's alone."""
-    return Path(model).name if local_model(model) or Path(model).is_absolute() else model
+    return portable_name(model) if local_model(model) or Path(model).is_absolute() else model
 
 
 def metadata(
@@ -38,6 +39,7 @@ def metadata(
     dataset: str = "",
     results: Sequence[EvalResult] = (),
     pipeline: str | None = None,
+    **more: Any,
 ) -> str:
     """Head of a card.
 
@@ -46,6 +48,7 @@ def metadata(
         bases: Models that it was made from, as the user named them; those of the Hub are in the metadata.
         relation: What it is to its base; None for what is no model of its own.
         results: Figures of the run (`result`), each with its metric.
+        more: Further fields.
 
     The licence is that of the first base, to which the card links: what is made of a model is bound by its terms.
     """
@@ -67,6 +70,7 @@ def metadata(
         model_name=name if results else None,
         eval_results=list(results) or None,
         **own,
+        **more,
     )
     return f"---\n{data.to_yaml()}\n---\n"
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -30,6 +31,9 @@ PACKAGES = (
     "safetensors",
 )
 """Packages whose version can change a result."""
+_PATH = re.compile(r"(--?[\w-]+=)?(/[^/\n]+/[^\n]*[^/\n])/*")
+"""An absolute path of two parts or more, with the flag that gives it."""
+_CACHED = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/[0-9a-f]+$")
 
 
 def write_manifest(path: Path, config: Any, **facts: Any) -> None:
@@ -37,11 +41,11 @@ def write_manifest(path: Path, config: Any, **facts: Any) -> None:
 
     Args:
         path: The file to write.
-        config: A dataclass or mapping: the full configuration of the run.
+        config: A dataclass or mapping: the full configuration of the run, which is written `without_folders`.
         facts: What else is worth keeping. Anything that is no JSON value is written as its text.
     """
     manifest = {
-        "config": _as_json(config),
+        "config": without_folders(config),
         **facts,
         "command": command_words(),
         "git": git_revision(),
@@ -55,7 +59,29 @@ def write_manifest(path: Path, config: Any, **facts: Any) -> None:
 
 def command_words() -> list[str]:
     """The command that runs now, as it is typed in the project's folder; the interpreter is `python`."""
-    return ["python", *(word.replace(f"{REPOSITORY}{os.sep}", "") for word in sys.orig_argv[1:])]
+    return ["python", *without_folders(sys.orig_argv[1:])]
+
+
+def without_folders(value: Any) -> Any:
+    """A value for a record that others may read: every absolute path in it, at any depth, starts at the project's
+    folder where it lies in there, and is a `portable_name` elsewhere."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {key: without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [without_folders(inner) for inner in value]
+    if not isinstance(value, str | Path):
+        return value
+    text = str(value).replace(f"{REPOSITORY}{os.sep}", "")
+    found = _PATH.fullmatch(text)
+    return f"{found[1] or ''}{portable_name(found[2])}" if found else text
+
+
+def portable_name(path: str | Path) -> str:
+    """What a folder is called where nobody has this machine's: a model in the Hub's cache by its id, else its name."""
+    cached = _CACHED.search(str(path))
+    return f"{cached[1]}/{cached[2]}" if cached else Path(path).name
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -30,7 +30,7 @@ from finqa.runtime import parallel
 from finqa.runtime.command_line import check_bounds, flag
 from finqa.runtime.errors import UserError
 from finqa.runtime.journal import only_run_on
-from finqa.runtime.manifest import file_hash, write_json, write_manifest
+from finqa.runtime.manifest import file_hash, without_folders, write_json, write_manifest
 from finqa.runtime.memory.plan import plan_training
 from finqa.runtime.paths import Folders, follow_umask
 from finqa.runtime.tracking import wandb_run
@@ -144,13 +144,13 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
     write_manifest(
         folder / "run.json",
         identity,
-        student=asdict(run),
+        student=without_folders(run),
         speed=asdict(speed),
         processes=parallel.world_size(),
         base_hash=base_hash,
         weights_hash=weights_hash(folder),
         **template_facts(tokenizer),
-        data={str(rows_path): file_hash(rows_path)},
+        data={rows_path.name: file_hash(rows_path)},
         rows=len(examples),
         rows_too_long=too_long,
         tokens_an_epoch=n_tokens,

@@ -36,11 +36,11 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import DatasetCard, ModelCard
 from finqa.models import hub
-folder, name = sys.argv[1:]
-hub.push_folder(Path(folder), name, True)
-card = ModelCard.load(name)
+folder, name, kind = sys.argv[1:]
+hub.push_folder(Path(folder), name, True, kind=kind)
+card = (DatasetCard if kind == "dataset" else ModelCard).load(name)
 card.validate()
 activations = torch.randn(5, 2, int(sys.stdin.read()))
 names = dict(activations=activations)
@@ -57,12 +57,14 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
         yield server
 
 
-def pushed(hub: HubServer, folder: Path, name: str, home: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def pushed(
+    hub: HubServer, folder: Path, name: str, home: Path, kind: str = "model"
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Metadata of the card as the client reads it from the Hub, and the types of what its lines load."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": "hf_writer", "NO_PROXY": "*"}
     environment |= {"HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(folder), name]
+    command = [sys.executable, "-c", SCRIPT, str(folder), name, kind]
     done = subprocess.run(command, env=environment, input=str(D_MODEL), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return tuple(json.loads(done.stdout.splitlines()[-1]))
@@ -86,10 +88,10 @@ def figures(data: dict[str, Any]) -> dict[str, float]:
 def test_activations_are_found_by_their_base_model_and_loaded_by_the_cards_lines(hub, tmp_path: Path):
     activation_set(tmp_path / "activations")
     write_activations_card(tmp_path / "activations", "writer/activations")
-    data, made = pushed(hub, tmp_path / "activations", "writer/activations", tmp_path / "home")
+    data, made = pushed(hub, tmp_path / "activations", "writer/activations", tmp_path / "home", "dataset")
     assert made == {"store": "ActivationStore"}
     assert data["base_model"] == ["big/base"] and data["datasets"] == ["FinQA"] and "activations" in data["tags"]
-    text = hub.read("writer/activations", "README.md").decode()
+    text = hub.read("datasets/writer/activations", "README.md").decode()
     assert "| 17 | mlp | FinQA test | 40 | 2,000 | 0 |" in text
 
 

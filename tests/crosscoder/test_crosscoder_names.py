@@ -16,10 +16,10 @@ from crosscoder.names import (
     choices_from_args,
     crosscoder_folder,
     default_layer,
-    find_folder,
     model_depth,
     name_of_method,
 )
+from crosscoder.repositories import find_folder
 from crosscoder.training.sizing import default_batch, default_k, default_latents, sized_configs
 from finqa.models.hub import repository_name
 from finqa.models.students import DEFAULT_MODEL, StudentRun, settings_for
@@ -163,7 +163,7 @@ def test_a_missing_folder_names_both_places_and_the_command(tmp_path: Path, monk
     monkeypatch.chdir(REPOSITORY)
     asked = choice(site="residual")
     with pytest.raises(UserError) as error:
-        find_folder(tmp_path / "set", asked.student, "config.json", "set", asked.command("collect_activations.py"))
+        find_folder(tmp_path / "set", asked.student, "set", asked.command("collect_activations.py"))
     assert str(tmp_path / "set") in str(error.value)
     assert "on the Hub" in str(error.value)
     names = "FinQA mistralai/Mistral-7B-Instruct-v0.3 --layer 17 --site residual"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import csv
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -18,17 +20,22 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from hub_contents import Account
+from hub_server import hub_server
 from made_up_qwen import tiny_qwen
 from transformers import AutoTokenizer
 
 from crosscoder.activations.layout import KINDS
 from crosscoder.activations.own_texts import documents_from_texts, read_texts
 from crosscoder.activations.store import ActivationStore
+from crosscoder.own_pair import OwnPair, portable, recorded_pairs
 from finqa.models import students
 from finqa.runtime.errors import UserError
-from finqa.runtime.paths import REPOSITORY
+from finqa.runtime.paths import REPOSITORY, Folders
 
 FOLDER = REPOSITORY / "crosscoder-model-diff"
+INFERENCE = str(REPOSITORY / "inference.py")
 WORDS = ("net", "sales", "rose", "in", "2009", ",", "and", "the", "page", "said", "so", ":", "costs", "fell", "by")
 
 
@@ -129,6 +136,27 @@ def test_every_script_takes_the_pairs_name(form: str, fine_tuned: str, kinds: se
     untouched = dict(zip(rows[0], rows[1], strict=True))
     assert untouched["measure"] == "divergence" and float(untouched["none"]) > 0
 
+    alive = next(row["latent"] for row in csv.DictReader(latents) if float(row["frequency"]))
+    ask = (INFERENCE, "mine", "--data-dir", data, "--max-new-tokens", "8")
+    same = run(*ask, "--steer", f"{alive}=0")
+    assert same.returncode == 0, same.stderr
+    assert same.stdout.count("(the same text)") == 2 and f"latent {alive}: mean value " in same.stdout
+    begin = {"text": 5, "prompt": 12, "messages": 12}[form]  # half of a text that has no completion
+    assert " ".join(sentence(0).split()[:begin]) in same.stdout.partition("\n===")[0].replace("\n", " ")
+    other = run(*ask, "--question", "net sales", "--steer", f"{alive}=3000", "--ablate", alive, "--from", "fine-tuned")
+    assert other.returncode == 0, other.stderr
+    assert "net sales" in other.stdout.partition("\n===")[0]
+    title = f"=== base model: without | with latents {alive}=3000, {alive} ablated, from the fine-tuned model\n"
+    assert title in other.stdout and "(the same text)" not in other.stdout
+    for words, says in (form == "text") * (
+        (("--id", "line 31"), "no document 'line 31' in "),
+        (("--id", "line 1", "--question", "net"), "give one of them"),
+        (("--passage-file", "page.txt", "--VLLM"), "by --question or --id; leave out --passage-file, --vllm"),
+        (("--steer", "64=1"), "there is no latent 64; give one of this dictionary's, 0 to 63"),
+    ):
+        output = run(*ask, *words)
+        assert output.returncode == 1 and says in output.stderr.strip().splitlines()[-1], output.stderr
+
 
 @pytest.mark.slow
 def test_an_adapter_and_the_model_it_makes_are_recorded_alike(models: Path, tmp_path: Path):
@@ -165,6 +193,152 @@ def test_a_killed_collection_goes_on_and_sets_of_several_layers_are_told_apart(m
     places = ("--data-dir", tmp_path, "--results-dir", tmp_path / "results")
     output = run("train.py", "mine", "--layer", "2", *small, *places)
     assert output.returncode == 0 and "mine-layer2-mlp-1024_batchtopk" in output.stdout, output.stderr
+
+
+@pytest.mark.slow
+def test_a_set_names_no_folder_and_its_models_are_found_where_they_are_or_where_they_are_put(
+    models: Path, tmp_path: Path
+):
+    shutil.copytree(models, own := tmp_path / "own")
+    template = tmp_path / "own.jinja"
+    template.write_text(tokenizer(models).chat_template + "{# another #}")
+    file, data = write_rows(tmp_path / "texts.jsonl", ROWS["messages"]), tmp_path / "data"
+    collect = ("--name", "mine", "--layer", "2", "--chat-template", template)
+    output = run("collect_activations.py", *pair(own, "adapter", file, data), *collect)
+    assert output.returncode == 0, output.stderr
+    folder = data / "activations" / "mine-layer2-mlp-1024"
+    places = ("--data-dir", data, "--results-dir", tmp_path / "results")
+    output = run("train.py", "mine", "--latents", "32", "--k", "2", "--epochs", "1", *places)
+    assert output.returncode == 0, output.stderr
+    pushed = [path for of in (folder, data / "models") for path in of.rglob("[!.]*") if path.is_file()]
+    pushed += (tmp_path / "results").rglob("*.json")
+    for path in pushed:
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+    config = json.loads((folder / "config.json").read_text())
+    recorded = config["recorded"]
+    named = {"base": "base", "fine_tuned": "adapter", "text": "texts.jsonl", "name": "mine", "max_tokens": None}
+    assert recorded["pair"]["models"] == named and recorded["model"] == "base"
+    assert recorded["pair"]["student"]["chat_template"] == "own.jinja"
+    assert recorded["pair"]["text_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    command = json.loads((folder / "run.json").read_text())["command"]
+    assert command[2:6] == ["--base", "base", "--fine-tuned", "adapter"]
+
+    analyse = ("analyse.py", "mine", "--no-dashboard", "--splice", *places)
+    ask = (INFERENCE, "mine", "--data-dir", data, "--max-new-tokens", "4", "--question", "net sales")
+    template.rename(data / "models" / "another.jinja")
+    output = run(*ask)
+    assert output.returncode == 1
+    assert f"by another chat template; put own.jinja into {data / 'models'}, or ask" in output.stderr
+    (data / "models" / "another.jinja").rename(data / "models" / "own.jinja")
+    output = run(*ask)
+    assert output.returncode == 0 and output.stdout.count("\n=== ") == 2, output.stderr
+    (own / "adapter").rename(tmp_path / "adapter")
+    for words in (analyse, ask):
+        output = run(*words)
+        assert output.returncode == 1 and f"nor in {data / 'models' / 'adapter'}; put the folder" in output.stderr
+    (tmp_path / "adapter").rename(own / "adapter")
+    own.rename(moved := tmp_path / "moved")
+    output = run(*analyse)
+    assert output.returncode == 1
+    assert f"nor in {data / 'models' / 'base'}; put the folder, or a link to it, there" in output.stderr
+    (data / "models" / "base").symlink_to(models / "tuned")
+    output = run(*analyse)
+    assert output.returncode == 1 and "tuned has changed since the activations were recorded" in output.stderr
+    (data / "models" / "base").unlink()
+    for name in ("base", "adapter"):
+        (data / "models" / name).symlink_to(moved / name)
+    output = run(*analyse)
+    assert output.returncode == 0, output.stderr
+    (data / "models" / "own.jinja").rename(template)
+    output = run("collect_activations.py", *pair(moved, "adapter", file, data), *collect)
+    assert "is complete and was made from these inputs" in output.stdout, output.stderr
+    assert json.loads((folder / ".places.json").read_text())["base"] == str(moved / "base")
+
+
+@pytest.mark.slow
+def test_a_pushed_set_is_a_data_set_that_another_machine_works_with(models: Path, tmp_path: Path):
+    with hub_server(tmp_path / "hub") as hub:
+        hub.accounts = {"hf_thewriterstoken": Account("writer")}
+        for name in ("base", "adapter"):
+            hub.create(f"writer/{name}")
+            hub.put_folder(f"writer/{name}", models / name)
+        online = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_thewriterstoken", "HF_NAME": "writer", "NO_PROXY": "*"}
+        online |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+        file = write_rows(tmp_path / "texts.jsonl", ROWS["prompt"])
+        own = (
+            "--base",
+            "writer/base",
+            "--fine-tuned",
+            "writer/adapter",
+            "--text",
+            file,
+            "--data-dir",
+            tmp_path / "one",
+        )
+        words = (*own, "--name", "mine", "--layer", "2", "--push", "--private")
+        output = run("collect_activations.py", *words, **online)
+        assert output.returncode == 0, output.stderr
+        pushed = "datasets/writer/mine-layer2-mlp-1024"
+        assert f"to {hub.url}/{pushed}" in output.stdout
+        repository = hub.repositories[pushed]
+        assert repository.private and ".places.json" not in repository.files
+        for name in repository.files:
+            assert str(tmp_path).encode() not in hub.read(pushed, name), name
+        card = yaml.safe_load(hub.read(pushed, "README.md").split(b"---\n")[1])
+        assert card["base_model"] == ["writer/base", "writer/adapter"] and card["viewer"] is False
+
+        places = ("--data-dir", tmp_path / "two", "--results-dir", tmp_path / "results")
+        online |= {"HF_HOME": str(tmp_path / "another home")}
+        small = ("--latents", "32", "--k", "2", "--epochs", "1")
+        for words in (("train.py", "mine-layer2-mlp-1024", *small), ("analyse.py", "mine-layer2-mlp-1024", "--splice")):
+            output = run(words[0], *words[1:], *places, **online)
+            assert output.returncode == 0, output.stderr
+        assert (tmp_path / "results" / "mine-layer2-mlp-1024_batchtopk" / "splicing.csv").exists()
+        output = run("train.py", "mine-layer3-mlp-1024", *places, **online)
+        assert output.returncode == 1 and "unknown dataset 'mine-layer3-mlp-1024'" in output.stderr
+
+
+CACHED = "/nowhere/hub/models--big--tuned/snapshots/0123abcd"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "kept", "found"),
+    [
+        ("adapter", "{here}", "{here}"),
+        ("adapter", "/nowhere/adapter", "{here}/models/adapter"),
+        ("adapter", None, "{here}/models/adapter"),
+        ("adapter", "damaged", "{here}/models/adapter"),
+        ("big/tuned", CACHED, "big/tuned"),
+        ("pocket-mistral", None, str(students.local_model("pocket-mistral"))),
+        # Of a set that has whole paths in its record.
+        ("{here}", None, "{here}"),
+        ("/nowhere/adapter", None, "{here}/models/adapter"),
+        (CACHED, None, "big/tuned"),
+    ],
+)
+def test_a_model_is_where_it_was_read_or_below_the_data_folder_or_on_the_hub(
+    recorded: str, kept: str | None, found: str, tmp_path: Path
+):
+    here = str(tmp_path)
+    models = {"base": "big/base", "fine_tuned": recorded.format(here=here), "name": "mine"}
+    of_pair = {"models": models, "student": {"chat_template": None}}
+    of_pair |= {} if Path(models["fine_tuned"]).is_absolute() else {"local": ["fine_tuned"]}
+    (folder := tmp_path / "activations" / "mine-layer2-mlp-9").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"recorded": {"pair": of_pair}}))
+    if kept:
+        text = "[1" if kept == "damaged" else json.dumps({"fine_tuned": kept.format(here=here)})
+        (folder / ".places.json").write_text(text)
+    placed = recorded_pairs("mine", Folders(data=tmp_path))["mine-layer2-mlp-9"]["pair"]["models"]
+    assert (placed["base"], placed["fine_tuned"]) == ("big/base", found.format(here=here))
+
+
+def test_two_checkpoints_of_one_step_are_told_apart(tmp_path: Path):
+    (file := tmp_path / "t.txt").write_text("a b")
+    of = [str(tmp_path / name / "checkpoint-9") for name in ("one", "two")]
+    pair = OwnPair(*of, text=file, name="mine")
+    recorded, places = portable(pair, pair.student())
+    assert [recorded["models"][name] for name in ("base", "fine_tuned")] == ["one-checkpoint-9", "two-checkpoint-9"]
+    assert [places[name] for name in ("base", "fine_tuned")] == of
 
 
 def parts(models: Path, file: Path) -> list[list[tuple[str, str]]]:
@@ -251,6 +425,11 @@ def test_a_wrong_line_is_named_with_the_remedy(content: str, tmp_path: Path):
             "leave out --grad-accum, --merged",
         ),
         (("--base", "a", "--fine-tuned", "b", "--text", "nowhere.jsonl"), "nowhere.jsonl: there is no such file"),
+        (("--base", "/no/a", "--fine-tuned", "/no/b", "--text", __file__), "the model /no/a is neither a local folder"),
+        (
+            ("--base", "pocket-mistral", "--fine-tuned", "/no/b", "--text", __file__),
+            "the model /no/b is neither a local folder",
+        ),
     ],
 )
 def test_flags_that_make_no_pair_are_refused_in_one_line(words: tuple[str, ...], said: str, tmp_path: Path):

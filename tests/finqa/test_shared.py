@@ -119,10 +119,29 @@ def test_unusable_rows_are_dropped_with_their_reason(tmp_path: Path):
 def test_a_manifest_says_what_made_the_result(tmp_path: Path):
     write_manifest(tmp_path / "run.json", {"folder": tmp_path}, seed=3)
     manifest = json.loads((tmp_path / "run.json").read_text())
-    assert manifest["config"]["folder"] == str(tmp_path)
     assert manifest["seed"] == 3
     assert manifest["versions"]["transformers"]
     assert set(manifest) >= {"git", "device", "command", "python"}
+
+
+CACHED = "/home/me/.cache/huggingface/hub/models--big--base-1/snapshots/0123abcd"
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        (Path("/home/me/data"), "data"),
+        ("/home/me/my models/tuned/", "tuned"),
+        ("--data-dir=/home/me/data", "--data-dir=data"),
+        ({"of": ("/home/me/a", ["/home/me/b"])}, {"of": ["a", ["b"]]}),
+        (CACHED, "big/base-1"),
+        (REPOSITORY / "data" / "models", "data/models"),
+        *((same, same) for same in ("big/base", "models/tuned", "/", "/no", "{% if x %}\n/a/b", 3, None)),
+    ],
+)
+def test_a_manifest_names_no_folder_of_the_machine(value: object, written: object, tmp_path: Path):
+    write_manifest(tmp_path / "run.json", {"given": value})
+    assert json.loads((tmp_path / "run.json").read_text())["config"]["given"] == written
 
 
 def test_the_hash_of_a_folder_follows_its_weights(tmp_path: Path):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +12,12 @@ from transformers import AutoConfig, AutoTokenizer
 from crosscoder.activations.collection import Document, assert_same_ids, documents_from_rows, fingerprint
 from crosscoder.activations.own_texts import OwnText, documents_from_texts, read_texts
 from crosscoder.activations.store import ActivationStore, read_set_config
-from crosscoder.names import OWN_FIELDS, ActivationChoice, find_folder
-from crosscoder.own_pair import STUDENT_FIELDS, OwnPair, find_model, one_tokenizer
+from crosscoder.names import OWN_FIELDS, ActivationChoice
+from crosscoder.own_pair import OwnPair, find_model, one_tokenizer, portable
+from crosscoder.repositories import find_folder
 from finqa.models import students
 from finqa.models.adapters import is_adapter
+from finqa.models.model_card import shown
 from finqa.models.weights import weights_hash
 from finqa.runtime.commands import typed
 from finqa.runtime.errors import UserError
@@ -36,7 +36,7 @@ def find_fine_tuned(choice: ActivationChoice, folders: Folders) -> Path:
         return students.find_adapter(student, folders)
     local = folders.model(student.dataset, f"{student.model_id}-merged")
     command = typed("crosscoder-model-diff/merge_and_push_lora.py", *student.words(), folders=folders)
-    return find_folder(local, student, "config.json", "merged model", command)
+    return find_folder(local, student, "merged model", command)
 
 
 def find_instruct(choice: ActivationChoice, folders: Folders) -> Path | None:
@@ -152,11 +152,9 @@ def inputs_of(choice: ActivationChoice, facts: dict[str, Any], documents: list[D
     found = {"fingerprint": fingerprint(documents, own), "num_samples": len(documents), **own}
     if choice.pair:
         # By these a later script finds the models again; where they lie makes no other set.
-        of_student = {name: getattr(choice.student, name) for name in STUDENT_FIELDS}
         of_set = {name: getattr(choice, name) for name in OWN_FIELDS} | {"layer": choice.resolved_layer}
-        pair = {"models": asdict(choice.pair), "student": of_student, "set": of_set}
-        found |= {"model": choice.student.model, "pair": json.loads(json.dumps(pair, default=str))}
-    return found
+        found["pair"] = {**portable(choice.pair, choice.student)[0], "set": of_set}
+    return found | {"model": shown(choice.student.model)}
 
 
 def is_collected(folder: Path, fingerprint: str, overwrite: bool) -> bool:

@@ -106,6 +106,7 @@ def in_numbers(found: Findings) -> dict[str, Any]:
     thresholds = {name: getattr(model, name) for name in ("threshold", "delta_threshold", "further_thresholds")}
     numbers: dict[str, Any] = {
         "name": reading.name,
+        "made_of": reading.made_of,
         "dictionary": asdict(model.config) | thresholds,
         "activations": reading.store.config.recorded,
         "n_tokens": statistics.n_tokens,

@@ -187,24 +187,22 @@ def write_latent_table(path: Path, rows: Sequence[LatentRow], more: Mapping[int,
 
 
 def read_added(path: Path, rows: Sequence[LatentRow]) -> dict[str, list[Any]]:
-    """The columns of ADDED that a latents.csv has, with None for an empty cell; none where it is not there, or is of
-    another dictionary than the `rows`, which the frequencies tell. UserError where a number cannot be read."""
+    """The columns of ADDED that a latents.csv has, in the order of `rows`, with None for what has no cell.
+
+    UserError where a number cannot be read.
+    """
     if not path.exists():
         return {}
-    with path.open(newline="") as file:
-        there = list(csv.DictReader(file))
     try:
-        frequencies = [float(of.get("frequency") or "nan") for of in there]
-        if len(there) != len(rows) or not all(
-            math.isclose(f, row.frequency, rel_tol=1e-3) for f, row in zip(frequencies, rows, strict=True)
-        ):
-            return {}
-        names = [name for name in ADDED if any(of.get(name) for of in there)]
+        with path.open(newline="") as file:
+            there = {int(of["latent"]): of for of in csv.DictReader(file)}
+        cells = {name: [there.get(row.latent, {}).get(name) or None for row in rows] for name in ADDED}
         return {
-            name: [(of[name] if name == "label" else float(of[name])) if of[name] else None for of in there]
-            for name in names
+            name: [cell if name == "label" or cell is None else float(cell) for cell in of]
+            for name, of in cells.items()
+            if any(of)
         }
-    except ValueError as error:
+    except (KeyError, ValueError) as error:
         raise UserError(f"{path}: {error}; write it anew with analyse.py") from error
 
 

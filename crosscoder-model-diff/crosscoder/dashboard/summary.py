@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from crosscoder.analysis import tables
 from crosscoder.analysis.measures import CLASSES
 from crosscoder.dashboard.records import Summary
+from crosscoder.label.table import mean_score
 
 if TYPE_CHECKING:
     from crosscoder.analysis.findings import Findings
@@ -29,8 +30,11 @@ ORDERS = {
 }
 
 
-def summary_of(found: Findings, causal: Sequence[Mapping[str, Any]] = ()) -> Summary:
-    """Summary of an analysed dictionary; `causal` are the rows of its causal.csv (extra_readings.causal_rows)."""
+def summary_of(
+    found: Findings, causal: Sequence[Mapping[str, Any]] = (), label_scores: Sequence[float | None] = ()
+) -> Summary:
+    """Summary of an analysed dictionary; `causal` are the rows of its causal.csv (extra_readings.causal_rows), and
+    `label_scores` those of its latents."""
     changed = tables.most_changed(found.rows, N_CHANGED, found.config.min_frequency)
     shares = [row.completion_share for row in changed if row.completion_share is not None]
     written = sum(share > 0.5 for share in shares)
@@ -41,7 +45,7 @@ def summary_of(found: Findings, causal: Sequence[Mapping[str, Any]] = ()) -> Sum
         else "The latents that changed most are listed below"
     )
     first = f"{where}, {ORDERS[leading(changed)]}."
-    sentences = (first, explained(found), *counted(found.rows), *caused(causal))
+    sentences = (first, explained(found), *counted(found.rows), *caused(causal), *labelled(label_scores))
     return Summary(sentences, tuple(row.latent for row in changed), leading(changed))
 
 
@@ -96,11 +100,22 @@ def numbers(rows: Sequence[LatentRow], kind: str) -> str:
 def caused(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What the best latents do together, put into the instruct model, beside random sets of as many."""
     of = {"direction": "sufficiency", "carrier": "own", "group": "all", "measure": "divergence"}
-    asked = [row for row in rows if row["recovered"] is not None and all(row[k] == v for k, v in of.items())]
-    ranked = [row for row in asked if row["kind"] == "ranked" and row["n_latents"] <= CAUSAL_LATENTS]
-    if not ranked:
+    placed = [row for row in rows if all(row[k] == v for k, v in of.items())]
+    asked = [row for row in placed if row["recovered"] is not None]
+    for row in placed:
+        if row["kind"] == "ceiling" and row["recovered"] is None:
+            yield (
+                "Even all that this place in the model gives in the fine-tuned one does not bring the instruct model "
+                f"nearer to it (KL {row['none']:.3g} without and {row['ceiling']:.3g} with it, {row['n']} documents), "
+                "so there is no gap of which latents could close a share."
+                + "".join(
+                    f" With the {best['n_latents']} of the largest estimated effect alone it is {best['value']:.3g}."
+                    for best in _largest(placed)
+                )
+            )
+    if not (largest := _largest(asked)):
         return
-    best = max(ranked, key=lambda row: row["n_latents"])
+    [best] = largest
     n = best["n_latents"]
     random = [row["recovered"] for row in asked if row["kind"] == "random sets" and row["n_latents"] == n]
     low, high = best["recovered_low"], best["recovered_high"]
@@ -111,6 +126,23 @@ def caused(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         + (f" (95% interval {low:.0%} to {high:.0%})" if low is not None else "")
         + (f"; random sets of as many close {sum(random) / len(random):.0%}." if random else ".")
     )
+
+
+def labelled(scores: Sequence[float | None]) -> Iterator[str]:
+    """What the labels are worth, where any has a score."""
+    if known := [score for score in scores if score is not None]:
+        mean, low, high = mean_score(known)
+        yield (
+            "The labels are what a language model made of examples. Told a label alone, it says on which other "
+            f"passages the latent fires with a mean score of {mean:.2f} (95% interval {low:.2f} to {high:.2f}, "
+            f"{len(known)} labels); 0.5 is chance, and 1 always right."
+        )
+
+
+def _largest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The largest ranked set of at most CAUSAL_LATENTS; none where there is none."""
+    ranked = [row for row in rows if row["kind"] == "ranked" and row["n_latents"] <= CAUSAL_LATENTS]
+    return [max(ranked, key=lambda row: row["n_latents"])] if ranked else []
 
 
 def listed(parts: Sequence[str]) -> str:

@@ -10,7 +10,8 @@ become less likely. So a share there means something only beside that of random 
     recovered = (m(S) - m(none)) / (m(ceiling) - m(none))
 
 m is a mean over questions. Intervals are paired bootstrap: a resample draws the same questions for all three. Where the
-gap's own interval holds 0 there is nothing to recover, and the share is None: neither 0 nor 1 would be true.
+gap's own interval holds 0, or the whole site moves the patched model the other way, there is nothing to recover, and
+the share is None: neither 0 nor 1 would be true.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ VERDICTS = ("exact", "accuracy")
 LOW_CEILING = 0.2
 """Share of the KL that a site must close for shares of its ceiling to say much."""
 NO_GAP = "nothing to recover: the whole site changes nothing here, within its 95% interval"
+AWAY = "nothing to recover: the whole site moves the patched model the other way here"
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,12 @@ def rows_of(
             for measure in values:
                 picked = [[table[measure][i] for i in members] for table in (values, none, ceiling)]
                 rows.append(_row(cell, measured[number], group, measure, picked, weights[group]))
-    missing = sorted({(r["group"], r["measure"], *_where(r)) for r in rows if r["recovered"] is None})
-    notes = [f"{', '.join(place)}: {NO_GAP}" for place in missing]
+    missing = {
+        (r["group"], r["measure"], *_where(r)): NO_GAP if r["gap_interval"][0] <= 0 <= r["gap_interval"][1] else AWAY
+        for r in rows
+        if r["recovered"] is None
+    }
+    notes = [f"{', '.join(place)}: {why}" for place, why in sorted(missing.items())]
     return {"rows": rows, "random": among_random(rows), "notes": [*low_ceilings(rows), *notes]}
 
 
@@ -87,7 +93,7 @@ def low_ceilings(rows: Sequence[dict[str, Any]]) -> list[str]:
     notes = []
     for row in rows:
         whole = (row["kind"], row["measure"], row["direction"]) == ("ceiling", "divergence", "sufficiency")
-        if whole and row["none"] > 0 and (closed := 1 - row["ceiling"] / row["none"]) < LOW_CEILING:
+        if whole and row["none"] > 0 and 0 <= (closed := 1 - row["ceiling"] / row["none"]) < LOW_CEILING:
             place = ", ".join((row["group"], *_where(row)))
             little = f"the whole site closes {closed:.0%} of the KL, under {LOW_CEILING:.0%}"
             notes.append(
@@ -143,6 +149,9 @@ def _row(
 ) -> dict[str, Any]:
     share = share_recovered(picked[0], picked[1], picked[2], weights)
     label = cell.label
+    rises = (cell.direction == "necessity") == (measure == "divergence")
+    if (share.ceiling > share.none) != rises:
+        share = share._replace(recovered=None, interval=None)
     row: dict[str, Any] = {
         "kind": label["kind"],
         "n_latents": label["n"],

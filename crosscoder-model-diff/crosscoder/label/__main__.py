@@ -37,7 +37,6 @@ from finqa.chat.chat_request import shown
 from finqa.chat.config import ChatConfig, api_key, config_from
 from finqa.chat.prices import Spending, estimate, spending_of
 from finqa.runtime.command_line import add_flags, at_least_one, flag, from_args, script_parser, settings_of, words_of
-from finqa.runtime.commands import typed
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.paths import Folders
@@ -80,7 +79,7 @@ def main() -> None:
     args = parse_args()
     config, chat = from_args(LabelConfig, args), config_from(args, ChatConfig)
     choice, crosscoder, folders = choice_from_args(args), from_args(CrosscoderChoice, args), Folders.from_args(args)
-    words = [*choice.student.words(), *words_of(choice), *words_of(crosscoder)]
+    words = words_of(crosscoder)
     results = crosscoder.results_dir / crosscoder.name_on(choice, folders)
     if not config.dry_run:
         api_key()  # Before anything long.
@@ -91,7 +90,7 @@ def main() -> None:
         from crosscoder.label.table import analysed_rows, label_table
 
         reading = open_reading_of(args)
-        rows = analysed_rows(reading, typed("crosscoder-model-diff/analyse.py", *words, folders=folders))
+        rows = analysed_rows(reading, choice.command("analyse.py", folders, *words))
         chosen = most_changed(rows, config.latents, ReadingConfig.min_frequency)
         passages = choose_passages(reading, chosen, config.explaining, config.scoring, config.seed)
         path = results / "labels.journal.jsonl"
@@ -106,7 +105,7 @@ def main() -> None:
         label_table(reading, named, settings_of(choice, crosscoder, config, chat), **spending.facts())
     print(summary(named, passages), spending, sep="\n")
     print(f"{results / 'latents.csv'} has the labels; the dashboard shows them once it is built again:")
-    print(typed("-m crosscoder.dashboard", *words, folders=folders), flush=True)
+    print(choice.command("-m crosscoder.dashboard", folders, *words), flush=True)
     if stopped:
         raise UserError(stopped)
 
@@ -135,9 +134,7 @@ def ask(namer: Namer, passages: list[Passages], spending: Spending) -> str:
 
 def summary(named: list[Named], passages: list[Passages]) -> str:
     """How many latents have a label, and what the labels are worth."""
-    import torch
-
-    from crosscoder.interventions.causal_rows import INTERVAL, resamples
+    from crosscoder.label.table import mean_score
 
     rare = sum(not each.explaining for each in passages)
     with_label = sum(bool(each.label) for each in named)
@@ -146,13 +143,13 @@ def summary(named: list[Named], passages: list[Passages]) -> str:
         f"{with_label} of {len(named)} latents have a label; {rare} fire on too few pages, {unread} have no reply that "
         "can be read"
     ]
-    scores = torch.tensor([each.label_score for each in named if each.label_score is not None], dtype=torch.float64)
-    if not len(scores):
+    scores = [each.label_score for each in named if each.label_score is not None]
+    if not scores:
         return "\n".join([*lines, "no label has a score: too few replies to its passages can be read"])
-    low, high = (resamples(len(scores)) @ scores).quantile(torch.tensor(INTERVAL, dtype=torch.float64)).tolist()
+    mean, low, high = mean_score(scores)
     n = sum(each.n_firing + each.n_silent for each in named if each.label_score is not None)
     lines.append(
-        f"detection score: {scores.mean():.3f} [{low:.3f}, {high:.3f}], mean and 95% interval of {len(scores)} labels "
+        f"detection score: {mean:.3f} [{low:.3f}, {high:.3f}], mean and 95% interval of {len(scores)} labels "
         f"({n / len(scores):.0f} passages each; chance is 0.5)"
     )
     return "\n".join(lines)

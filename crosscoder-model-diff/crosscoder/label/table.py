@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from crosscoder.analysis.tables import LatentRow, read_latent_table, write_csv
-from crosscoder.interventions.sets import dictionary_digest
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_manifest
 
@@ -20,13 +19,23 @@ FILE = "labels.json"
 COLUMNS = ("label", "label_score")
 
 
+def mean_score(scores: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of the detection scores of labels, and its 95% interval (a bootstrap over labels)."""
+    import torch
+
+    from crosscoder.interventions.causal_rows import INTERVAL, resamples
+
+    table = torch.tensor(list(scores), dtype=torch.float64)
+    low, high = (resamples(len(table)) @ table).quantile(torch.tensor(INTERVAL, dtype=torch.float64)).tolist()
+    return float(table.mean()), low, high
+
+
 def analysed_rows(reading: Reading, analyse: str) -> list[LatentRow]:
     """The rows of latents.csv; UserError where there is none of this dictionary, with the command that makes it."""
     path, numbers = reading.results / "latents.csv", reading.results / "analysis.json"
     if not path.exists() or not numbers.exists():
         raise UserError(f"{path} is missing; make it with: {analyse}")
-    of = json.loads(numbers.read_text())
-    if (of["dictionary"]["threshold"], of["latents"]["n"]) != (reading.model.threshold, reading.model.config.n_latents):
+    if not reading.made(json.loads(numbers.read_text()).get("made_of", {})):
         raise UserError(
             f"{path} is of another dictionary than the one that is there now; make it again with: {analyse}"
         )
@@ -39,7 +48,7 @@ def label_table(reading: Reading, named: Sequence[Named], config: Any, **facts: 
     Both hold the labels of this run alone.
     """
     labels = [vars(each) for each in named]
-    write_manifest(reading.results / FILE, config, **facts, **_of(reading), labels=labels)
+    write_manifest(reading.results / FILE, config, **facts, **reading.made_of, labels=labels)
     path = reading.results / "latents.csv"
     with path.open(newline="") as file:
         rows = [{name: row[name] for name in row if name not in COLUMNS} for row in csv.DictReader(file)]
@@ -51,13 +60,7 @@ def kept_labels(reading: Reading) -> dict[int, dict[str, Any]]:
     """The columns of the latents that have a label; labels.json of another dictionary is deleted."""
     path = reading.results / FILE
     found = json.loads(path.read_text()) if path.exists() else {}
-    if not _of(reading).items() <= found.items():
+    if not reading.made(found):
         path.unlink(missing_ok=True)
         return {}
     return {row["latent"]: {name: row[name] for name in COLUMNS} for row in found["labels"] if row["label"]}
-
-
-def _of(reading: Reading) -> dict[str, str]:
-    """What labels are of: they are kept for this very dictionary and set alone."""
-    fingerprint = reading.store.config.recorded.get("fingerprint")
-    return {"dictionary": dictionary_digest(reading.model), "activations": str(fingerprint)}

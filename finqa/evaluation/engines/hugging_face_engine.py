@@ -92,7 +92,7 @@ class Ends:
     ):
         from transformers.generation.stopping_criteria import StopStringCriteria
 
-        self.stop_strings: Any = StopStringCriteria(tokenizer, list(config.stop))
+        self.stop_strings: Any = StopStringCriteria(tokenizer, list(config.stop)) if config.stop else None
         self.ends, self.is_reasoning, self.tell = ends, is_reasoning, tell
         self.told: set[int] = set()
         self.given_up = threading.Event()
@@ -101,7 +101,9 @@ class Ends:
         """Which rows of `input_ids` [batch, tokens] have ended: bool [batch]; all of them where nobody waits."""
         import torch
 
-        stopped = self.stop_strings(input_ids, scores)
+        stopped = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        if self.stop_strings is not None:
+            stopped = self.stop_strings(input_ids, scores)
         for row in stopped.nonzero()[:, 0].tolist():
             stopped[row] = row in self.told or not self.is_reasoning(row, input_ids[row].tolist())
         ended = stopped | torch.isin(input_ids[:, -1], input_ids.new_tensor([*self.ends]))

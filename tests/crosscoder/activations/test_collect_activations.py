@@ -159,10 +159,10 @@ def test_a_set_goes_to_the_hub_and_comes_back(data, tiny_student, tmp_path: Path
         shutil.rmtree(local)
         fetch = (
             "import sys; from pathlib import Path; from finqa.models import students;"
-            "from crosscoder.names import find_folder;"
+            "from crosscoder.repositories import find_folder;"
             "run = students.StudentRun('FinQA-mini', sys.argv[1], students.settings_for(sys.argv[1]),"
             " given_hf_name='writer');"
-            "print(find_folder(Path(sys.argv[2]), run, 'config.json', 'activation set', 'no command'))"
+            "print(find_folder(Path(sys.argv[2]), run, 'activation set', 'no command', kinds=('dataset',)))"
         )
         found = subprocess.run(
             [sys.executable, "-c", fetch, str(tiny_student), str(local)],

@@ -191,9 +191,13 @@ def test_the_numbers_are_those_of_the_library_over_the_held_out_documents(made, 
     assert sum(map(sum, found["frequency"]["histogram"]["counts"].values())) == alive
 
 
-def columns_of_page(folder: Path) -> set[str]:
+def page_of(folder: Path) -> dict[str, Any]:
     packed = re.findall(r'id="data">(.*?)</script>', (folder / "dashboard.html").read_text(), re.DOTALL)[0]
-    return {column["key"] for column in json.loads(gzip.decompress(base64.b64decode(packed)))["columns"]}
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
+
+
+def columns_of_page(folder: Path) -> set[str]:
+    return {column["key"] for column in page_of(folder)["columns"]}
 
 
 @pytest.mark.slow
@@ -245,15 +249,20 @@ def test_the_dashboard_has_the_labels_of_latents_csv_unless_it_is_of_another_dic
     write_csv(folder / "latents.csv", labelled)
     write_page(found, DashboardConfig())
     assert {"label", "label_score"} == columns_of_page(folder) & set(ADDED)
+    said = f"a mean score of 0.75 (95% interval 0.75 to 0.75, {len(labelled) - 1} labels); 0.5 is chance"
+    assert said in " ".join(page_of(folder)["summary"]["sentences"])
     assert read_added(folder / "latents.csv", found.rows)["label"][:3] == ["label 0", None, "a\u2028b\nc"]
-    for wrong in ("0.123", "x"):
-        write_csv(folder / "latents.csv", [row | {"frequency": wrong} for row in labelled])
-        if wrong == "0.123":
-            write_page(found, DashboardConfig())
-            assert columns_of_page(folder).isdisjoint(ADDED)
-        else:
-            with pytest.raises(UserError, match=r"latents\.csv: could not convert string to float"):
-                write_page(found, DashboardConfig())
+    write_csv(folder / "latents.csv", labelled[::-1])  # as one who sorts the table leaves it
+    assert read_added(folder / "latents.csv", found.rows)["label"][:3] == ["label 0", None, "a\u2028b\nc"]
+    write_csv(folder / "latents.csv", [row | {"label_score": "x"} for row in labelled])
+    with pytest.raises(UserError, match=r"latents\.csv: could not convert string to float"):
+        write_page(found, DashboardConfig())
+    write_csv(folder / "latents.csv", labelled)
+    numbers = json.loads((folder / "analysis.json").read_text())
+    for other in ({"dictionary": "of another seed"}, {"activations": "another set"}):
+        (folder / "analysis.json").write_text(json.dumps(numbers | {"made_of": numbers["made_of"] | other}))
+        write_page(found, DashboardConfig())
+        assert columns_of_page(folder).isdisjoint(ADDED)
 
 
 @pytest.mark.slow
@@ -545,8 +554,8 @@ def test_a_dictionary_of_another_kind_or_of_other_activations_is_no_second_seed(
 def test_a_fine_tune_that_changed_since_its_activations_were_recorded_is_not_spliced(with_adapter):
     reading = open_reading(with_adapter.words())
     reading.store.config.recorded["fine_tuned_hash"] = "of another one"
-    with pytest.raises(UserError, match=r"has changed since .* was recorded; collect it again"):
-        load_pair(reading, with_adapter.choice, with_adapter.folders)
+    with pytest.raises(UserError, match=r"has changed since the activations were recorded"):
+        load_pair(reading.store, with_adapter.choice, with_adapter.folders)
 
 
 # What a user can get wrong

@@ -9,8 +9,58 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from crosscoder.interventions.causal_rows import mcnemar_of, p_above, resamples, share_recovered
-from crosscoder.interventions.sets import sizes_to
+from crosscoder.activations.collection import Document
+from crosscoder.dashboard.summary import caused
+from crosscoder.interventions.causal import Cell, Measured
+from crosscoder.interventions.causal_rows import (
+    AWAY,
+    NO_GAP,
+    Asked,
+    mcnemar_of,
+    p_above,
+    resamples,
+    rows_of,
+    share_recovered,
+)
+from crosscoder.interventions.sets import Reading, sizes_to
+
+
+class Named:
+    """An addition that has a name alone."""
+
+    def __init__(self, kind: str) -> None:
+        self.label = {"kind": kind, "n": 1}
+        self.reads = False
+
+    def __call__(self, reading: Reading) -> torch.Tensor:
+        raise AssertionError("nothing is measured here")
+
+
+@pytest.mark.parametrize(
+    ("direction", "none", "ceiling", "recovered", "why"),
+    [
+        ("sufficiency", 0.8, 0.2, 0.5, None),
+        ("sufficiency", 0.8, 1.4, None, AWAY),
+        ("sufficiency", 0.8, 0.8, None, NO_GAP),
+        ("necessity", 0.0, 0.6, 0.5, None),
+        ("necessity", 0.6, 0.0, None, AWAY),
+    ],
+)
+def test_a_site_that_moves_the_models_apart_has_no_share(direction, none, ceiling, recovered, why):
+    documents = [Asked(Document(str(i), (1, 2), 1)) for i in range(8)]
+    values = {"none": none, "ceiling": ceiling, "ranked": (none + ceiling) / 2}
+    cells = [Cell(Named(kind), direction, "own") for kind in values]
+    measured = [Measured([value] * 8, [False] * 8, 0.0) for value in values.values()]
+    found = rows_of(documents, cells, measured, {}, seed=0)
+    [row] = [r for r in found["rows"] if (r["kind"], r["measure"]) == ("ranked", "divergence")]
+    assert row["recovered"] == (recovered and pytest.approx(recovered)) and (row["interval"] is None) == bool(why)
+    assert [note for note in found["notes"] if "divergence" in note] == (
+        [f"all, divergence, {direction}, own, all: {why}"] if why else []
+    )
+    if direction == "sufficiency":
+        [said] = caused([{**r, "recovered_low": None, "recovered_high": None} for r in found["rows"]])
+        assert ("does not bring the instruct model nearer" in said) == bool(why) and ("50%" in said) == (not why)
+        assert (f"estimated effect alone it is {values['ranked']:.3g}." in said) == bool(why)
 
 
 def test_a_share_is_of_means_and_its_interval_holds_it():

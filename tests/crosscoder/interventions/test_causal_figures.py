@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from crosscoder.analysis.figures import save_figure
-from crosscoder.interventions.causal_figures import recovered_figure
+from crosscoder.interventions.causal_figures import COLOURS, RIVALS, recovered_figure
 
 
 def row(kind, n, recovered, direction="sufficiency", carrier="own", measure="divergence", group="all"):
     interval = None if recovered is None else [recovered - 0.1, recovered + 0.1]
     return {"kind": kind, "n_latents": n, "seed": 0, "direction": direction, "carrier": carrier, "positions": "all",
             "measure": measure, "group": group, "recovered": recovered, "interval": interval, "none": 1.5,
-            "ceiling": 0.25}  # fmt: skip
+            "value": 1.5 - n, "ceiling": 0.25, "gap_interval": [-1.3, -1.2]}  # fmt: skip
 
 
 def test_recovered_shares_are_drawn_against_the_number_of_latents(tmp_path):
@@ -35,9 +35,21 @@ def test_recovered_shares_are_drawn_against_the_number_of_latents(tmp_path):
 
 
 def test_a_panel_for_each_direction_and_carrier_and_one_without_a_gap_says_so():
-    rows = [row("ranked", 1, 0.5), row("ranked", 1, None, carrier="other"), row("none", 0, None, carrier="other")]
-    own, other = recovered_figure({"rows": rows}).axes
+    rows = [row("ranked", 1, 0.5), row("none", 0, None, carrier="other") | {"gap_interval": [-0.1, 0.1]}]
+    own, other = recovered_figure({"rows": rows}).axes[:2]
     assert [text.get_text() for text in other.texts] == ["nothing to recover"] and not own.texts
+
+
+def test_where_the_whole_site_moves_the_models_apart_the_kl_itself_is_drawn():
+    rows = [row(kind, n, None) for kind, n in (("none", 0), ("ranked", 2), ("ranked", 1), ("random sets", 1))]
+    (axes,) = recovered_figure({"rows": rows}).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines["ranked"] == [[1, 0.5], [2, -0.5]] and "nats" in axes.get_ylabel()
+    assert [line.get_ydata()[0] for line in axes.lines[:2]] == [1.5, 0.25]
+
+
+def test_no_two_kinds_of_set_have_one_colour():
+    assert len({*COLOURS.values(), *RIVALS}) == len(COLOURS) + len(RIVALS)
 
 
 def test_sizes_without_a_share_are_left_out():
