@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from finqa.models import hub
 from finqa.models.adapters import check_adapter, check_layers, check_plain
 from finqa.models.settings import StudentSettings, settings_for
-from finqa.models.templates import TEMPLATE_DATE, put_template, read_template
+from finqa.models.templates import TEMPLATE_DATE, put_template, read_template, tokenizer_in
 from finqa.models.weights import SAFETENSORS, check_base, check_model_folder
 from finqa.runtime.command_line import add_flags, check_bounds, flag, given, option, words_of
 from finqa.runtime.commands import typed
@@ -192,10 +192,10 @@ def load_tokenizer(
 
     A model without a chat template takes `template`, else that of the fine-tuned student in the folder `student`.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     folder = resolve_model(model, revision)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_in(folder)
     put_template(tokenizer, model, template, student)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {model} has no end token, so a reply could never end")
