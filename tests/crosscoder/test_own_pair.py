@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import started
 import torch
 from made_up_qwen import tiny_qwen
 from transformers import AutoTokenizer
@@ -33,14 +34,8 @@ WORDS = ("net", "sales", "rose", "in", "2009", ",", "and", "the", "page", "said"
 
 
 def run(script: str, *words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *(("-m", "crosscoder.dashboard") if script == "dashboard" else (script,)), *map(str, words)],
-        cwd=FOLDER,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ("-m", "crosscoder.dashboard") if script == "dashboard" else (script,)
+    return started.run([*command, *words], FOLDER, os.environ | {"OMP_NUM_THREADS": "1"} | environment)
 
 
 def sentence(i: int) -> str:
