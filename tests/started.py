@@ -8,7 +8,6 @@ help, a kill, several processes, an engine) starts a Python of its own.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import runpy
@@ -20,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 READ_WHEN_IMPORTED = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_DISABLE_XET", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTHONPATH")
-"""Variables that the libraries or Python look at once: a run with other values gets a Python of its own."""
+"""Variables that the libraries or Python look at once, when they start."""
 LIBRARIES = (
     "datasets",
     "matplotlib.pyplot",
@@ -38,39 +37,46 @@ FORKS = sys.platform == "linux" and not Path("/dev/nvidiactl").exists()
 """A GPU's driver does not survive a fork."""
 
 
+_STARTERS: dict[tuple[str | None, ...], subprocess.Popen[str]] = {}
+"""By what READ_WHEN_IMPORTED says, the one that was used last at the end; two at most, for each holds its libraries."""
+
+
 def run(
     words: Sequence[object], cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a script's path, or -m and a module, with what follows it; as subprocess.run does, with its output kept."""
     env = dict(os.environ if env is None else env)
     said = [str(word) for word in words]
-    starter, its = _starter() if FORKS else (None, {})
-    if starter is None or any(env.get(name) != its.get(name) for name in READ_WHEN_IMPORTED):
+    if not FORKS or "--VLLM" in said:  # vLLM sets torch up before it is imported
         return subprocess.run([sys.executable, *said], cwd=cwd, env=env, capture_output=True, text=True)
+    starter = _starter(env)
+    assert starter.stdin and starter.stdout
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
         asked = {"words": said, "cwd": str(cwd or Path.cwd()), "env": env, "outputs": list(map(str, outputs))}
-        assert starter.stdin and starter.stdout
         try:
             starter.stdin.write(json.dumps(asked) + "\n")
             starter.stdin.flush()
             code = int(starter.stdout.readline())
         except BaseException:  # the test was told to end: no later one shall read this one's exit code
             os.killpg(starter.pid, signal.SIGKILL)
-            _starter.cache_clear()
+            _STARTERS.clear()
             raise
         return subprocess.CompletedProcess(said, code, *(path.read_text() for path in outputs))
 
 
-@functools.cache
-def _starter() -> tuple[subprocess.Popen[str], dict[str, str]]:
-    """The process that forks, and its environment; it ends with this one, which holds the other end of its input."""
-    environment = os.environ | {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # a thread would not come along
-    process = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+def _starter(env: Mapping[str, str]) -> subprocess.Popen[str]:
+    """The process that forks; it ends when its input does, at the latest with this process."""
+    key = tuple(map(env.get, READ_WHEN_IMPORTED))
+    if key not in _STARTERS and len(_STARTERS) == 2:
+        with _STARTERS.pop(next(iter(_STARTERS))):
+            pass
+    alone = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # a thread would not come along
+    _STARTERS[key] = _STARTERS.pop(key, None) or subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**env, **alone},
         start_new_session=True,
     )  # fmt: skip
-    return process, environment
+    return _STARTERS[key]
 
 
 def _serve() -> list[str]:
