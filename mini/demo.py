@@ -5,8 +5,8 @@
 Each stage is the command that a user would type; its output goes to results/demo/<stage>.log. Prints a line a stage
 with its time and its main figure, and at the end where tables, figures and the dashboard are. A stage that fails stops
 the demo with the end of its log. Evaluation goes through vLLM where it is installed, else through Hugging Face's
-generate. On a CPU of two cores or more the evaluation and the diff, which both follow the fine-tune, run side by side
-with half of the cores each: much of either is a single thread that imports and loads.
+generate. On a CPU of two cores or more the evaluation and the diff, which both follow the fine-tune, run side by side:
+much of either is a single thread that imports and loads.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ LOGS = FOLDERS.results / "demo"
 CROSSCODER_RESULTS = CROSSCODER_FOLDER / "results" / f"{STUDENT}-FinQA-mini-layer3-mlp_1k_samples_batchtopk"
 
 
-SIDE_BY_SIDE = (("evaluate", "inference"), ("merge", "activations", "crosscoder", "analysis"))
-"""Two lines of stages of which neither needs what the other writes."""
+SIDE_BY_SIDE = (("evaluate", "inference", "merge"), ("activations", "crosscoder", "analysis"))
+"""Two lines of stages, of like length, of which neither needs what the other writes."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,11 @@ def run_stage(stage: Stage) -> float:
 
 
 def run_lines(lines: Sequence[Sequence[Stage]]) -> Iterator[tuple[Stage, float]]:
-    """Run lines of stages side by side, each with its share of the cores; gives every stage, and its seconds, as it
-    ends. Raises UserError where one fails, and ends the others."""
-    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, n_cores() // len(lines))))}
+    """Run lines of stages side by side; gives every stage, and its seconds, as it ends. Raises UserError where one
+    fails, and ends the others."""
+    # A thread that waits for another one leaves its core to the other line. The number of threads stays as it is: the
+    # order in which they add up is the figures' own.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"}
     processes: dict[Future[int], tuple[Popen[bytes], Sequence[Stage], float]] = {}
 
     def start(line: Sequence[Stage]) -> None:

@@ -188,7 +188,8 @@ def exact_share(model: Any, batches: ChatBatches) -> float:
 def pretrain(config: PretrainingConfig, chats: list[Chat], few_shot: list[Chat], device: Any) -> Any:
     """Train from random weights; returns the model (fp32) and its log, a record every `log_every` steps.
 
-    The last 400 chats are held out; the log has the share of their replies that the model predicts exactly.
+    The last chats are held out, a tenth of them and at most 400; the log has the share of their replies that the
+    model predicts exactly.
     """
     import torch
     from transformers import MistralForCausalLM
@@ -211,8 +212,9 @@ def pretrain(config: PretrainingConfig, chats: list[Chat], few_shot: list[Chat],
         return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    held_out = ChatBatches(chats[-400:], 400, config.seed, device)
-    singles = iter(ChatBatches(chats[:-400], config.batch_size, config.seed, device))
+    n_held_out = min(400, -(-len(chats) // 10))
+    held_out = ChatBatches(chats[-n_held_out:], n_held_out, config.seed, device)
+    singles = iter(ChatBatches(chats[:-n_held_out], config.batch_size, config.seed, device))
     shots = iter(ChatBatches(few_shot, config.few_shot_batch_size, config.seed + 1, device)) if few_shot else None
     log, started, tokens = [], time.perf_counter(), 0
     for step in range(config.steps):
