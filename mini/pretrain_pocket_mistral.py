@@ -161,7 +161,7 @@ def weighted_loss(model: Any, ids: Any, ends: Any, reply_starts: Any, prompt_wei
     """
     import torch
 
-    with torch.autocast(ids.device.type, dtype=torch.bfloat16):
+    with _products(ids.device.type):
         # Causal attention never looks right, so right padding needs no mask.
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     positions = torch.arange(1, ids.shape[1], device=ids.device)
@@ -173,12 +173,19 @@ def weighted_loss(model: Any, ids: Any, ends: Any, reply_starts: Any, prompt_wei
     return (losses * weights).sum(), weights.sum()
 
 
+def _products(device: str) -> Any:
+    """Matrix products in bf16, where the device has them."""
+    import torch
+
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=parallel.multiplies_bf16(device))
+
+
 def exact_share(model: Any, batches: ChatBatches) -> float:
     """Share of one batch's chats whose whole reply the model predicts, each token after the true ones before it."""
     import torch
 
     ids, ends, reply_starts = next(iter(batches))
-    with torch.no_grad(), torch.autocast(ids.device.type, dtype=torch.bfloat16):
+    with torch.no_grad(), _products(ids.device.type):
         right = model(input_ids=ids, use_cache=False).logits[:, :-1].argmax(-1) == ids[:, 1:]
     positions = torch.arange(1, ids.shape[1], device=ids.device)
     of_reply = (positions >= reply_starts[:, None]) & (positions < ends[:, None])

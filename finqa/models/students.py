@@ -23,6 +23,7 @@ from finqa.models.weights import SAFETENSORS, check_base, check_model_folder
 from finqa.runtime.command_line import add_flags, check_bounds, flag, given, option, words_of
 from finqa.runtime.commands import typed
 from finqa.runtime.errors import UserError
+from finqa.runtime.parallel import multiplies_bf16
 from finqa.runtime.paths import REPOSITORY, Folders, check_name
 from finqa.task import datasets, prompts
 
@@ -232,13 +233,13 @@ def load_base(
     load_in_4bit: bool = False,
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """The base model in eval mode; bf16 and a GPU where one is there unless told otherwise."""
+    """The base model in eval mode; on a GPU where one is there, in bf16 where it has such products, unless told."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quiet_libraries()
     device = device or default_device()
-    dtype = dtype or torch.bfloat16
+    dtype = dtype or (torch.bfloat16 if multiplies_bf16(device) else torch.float32)
     quantization = None
     if load_in_4bit:
         quantization = BitsAndBytesConfig(
