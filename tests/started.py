@@ -8,6 +8,7 @@ help, a kill, several processes, an engine) starts a Python of its own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
@@ -88,7 +89,8 @@ def _serve() -> list[str]:
     os.dup2(2, 1)  # what the libraries print when they are imported
 
     for name in LIBRARIES:
-        import_module(name)
+        with contextlib.suppress(ImportError):  # another version has it elsewhere: the script imports it then
+            import_module(name)
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process with threads must not be forked"
     gc.freeze()
     for line in sys.stdin:
