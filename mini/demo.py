@@ -5,26 +5,30 @@
 Each stage is the command that a user would type; its output goes to results/demo/<stage>.log. Prints a line a stage
 with its time and its main figure, and at the end where tables, figures and the dashboard are. A stage that fails stops
 the demo with the end of its log. Evaluation goes through vLLM where it is installed, else through Hugging Face's
-generate.
+generate. On a CPU of two cores or more the evaluation and the diff, which both follow the fine-tune, run side by side:
+much of either is a single thread that imports and loads.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 from finqa.models.settings import settings_for
 from finqa.models.students import StudentRun
 from finqa.runtime import commands
-from finqa.runtime.commands import CROSSCODER_FOLDER, run_into
-from finqa.runtime.errors import report_errors
+from finqa.runtime.commands import CROSSCODER_FOLDER, failure, run_into, start_into, told_to_end
+from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.paths import REPOSITORY, Folders
 from finqa.task.datasets import dataset
 from finqa.task.records import read_teacher_rows
@@ -33,6 +37,10 @@ DATASET, STUDENT = "FinQA-mini", "pocket-mistral"
 FOLDERS = Folders()
 LOGS = FOLDERS.results / "demo"
 CROSSCODER_RESULTS = CROSSCODER_FOLDER / "results" / f"{STUDENT}-FinQA-mini-layer3-mlp_1k_samples_batchtopk"
+
+
+SIDE_BY_SIDE = (("evaluate", "inference", "merge"), ("activations", "crosscoder", "analysis"))
+"""Two lines of stages, of like length, of which neither needs what the other writes."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,46 @@ def stages() -> list[Stage]:
 def run_stage(stage: Stage) -> float:
     """Run a stage's command, its output in its log; returns the seconds it took. Raises UserError where it fails."""
     return run_into(LOGS / f"{stage.name}.log", f"stage {stage.name}", stage.command, stage.folder)
+
+
+def run_lines(lines: Sequence[Sequence[Stage]]) -> Iterator[tuple[Stage, float]]:
+    """Run lines of stages side by side; gives every stage, and its seconds, as it ends. Raises UserError where one
+    fails, and ends the others."""
+    # A thread that waits for another one leaves its core to the other line. The number of threads stays as it is: the
+    # order in which they add up is the figures' own.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"}
+    processes: dict[Future[int], tuple[Popen[bytes], Sequence[Stage], float]] = {}
+
+    def start(line: Sequence[Stage]) -> None:
+        log, started = LOGS / f"{line[0].name}.log", time.perf_counter()
+        process = start_into(log, line[0].command, line[0].folder, environment)
+        processes[pool.submit(process.wait)] = process, line, started
+
+    with ThreadPoolExecutor(len(lines)) as pool, told_to_end():
+        try:
+            for line in lines:
+                start(line)
+            while processes:
+                for done in wait(processes, return_when=FIRST_COMPLETED).done:
+                    _, (stage, *following), started = processes.pop(done)
+                    if code := done.result():
+                        raise UserError(failure(f"stage {stage.name}", code, LOGS / f"{stage.name}.log"))
+                    if following:
+                        start(following)
+                    yield stage, time.perf_counter() - started
+        finally:
+            for process, *_ in processes.values():
+                process.terminate()
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def on_a_cpu() -> bool:
+    """Whether the fine-tune was on a CPU, as its manifest says."""
+    return _json(FOLDERS.model(DATASET, student().model_id) / "run.json")["device"].startswith("CPU")
 
 
 def questions() -> str:
@@ -160,10 +208,15 @@ def main() -> None:
     parser.parse_args()
     LOGS.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    for stage in stages():
+    later = {stage.name: stage for stage in stages()}
+    while later and not (next(iter(later)) == SIDE_BY_SIDE[0][0] and n_cores() > 1 and on_a_cpu()):
+        stage = later.pop(next(iter(later)))
         print(f"{stage.name:<12}", end="", flush=True)
         seconds = run_stage(stage)
         print(f"{seconds:6.0f} s  {stage.figure()}", flush=True)
+    if later:
+        for stage, seconds in run_lines([[later[name] for name in line] for line in SIDE_BY_SIDE]):
+            print(f"{stage.name:<12}{seconds:6.0f} s  {stage.figure()}", flush=True)
     print(f"\nthe whole pipeline in {time.perf_counter() - started:.0f} s; logs in {LOGS}")
     print(where())
 

@@ -161,7 +161,7 @@ def weighted_loss(model: Any, ids: Any, ends: Any, reply_starts: Any, prompt_wei
     """
     import torch
 
-    with torch.autocast(ids.device.type, dtype=torch.bfloat16):
+    with _products(ids.device.type):
         # Causal attention never looks right, so right padding needs no mask.
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     positions = torch.arange(1, ids.shape[1], device=ids.device)
@@ -173,12 +173,19 @@ def weighted_loss(model: Any, ids: Any, ends: Any, reply_starts: Any, prompt_wei
     return (losses * weights).sum(), weights.sum()
 
 
+def _products(device: str) -> Any:
+    """Matrix products in bf16, where the device has them."""
+    import torch
+
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=parallel.multiplies_bf16(device))
+
+
 def exact_share(model: Any, batches: ChatBatches) -> float:
     """Share of one batch's chats whose whole reply the model predicts, each token after the true ones before it."""
     import torch
 
     ids, ends, reply_starts = next(iter(batches))
-    with torch.no_grad(), torch.autocast(ids.device.type, dtype=torch.bfloat16):
+    with torch.no_grad(), _products(ids.device.type):
         right = model(input_ids=ids, use_cache=False).logits[:, :-1].argmax(-1) == ids[:, 1:]
     positions = torch.arange(1, ids.shape[1], device=ids.device)
     of_reply = (positions >= reply_starts[:, None]) & (positions < ends[:, None])
@@ -188,7 +195,8 @@ def exact_share(model: Any, batches: ChatBatches) -> float:
 def pretrain(config: PretrainingConfig, chats: list[Chat], few_shot: list[Chat], device: Any) -> Any:
     """Train from random weights; returns the model (fp32) and its log, a record every `log_every` steps.
 
-    The last 400 chats are held out; the log has the share of their replies that the model predicts exactly.
+    The last chats are held out, a tenth of them and at most 400; the log has the share of their replies that the
+    model predicts exactly.
     """
     import torch
     from transformers import MistralForCausalLM
@@ -211,8 +219,9 @@ def pretrain(config: PretrainingConfig, chats: list[Chat], few_shot: list[Chat],
         return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    held_out = ChatBatches(chats[-400:], 400, config.seed, device)
-    singles = iter(ChatBatches(chats[:-400], config.batch_size, config.seed, device))
+    n_held_out = min(400, -(-len(chats) // 10))
+    held_out = ChatBatches(chats[-n_held_out:], n_held_out, config.seed, device)
+    singles = iter(ChatBatches(chats[:-n_held_out], config.batch_size, config.seed, device))
     shots = iter(ChatBatches(few_shot, config.few_shot_batch_size, config.seed + 1, device)) if few_shot else None
     log, started, tokens = [], time.perf_counter(), 0
     for step in range(config.steps):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -87,22 +88,28 @@ def in_parallel(
     figure: Callable[[dict[str, Any]], str],
 ) -> None:
     """Run `job` on everything of `over`, each with a `name`; a line for each that is done, as they end."""
-    workers = min(n_workers(), len(over))
-    if workers <= 1:
+    if min(n_workers(), len(over)) <= 1:
         for one in over:
             with step(f"{what}: {one.name}") as say:
                 say(figure(job(work, one)))
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
-        running = {pool.submit(job, work, one): one for one in over}
-        try:
-            for done in as_completed(running):
-                found = done.result()
-                line = f"{what}: {running[done].name}"
-                print(f"{line:<44}{found['seconds']:6.0f} s  {figure(found)}", flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = _pool()
+    running = {pool.submit(job, work, one): one for one in over}
+    try:
+        for done in as_completed(running):
+            found = done.result()
+            line = f"{what}: {running[done].name}"
+            print(f"{line:<44}{found['seconds']:6.0f} s  {figure(found)}", flush=True)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        _pool.cache_clear()
+        raise
+
+
+@lru_cache
+def _pool() -> ProcessPoolExecutor:
+    """One pool for all steps: its processes import torch once, not once a step."""
+    return ProcessPoolExecutor(n_workers(), get_context("spawn"), _one_thread)
 
 
 def n_workers() -> int:

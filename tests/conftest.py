@@ -21,8 +21,23 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
+LONGEST = (
+    "test_study_whole.py",
+    "test_recipes.py",
+    "test_training_parallel.py",
+    "test_hub_round_trip.py",
+    "test_analyse.py",
+    "test_collect_activations.py",
+    "test_crosscoder_scripts.py",
+    "test_remedies.py",
+    "test_bench_processes.py",
+)
+"""Files that take a minute and more. They come first: no process is left with one when the others have ended."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is none."""
+    """The longest files come first; tests marked `gpu` are skipped where there is no GPU."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

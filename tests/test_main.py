@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import started
 
 from finqa.evaluation.predictions import read_predictions
 from finqa.runtime.errors import report_errors
@@ -26,8 +27,7 @@ MODEL_ID = "tiny-student-peftq_proj_k_proj_v_proj_o_proj-bs4-ne1"
 
 
 def run(*words: object, script: str = "main.py") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / script), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return started.run([REPOSITORY / script, *words])
 
 
 @pytest.fixture

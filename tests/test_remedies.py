@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import started
 
 from finqa.runtime.paths import REPOSITORY
 
@@ -20,16 +21,21 @@ TRAIN = "-P --no-push --lora-r 4 --optim adamw_torch -MSL 1024 -BS 4"
 EVALUATE = "-P -NT -T -ET zero-shot --limit 2 --max-new-tokens 4"
 
 
-def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(command: str, folder: Path, libraries: bool = False) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
-    words = [sys.executable, *shlex.split(command.removeprefix("python "))]
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    words = shlex.split(command.removeprefix("python "))
+    if libraries:
+        return started.run(words, folder, environment)
+    return subprocess.run(
+        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def follow(command: str, folder: Path, depth: int = 6) -> list[str]:
     """The commands that were run, in the same folder, until `command` worked; each remedy is run as it is printed."""
     ran: list[str] = []
-    while (done := run(command, folder)).returncode:
+    libraries = "preprocessing." not in command
+    while (done := run(command, folder, libraries)).returncode:
         line = done.stderr.strip().splitlines()[-1]
         found = REMEDY.search(line)
         assert found and len(ran) < depth, done.stderr
@@ -106,7 +112,7 @@ def test_a_teacher_that_was_begun_with_is_gone_on_with(data: Path):
     ],
 )
 def test_a_bare_command_names_make_data_and_what_is_shipped(command: str, folder: Path, tmp_path: Path):
-    done = run(f"{command} --data-dir {tmp_path}", folder)
+    done = run(f"{command} --data-dir {tmp_path}", folder, libraries="collect" in command)
     back = "" if folder == REPOSITORY else "../"
     make = f"make {'-C .. ' if back else ''}data DATA_DIR={tmp_path}"
     assert f"{make} gets all of it" in done.stderr and done.stderr.count("\n") == 1
@@ -141,7 +147,7 @@ def test_a_model_that_is_nowhere_is_named_with_the_nearest(data: Path, tiny_stud
     for model, nearest in (("pocket-mistrl", "pocket-mistral"), (str(beside), str(tiny_student))):
         for command, folder in ((f"main.py FinQA-mini {model} -P --no-push", REPOSITORY),
                                 (f"collect_activations.py FinQA-mini {model}", CROSSCODER)):  # fmt: skip
-            done = run(f"python {command} {where}", folder)
+            done = run(f"python {command} {where}", folder, libraries=True)
             assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
             assert f"the model {model} is neither a local folder nor on the Hub" in done.stderr
             assert f"(do you mean {nearest}?)" in done.stderr
@@ -174,7 +180,7 @@ def test_a_name_that_can_be_no_folder_is_refused(name: str, script: str, flag: s
 @pytest.mark.parametrize("device", ["nope", "cuda:97", "meta", ""])
 @pytest.mark.parametrize("script", ["collect_activations.py", "merge_and_push_lora.py", "train.py"])
 def test_a_device_that_is_not_there_is_refused_at_once(script: str, device: str):
-    done = run(f"python {script} FinQA-mini pocket-mistral --device {shlex.quote(device)}", CROSSCODER)
+    done = run(f"python {script} FinQA-mini pocket-mistral --device {shlex.quote(device)}", CROSSCODER, libraries=True)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert f"error: --device {device} is none of this machine, which has cpu" in done.stderr
 
@@ -233,7 +239,7 @@ def test_what_was_trained_is_evaluated_without_p(data: Path, tiny_student: Path,
     names = f"FinQA-mini {tiny_student}"
     follow(f"python main.py {names} {TRAIN} {where}", REPOSITORY)
     evaluated = f"python main.py {names} -BS 4 -NT -T --limit 2 --max-new-tokens 4 {where}"
-    done = run(evaluated, REPOSITORY)
+    done = run(evaluated, REPOSITORY, libraries=True)
     assert done.returncode == 0, done.stderr
     model_id = "tiny-student-peftq_proj_k_proj_v_proj_o_proj-bs4-ne1"
     assert f"the fine-tuned model is the adapter in {data}/models/FinQA-mini/{model_id} (as with -P)" in done.stdout
@@ -242,7 +248,7 @@ def test_what_was_trained_is_evaluated_without_p(data: Path, tiny_student: Path,
     assert last.endswith(f"all evaluations side by side: {table}") and table.exists()
     # With other flags, and with --no-peft, it is named and not taken.
     for words in ("", "-BS 4 --no-peft", "-BS 4 --run-name other -P"):
-        done = run(f"python main.py {names} {words} -NT -T {where}", REPOSITORY)
+        done = run(f"python main.py {names} {words} -NT -T {where}", REPOSITORY, libraries=True)
         assert done.returncode == 1 and f"(of this base are there: {model_id})" in done.stderr
 
 

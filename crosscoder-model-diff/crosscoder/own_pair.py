@@ -15,7 +15,7 @@ from finqa.models import hub
 from finqa.models.adapters import check_plain
 from finqa.models.settings import StudentSettings, settings_for
 from finqa.models.students import MODEL_FILES, POCKET, StudentRun, local_model, resolve_model
-from finqa.models.templates import read_template
+from finqa.models.templates import read_template, tokenizer_in
 from finqa.models.weights import check_model_folder, weights_hash
 from finqa.runtime.command_line import flag, given
 from finqa.runtime.errors import UserError
@@ -147,10 +147,8 @@ def one_tokenizer(student: StudentRun, base: str, fine_tuned: Path, chats: bool)
 
 
 def _tokenizer(folder: str) -> Any:
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return tokenizer_in(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"the tokenizer in {folder} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
 

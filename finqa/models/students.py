@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from finqa.models import hub
 from finqa.models.adapters import check_adapter, check_layers, check_plain, is_adapter
 from finqa.models.settings import StudentSettings, settings_for
-from finqa.models.templates import TEMPLATE_DATE, put_template, read_template
+from finqa.models.templates import TEMPLATE_DATE, put_template, read_template, tokenizer_in
 from finqa.models.weights import SAFETENSORS, check_base, check_model_folder
 from finqa.runtime.command_line import add_flags, check_bounds, flag, given, option, words_of
 from finqa.runtime.commands import typed
 from finqa.runtime.errors import UserError
+from finqa.runtime.parallel import multiplies_bf16
 from finqa.runtime.paths import REPOSITORY, Folders, check_name
 from finqa.task import datasets, prompts
 
@@ -192,10 +193,10 @@ def load_tokenizer(
 
     A model without a chat template takes `template`, else that of the fine-tuned student in the folder `student`.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     folder = resolve_model(model, revision)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_in(folder)
     put_template(tokenizer, model, template, student)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {model} has no end token, so a reply could never end")
@@ -232,13 +233,13 @@ def load_base(
     load_in_4bit: bool = False,
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """The base model in eval mode; bf16 and a GPU where one is there unless told otherwise."""
+    """The base model in eval mode; on a GPU where one is there, in bf16 where it has such products, unless told."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quiet_libraries()
     device = device or default_device()
-    dtype = dtype or torch.bfloat16
+    dtype = dtype or (torch.bfloat16 if multiplies_bf16(device) else torch.float32)
     quantization = None
     if load_in_4bit:
         quantization = BitsAndBytesConfig(

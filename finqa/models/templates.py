@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,16 @@ def read_template(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--chat-template {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def tokenizer_in(folder: str | Path) -> Any:
+    """The tokenizer in a folder, of the class that transformers chooses."""
+    # For a Mistral model transformers imports mistral_common, and that jsonschema, which compiles 38 grammars of
+    # addresses where the package is there (1.6 s of every start) and does without them where it is not.
+    sys.modules.setdefault("rfc3987_syntax", None)  # pyright: ignore[reportArgumentType]
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def put_template(tokenizer: Any, model: str, given: str | None, student: Path | None) -> None:
@@ -59,11 +70,9 @@ def template_facts(tokenizer: Any) -> dict[str, str]:
 
 def _template_in(student: Path) -> Any:
     """The chat template in a student's folder; None where it holds none."""
-    from transformers import AutoTokenizer
-
     if not (student / "tokenizer_config.json").exists():
         return None
-    return AutoTokenizer.from_pretrained(student).chat_template
+    return tokenizer_in(student).chat_template
 
 
 def _check(tokenizer: Any, model: str) -> None:

@@ -32,6 +32,7 @@ from finqa.runtime.errors import UserError
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import file_hash, without_folders, write_json, write_manifest
 from finqa.runtime.memory.plan import plan_training
+from finqa.runtime.parallel import multiplies_bf16
 from finqa.runtime.paths import Folders, follow_umask
 from finqa.runtime.tracking import wandb_run
 from finqa.training.checkpoints import UNFINISHED, drop_damaged, last_checkpoint, told_when_full
@@ -236,16 +237,6 @@ def training_arguments(
     # A process trains on one GPU. Where it sees several, the Trainer would take as many times the rows for an update.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def multiplies_bf16(device: str) -> bool:
-    """Whether a device has bf16 products; a CPU with AVX-512 BF16, AMX or Arm BF16, where they are twice as fast.
-
-    On any other CPU torch has them too, in software, several times slower than those in fp32.
-    """
-    import torch
-
-    return device != "cpu" or any("bf16" in name and there for name, there in torch.cpu.get_capabilities().items())
 
 
 def _identity(run: StudentRun, config: TrainingConfig, base_hash: str, data_hash: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import started
 import torch
 from hub_contents import Account
 from hub_server import hub_server
@@ -27,14 +28,7 @@ SCRIPTS = ("merge_and_push_lora.py", "collect_activations.py", "train.py")
 
 def run(script: str | Path, *words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a script of the folder, from that folder, offline."""
-    return subprocess.run(
-        [sys.executable, script, *map(str, words)],
-        cwd=FOLDER,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return started.run([script, *words], FOLDER, os.environ | environment)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import started
 import torch
 import yaml
 from hub_contents import Account
@@ -40,14 +41,8 @@ WORDS = ("net", "sales", "rose", "in", "2009", ",", "and", "the", "page", "said"
 
 
 def run(script: str, *words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *(("-m", "crosscoder.dashboard") if script == "dashboard" else (script,)), *map(str, words)],
-        cwd=FOLDER,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ("-m", "crosscoder.dashboard") if script == "dashboard" else (script,)
+    return started.run([*command, *words], FOLDER, os.environ | {"OMP_NUM_THREADS": "1"} | environment)
 
 
 def sentence(i: int) -> str:

@@ -10,7 +10,7 @@ import pytest
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY
 from mini import demo
-from mini.demo import Stage, run_stage, stages
+from mini.demo import SIDE_BY_SIDE, Stage, run_lines, run_stage, stages
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,40 @@ def test_a_stage_that_fails_stops_the_demo_with_the_end_of_its_log():
         run_stage(Stage("bad", f"-c '{code}'", str))
     assert str(failure.value).endswith("48\n49\n")
     assert "\n20\n" not in str(failure.value)
+
+
+def meeting(logs: Path, name: str, other: str) -> Stage:
+    """A stage that ends once the other one has begun."""
+    code = (
+        'import os, time; from pathlib import Path; print(os.environ["OMP_WAIT_POLICY"]); '
+        f'Path("{logs}/{name}").touch(); end = time.monotonic() + 60\n'
+        f'while not Path("{logs}/{other}").exists(): time.sleep(0.01) if time.monotonic() < end else exit(1)'
+    )
+    return Stage(name, f"-c '{code}'", str)
+
+
+def test_lines_of_stages_run_side_by_side_and_give_up_a_core_while_they_wait(logs: Path):
+    last = Stage("last", f"-c 'from pathlib import Path; print(Path(\"{logs}/b\").exists())'", str)
+    ended = [
+        (stage.name, s > 0) for stage, s in run_lines([[meeting(logs, "a", "b")], [meeting(logs, "b", "a"), last]])
+    ]
+    assert sorted(ended) == [("a", True), ("b", True), ("last", True)]
+    assert [(logs / f"{name}.log").read_text() for name in ("a", "b", "last")] == ["PASSIVE\n", "PASSIVE\n", "True\n"]
+
+
+def test_a_stage_that_fails_ends_the_other_line(logs: Path):
+    waits = Stage("waits", "-c 'import time; print(1, flush=True); time.sleep(800)'", str)
+    bad = Stage("bad", "-c 'raise SystemExit(3)'", str)
+    with pytest.raises(UserError, match=r"stage bad failed \(exit code 3\)"):
+        list(run_lines([[waits, Stage("never", "-c ''", str)], [bad]]))
+    assert not (logs / "never.log").exists()
+
+
+def test_side_by_side_runs_all_that_follows_the_fine_tune_and_in_order():
+    names = [stage.name for stage in stages()]
+    following = names[names.index("fine-tune") + 1 :]
+    assert sorted(following) == sorted(name for line in SIDE_BY_SIDE for name in line)
+    assert all([name for name in following if name in line] == list(line) for line in SIDE_BY_SIDE)
 
 
 def test_the_analysis_is_summed_up_by_what_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -93,7 +93,7 @@ def test_pretraining_runs_on_a_cpu_and_writes_a_model_that_loads(tmp_path: Path)
     subprocess.run(
         [
             *(sys.executable, "-m", "mini.pretrain_pocket_mistral", "--device", "cpu", "--output-dir", str(tmp_path)),
-            *("--steps", "4", "--batch-size", "4", "--questions", "450", "--few-shot-chats", "8"),
+            *("--steps", "4", "--batch-size", "4", "--questions", "60", "--few-shot-chats", "8"),
             *("--few-shot-batch-size", "1", "--tokenizer-chats", "500", "--workers", "1"),
         ],
         cwd=REPOSITORY,

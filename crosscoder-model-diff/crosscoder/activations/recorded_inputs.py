@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from crosscoder.activations.collection import Document, assert_same_ids, documents_from_rows, fingerprint
 from crosscoder.activations.own_texts import OwnText, documents_from_texts, read_texts
@@ -18,6 +18,7 @@ from crosscoder.repositories import find_folder
 from finqa.models import students
 from finqa.models.adapters import is_adapter
 from finqa.models.model_card import shown
+from finqa.models.templates import tokenizer_in
 from finqa.models.weights import weights_hash
 from finqa.runtime.commands import typed
 from finqa.runtime.errors import UserError
@@ -96,7 +97,7 @@ def tokenize(rows: list[TeacherRow], choice: ActivationChoice, fine_tuned: Path)
         raise UserError(f"{choice.split} of {student.dataset} has {len(pairs)} usable rows; at least 2 are needed")
     chosen = [document for _, document in pairs]
     if (fine_tuned / "tokenizer_config.json").exists():
-        own: Any = AutoTokenizer.from_pretrained(fine_tuned)
+        own = tokenizer_in(fine_tuned)
         own.chat_template = own.chat_template or tokenizer.chat_template
         assert_same_ids(chosen, documents_from_rows([row for row, _ in pairs], own, choice.raw))
     return chosen, tokenizer

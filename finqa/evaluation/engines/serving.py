@@ -31,6 +31,7 @@ from finqa.models.students import (
 )
 from finqa.models.weights import check_base
 from finqa.runtime.errors import UserError
+from finqa.runtime.parallel import multiplies_bf16
 
 Model = Literal["base", "fine-tuned"]
 MODELS: tuple[Model, ...] = get_args(Model)
@@ -102,7 +103,8 @@ def _by_hugging_face(
     from finqa.evaluation.engines.hugging_face_engine import hugging_face
 
     tokenizer = tokenizer_of(run, student)
-    facts = {"engine": "transformers", "device": default_device(), "dtype": "bfloat16", "batch_size": config.batch_size}
+    dtype = "bfloat16" if multiplies_bf16(default_device()) else "float32"
+    facts = {"engine": "transformers", "device": default_device(), "dtype": dtype, "batch_size": config.batch_size}
     if "base" in wanted or adapter:
         model: Any = load_base(run.model, None, None, run.load_in_4bit, run.revision)
         if "base" in wanted:

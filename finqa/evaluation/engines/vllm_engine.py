@@ -28,6 +28,7 @@ from finqa.evaluation.generation import (
 from finqa.models.students import default_device
 from finqa.runtime.errors import UserError
 from finqa.runtime.memory.free import free_memory
+from finqa.runtime.parallel import multiplies_bf16
 
 CONTEXT = 8192
 """Tokens of context that are planned for at most unless told otherwise: a 128k model would ask for a huge cache."""
@@ -85,6 +86,8 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
             "max_num_seqs": CPU_SEQUENCES,
             "kv_cache_memory_bytes": _cpu_cache_bytes(shape, settings["max_model_len"], config.data_parallel),
         }
+        if not multiplies_bf16(device):
+            settings["dtype"] = "float32"
         if config.temperature:
             # A sample that draws from its own seed is given back where a prompt was read in part, which the random
             # generators of a CPU cannot do: read prompts whole.
@@ -272,10 +275,11 @@ def _cpu_cache_bytes(shape: dict[str, Any], max_model_len: int, engines: int) ->
 
 
 def _token_bytes(shape: dict[str, Any]) -> int:
-    """Keys and values of one token in 16 bits; `shape` is the model's config.json."""
+    """Keys and values of one token, in 16 bits where the device has such products; `shape` is the model's config.json."""
     heads = shape["num_attention_heads"]
     width = shape.get("head_dim") or shape["hidden_size"] // heads
-    return 2 * 2 * shape["num_hidden_layers"] * (shape.get("num_key_value_heads") or heads) * width
+    kv_heads, size = shape.get("num_key_value_heads") or heads, 2 if multiplies_bf16(default_device()) else 4
+    return 2 * size * shape["num_hidden_layers"] * kv_heads * width
 
 
 def _check_cache_holds_a_reply(shape: dict[str, Any], max_model_len: int, config: GenerationConfig) -> None:

@@ -231,18 +231,22 @@ def _activations(model: Sizes, kept: float, width: int, tokens: int, targets: in
     return layers * tokens + max(10.0 * targets * model.vocabulary, 2 * kept * tokens)
 
 
-def evaluation_need(model: Sizes, config: GenerationConfig, longest: int, in_4bit: bool = False) -> Need:
+def evaluation_need(
+    model: Sizes, config: GenerationConfig, longest: int, in_4bit: bool = False, bits: int = 16
+) -> Need:
     """Memory of generation: weights, an adapter in fp32, keys and values of the rows that are there at a time.
 
     vLLM takes what `gpu_memory_utilization` gives it and needs one row of `longest` tokens in it, Hugging Face a batch.
     """
-    layers = NF4 if in_4bit else 2.0
+    width = bits / 8
+    layers = NF4 if in_4bit else width
     rows = 1 if config.vllm else config.batch_size
-    weights = layers * model.in_layers + 2 * (model.parameters - model.in_layers)
-    kv = 2.0 * model.kv_values * model.layers * rows * longest
+    weights = layers * model.in_layers + width * (model.parameters - model.in_layers)
+    kept = "4-bit layers" if in_4bit else "bf16" if bits == 16 else "fp32"
+    kv = width * model.kv_values * model.layers * rows * longest
     return Need(
         (
-            ("weights", weights, f"{count(model.parameters)} parameters, {'4-bit layers' if in_4bit else 'bf16'}"),
+            ("weights", weights, f"{count(model.parameters)} parameters, {kept}"),
             *([("adapter", 4.0 * model.trained, f"{model.trained:,} parameters")] if model.adapted else []),
             ("keys and values", kv, f"{rows} x {longest:,} tokens"),
             ("workspace", WORKSPACE, ""),

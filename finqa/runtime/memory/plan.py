@@ -133,8 +133,9 @@ def plan_evaluation(run: StudentRun, config: GenerationConfig) -> None:
     modules = run.settings.lora_modules if run.peft else ()
     model = sizes(read_config(run.model, run.revision), modules, run.settings.lora_r)
     longest = config.max_model_len or run.settings.max_seq_length + config.max_new_tokens
-    need = evaluation_need(model, config, longest, run.load_in_4bit)
     device = default_device()
+    bits = 16 if parallel.multiplies_bf16(device) else 32
+    need = evaluation_need(model, config, longest, run.load_in_4bit, bits)
     there = free_memory(device)
     if config.vllm and device != "cpu":
         there = min(there, config.gpu_memory_utilization * there * config.tensor_parallel)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import started
 import torch
 from hub_contents import Account
 from hub_server import hub_server
@@ -32,6 +33,8 @@ SMALL_SHARDS = ("--shard-tokens", "300", "--batch-tokens", "200")
 
 
 def run(*words: str | Path, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+    if not launcher:
+        return started.run([SCRIPT, *words], FOLDER, os.environ | {"OMP_NUM_THREADS": "1"} | environment)
     return subprocess.run(
         [sys.executable, *launcher, SCRIPT, *map(str, words)],
         cwd=FOLDER,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import started
 import torch
 from made_up_documents import write_documents
 from made_up_qwen import PADDING, SYSTEM, tiny_qwen
@@ -55,9 +53,8 @@ class Diff:
         self.tokenizer.save_pretrained(adapter)
 
     def run(self, script: str, *words: str) -> str:
-        names = (script, "FinQA-mini", self.student, "--data-dir", str(self.data), "--layer", "2", *words)
-        done = subprocess.run(
-            [sys.executable, *names], cwd=FOLDER, env=os.environ, capture_output=True, text=True, check=False
+        done = started.run(
+            [script, "FinQA-mini", self.student, "--data-dir", self.data, "--layer", "2", *words], FOLDER
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

@@ -18,6 +18,7 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import started
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -505,8 +506,10 @@ def test_figures_that_are_no_number_are_left_out(reading):
 
 
 def command(*arguments: object, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, *python, "-m", "crosscoder.dashboard", *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=300)
+    words = ["-m", "crosscoder.dashboard", *arguments]
+    if not python:
+        return started.run(words)
+    return subprocess.run([sys.executable, *python, *map(str, words)], capture_output=True, text=True, timeout=300)
 
 
 def test_help_imports_no_torch():

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import started
 from hub_contents import Account, Fault, Seen
 from hub_server import HubServer, hub_server
 
@@ -52,8 +53,7 @@ class Commands:
         environment |= {"HF_HUB_DISABLE_XET": "1"} | ({"HF_TOKEN": token} if token else {})
         where = ["--data-dir", self.folder / elsewhere]
         where += ["--results-dir", self.folder / "results"] if script == "main.py" else []
-        command = [sys.executable, REPOSITORY / script, *words, *where]
-        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+        done = started.run([REPOSITORY / script, *words, *where], env=environment)
         assert WRITER not in done.stdout + done.stderr and READER not in done.stdout + done.stderr
         assert "Traceback" not in done.stderr and "\r" not in done.stderr, done.stderr
         return done

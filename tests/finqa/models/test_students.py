@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from finqa.evaluation.engines.serving import served_models
+from finqa.evaluation.generation import GenerationConfig
 from finqa.models.settings import DEFAULTS, SETTINGS, StudentSettings, settings_for
 from finqa.models.students import (
     StudentRun,
@@ -221,3 +223,18 @@ def test_a_large_merged_model_is_written_in_shards_with_the_same_weights(
 
 def test_settings_are_saved_beside_what_they_made_as_plain_values():
     assert json.loads(json.dumps(StudentSettings().__dict__))["lora_r"] == 512
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_a_model_is_loaded_in_bf16_only_where_its_products_are_not_software(
+    bf16: bool, dtype: str, tiny_student: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import torch
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": bf16, "amx_bf16": False})
+    assert load_base(str(tiny_student), device="cpu").dtype == getattr(torch, dtype)
+    assert load_base(str(tiny_student), torch.bfloat16, "cpu").dtype == torch.bfloat16
+    run = StudentRun("FinQA-mini", str(tiny_student), settings_for(str(tiny_student)))
+    config = GenerationConfig(vllm=False, max_new_tokens=4, batch_size=1)
+    if not torch.cuda.is_available():
+        assert [served.facts["dtype"] for served in served_models(run, None, ["base"], config)] == [dtype]

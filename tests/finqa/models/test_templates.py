@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +102,12 @@ def same_prompts(later: StudentRun, folders: Folders, template: str, bare: Path)
     recorded = [list(document.ids[: document.n_prompt]) for document in documents]
     assert tuned.template["template_date"] == "2024-07-26"
     return tuned.prompt_tokens == zero_shot.prompt_tokens == recorded == wanted
+
+
+def test_a_tokenizer_is_loaded_without_compiling_grammars(tiny_student: Path):
+    code = (
+        "import sys; from finqa.models.students import load_tokenizer; "
+        "print(load_tokenizer(sys.argv[1]).eos_token, 'lark' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tiny_student], capture_output=True, text=True, check=True)
+    assert done.stdout == "</s> False\n"

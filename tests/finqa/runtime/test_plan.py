@@ -266,6 +266,10 @@ def test_evaluation_needs_weights_adapter_and_keys_and_values(mistral_7b: Sizes,
     sizes_of = {name: size for name, size, _ in need.parts}
     assert sizes_of["keys and values"] == 2 * 2 * 8 * 128 * 32 * 8 * 4096
     assert sizes_of["weights"] == 2 * mistral_7b.parameters
+    without_bf16 = evaluation_need(mistral_7b, config, longest=4096, bits=32)
+    assert [size for name, size, _ in without_bf16.parts if name in ("weights", "keys and values")] == [
+        2 * sizes_of["weights"], 2 * sizes_of["keys and values"]
+    ]  # fmt: skip
     run = StudentRun("FinQA-mini", "pocket-mistral", DEFAULTS)
     monkeypatch.setattr(plan, "free_memory", lambda device: 79 * GB)
     plan.plan_evaluation(run, config)

@@ -14,9 +14,10 @@ from transformers import AutoTokenizer
 
 from finqa.models.students import StudentRun, load_adapter, load_base, load_tokenizer, training_ids
 from finqa.runtime.errors import UserError
+from finqa.runtime.parallel import multiplies_bf16
 from finqa.runtime.paths import Folders
 from finqa.training.checkpoints import last_checkpoint
-from finqa.training.fine_tuning import TrainingConfig, fine_tune, multiplies_bf16, training_arguments
+from finqa.training.fine_tuning import TrainingConfig, fine_tune, training_arguments
 from finqa.training.rows import (
     NO_LOSS,
     LengthGrouped,

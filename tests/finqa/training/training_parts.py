@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import started
+
 from finqa.models.settings import StudentSettings
 from finqa.models.students import training_ids
 from finqa.runtime.paths import REPOSITORY, Folders
@@ -80,6 +82,8 @@ def launch(
     script: Path, *words: object, processes: int = 1, launcher: str = "torchrun"
 ) -> subprocess.CompletedProcess[str]:
     """Run a script by itself, or in several processes by a launcher."""
-    launched = LAUNCHERS[launcher].format(processes=processes).split() if processes > 1 else []
+    if processes == 1:
+        return started.run([script, *words], REPOSITORY)
+    launched = LAUNCHERS[launcher].format(processes=processes).split()
     command = [sys.executable, *launched, str(script), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,22 @@ def test_jobs_run_side_by_side_or_one_after_the_other_with_one_line_each(rehears
     in_parallel(rehearsal, "double", doubled, over, lambda found: f"makes {found['twice']}")
     lines = capsys.readouterr().out.splitlines()
     assert sorted(line.rpartition("makes ")[2] for line in lines) == ["0", "2", "4"]
+
+
+def whose(_work: Work, _pair: Pair) -> dict[str, Any]:
+    return {"seconds": 0.0, "pid": os.getpid()}
+
+
+def test_the_processes_of_one_step_are_there_for_the_next(rehearsal, monkeypatch):
+    monkeypatch.setattr(work, "n_workers", lambda: 2)
+
+    def processes() -> set[int]:
+        seen: set[int] = set()
+        in_parallel(rehearsal, "whose", whose, [Pair(BASE, SHAM), Pair(BASE, OTHER)], lambda f: f"{seen.add(f['pid'])}")
+        return seen
+
+    first, second = processes(), processes()
+    assert os.getpid() not in first | second and first & second
 
 
 @pytest.mark.parametrize("workers", [1, 2])
