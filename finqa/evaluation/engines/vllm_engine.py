@@ -275,7 +275,7 @@ def _cpu_cache_bytes(shape: dict[str, Any], max_model_len: int, engines: int) ->
 
 
 def _token_bytes(shape: dict[str, Any]) -> int:
-    """Keys and values of one token, in 16 bits where the device has such products; `shape` is the model's config.json."""
+    """Bytes of one token's keys and values, 16 bits each where the device has such products; `shape`: config.json."""
     heads = shape["num_attention_heads"]
     width = shape.get("head_dim") or shape["hidden_size"] // heads
     kv_heads, size = shape.get("num_key_value_heads") or heads, 2 if multiplies_bf16(default_device()) else 4
