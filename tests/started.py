@@ -116,6 +116,7 @@ def _become(cwd: str, env: Mapping[str, str], outputs: Sequence[str]) -> None:
 
 
 def _run(words: list[str]) -> None:
+    sys.orig_argv = [sys.executable, *words]
     if words[0] == "-m":
         sys.argv, sys.path[0] = words[1:], str(Path.cwd())
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

@@ -82,5 +82,5 @@ def test_the_blocks_of_the_readme_for_the_embedded_default_run(clone: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["model-diff.md", "reproduce.md"])
 def test_the_recipe_of_a_page_runs(page: str, clone: Path):
-    [recipe] = [block for block in blocks(REPOSITORY / "docs" / page) if "FinQA-mini" in block]
+    [recipe] = [block for block in blocks(REPOSITORY / "docs" / page) if "--dataset FinQA-mini" in block]
     paste(recipe, clone)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.dictionaries.config import READ_TOKENS
-from crosscoder.interventions.sets import dictionary_digest
 from crosscoder.names import (
     ActivationChoice,
     CrosscoderChoice,
@@ -55,6 +54,8 @@ class Reading:
     @property
     def made_of(self) -> dict[str, str]:
         """What results, labels and effects are of: this very dictionary, on this very set."""
+        from crosscoder.interventions.sets import dictionary_digest
+
         fingerprint = self.store.config.recorded.get("fingerprint")
         return {"dictionary": dictionary_digest(self.model), "activations": str(fingerprint)}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from crosscoder.activations.readers import Target
 from finqa.runtime.errors import UserError
-from finqa.runtime.manifest import write_json, write_manifest
+from finqa.runtime.manifest import write_manifest
 from finqa.runtime.paths import REPOSITORY
 from study.invented.diff import figure
 from study.invented.diff.ceilings import ceiling_rows, primary_site
@@ -24,7 +24,6 @@ from study.invented.gates import Gate, read_answers, share_right
 from study.invented.plan import Plan
 from study.invented.verdicts import Finding, as_rows, findings
 from study.students.plan import MAIN, short
-from study.students.results import without_folders
 from study.work import read_json
 
 REFERENCE = REPOSITORY / "docs" / "reference" / "invented"
@@ -120,7 +119,6 @@ def write_tables(plan: Plan, gates: Sequence[Gate]) -> tuple[Path, list[Finding]
         {"rows": (plan.place.root / "rows.sha256").read_text()} if (plan.place.root / "rows.sha256").exists() else {}
     )
     write_manifest(output / "run.json", config, **facts)
-    write_json(output / "run.json", without_folders(read_json(output / "run.json")))
     return output, found
 
 

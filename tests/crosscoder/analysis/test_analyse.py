@@ -589,7 +589,7 @@ def test_bare_it_means_the_7b_run_and_says_both_places_and_the_command(tmp_path:
 
 def test_the_command_that_is_named_makes_the_dictionary_that_was_asked_for(made, tmp_path: Path):
     words = [*made.words("partition"), "--data-dir", tmp_path, "--name", "mine"]
-    assert error_of(run("analyse.py", *words)).endswith(f"--data-dir {tmp_path} --method partition --name mine")
+    assert error_of(run("analyse.py", *words)).endswith(f"--method partition --name mine --data-dir {tmp_path}")
 
 
 def test_a_dictionary_of_other_activations_is_refused(made):
@@ -597,7 +597,7 @@ def test_a_dictionary_of_other_activations_is_refused(made):
     save_dictionary(dictionary("batchtopk"), other, activations={"fingerprint": "another set"})
     error = error_of(run("analyse.py", *made.words(), "--name", "other"))
     assert "was trained on other activations (not said: data set, layer, site) than those in" in error
-    assert error.endswith("--name other --overwrite")
+    assert error.endswith(f"--name other --data-dir {made.folders.data} --overwrite")
 
 
 @pytest.mark.parametrize(

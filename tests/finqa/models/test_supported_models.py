@@ -188,7 +188,7 @@ def test_two_models_of_a_family_are_compared_on_texts_of_ones_own(
             assert script is analyse and kind in NOT_PATCHED and "patches" in str(error)
     results = tmp_path / "results" / "mine-layer2-mlp-1024_batchtopk"
     found = json.loads((results / "analysis.json").read_text())
-    assert found["latents"]["n"] == 32 and found["activations"]["pair"]["models"]["fine_tuned"] == str(tuned)
+    assert found["latents"]["n"] == 32 and found["activations"]["pair"]["models"]["fine_tuned"] == tuned.name
     assert {"dashboard.html", "latents.csv"} <= {path.name for path in results.iterdir()}
     assert (results / "causal.csv").exists() == (kind not in NOT_PATCHED)
 
