@@ -175,7 +175,8 @@ def test_a_killed_collection_goes_on_and_sets_of_several_layers_are_told_apart(m
     words = (*pair(models, "adapter", file, tmp_path), "--name", "mine", "--layer", "1", "2", "--shard-tokens", "40")
     command = [sys.executable, "collect_activations.py", *map(str, words), "--batch-tokens", "40"]
     with subprocess.Popen(command, cwd=FOLDER, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not list((tmp_path / "activations").glob(".*/shard-*")):
+        # Of the first shards one may be half written, or of one layer alone.
+        while process.poll() is None and len(list((tmp_path / "activations").glob(".*/shard-*"))) < 6:
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
     output = run("collect_activations.py", *words, "--batch-tokens", "40")
