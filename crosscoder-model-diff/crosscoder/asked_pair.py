@@ -19,7 +19,7 @@ from finqa.runtime.errors import UserError, nearest
 from finqa.runtime.paths import Folders
 
 MAX_NEW_TOKENS = 100
-"""Of a reply, where nothing else is asked for."""
+"""Tokens of a reply at most, where nothing else is asked for."""
 TEXT_PROMPT = 64
 """Tokens of a text without a completion that are its prompt, at most; and no more than half of it."""
 

@@ -82,7 +82,7 @@ def record(plan: Plan, compared: Compared, target: Target) -> str:
 
 
 def _all_subjects(plan: Plan, compared: Compared, part: Part) -> list[Subject]:
-    """Of all parts at one site."""
+    """What reads one recording: the subjects of all parts at a site."""
     parts: tuple[Part, ...] = ("sites",) if part == "sites" else ("diff", "seeds")
     return [one for part in parts if part != "seeds" or compared.arm in ADDED for one in subjects(plan, compared, part)]
 
