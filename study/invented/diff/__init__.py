@@ -2,7 +2,7 @@
 
 plan           the sites, methods and lengths; the jobs
 ceilings       what a whole site carries, and the primary site; how a patched model's programs are run
-dictionaries   recording, settings chosen on the control, training until it has converged
+dictionaries   recording, settings chosen on the control, training with them
 sources        what gives items: dictionaries, directions, figures per token; their injected energy
 readings       what both models give at the look-ups of test programs, and on documents
 items          each metric against the other fifteen on its page

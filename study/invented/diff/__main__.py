@@ -3,7 +3,9 @@
     python -m study.invented.diff ceilings A-seed3 --model M     right answers of whole-site patches
     python -m study.invented.diff record K-seed3 --model M       activations at the primary site
     python -m study.invented.diff settings K-seed3 L1 --model M  settings of a method, chosen on it
-    python -m study.invented.diff diff A-seed3 --model M         dictionaries, items, carrying at the primary site
+    python -m study.invented.diff dictionaries A-seed3 L1 --model M  a method's dictionaries at the primary site
+    python -m study.invented.diff diff A-seed3 --model M         items and carrying at the primary site, and those that
+                                                                 are not trained yet
     python -m study.invented.diff seeds A-seed3 --model M        dictionaries of further seeds, and items, after that
     python -m study.invented.diff sites A-seed3 --model M        dictionaries and items at the other sites
 
@@ -20,7 +22,7 @@ from finqa.runtime.errors import report_errors
 from study.invented.diff.plan import BY_RUN, METHODS, SHARES, lengths, sites, slug
 from study.invented.plan import add_plan_flags, plan_from
 
-STEPS = ("ceilings", "record", "settings", "diff", "seeds", "sites")
+STEPS = ("ceilings", "record", "settings", "dictionaries", "diff", "seeds", "sites")
 
 
 def main() -> None:
@@ -30,7 +32,9 @@ def main() -> None:
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("run", choices=list(BY_RUN), metavar="RUN", help="a fine-tune, such as A-seed3")
     methods = {slug(method): method for method in METHODS}
-    parser.add_argument("method", nargs="?", choices=list(methods), metavar="METHOD", help="of settings")
+    parser.add_argument(
+        "method", nargs="?", choices=list(methods), metavar="METHOD", help="of settings and dictionaries"
+    )
     parser.add_argument("--share", type=int, choices=range(SHARES + 1), default=0, help="of the methods (default: all)")
     add_plan_flags(parser)
     args = parser.parse_args()
@@ -44,9 +48,10 @@ def main() -> None:
     if args.step == "record":
         print(pairs.record(plan, compared, primary))
         return
-    if args.step == "settings":
+    if args.step in ("settings", "dictionaries"):
+        make = dictionaries.choose_settings if args.step == "settings" else pairs.train
         for method in [methods[args.method]] if args.method else METHODS:
-            print(dictionaries.choose_settings(plan, compared, primary, method), flush=True)
+            print(make(plan, compared, primary, method), flush=True)
         return
     others = [target for target in sites(plan).values() if target != primary][: lengths(plan).other_sites]
     for target in others if args.step == "sites" else [primary]:

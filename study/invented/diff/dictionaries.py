@@ -1,15 +1,16 @@
-"""Recording a pair at a site, choosing the settings of every method, and training until it has converged.
+"""Recording a pair at a site, choosing the settings of every method, and training with them.
 
 Settings are chosen on the base and control K, which has none of the metrics: of each method the learning rate, at the
-smallest size and the middle k, then size and k, by the explained variance of the difference on held-out documents, with
-thresholds that leave equally many latents active. Dictionaries are read by such thresholds ever after.
+smallest size and the middle k, then size and k, then how many passes, by the explained variance of the difference on
+held-out documents, with thresholds that leave equally many latents active. Dictionaries are read by such thresholds
+ever after.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from finqa.models import students
 from finqa.runtime.commands import CROSSCODER_FOLDER, run_into
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_json
-from study.invented.diff.plan import GAIN, METHODS, Compared, Form, Lengths, equal_l0, lengths, site_name, slug
+from study.invented.diff.plan import GAIN, METHODS, Compared, Form, Subject, equal_l0, lengths, site_name, slug
 from study.invented.files import DOCUMENTS
 from study.invented.gates import all_gates
 from study.invented.plan import Plan
@@ -41,10 +42,21 @@ class Settings:
     k: int
     rate: float
     """Learning rate over the library's default for the size."""
+    passes: int
+    """Over the documents."""
 
     @property
     def name(self) -> str:
-        return f"{self.n_latents}-k{self.k}-x{self.rate:g}"
+        return f"{self.n_latents}-k{self.k}-x{self.rate:g}-{self.passes}"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a method is trained with."""
+
+    settings: Settings
+    converged: bool
+    """Whether twice the passes change the explained variance of the difference by less than GAIN."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +93,16 @@ def folder_of(plan: Plan, compared: Compared, target: Target) -> Path:
     return plan.place.root / "dictionaries" / site_name(target) / compared.run
 
 
+def of_pair(plan: Plan, store: ActivationStore, compared: Compared, target: Target, subject: Subject) -> Trained:
+    """A dictionary of a pair with the settings of its method, trained where it is not there."""
+    chosen = read_settings(plan, subject.method)
+    folder, l0 = folder_of(plan, compared, target) / subject.name, equal_l0(lengths(plan))
+    made = train(store, subject.method, subject.form, subject.seed, chosen.settings, folder, l0)
+    return Trained(made.model, made.quality | {"converged": chosen.converged if subject.form == "trained" else None})
+
+
 def train(
-    store: ActivationStore, method: str, form: Form, seed: int, settings: Settings, passes: int, folder: Path, l0: int
+    store: ActivationStore, method: str, form: Form, seed: int, settings: Settings, folder: Path, l0: int
 ) -> Trained:
     """Train a dictionary, go on with one that was interrupted, or take the one that is there; `folder` is its own."""
     import torch
@@ -105,7 +125,7 @@ def train(
         n_latents=settings.n_latents,
         k=settings.k,
         learning_rate=settings.rate * default_learning_rate(settings.n_latents),
-        epochs=float(passes),
+        epochs=float(settings.passes),
         seed=seed,
         untrained=form == "untrained",
         freeze_decoder=form == "frozen",
@@ -124,7 +144,7 @@ def train(
     explained = explained_variance(model, (raw for _, raw in store.batches(split.held_out)))
     quality = {
         **asdict(settings),
-        "passes": passes if form != "untrained" else 0,
+        "passes": settings.passes if form != "untrained" else 0,
         "explained_difference": explained.difference,
         "explained_instruct": explained.instruct,
         "explained_fine_tuned": explained.fine_tuned,
@@ -162,41 +182,17 @@ def until_converged(train_for: Callable[[int], float], passes: int, most: int) -
     return passes, False
 
 
-def trained_until_converged(
-    store: ActivationStore, method: str, seed: int, settings: Settings, folder: Path, how_long: Lengths
-) -> Trained:
-    """The dictionary of the last passes, in `folder`; those of fewer are deleted."""
-    found: dict[int, Trained] = {}
-
-    def own(passes: int) -> Path:
-        return folder.with_name(f"{folder.name}-{passes}")
-
-    def train_for(passes: int) -> float:
-        l0 = equal_l0(how_long)
-        found[passes] = train(store, method, "trained", seed, settings, passes, own(passes), l0)
-        return found[passes].quality["explained_difference"]
-
-    passes, converged = until_converged(train_for, how_long.passes, how_long.most_passes)
-    gain = (
-        found[passes].quality["explained_difference"]
-        - found[max(passes // 2, min(found))].quality["explained_difference"]
-    )
-    for fewer in found.keys() - {passes}:
-        shutil.rmtree(own(fewer), ignore_errors=True)
-    quality = found[passes].quality | {"converged": converged, "gain": gain}
-    return Trained(found[passes].model, quality)
-
-
 def settings_path(plan: Plan, method: str) -> Path:
     return plan.place.results / "settings" / f"{slug(method)}.json"
 
 
-def read_settings(plan: Plan, method: str) -> Settings:
+def read_settings(plan: Plan, method: str) -> Chosen:
     """Of a method; UserError where they are not chosen."""
     path = settings_path(plan, method)
     if not path.exists():
         raise UserError(f"{path} is missing; choose settings with: python -m study.invented settings")
-    return Settings(**read_json(path)["chosen"])
+    found = read_json(path)
+    return Chosen(Settings(**found["chosen"]), found["converged"])
 
 
 def choose_settings(plan: Plan, control: Compared, target: Target, method: str) -> str:
@@ -210,33 +206,39 @@ def choose_settings(plan: Plan, control: Compared, target: Target, method: str) 
         from crosscoder.activations.store import ActivationStore
 
         store = ActivationStore(recorded(plan, control, target), device=students.default_device())
-        tried = _tried(plan, control, target, store, method)
-        said = {settings.name: explained for settings, explained in tried.items()}
-        write_json(path, {"site": site_name(target), "chosen": asdict(best(tried)), "explained_difference": said})
-    return f"{method}: {read_settings(plan, method).name}"
+        write_json(path, {"site": site_name(target), **_choice(plan, control, target, store, method)})
+    chosen = read_settings(plan, method)
+    return f"{method}: {chosen.settings.name}, {'converged' if chosen.converged else 'not converged'}"
 
 
-def _tried(plan: Plan, control: Compared, target: Target, store: ActivationStore, method: str) -> dict[Settings, float]:
+def _choice(plan: Plan, control: Compared, target: Target, store: ActivationStore, method: str) -> dict[str, Any]:
     how_long = lengths(plan)
-    found: dict[Settings, float] = {}
+    tried: dict[Settings, float] = {}
 
     def explained(settings: Settings) -> float:
-        if settings not in found:
+        if settings not in tried:
             place = settings_path(plan, f"{method} {settings.name}")
             if not place.exists():
                 folder = folder_of(plan, control, target) / "settings" / f"{method}-{settings.name}"
-                made = train(store, method, "trained", 0, settings, how_long.passes, folder, equal_l0(how_long))
-                write_json(place, made.quality)
+                write_json(place, train(store, method, "trained", 0, settings, folder, equal_l0(how_long)).quality)
                 shutil.rmtree(folder)
-            found[settings] = read_json(place)["explained_difference"]
-        return found[settings]
+            tried[settings] = read_json(place)["explained_difference"]
+        return tried[settings]
 
-    size, k = how_long.latents[0], how_long.ks[len(how_long.ks) // 2]
-    rate = max(how_long.rates, key=lambda rate: explained(Settings(size, k, rate)))
+    first = Settings(how_long.latents[0], how_long.ks[len(how_long.ks) // 2], how_long.rates[0], how_long.passes)
+    rate = max(how_long.rates, key=lambda rate: explained(replace(first, rate=rate)))
     for n_latents in how_long.latents:
         for k in how_long.ks:
-            explained(Settings(n_latents, k, rate))
-    return found
+            explained(replace(first, n_latents=n_latents, k=k, rate=rate))
+    chosen = best(tried)
+    passes, converged = until_converged(
+        lambda passes: explained(replace(chosen, passes=passes)), how_long.passes, how_long.most_passes
+    )
+    return {
+        "chosen": asdict(replace(chosen, passes=passes)),
+        "converged": converged,
+        "explained_difference": {settings.name: value for settings, value in tried.items()},
+    }
 
 
 def best(candidates: dict[Settings, float]) -> Settings:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -48,7 +48,6 @@ from study.invented.diff.plan import (
     Form,
     Part,
     Subject,
-    equal_l0,
     in_share,
     lengths,
     results_of,
@@ -57,7 +56,6 @@ from study.invented.diff.plan import (
 )
 from study.invented.files import DOCUMENTS, read_metrics
 from study.invented.plan import Plan
-from study.work import read_json
 
 
 def compare(plan: Plan, compared: Compared, target: Target, part: Part, share: int) -> str:
@@ -79,6 +77,19 @@ def record(plan: Plan, compared: Compared, target: Target) -> str:
     if main and not _missing(plan, compared, target, _all_subjects(plan, compared, "diff")):
         return f"{compared.run}: all files are there"
     return dicts.recorded(plan, compared, target).name
+
+
+def train(plan: Plan, compared: Compared, target: Target, method: str) -> str:
+    """Train a method's dictionaries of a pair whose files are missing, for the jobs that read them; returns a line."""
+    wanted = [one for one in subjects(plan, compared, "diff") if one.method == method]
+    if missing := _missing(plan, compared, target, wanted):
+        from crosscoder.activations.store import ActivationStore
+
+        store = ActivationStore(dicts.recorded(plan, compared, target), device=students.default_device())
+        for subject in missing:
+            dicts.of_pair(plan, store, compared, target, subject)
+            print(f"{compared.run} at {site_name(target)}: {subject.name} is trained", flush=True)
+    return f"{compared.run} at {site_name(target)}: {method}"
 
 
 def _all_subjects(plan: Plan, compared: Compared, part: Part) -> list[Subject]:
@@ -233,30 +244,13 @@ class Comparison:
 
     # Dictionaries
 
-    def _place(self, subject: Subject) -> Path:
-        return self.folder / subject.name
-
     def _dictionary(self, subject: Subject) -> dicts.Trained:
-        settings = dicts.read_settings(self.plan, subject.method)
-        place = self._place(subject)
-        first = Subject(subject.method, "trained", self.lengths.seeds[0])
-        if subject == first:
-            return dicts.trained_until_converged(
-                self.store, subject.method, subject.seed, settings, place, self.lengths
-            )
-        passes, converged = self.lengths.passes, None
-        if subject.form != "untrained":  # as long as the first one, and converged if that is
-            quality = read_json(results_of(self.plan, self.compared, self.target, first))["quality"]
-            passes, converged = quality["passes"], quality["converged"] if subject.form == "trained" else None
-        l0 = equal_l0(self.lengths)
-        made = dicts.train(self.store, subject.method, subject.form, subject.seed, settings, passes, place, l0)
-        return dicts.Trained(made.model, made.quality | {"converged": converged, "gain": None})
+        return dicts.of_pair(self.plan, self.store, self.compared, self.target, subject)
 
     def _delete(self, subject: Subject) -> None:
         """Delete a subject's dictionary, and the untrained form that it was compared with."""
-        untrained = self._place(Subject(subject.method, "untrained", subject.seed))
-        for path in [*self.folder.glob(f"{subject.name}*"), untrained]:
-            shutil.rmtree(path, ignore_errors=True)
+        for one in (subject, replace(subject, form="untrained")):
+            shutil.rmtree(self.folder / one.name, ignore_errors=True)
 
     # Carrying
 
@@ -272,7 +266,7 @@ class Comparison:
         carrier, own = self.carrier, source.addition(order)
         yield from carrier.rows(own, subject.method, subject.form, others=True)
         norm = carrier.norm(own)
-        untrained = sources.OfDictionary(self._dictionary(Subject(subject.method, "untrained", subject.seed)).model)
+        untrained = sources.OfDictionary(self._dictionary(replace(subject, form="untrained")).model)
         rivals: list[tuple[str, Form, sources.Source]] = [
             (COMPONENTS, "baseline", self.components),
             (subject.method, "untrained", untrained),

@@ -3,7 +3,8 @@
 Job names: `ceilings-A-seed3` for the arms whose metrics were added, `record-K-seed3` and `settings-<method>` (chosen on
 that control), `diff-K-seed3` for a pair at the primary site with dictionaries of the first seed, `seeds-A-seed3` with
 the further ones, `sites-A-seed3` for the pair at the other sites. Where metrics were added, a pair is recorded by a job
-of its own, `record-A-seed3`, and its methods are shared among SHARES jobs, `diff-A-seed3-1` and so on. What the
+of its own, `record-A-seed3`, its dictionaries are trained by a job a method, `dictionaries-A-seed3-<method>`, and what
+reads them is shared among SHARES jobs, `diff-A-seed3-1` and so on, the first of which needs no dictionary. What the
 verdicts need comes first.
 """
 
@@ -57,10 +58,12 @@ WITHOUT = (NORM, DIVERGENCE, LOGITS, LENS)
 """Readings without a dictionary."""
 TOP = 20
 """Items of a method that are read and put into the base."""
+DICTIONARY_GB = 18.0
+"""Memory of a GPU, in 1e9 bytes, for a job that trains a dictionary: 15.7 were measured, 13 of them activations."""
 CARRY_GB = 65.0
-"""Memory of a GPU, in 1e9 bytes, for a job that trains dictionaries and has the base write `Lengths.batch` replies."""
-SHARES = 2
-"""Jobs that share the methods of a pair where metrics were added: writing programs leaves much of a GPU idle."""
+"""For a job that has the base write `Lengths.batch` replies."""
+SHARES = 3
+"""Jobs that share what is read of a pair where metrics were added: writing programs leaves much of a GPU idle."""
 EQUAL_L0 = 32
 """Active latents a token at which dictionaries are compared, and read."""
 
@@ -76,7 +79,8 @@ class Lengths:
     rates: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Learning rates, over the library's default for the size."""
     passes: int = 4
-    """Over the documents; doubled until the explained variance of the difference gains less than GAIN."""
+    """Over the documents, while rate, size and k are chosen; then doubled until the explained variance of the
+    difference gains less than GAIN."""
     most_passes: int = 16
     """Where doubling ends, converged or not."""
     random: int = 1024
@@ -102,7 +106,7 @@ class Lengths:
 
 
 GAIN = 0.01
-"""Explained variance of the difference: a dictionary has converged where twice the passes change it by less."""
+"""Explained variance of the difference: a method has converged where twice the passes change it by less."""
 SHORT = Lengths(seeds=(0,), controls=False, pairs_elsewhere=0)
 """For another model than the main one: the pairs of A and B, at the primary site."""
 QUICK = Lengths(
@@ -201,9 +205,9 @@ def subjects(plan: Plan, compared: Compared, part: Part) -> list[Subject]:
 
 
 def in_share(method: str, share: int) -> bool:
-    """Whether a method is in the share of this number, from 1; 0 is all of them."""
-    every = (*METHODS, ENDS, *DIRECTIONS, *WITHOUT)
-    return not share or every.index(method) % SHARES == share - 1
+    """Whether a method is in the share of this number; 0 is all of them, 1 those without a dictionary."""
+    own = 2 + list(METHODS).index(method) % (SHARES - 1) if method in METHODS else 1
+    return share in (0, own)
 
 
 def results_of(plan: Plan, compared: Compared, target: Target, subject: Subject) -> Path:
@@ -220,26 +224,37 @@ def diff_jobs(plan: Plan, folders: str) -> list[Job]:
 
     def job(step: str, run: str, gb: float, after: Sequence[str], method: str = "", share: int = 0) -> Job:
         words = " ".join(filter(None, [step, run, slug(method), f"--share {share}" if share else "", folders]))
-        name = f"{step}-{slug(method) or run}" + (f"-{share}" if share else "")
+        of = [slug(method)] if step == "settings" else [run, slug(method), str(share or "")]
+        name = "-".join(filter(None, [step, *of]))
         return Job(name, f"-m study.invented.diff {words}", gb, tuple(after))
 
     jobs = [job("ceilings", pair.run, GENERATION_GB, [f"train-{pair.run}"]) for pair in added]
     before = [job.name for job in (*plan.jobs(), *jobs)]  # no dictionary is trained before the gates are measured
     jobs.append(job("record", control, GENERATION_GB, before))
-    settings = [job("settings", control, ALL_ROWS_GB, [f"record-{control}"], method) for method in METHODS]
+    settings = [job("settings", control, DICTIONARY_GB, [f"record-{control}"], method) for method in METHODS]
     jobs += settings
-    jobs += [job("record", pair.run, GENERATION_GB, before) for pair in added]
     chosen = [job.name for job in settings]
     shares = range(1, SHARES + 1)
 
     def needed(pair: Compared) -> list[str]:
         return [f"train-{run}" for run in (pair.run, *(run_name(arm, pair.seed) for arm in READ_TOO.get(pair.arm, ())))]
 
-    for pair in added:
-        after = [*chosen, f"record-{pair.run}", *needed(pair)]
-        jobs += [job("diff", pair.run, CARRY_GB, after, share=share) for share in shares]
+    earlier: list[str] = []
+    for pair in added:  # one after the other: the first is read before the next takes the memory
+        jobs.append(job("record", pair.run, GENERATION_GB, [*before, *earlier]))
+        trained = [
+            job("dictionaries", pair.run, DICTIONARY_GB, [f"record-{pair.run}", f"settings-{slug(method)}"], method)
+            for method in METHODS
+        ]
+        earlier = [job.name for job in trained]
+        reading = [
+            job("diff", pair.run, CARRY_GB, [f"record-{pair.run}", *needed(pair), *(
+                name for name, method in zip(earlier, METHODS, strict=True) if in_share(method, share)
+            )], share=share) for share in shares
+        ]  # fmt: skip
+        jobs += [reading[0], *trained, *reading[1:]]
     for pair in (pair for pair in added if subjects(plan, pair, "seeds")):
-        jobs += [job("seeds", pair.run, ALL_ROWS_GB, [f"diff-{pair.run}-{share}"], share=share) for share in shares]
+        jobs += [job("seeds", pair.run, ALL_ROWS_GB, [f"diff-{pair.run}-{share}"], share=share) for share in shares[1:]]
     others = [pair for pair in PAIRS if lengths(plan).controls and pair not in added]
     jobs += [job("diff", pair.run, ALL_ROWS_GB, [*chosen, *needed(pair)]) for pair in others]
     elsewhere = added[: lengths(plan).pairs_elsewhere]

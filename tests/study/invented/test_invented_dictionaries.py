@@ -12,12 +12,19 @@ from made_up_activations import D_MODEL, planted_activations, write_store
 from crosscoder.activations.store import ActivationStore
 from crosscoder.dictionaries.methods import new_dictionary
 from crosscoder.interventions.sets import Reading
-from study.invented.diff.dictionaries import Settings, train, trained_until_converged
-from study.invented.diff.plan import METHODS, Form, Lengths
+from finqa.models import students
+from finqa.runtime.manifest import write_json
+from finqa.runtime.paths import Folders
+from study.invented.diff import dictionaries, pairs
+from study.invented.diff.dictionaries import Settings, train
+from study.invented.diff.plan import BY_RUN, METHODS, Form, Lengths, results_of, sites, subjects
 from study.invented.diff.sources import OfDictionary, energies, exclusivity, top
+from study.invented.files import Place
+from study.invented.plan import Plan
+from study.work import read_json
 
 L0 = 4
-SETTINGS = Settings(n_latents=32, k=6, rate=1.0)
+SETTINGS = Settings(n_latents=32, k=6, rate=1.0, passes=4)
 FORMS = [form for form in get_args(Form) if form != "baseline"]
 
 
@@ -34,10 +41,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
 def test_every_method_is_read_with_equally_many_latents_active(
     store: ActivationStore, method: str, form: Form, tmp_path: Path
 ):
-    made = train(store, method, form, 0, SETTINGS, 4, tmp_path / "one", L0)
+    made = train(store, method, form, 0, SETTINGS, tmp_path / "one", L0)
     assert made.quality["l0"] == pytest.approx(L0, rel=0.12)
     assert (made.quality["passes"] == 0) == (form == "untrained")
-    again = train(store, method, form, 0, SETTINGS, 4, tmp_path / "one", L0)  # that is there, and is not trained again
+    again = train(store, method, form, 0, SETTINGS, tmp_path / "one", L0)  # that is there, and is not trained again
     assert again.quality == made.quality
     start = new_dictionary(made.model.config, generator=torch.Generator().manual_seed(0))
     assert torch.equal(made.model.W_dec.cpu(), start.W_dec) == (form != "trained")
@@ -51,16 +58,35 @@ def test_every_method_is_read_with_equally_many_latents_active(
 
 
 def test_the_energy_of_an_item_is_what_it_adds(store: ActivationStore, tmp_path: Path):
-    source = OfDictionary(train(store, "plain", "trained", 0, SETTINGS, 2, tmp_path / "one", L0).model)
+    source = OfDictionary(train(store, "plain", "trained", 0, SETTINGS, tmp_path / "one", L0).model)
     reading = Reading(store.read(torch.arange(len(store))))
     one = top(energies(source, store, "cpu"), 1)
     added = source.addition(one)(reading).double().square().sum(dim=-1).mean()
     assert float(energies(source, store, "cpu")[one[0]]) == pytest.approx(float(added), rel=1e-5)
 
 
-def test_the_dictionary_of_the_last_passes_stays(store: ActivationStore, tmp_path: Path):
-    how_long = Lengths(ks=(L0,), passes=1, most_passes=4)
-    made = trained_until_converged(store, "plain", 0, SETTINGS, tmp_path / "plain", how_long)
-    passes = made.quality["passes"]
-    assert passes in (2, 4) and [path.name for path in tmp_path.iterdir()] == [f"plain-{passes}"]
-    assert made.quality["converged"] == (made.quality["gain"] < 0.01)
+def test_passes_are_chosen_on_the_control_and_are_those_of_every_pair(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini")
+    site = sites(plan)["residual2"]
+    how_long = Lengths(seeds=(0,), latents=(32,), ks=(L0,), rates=(1.0,), passes=1, most_passes=4)
+    monkeypatch.setattr(dictionaries, "lengths", lambda _: how_long)
+    monkeypatch.setattr(dictionaries, "recorded", lambda *_: store.folder)
+    monkeypatch.setattr(students, "default_device", lambda: torch.device("cpu"))
+    assert dictionaries.choose_settings(plan, BY_RUN["K-seed3"], site, "plain").startswith("plain: 32-k4-x1-")
+    chosen = dictionaries.read_settings(plan, "plain")
+    said = read_json(dictionaries.settings_path(plan, "plain"))["explained_difference"]
+    last, before = (said[f"32-k4-x1-{n}"] for n in (chosen.settings.passes, chosen.settings.passes // 2))
+    assert chosen.settings.passes in (2, 4) and chosen.converged == (abs(last - before) < 0.01)
+
+    pair = BY_RUN["A-seed3"]
+    trained, untrained, frozen = [
+        next(one for one in subjects(plan, pair, "diff") if (one.method, one.form) == ("plain", form)) for form in FORMS
+    ]
+    write_json(results_of(plan, pair, site, frozen), {})  # read already
+    pairs.train(plan, pair, site, "plain")
+    folder = dictionaries.folder_of(plan, pair, site)
+    assert {path.name for path in folder.iterdir()} == {trained.name, untrained.name}
+    made = dictionaries.of_pair(plan, store, pair, site, trained)
+    assert (made.quality["passes"], made.quality["converged"]) == (chosen.settings.passes, chosen.converged)

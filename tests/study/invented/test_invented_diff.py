@@ -87,11 +87,15 @@ def test_a_pair_waits_for_the_fine_tunes_that_it_reads(tmp_path: Path):
     plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini")
     jobs = {job.name: job for job in [*plan.jobs(), *diff_jobs(plan, study_flags(plan))]}
     settings = [f"settings-{slug(method)}" for method in METHODS]
-    assert len(jobs) == 23 + 4 + 1 + len(METHODS) + 4 + 2 * 4 + 6 + 2
+    assert len(jobs) == 23 + 4 + 1 + len(METHODS) + 4 * (1 + len(METHODS) + 3) + 6 + 2
     assert jobs["settings-L1"].after == ("record-K-seed3",)
-    assert jobs["diff-B-seed4-2"].after == (*settings, "record-B-seed4", "train-B-seed4")
+    assert jobs["dictionaries-A-seed4-L1"].after == ("record-A-seed4", "settings-L1")
     read_too = ("train-A-seed3", "train-A-permuted-seed3", "train-N-seed3")
-    assert jobs["diff-A-seed3-1"].after == (*settings, "record-A-seed3", *read_too)
+    assert jobs["diff-A-seed3-1"].after == ("record-A-seed3", *read_too)
+    trained = {f"dictionaries-B-seed4-{slug(method)}" for method in METHODS}
+    after = [set(jobs[f"diff-B-seed4-{share}"].after) for share in (2, 3)]
+    assert after[0] & after[1] == {"record-B-seed4", "train-B-seed4"} and trained <= after[0] | after[1]
+    assert set(jobs["record-A-seed4"].after) >= {f"dictionaries-B-seed3-{slug(method)}" for method in METHODS}
     needed = {job.name for job in chosen(list(jobs.values()), ["diff-K-seed4"])}
     assert needed - {job.name for job in plan.jobs()} == {
         "diff-K-seed4", "record-K-seed3", *settings,
@@ -105,9 +109,9 @@ def test_further_seeds_and_other_sites_are_of_the_pairs_whose_metrics_were_added
     plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini", quick=True)
     jobs = [job.name for job in diff_jobs(plan, study_flags(plan))]
     added = ["A-seed3", "B-seed3", "A-seed4", "B-seed4"]
-    assert [name for name in jobs if name.startswith("seeds")] == [f"seeds-{run}-{n}" for run in added for n in (1, 2)]
+    assert [name for name in jobs if name.startswith("seeds")] == [f"seeds-{run}-{n}" for run in added for n in (2, 3)]
     assert [name for name in jobs if name.startswith("sites")] == ["sites-A-seed3"]
-    assert jobs.index("diff-B-seed4-2") < jobs.index("seeds-A-seed3-1") < jobs.index("diff-K-seed3")
+    assert jobs.index("diff-B-seed4-3") < jobs.index("seeds-A-seed3-2") < jobs.index("diff-K-seed3")
     of = {run: {(one.form, one.seed) for one in subjects(plan, BY_RUN[run], "diff")} for run in ("A-seed3", "K-seed3")}
     assert of["A-seed3"] - of["K-seed3"] == {("frozen", 0)}
     assert {(one.form, one.seed) for one in subjects(plan, BY_RUN["A-seed3"], "seeds")} == {
@@ -120,7 +124,7 @@ def test_another_model_than_the_main_one_is_read_in_the_short_form(tmp_path: Pat
     jobs = [job.name for job in diff_jobs(plan, study_flags(plan))]
     runs = [f"{arm}-seed{seed}" for seed in (3, 4) for arm in "AB"]
     assert [name for name in jobs if name.startswith("diff")] == [
-        f"diff-{run}-{share}" for run in runs for share in (1, 2)
+        f"diff-{run}-{share}" for run in runs for share in (1, 2, 3)
     ]
     assert not [name for name in jobs if name.startswith(("seeds", "sites"))]
 
@@ -128,9 +132,9 @@ def test_another_model_than_the_main_one_is_read_in_the_short_form(tmp_path: Pat
 def test_shares_are_all_methods_once_and_every_form_of_one_is_in_the_same(tmp_path: Path):
     plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini", quick=True)
     every = {one.method for part in ("diff", "seeds") for one in subjects(plan, BY_RUN["A-seed3"], part)}
-    shares = [{method for method in every if in_share(method, share)} for share in (1, 2)]
-    assert shares[0] | shares[1] == every
-    assert not shares[0] & shares[1]
+    shares = [{method for method in every if in_share(method, share)} for share in (1, 2, 3)]
+    assert set().union(*shares) == every and sum(map(len, shares)) == len(every)
+    assert shares[0] == every - set(METHODS)
     assert all(in_share(method, 0) for method in every)
 
 
@@ -246,7 +250,7 @@ def test_dictionaries_are_compared_where_each_can_have_as_many_latents_active():
 
 
 def test_settings_are_the_best_by_the_difference_they_explain():
-    one, other = dictionaries.Settings(2048, 16, 1.0), dictionaries.Settings(8192, 64, 0.5)
+    one, other = dictionaries.Settings(2048, 16, 1.0, 4), dictionaries.Settings(8192, 64, 0.5, 4)
     assert dictionaries.best({one: 0.4, other: 0.5}) == other
     assert dictionaries.best({one: 0.5, other: 0.5}) == one
 
