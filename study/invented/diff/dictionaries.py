@@ -198,7 +198,7 @@ def read_settings(plan: Plan, method: str) -> Chosen:
 def choose_settings(plan: Plan, control: Compared, target: Target, method: str) -> str:
     """Choose a method's settings on a control fine-tune, once the gates hold; returns a line that says them.
 
-    What was recorded of the control stays, for the other methods.
+    What was recorded of the control stays for the other methods, and for its own pair where that is read.
     """
     path = settings_path(plan, method)
     if not path.exists():
@@ -207,6 +207,8 @@ def choose_settings(plan: Plan, control: Compared, target: Target, method: str) 
 
         store = ActivationStore(recorded(plan, control, target), device=students.default_device())
         write_json(path, {"site": site_name(target), **_choice(plan, control, target, store, method)})
+    if not lengths(plan).controls and all(settings_path(plan, each).exists() for each in METHODS):
+        forget(plan, control, target)
     chosen = read_settings(plan, method)
     return f"{method}: {chosen.settings.name}, {'converged' if chosen.converged else 'not converged'}"
 

@@ -99,8 +99,9 @@ class Lengths:
     """Sites besides the primary one."""
     pairs_elsewhere: int = len(ADDED)
     """Pairs that are read at them: both arms, one fine-tuning seed."""
-    batch: int = 960
-    """Replies that are written at one time: all questions of both arms, since a step takes nearly as long for fewer."""
+    batch: int = 480
+    """Replies that are written at one time: as many as there are questions of an arm. More would be hardly slower a
+    step, but two jobs of CARRY_GB would not fit on a GPU of 141 GB."""
     max_new_tokens: int = 96
     """A gold program has at most 53 of the main model's."""
 

@@ -18,11 +18,13 @@ from crosscoder.activations.collection import Document, documents_from_rows
 from crosscoder.activations.layout import token_texts
 from crosscoder.activations.readers import Target
 from crosscoder.interventions.halves import Pair
-from crosscoder.interventions.patching import Halves, batches, patched_logits, run_halves
+from crosscoder.interventions.patching import Batch, Halves, batches, patched_logits, run_halves
 from crosscoder.interventions.ranking import reading_of
 from finqa.task.records import TeacherRow
 from study.wording import operation
 
+BATCH_TOKENS = {"cuda": 8_192, "cpu": 2_048}
+"""Padding included. With a vocabulary of 152,000 the logits that are compared take about 4 GB for the larger one."""
 LENS_POSITIONS = 5
 """First tokens of unrelated text whose mean difference is read (Minder et al. 2025, arXiv 2510.13900)."""
 UNRELATED = (
@@ -95,10 +97,15 @@ def both_logits(
 ) -> Iterator[tuple[Tensor, Halves, tuple[Tensor, Tensor]]]:
     """Batch by batch: places of its documents, both models as far as the site, and the logits of base and fine-tuned
     model at the predicting positions."""
-    for chosen, batch in batches(documents, pair.instruct.device):
+    for chosen, batch in _batches(pair, documents):
         halves = run_halves(pair, batch, [target.layer])
         base = patched_logits(pair, halves, target, "sufficiency", "own", None)
         yield chosen, halves, (base, halves.reference)
+
+
+def _batches(pair: Pair, documents: Sequence[Document]) -> Iterator[tuple[Tensor, Batch]]:
+    device = torch.device(pair.instruct.device)
+    return batches(documents, device, BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]))
 
 
 def centred_difference(base: Tensor, fine_tuned: Tensor) -> Tensor:
@@ -120,7 +127,7 @@ def mined_tokens(pair: Pair, target: Target, documents: Sequence[Document], n: i
 def patched_pairs(pair: Pair, target: Target, documents: Sequence[Document]) -> Tensor:
     """[tokens, 2, d_model] of all positions that a patch changes, on the models' device."""
     found = []
-    for _, batch in batches(documents, pair.instruct.device):
+    for _, batch in _batches(pair, documents):
         with torch.no_grad():
             halves = run_halves(pair, batch, [target.layer])
         found.append(reading_of(halves, target).pairs.to(halves.records[0][target.layer].site(target).dtype))

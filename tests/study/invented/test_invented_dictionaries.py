@@ -19,7 +19,7 @@ from study.invented.diff import dictionaries, pairs
 from study.invented.diff.dictionaries import Settings, train
 from study.invented.diff.plan import BY_RUN, METHODS, Form, Lengths, results_of, sites, subjects
 from study.invented.diff.sources import OfDictionary, energies, exclusivity, top
-from study.invented.files import Place
+from study.invented.files import DOCUMENTS, Place
 from study.invented.plan import Plan
 from study.work import read_json
 
@@ -70,11 +70,18 @@ def test_passes_are_chosen_on_the_control_and_are_those_of_every_pair(
 ):
     plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini")
     site = sites(plan)["residual2"]
-    how_long = Lengths(seeds=(0,), latents=(32,), ks=(L0,), rates=(1.0,), passes=1, most_passes=4)
+    how_long = Lengths(seeds=(0,), latents=(32,), ks=(L0,), rates=(1.0,), passes=1, most_passes=4, controls=False)
     monkeypatch.setattr(dictionaries, "lengths", lambda _: how_long)
     monkeypatch.setattr(dictionaries, "recorded", lambda *_: store.folder)
     monkeypatch.setattr(students, "default_device", lambda: torch.device("cpu"))
+    recorded = plan.place.part(DOCUMENTS).activations(dictionaries.recording(plan, BY_RUN["K-seed3"], site).name)
+    recorded.mkdir(parents=True)
+    for method in METHODS:
+        assert recorded.exists()  # until the settings of all are chosen
+        if method != "plain":
+            write_json(dictionaries.settings_path(plan, method), {})
     assert dictionaries.choose_settings(plan, BY_RUN["K-seed3"], site, "plain").startswith("plain: 32-k4-x1-")
+    assert not recorded.exists()
     chosen = dictionaries.read_settings(plan, "plain")
     said = read_json(dictionaries.settings_path(plan, "plain"))["explained_difference"]
     last, before = (said[f"32-k4-x1-{n}"] for n in (chosen.settings.passes, chosen.settings.passes // 2))
