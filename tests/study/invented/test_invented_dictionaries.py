@@ -76,15 +76,15 @@ def test_passes_are_chosen_on_the_control_and_are_those_of_every_pair(
     monkeypatch.setattr(students, "default_device", lambda: torch.device("cpu"))
     recorded = plan.place.part(DOCUMENTS).activations(dictionaries.recording(plan, BY_RUN["K-seed3"], site).name)
     recorded.mkdir(parents=True)
-    for method in METHODS:
-        assert recorded.exists()  # until the settings of all are chosen
-        if method != "plain":
-            write_json(dictionaries.settings_path(plan, method), {})
-    assert dictionaries.choose_settings(plan, BY_RUN["K-seed3"], site, "plain").startswith("plain: 32-k4-x1-")
-    assert not recorded.exists()
+    said = dictionaries.choose_settings(plan, BY_RUN["K-seed3"], site, "plain")
+    assert said.startswith("plain: 32-k4-x1-") and recorded.exists()
+    for method in METHODS.keys() - {"plain"}:
+        write_json(dictionaries.settings_path(plan, method), {})
+    assert dictionaries.choose_settings(plan, BY_RUN["K-seed3"], site, "plain") == said
+    assert not recorded.exists()  # of no more use
     chosen = dictionaries.read_settings(plan, "plain")
-    said = read_json(dictionaries.settings_path(plan, "plain"))["explained_difference"]
-    last, before = (said[f"32-k4-x1-{n}"] for n in (chosen.settings.passes, chosen.settings.passes // 2))
+    explained = read_json(dictionaries.settings_path(plan, "plain"))["explained_difference"]
+    last, before = (explained[f"32-k4-x1-{n}"] for n in (chosen.settings.passes, chosen.settings.passes // 2))
     assert chosen.settings.passes in (2, 4) and chosen.converged == (abs(last - before) < 0.01)
 
     pair = BY_RUN["A-seed3"]
