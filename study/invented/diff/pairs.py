@@ -1,9 +1,11 @@
 """All of one pair of models at one site: what every method's items tell and carry, a file for each subject.
 
 R/invented/<model>/diff/<site>/<run>/<method>-<form>-<seed>.json holds `quality` of a dictionary, `items` (a row a
-metric and ranking) and `carried` (a row a metric and set). A file that is there is not made again. Activations are
-recorded only where one is missing, and deleted when all are there; of the dictionaries the trained ones of the first
-seed at the primary site stay where metrics were added.
+metric and ranking) and `carried` (a row a metric and set). A file that is there is not made again. Beside it lies
+<...>.npz with what the rows of `items` were computed from: for each ranking and arm that was read, such as
+"energy, A", the scores [pages, metrics, items] fp32. Activations are recorded only where a file is missing, and deleted
+when all are there; of the dictionaries the trained ones of the first seed at the primary site stay where metrics were
+added.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from functools import cached_property
 from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,7 +67,10 @@ def compare(plan: Plan, compared: Compared, target: Target, part: Part, share: i
     if missing := _missing(plan, compared, target, wanted):
         under_way = Comparison(plan, compared, target, part)
         for subject in missing:
-            write_json(results_of(plan, compared, target, subject), under_way.results(subject))
+            path, found = results_of(plan, compared, target, subject), under_way.results(subject)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(path.with_suffix(".npz"), **under_way.scores)
+            write_json(path, found)
             print(f"{compared.run} at {site_name(target)}: {subject.name}", flush=True)
     if not _missing(plan, compared, target, _all_subjects(plan, compared, part)):
         dicts.forget(plan, compared, target)
@@ -107,6 +113,8 @@ class Comparison:
 
     def __init__(self, plan: Plan, compared: Compared, target: Target, part: Part):
         self.plan, self.compared, self.target, self.part = plan, compared, target, part
+        self.scores: dict[str, Any] = {}
+        """Of the subject at hand, by ranking and arm."""
         self.carries = part == "diff" and compared.arm in ADDED
         self.lengths, self.device = lengths(plan), students.default_device()
         self.folder = dicts.folder_of(plan, compared, target)
@@ -120,6 +128,7 @@ class Comparison:
 
     def results(self, subject: Subject) -> dict[str, Any]:
         """What the file of a subject holds."""
+        self.scores = {}
         if subject.method == ENDS:
             return {"carried": self._ends()}
         if subject.method in WITHOUT and subject.method != LENS:
@@ -218,6 +227,7 @@ class Comparison:
         self, rows: Sequence[dict[str, Any]], boards: dict[str, Board], ranking: str
     ) -> Iterator[dict[str, Any]]:
         """The rows with what their items do in the pairs that are read too."""
+        self.scores |= {f"{ranking}, {arm}": board.scores.float().numpy() for arm, board in boards.items()}
         others = {arm: boards[arm] for arm in READ_TOO.get(self.compared.arm, ())}
         return ({"ranking": ranking, **row} for row in read_elsewhere(rows, others, read_metrics(self.plan.place)))
 
