@@ -93,6 +93,8 @@ class Lengths:
     """Test pages that are asked for it."""
     carry_pages: int | None = None
     """Test pages whose questions are answered by the base with items in it; None is all of them."""
+    fine_tunes: tuple[int, ...] = SEEDS
+    """Seeds of the fine-tunes that are compared with the base."""
     controls: bool = True
     """The pairs of A', K and N too."""
     other_sites: int = 3
@@ -111,7 +113,7 @@ GAIN = 0.01
 SHORT = Lengths(seeds=(0,), controls=False, pairs_elsewhere=0)
 """For another model than the main one: the pairs of A and B, at the primary site."""
 QUICK = Lengths(
-    seeds=(0, 1), latents=(64, 128), ks=(4, 8), rates=(1.0,), passes=1, most_passes=2, random=64,
+    fine_tunes=SEEDS[:1], seeds=(0, 1), latents=(64, 128), ks=(4, 8), rates=(1.0,), passes=1, most_passes=2, random=64,
     logit_documents=8, factors=(2.0,), sweep_pages=1, carry_pages=1, other_sites=1, pairs_elsewhere=1,
     batch=64, max_new_tokens=8,
 )  # fmt: skip
@@ -220,7 +222,9 @@ def diff_jobs(plan: Plan, folders: str) -> list[Job]:
 
     The job that makes a pair's last file deletes what was recorded of it, so that few sets lie on the disk at one time.
     """
-    added = [pair for pair in PAIRS if pair.arm in ADDED]
+    how_long = lengths(plan)
+    compared = [pair for pair in PAIRS if pair.seed in how_long.fine_tunes]
+    added = [pair for pair in compared if pair.arm in ADDED]
     control = run_name(CONTROL, SEEDS[0])
 
     def job(step: str, run: str, gb: float, after: Sequence[str], method: str = "", share: int = 0) -> Job:
@@ -229,7 +233,7 @@ def diff_jobs(plan: Plan, folders: str) -> list[Job]:
         name = "-".join(filter(None, [step, *of]))
         return Job(name, f"-m study.invented.diff {words}", gb, tuple(after))
 
-    jobs = [job("ceilings", pair.run, GENERATION_GB, [f"train-{pair.run}"]) for pair in added]
+    jobs = [job("ceilings", pair.run, GENERATION_GB, [f"train-{pair.run}"]) for pair in PAIRS if pair.arm in ADDED]
     before = [job.name for job in (*plan.jobs(), *jobs)]  # no dictionary is trained before the gates are measured
     jobs.append(job("record", control, GENERATION_GB, before))
     settings = [job("settings", control, DICTIONARY_GB, [f"record-{control}"], method) for method in METHODS]
@@ -256,9 +260,9 @@ def diff_jobs(plan: Plan, folders: str) -> list[Job]:
         jobs += [reading[0], *trained, *reading[1:]]
     for pair in (pair for pair in added if subjects(plan, pair, "seeds")):
         jobs += [job("seeds", pair.run, ALL_ROWS_GB, [f"diff-{pair.run}-{share}"], share=share) for share in shares[1:]]
-    others = [pair for pair in PAIRS if lengths(plan).controls and pair not in added]
+    others = [pair for pair in compared if how_long.controls and pair not in added]
     jobs += [job("diff", pair.run, ALL_ROWS_GB, [*chosen, *needed(pair)]) for pair in others]
-    elsewhere = added[: lengths(plan).pairs_elsewhere]
+    elsewhere = added[: how_long.pairs_elsewhere]
     return jobs + [job("sites", pair.run, ALL_ROWS_GB, [*chosen, *needed(pair)]) for pair in elsewhere]
 
 
