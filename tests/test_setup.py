@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import tomllib
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def test_the_lock_file_was_made_from_the_requirements_of_pyproject_toml(project:
     packages = tomllib.loads((REPOSITORY / "uv.lock").read_text())["package"]
     [own] = [package for package in packages if package["name"] == project["name"]]
     asked = {(entry["name"], entry.get("specifier", "")) for entry in own["metadata"]["requires-dist"]}
-    listed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    listed = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     assert asked == {named(requirement) for requirement in listed}
     assert own["version"] == project["version"]
 
