@@ -6,7 +6,6 @@ update still sees exactly the rows that a padded batch would have.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -105,16 +104,9 @@ def packed_attention(
     if attention_mask is not None or cu_seq_lens_q is None:
         raise ValueError(f"{NAME} is for packed training rows alone")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    grouped: dict[str, Any] = {}
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            grouped = {"enable_gqa": True}
-        else:  # torch before 2.12
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    out: Any = varlen_attn(
-        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window, **grouped
-    )
+    window, grouped = (-1 if sliding_window is None else sliding_window - 1, 0), q.shape[1] != k.shape[1]
+    ends, longest = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
+    out: Any = varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=window, enable_gqa=grouped)
     return out[None], None
 
 

@@ -42,6 +42,16 @@ def relative_norms(norms: Tensor) -> Histogram:
     return histogram(analysis.relative_decoder_norm(norms), torch.linspace(0, 1, NORM_BINS + 1, dtype=torch.float64))
 
 
+STRETCHES: tuple[tuple[LatentClass, float, float], ...] = (
+    ("instruct-only", 0.0, analysis.INSTRUCT_ONLY_BELOW),
+    ("between", analysis.INSTRUCT_ONLY_BELOW, analysis.SHARED[0]),
+    ("shared", *analysis.SHARED),
+    ("between", analysis.SHARED[1], analysis.FINE_TUNED_ONLY_ABOVE),
+    ("fine-tuned-only", analysis.FINE_TUNED_ONLY_ABOVE, 1.0),
+)
+"""The classes along the axis of Delta, each with its bounds."""
+
+
 class ClassCount(NamedTuple):
     """A stretch of the axis of relative decoder norms, and how many latents lie in it."""
 
@@ -55,15 +65,6 @@ def class_counts(norms: Tensor) -> list[ClassCount]:
     """Counts by class of [latent, 2] norms, from instruct-only to fine-tuned-only; `between` stands on either side."""
     deltas = analysis.delta(norms)
     kinds = analysis.classify(deltas)
-    low, high = analysis.INSTRUCT_ONLY_BELOW, analysis.FINE_TUNED_ONLY_ABOVE
-    left, right = analysis.SHARED
-    stretches: Sequence[tuple[LatentClass, float, float]] = (
-        ("instruct-only", 0.0, low),
-        ("between", low, left),
-        ("shared", left, right),
-        ("between", right, high),
-        ("fine-tuned-only", high, 1.0),
-    )
     at = analysis.relative_norm_at
     return [
         ClassCount(
@@ -72,7 +73,7 @@ def class_counts(norms: Tensor) -> list[ClassCount]:
             at(above),
             sum(k == kind and below <= d <= above for k, d in zip(kinds, deltas.tolist(), strict=True)),
         )
-        for kind, below, above in stretches
+        for kind, below, above in STRETCHES
     ]
 
 

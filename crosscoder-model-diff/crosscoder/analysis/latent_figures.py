@@ -116,13 +116,9 @@ def frequency_figure(shown: Mapping[LatentClass | None, Histogram], n_dead: int,
 
 def _class_regions(axes: Axes) -> None:
     at = analysis.relative_norm_at
-    regions: Sequence[tuple[LatentClass, float, float]] = (
-        ("instruct-only", 0.0, at(analysis.INSTRUCT_ONLY_BELOW)),
-        ("shared", at(analysis.SHARED[0]), at(analysis.SHARED[1])),
-        ("fine-tuned-only", at(analysis.FINE_TUNED_ONLY_ABOVE), 1.0),
-    )
-    for kind, low, high in regions:
-        axes.axvspan(low, high, color=COLOURS[kind], alpha=0.15, lw=0, zorder=0)
+    for kind, low, high in figure_data.STRETCHES:
+        if kind != "between":
+            axes.axvspan(at(low), at(high), color=COLOURS[kind], alpha=0.15, lw=0, zorder=0)
 
 
 def _above(axes: Axes, x: float, kind: LatentClass, n: int) -> None:
