@@ -92,7 +92,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    with parallel.one_voice(), ExitStack() as held:
+    with parallel.only_first_prints(), ExitStack() as held:
         choices, folders, recording = choices_from_args(args), Folders.from_args(args), from_args(Recording, args)
         with parallel.first_goes_first():
             parallel.check_device(recording.device)

@@ -1,4 +1,4 @@
-"""What the figures of latents show, as plain numbers: a figure draws these and analysis.json holds them."""
+"""The numbers behind the figures of latents: the figures draw them, and analysis.json holds them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Histogram(NamedTuple):
 
 
 def histogram(values: Tensor, edges: Tensor) -> Histogram:
-    """Counts of [n] numbers between edges that rise; what lies outside, or is not a number, is not counted."""
+    """Histogram of [n] numbers over ascending edges; numbers outside the edges, and NaN, are not counted."""
     values = values.double().cpu()
     counts, _ = torch.histogram(values[values.isfinite()], edges.double())
     return Histogram(edges.tolist(), [int(count) for count in counts.tolist()])
@@ -62,7 +62,7 @@ class ClassCount(NamedTuple):
 
 
 def class_counts(norms: Tensor) -> list[ClassCount]:
-    """Counts by class of [latent, 2] norms, from instruct-only to fine-tuned-only; `between` stands on either side."""
+    """Latents of [latent, 2] norms in each of STRETCHES; the bounds are relative decoder norms."""
     deltas = analysis.delta(norms)
     kinds = analysis.classify(deltas)
     at = analysis.relative_norm_at
@@ -127,10 +127,10 @@ class ScalingPoints(NamedTuple):
 def scaling_points(
     scaling: LatentScaling, kinds: Sequence[LatentClass], dead: Tensor
 ) -> dict[LatentClass, ScalingPoints]:
-    """By class, of the latents that are not `dead` ([latent] mask); a class without any is left out.
+    """The points of each class, of latents that are not `dead` ([latent] mask); a class without any is left out.
 
-    Each is asked for in the other model by the vector of the one that it is shown by (LatentScaling.probes), so those
-    in the region `exclusive` are those that meet the conditions for either model, whatever their class.
+    A latent is shown by one of its two probes (LatentScaling.probes): the one by which it is exclusive, if any.
+    So the region `exclusive` holds every latent that meets the conditions for either model, whatever its class.
     """
     probes, of_class = scaling.probes(kinds), analysis.class_masks(kinds, ~dead)
     return {

@@ -1,4 +1,4 @@
-"""Figures of merit and readings of a crosscoder: explained variance, decoder norms, classes, cosines."""
+"""Measures of a crosscoder: explained variance, decoder norms, classes, cosines."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class ExplainedVariance(NamedTuple):
     joint: float | None
     """Both sums over both models, in scaled space."""
     difference: float
-    """Explained variance of x[1] - x[0] by xhat[1] - xhat[0], in the models' own units. With both models well
-    explained, 0 still means that what tells them apart is not."""
+    """Explained variance of x[1] - x[0] by xhat[1] - xhat[0], in the models' own units. It can be 0 although both
+    models are well explained."""
     l0: float
-    """Mean active latents a token, without which no explained variance can be compared."""
+    """Mean number of active latents per token: explained variances can be compared at equal L0 only."""
     n_tokens: int
 
     @property
@@ -137,7 +137,7 @@ def decoder_norms(model: BatchTopKCrosscoder) -> Tensor:
 
 
 def decoder_directions(model: BatchTopKCrosscoder) -> dict[str, Tensor]:
-    """[latent, d_model] decoder vectors in the models' own units, by whose they are."""
+    """Decoder vectors [latent, d_model] in the models' own units, by model; a difference SAE's under `difference`."""
     if model.config.n_inputs == N_MODELS:
         return dict(zip(("instruct", "fine-tuned"), model.raw_decoder().unbind(dim=1), strict=True))
     return {"difference": model.difference_decoder()}
@@ -154,13 +154,13 @@ def delta(norms: Tensor) -> Tensor:
 
 
 def relative_norm_at(delta_value: float) -> float:
-    """The relative decoder norm of a latent with this Delta, to draw the classes' bounds on a plot of it."""
+    """The relative decoder norm of a latent with this Delta, to draw the bounds of the classes on its axis."""
     ratio = 2 * delta_value - 1
     return 1 / (2 - ratio) if ratio > 0 else (1 + ratio) / (2 + ratio)
 
 
 def classify(delta_values: Tensor) -> list[LatentClass]:
-    """Class of each latent by Delta; `between` is what lies outside all three."""
+    """Class of each latent by Delta; `between` is every latent that is in none of the other three."""
 
     def of(value: float) -> LatentClass:
         if value < INSTRUCT_ONLY_BELOW:
@@ -173,7 +173,7 @@ def classify(delta_values: Tensor) -> list[LatentClass]:
 
 
 def latent_classes(model: BatchTopKCrosscoder) -> list[LatentClass]:
-    """Class of each latent: by Delta, but where the dictionary reserves latents for either model by that."""
+    """Class of each latent: by Delta, or where the dictionary reserves latents for either model, by that."""
     n_reserved = model.config.n_reserved
     if not n_reserved:
         return classify(delta(decoder_norms(model)))
@@ -186,7 +186,7 @@ def latent_classes(model: BatchTopKCrosscoder) -> list[LatentClass]:
 
 
 def class_masks(kinds: Sequence[LatentClass], among: Tensor) -> dict[LatentClass, Tensor]:
-    """[latent] bool by class: the latents of a mask whose class (`latent_classes`) it is."""
+    """For each class a [latent] bool mask: its latents (`latent_classes`) that are in the mask `among`."""
     return {kind: torch.tensor([its == kind for its in kinds], dtype=torch.bool) & among for kind in CLASSES}
 
 

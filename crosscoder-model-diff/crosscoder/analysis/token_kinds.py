@@ -1,4 +1,4 @@
-"""What a dictionary does on each part of the documents: the kinds of token that activations.layout tells apart."""
+"""What a dictionary explains on each kind of token (activations.layout): template, page, table, question, program."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def token_kinds(store: ActivationStore, tokenizer: PreTrainedTokenizerBase) -> T
 
 
 def recorded_kinds(store: ActivationStore, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """[recorded] int64: the same of outliers too; found by the ids where the set does not store it."""
+    """[recorded] int64: the same for all recorded tokens, outliers included. By the ids where the set has no kinds."""
     recorded = store.recorded
     if recorded.kind is not None:
         return recorded.kind
@@ -44,8 +44,8 @@ class KindExplained(NamedTuple):
     n_tokens: int
     l0: float
     own_mean: ExplainedVariance
-    """Distances are from the mean of these very tokens: the definition of `explained_variance`, applied to them alone.
-    It asks for what varies among them; that they are of this kind explains nothing."""
+    """Distances are from the mean of these very tokens: `explained_variance` on them alone. What all tokens of the kind
+    have in common counts for nothing."""
     common_mean: ExplainedVariance
     """Distances are from the mean of all tokens given: the figures of the kinds, weighted by their shares of the
     variance, average to the figure of all."""
@@ -91,7 +91,7 @@ def _part(part: float, whole: float) -> float:
 
 
 def kind_rows(found: Iterable[KindExplained]) -> list[dict[str, Any]]:
-    """A flat row a kind, to be written as CSV or JSON; what is not a number or does not apply is None."""
+    """One flat row per kind, to be written as CSV or JSON; NaN, and what does not apply, is None."""
     figures = ("instruct", "fine_tuned", "joint", "difference")
     rows = []
     for each in found:
