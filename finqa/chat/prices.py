@@ -143,7 +143,7 @@ class Spending:
         return self.total + (under_way + 1) * mean <= self.max_cost
 
     def used_up(self, unasked: int, of: int, what: str) -> str:
-        """What is said where `max_cost` left so many of the items without an answer."""
+        """The message where `max_cost` left `unasked` of the items without an answer."""
         earlier = f", ${self.spent_before:.2f} of it by earlier runs" if self.spent_before else ""
         return (
             f"--max-cost {self.max_cost:g} is reached: ${self.total:.2f} spent{earlier}; {unasked} of {of} {what} are "

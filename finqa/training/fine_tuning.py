@@ -261,9 +261,9 @@ def _identity(run: StudentRun, config: TrainingConfig, base_hash: str, data_hash
 
 
 def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Write down whose folder this is, or refuse one that another configuration has begun.
+    """Record the configuration that a folder belongs to, or refuse a folder of another configuration.
 
-    A model that was brought from another machine with its run.json is taken by what that says.
+    A model that was copied here with its run.json is recognised by that.
     """
     path, manifest = folder / CONFIG_FILE, folder / "run.json"
     if not path.exists():
