@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finqa.models import hub
-from finqa.models.adapters import check_plain
+from finqa.models.adapters import check_plain, is_adapter
 from finqa.models.settings import StudentSettings, settings_for
 from finqa.models.students import MODEL_FILES, POCKET, StudentRun, local_model, resolve_model
 from finqa.models.templates import read_template, tokenizer_in
@@ -81,7 +81,7 @@ def pair_from_args(args: argparse.Namespace) -> OwnPair | None:
 def find_model(name: str) -> Path:
     """Folder of a whole model or an adapter, which may be on the Hub; UserError where it holds neither."""
     folder = local_model(name) or hub.fetch_model(name, None, MODEL_FILES)
-    if (folder / "adapter_config.json").exists():
+    if is_adapter(folder):
         check_plain(folder)
     else:
         check_model_folder(folder)

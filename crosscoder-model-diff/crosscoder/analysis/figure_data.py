@@ -88,12 +88,8 @@ def frequencies(
     edges = _frequency_edges(n_tokens)
     if kinds is None:
         return {None: histogram(frequency, edges)}
-    by_class: dict[LatentClass | None, Histogram] = {}
-    for kind in analysis.CLASSES:
-        own = frequency[torch.tensor([its == kind for its in kinds], dtype=torch.bool)]
-        if own.sum() > 0:
-            by_class[kind] = histogram(own, edges)
-    return by_class
+    of_class = analysis.class_masks(kinds, frequency.cpu() > 0)
+    return {kind: histogram(frequency[mask], edges) for kind, mask in of_class.items() if mask.any()}
 
 
 def _frequency_edges(n_tokens: int) -> Tensor:

@@ -96,8 +96,7 @@ def features(
     alive = ~latent_statistics(model, store, indices, n_top=1).dead
     sets = {ALL: torch.ones_like(alive)}
     if model.config.compares_models:
-        kinds = analysis.latent_classes(model)
-        sets |= {kind: torch.tensor([its == kind for its in kinds]) for kind in analysis.CLASSES}
+        sets |= analysis.class_masks(analysis.latent_classes(model), sets[ALL])
     if model.config.n_delta:
         is_delta = torch.arange(model.config.n_latents) >= model.config.n_shared
         sets |= {"shared latents": ~is_delta, "delta latents": is_delta}
