@@ -42,6 +42,15 @@ def test_the_lock_file_was_made_from_the_requirements_of_pyproject_toml(project:
     assert own["version"] == project["version"]
 
 
+@pytest.mark.parametrize("machine", ["cpu", "gpu"])
+def test_make_installs_the_versions_of_the_lock_file(machine: str):
+    dry = ["make", "--no-print-directory", "-n", f"install-{machine}"]
+    steps = subprocess.run(dry, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()
+    export = next(step for step in steps if step.startswith("uv export"))
+    assert "--frozen" in export and f"--extra {machine}" in export and export.endswith("--output-file .venv/locked.txt")
+    assert "--constraint .venv/locked.txt" in steps[-1] and f".[{machine},dev]" in steps[-1]
+
+
 def named(requirement: str) -> tuple[str, str]:
     """`huggingface_hub>=1.0; marker` -> its name as indexes write it, and what it says of the version."""
     name, version = re.fullmatch(r"([\w.-]+?)((?:[<>=!~].*)?)", requirement.partition(";")[0].strip()).groups()  # pyright: ignore[reportOptionalMemberAccess]
