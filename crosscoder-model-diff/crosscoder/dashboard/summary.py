@@ -60,7 +60,7 @@ def explained(found: Findings) -> str:
     of = [f"{value:.1%} of the variance of {whose[name]}" for name, value in found.explained.parts.items()]
     l0 = found.explained.l0
     return (
-        f"On held-out documents this dictionary explains {listed(of)}, with {l0:.1f} latents active at once. "
+        f"On held-out documents this dictionary explains {listed(of)}, with {l0:.1f} active latents per token (L0). "
         "What it does not explain of the difference, this page cannot show."
     )
 

@@ -175,7 +175,7 @@ class TrainingConfig:
     split_seed: int = 0
     """Decides which documents are held out; apart from `seed`, so that seeds are compared on the same ones."""
     seed: int = flag(0)
-    """Seed of the initial weights, the order of the tokens, and what is drawn anew."""
+    """Seed of the initial weights, the order of the tokens, and the latents that are re-initialised."""
     untrained: bool = False
     """Whether no step is taken: the dictionary as training would start, with scales, decoder bias and thresholds of
     the data. With the next one, set by names.CrosscoderChoice, as both are in the dictionary's name."""
