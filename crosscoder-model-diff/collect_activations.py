@@ -117,7 +117,7 @@ class Plan:
     """What is to be recorded, known before a model is loaded."""
 
     choices: list[ActivationChoice]
-    """Of the sets that are not there yet."""
+    """The choices whose sets are not there yet."""
     inputs: list[dict[str, Any]]
     """For each, what it is made from."""
     writers: list[SetWriter]

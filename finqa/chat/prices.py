@@ -113,7 +113,7 @@ class Spending:
         self._alike_before = [cost for own, cost in costs if own == price]
         self.answers = 0
         self.tokens: Counter[str] = Counter()
-        """By the names of Answer's fields; cached tokens are among the prompt's, reasoning among the completion's."""
+        """Counts by the names of Answer's fields; prompt tokens include cached ones, completion tokens reasoning."""
         self.dollars = 0.0
         self.assumed_dollars = 0.0
         """Cost of one request, until there are answers to take the mean of."""

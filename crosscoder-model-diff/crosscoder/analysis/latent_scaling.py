@@ -60,7 +60,7 @@ class LatentScaling:
     beta_err: Tensor
     """[latent, probe, model]; not a number where it is never active, or the probe has no length."""
     beta_rec: Tensor
-    """The same."""
+    """[latent, probe, model]; NaN as in `beta_err`."""
 
     @cached_property
     def nu_err(self) -> Tensor:

@@ -116,7 +116,7 @@ class LatentPage:
 
     latent: int
     values: dict[str, Value]
-    """By a column's key."""
+    """The latent's values by the columns' keys."""
     max_activation: float
     top_tokens: tuple[int, ...]
     """The commonest tokens among its strongest firings."""

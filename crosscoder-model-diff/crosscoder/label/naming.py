@@ -131,8 +131,8 @@ class Namer:
         return self._asked(messages, read_label, LABEL_AGAIN)
 
     def verdicts(self, passages: Passages, label: str) -> list[list[bool] | Wanted | None]:
-        """Of each list of passages, on which the latent is said to fire; the request; or None where no reply can be
-        read."""
+        """For each list of passages: on which the latent is said to fire, or the request for it, or None if no reply
+        can be read."""
         found = []
         for shown in self._lists(passages):
             n = len(shown)

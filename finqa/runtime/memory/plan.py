@@ -121,7 +121,7 @@ def _does_not_fit(
 
 
 def training_need_with_adapter(run: StudentRun, way: Speed, load: Load) -> Need:
-    """The same run with the adapter of its settings in place of all weights."""
+    """Memory of the same run if it trained the adapter of its settings in place of all weights."""
     model = sizes(read_config(run.model, run.revision), run.settings.lora_modules, run.settings.lora_r)
     return training_need(model, load, run.settings.optim, way)
 
