@@ -61,7 +61,7 @@ setup: $(READY)
 clean:
 	rm -rf $(VENV)
 
-$(READY): pyproject.toml requirements.txt requirements-cpu.txt requirements-cpu-excludes.txt
+$(READY): pyproject.toml uv.lock requirements-cpu-excludes.txt
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; name it with: make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(MAKE) --no-print-directory install-$(MACHINE)
@@ -71,13 +71,17 @@ $(READY): pyproject.toml requirements.txt requirements-cpu.txt requirements-cpu-
 
 .PHONY: install-gpu install-cpu torch-cpu
 
-install-gpu:
-	pip install -r requirements.txt -e '.[dev]'
+install-gpu: locked-gpu
+	pip install --constraint $(VENV)/locked.txt -e '.[gpu,dev]'
 
 # The CPU build of torch first, and the packages that would break it left out. uv keeps a torch that it finds.
-install-cpu: torch-cpu
+install-cpu: torch-cpu locked-cpu
+	uv pip install --quiet --constraint $(VENV)/locked.txt --excludes requirements-cpu-excludes.txt -e '.[cpu,dev]'
+
+# The versions of uv.lock. Constraints leave each installer its own index and the CPU build of torch; `uv sync` would not.
+locked-%:
 	pip install --quiet uv
-	uv pip install --quiet --excludes requirements-cpu-excludes.txt -r requirements-cpu.txt -e '.[dev]'
+	uv export --quiet --frozen --extra $* --extra dev --no-hashes --no-emit-project --output-file $(VENV)/locked.txt
 
 torch-cpu:
 ifeq ($(shell uname -s),Linux)

@@ -45,7 +45,7 @@ from finqa.models import hub, students
 from finqa.models.templates import template_facts
 from finqa.models.weights import check_base
 from finqa.runtime import parallel
-from finqa.runtime.command_line import add_flags, at_least_one, flag, from_args, script_parser, settings_of
+from finqa.runtime.command_line import add_flags, flag, from_args, script_parser, settings_of
 from finqa.runtime.errors import report_errors
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import write_manifest
@@ -70,10 +70,10 @@ class Recording:
     dtype: Literal["fp32", "bf16"] | None = flag(None, shown="bf16 on a GPU, else fp32")
     """Number format of the models."""
     batch_tokens: int | None = flag(
-        None, type=at_least_one, metavar="TOKENS", shown="{cuda} on a GPU, else {cpu}".format(**BATCH_TOKENS)
+        None, least=1, metavar="TOKENS", shown="{cuda} on a GPU, else {cpu}".format(**BATCH_TOKENS)
     )
     """Tokens in a batch, padding included."""
-    shard_tokens: int = flag(65_536, type=at_least_one, metavar="TOKENS")
+    shard_tokens: int = flag(65_536, least=1, metavar="TOKENS")
     """Tokens in a shard, the unit of resuming."""
     reader: Literal["nnsight", "hooks"] | None = flag(None, shown="nnsight where it is installed")
     """What reads the activations; both read the same."""
@@ -92,7 +92,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    with parallel.one_voice(), ExitStack() as held:
+    with parallel.only_first_prints(), ExitStack() as held:
         choices, folders, recording = choices_from_args(args), Folders.from_args(args), from_args(Recording, args)
         with parallel.first_goes_first():
             parallel.check_device(recording.device)
@@ -117,7 +117,7 @@ class Plan:
     """What is to be recorded, known before a model is loaded."""
 
     choices: list[ActivationChoice]
-    """Of the sets that are not there yet."""
+    """The choices whose sets are not there yet."""
     inputs: list[dict[str, Any]]
     """For each, what it is made from."""
     writers: list[SetWriter]

@@ -48,7 +48,7 @@ from pathlib import Path
 from typing import Literal
 
 from finqa.chat.config import config_from
-from finqa.runtime.command_line import add_flags, at_least_one, flag, from_args
+from finqa.runtime.command_line import add_flags, flag, from_args
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.paths import Folders
@@ -73,13 +73,13 @@ class Asking:
     teacher: Literal["openai", "program"] = flag("openai", help="Who writes the programs")
     style: ProgramStyle | None = flag(None, shown="plain; named for FinQA-mini")
     """How the programs of --teacher program are written."""
-    limit: int | None = flag(None, type=at_least_one, help="Only the first N questions of each split")
+    limit: int | None = flag(None, least=1, help="Only the first N questions of each split")
     max_failed_share: float = flag(0.2, metavar="SHARE", least=0, most=1)
     """Rows without a program, as a share, above which the exit code is not zero."""
     dry_run: bool = flag(False, help="Print the first prompt and the estimate; send and write nothing")
     batch: Literal["submit", "status", "fetch"] | None = flag(None)
     """Go through the Batch API instead of single requests."""
-    batch_requests: int = flag(REQUESTS_A_BATCH, type=at_least_one, metavar="REQUESTS")
+    batch_requests: int = flag(REQUESTS_A_BATCH, least=1, metavar="REQUESTS")
     """Requests in one batch, at most."""
 
 

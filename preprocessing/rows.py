@@ -1,4 +1,4 @@
-"""Which rows a stage works on, and the check of a flag that preprocessing scripts share."""
+"""Which rows a preprocessing stage works on, and the parser that the stages share."""
 
 from __future__ import annotations
 

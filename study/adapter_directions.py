@@ -34,7 +34,7 @@ SITE_OF = {"o_proj": "attention", "down_proj": "mlp"}
 
 @dataclass(frozen=True)
 class AdapterDirections:
-    """Of one module; the strongest first, on the CPU."""
+    """Directions of one module's adapter, the strongest first, on the CPU."""
 
     layer: int
     """Counted from 1."""
@@ -47,7 +47,7 @@ class AdapterDirections:
 
 
 def weight_directions(model: PeftModel) -> list[AdapterDirections]:
-    """Of every adapted module that writes into the residual stream, by layer. UserError where there is none."""
+    """Singular directions of the adapted modules that write into the residual stream, by layer; UserError for none."""
     found = []
     for layer, module, lora in _writing(model):
         a, b = _matrices(lora)
@@ -60,7 +60,7 @@ def weight_directions(model: PeftModel) -> list[AdapterDirections]:
 
 @torch.no_grad()
 def output_directions(model: PeftModel, documents: Iterable[Document]) -> list[AdapterDirections]:
-    """The same by what the adapter gives for all tokens of the documents but those that are untouched (BOS, say).
+    """Principal directions of what each such module's adapter gives, over all tokens but untouched ones (BOS, say).
 
     The model runs once over each document, its adapter on and in evaluation mode. UserError where no module of the
     adapter writes into the residual stream, or there is no token.

@@ -141,7 +141,7 @@ def causal(folder: Path) -> str:
 
 
 SHOWN_SETS = ("ranked", "components, equal norm", "untrained, equal norm", "random sets", "random directions")
-"""Of sixteen latents or directions, at the norm of the ranked latents."""
+"""Sets shown in the causal table: sixteen latents or directions each, at the norm of the ranked latents."""
 
 
 def gates(folder: Path) -> str:

@@ -89,6 +89,7 @@ def test_help_answers_at_once_without_importing_torch(script: str):
         (["FinQA-mini", "tiny", "-P", "-NT", "-T"], "make it with: python main.py FinQA-mini"),
         (["FinQA-mini", "tiny", "-P", "--push"], "--push is not possible"),
         (["FinQA-mini", "tiny", "-P", "--lora-r", "0"], "--lora-r must be at least 1"),
+        (["FinQA-mini", "tiny", "-P", "-NT", "-T", "--limit", "0"], "--limit must be at least 1, not 0"),
         (["FinQA", "tiny", "-P"], "finqa_train_generated_filtered.csv is missing; make it with: python -m prep"),
         (["FinQA-mini", "tiny", "-P", "-LM", "no_proj"], "has no layers called no_proj"),
     ],

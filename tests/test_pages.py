@@ -28,7 +28,7 @@ MADE_BY_RUNS = re.compile(r"data/|results/|crosscoder-model-diff/results/|D/|R/"
 CODE_FILE = re.compile(r"(?<![\w./<>*-])[\w./-]+\.(?:py|ipynb|toml|cff|lock)\b")
 SOURCE_FILE = re.compile(rf"(?<![\w./<>*-])(?:{'|'.join(SOURCES)})/[\w./-]*\.\w+")
 FOLDER = re.compile(r"`([\w.-]+(?:/[\w.-]+)*/)`")
-OTHER_FLAGS = {"--help", "--nproc-per-node", "--to", "--execute", "--extra"}
+OTHER_FLAGS = {"--help", "--nproc-per-node", "--to", "--execute", "--extra", "--no-sync"}
 """Of every script; of torchrun, nbconvert and uv."""
 MODULE = re.compile(rf"\b(?:{'|'.join(PACKAGES)})(?:\.\w+)+")
 

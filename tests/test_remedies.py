@@ -189,7 +189,6 @@ def test_a_device_that_is_not_there_is_refused_at_once(script: str, device: str)
     ("command", "says"),
     [
         ("main.py FinQA-mini pocket-mistral --vlm", "unrecognized arguments: --vlm (do you mean --vllm?)"),
-        ("main.py FinQA-mini pocket-mistral me -T --limit 0", "argument --limit: must be at least 1, not 0"),
         ("inference.py a b c d", "unrecognized arguments: d"),
         ("-m preprocessing.preprocess_finqa --dataste x", "--dataste x (do you mean --dataset?)"),
         ("-m preprocessing.filter_valid_answers --split nowhere", "argument --split: invalid choice"),

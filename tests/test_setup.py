@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import tomllib
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -36,9 +37,18 @@ def test_the_lock_file_was_made_from_the_requirements_of_pyproject_toml(project:
     packages = tomllib.loads((REPOSITORY / "uv.lock").read_text())["package"]
     [own] = [package for package in packages if package["name"] == project["name"]]
     asked = {(entry["name"], entry.get("specifier", "")) for entry in own["metadata"]["requires-dist"]}
-    listed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    listed = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     assert asked == {named(requirement) for requirement in listed}
     assert own["version"] == project["version"]
+
+
+@pytest.mark.parametrize("machine", ["cpu", "gpu"])
+def test_make_installs_the_versions_of_the_lock_file(machine: str):
+    dry = ["make", "--no-print-directory", "-n", f"install-{machine}"]
+    steps = subprocess.run(dry, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()
+    export = next(step for step in steps if step.startswith("uv export"))
+    assert "--frozen" in export and f"--extra {machine}" in export and export.endswith("--output-file .venv/locked.txt")
+    assert "--constraint .venv/locked.txt" in steps[-1] and f".[{machine},dev]" in steps[-1]
 
 
 def named(requirement: str) -> tuple[str, str]:

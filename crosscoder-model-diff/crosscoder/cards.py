@@ -55,8 +55,7 @@ def write_crosscoder_card(folder: Path, report: CrosscoderReport, repository: st
         "passes over the data": 0 if training.get("untrained") else training.get("epochs", "not known"),
         **_place(recorded),
     }
-    parts = {"instruct": held_out.instruct, "fine-tuned": held_out.fine_tuned, "difference": held_out.difference}
-    explained = {f"explained variance, {part}": value for part, value in parts.items() if value is not None}
+    explained = {f"explained variance, {part}": value for part, value in held_out.parts.items()}
     figures = {**explained, "active latents a token": held_out.l0, "dead latents": report.dead_share}
     data, split = str(recorded.get("dataset", "own")), str(recorded.get("split", ""))
     results = [result(data, split, "explained_variance", value, name) for name, value in explained.items()]

@@ -1,4 +1,4 @@
-"""Readings that need more than a dictionary and its activations: another seed's dictionary, or the models."""
+"""Analyses that need more than a dictionary and its activations: the dictionary of another seed, or the models."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 CONFIRMED = "fine-tuned-only, confirmed"
 """Name of the set of latents that latent scaling confirms."""
 PATCHES_AT_ONCE = 1000
-"""Cells times documents that are measured, of eight cells or more, before they are written down: half a minute's work
-for a model of 1.5 billion parameters on a GPU."""
+"""Patched documents (cells times documents, at least eight cells) between two writes to disk: half a minute's work for
+a model of 1.5 billion parameters on a GPU."""
 
 
 def open_second(reading: Reading, name: Path | str, any_method: bool = False) -> BatchTopKCrosscoder:
@@ -112,11 +112,11 @@ def splice(reading: Reading, pair: Pair) -> list[dict[str, Any]]:
 
 
 def cause(found: Findings, pair: Pair, n_documents: int | None = None) -> tuple[dict[str, Any], list[float]]:
-    """causal_report on the first so many held-out documents (None: all), its files in the results' causal/; and the
-    estimated effect of every latent, in nats a document, by which it ranks them.
+    """The causal report on the first `n_documents` held-out documents (None: all), and the estimated effect of every
+    latent, in nats a document.
 
-    Latents are ranked by their estimated effect on as many training documents. What is patched is teacher-forced: the
-    set has no labels, so no replies are written.
+    Latents are ranked by their estimated effect on as many training documents. Documents are teacher-forced: the set
+    has no labels, so no replies are generated. Files go into causal/ in the folder of the results.
     """
     from crosscoder.interventions.causal_report import CausalConfig, causal_report, kept_survey
     from crosscoder.interventions.causal_rows import Asked

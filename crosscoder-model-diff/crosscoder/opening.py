@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reading:
-    """A trained crosscoder with all that is needed to read it."""
+    """A trained crosscoder with everything that an analysis of it needs."""
 
     name: str
     model: BatchTopKCrosscoder
@@ -53,25 +53,25 @@ class Reading:
 
     @property
     def made_of(self) -> dict[str, str]:
-        """What results, labels and effects are of: this very dictionary, on this very set."""
+        """Identifies what results, labels and effects belong to: this very dictionary, on this very set."""
         from crosscoder.interventions.sets import dictionary_digest
 
         fingerprint = self.store.config.recorded.get("fingerprint")
         return {"dictionary": dictionary_digest(self.model), "activations": str(fingerprint)}
 
     def made(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record that holds a `made_of` is of these."""
+        """Whether a record, which holds a `made_of`, was made from this dictionary on this set."""
         return self.made_of.items() <= record.items()
 
 
 @dataclass(frozen=True)
 class ReadingConfig:
-    """How a dictionary is read, and what goes into the table of its most changed latents."""
+    """How a dictionary is analysed, and which latents are in the table of the most changed ones."""
 
     n_most_changed: int = flag(20, "--most-changed", metavar="LATENTS", least=1)
     """Latents in that table."""
     min_frequency: float = flag(1e-4, metavar="SHARE", least=0, below=1)
-    """Share of the tokens, at or below which a latent is left out of that table: too few examples to read."""
+    """Share of the tokens at or below which a latent is left out of that table: it has too few examples."""
     batch_size: int = READ_TOKENS
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finqa.models import hub
-from finqa.models.adapters import check_plain
+from finqa.models.adapters import check_plain, is_adapter
 from finqa.models.settings import StudentSettings, settings_for
 from finqa.models.students import MODEL_FILES, POCKET, StudentRun, local_model, resolve_model
 from finqa.models.templates import read_template, tokenizer_in
@@ -27,7 +27,7 @@ LONGEST_NAME = 64
 STUDENT_FIELDS = ("load_in_4bit", "revision", "chat_template")
 """What the flags of a student may say of a model of the user's own."""
 SPECIAL = ("bos_token", "eos_token", "unk_token")
-"""Of the special tokens, those that may be read; padding never is."""
+"""The special tokens that a model may read; padding is never read."""
 PLACES = ".places.json"
 """In the folder of a set: where its models and texts lie on this machine. A push leaves it at home."""
 POSITIONAL = {"dataset": "DATASET_NAME", "model": "MODEL_ID", "given_hf_name": "HF_NAME"}
@@ -81,7 +81,7 @@ def pair_from_args(args: argparse.Namespace) -> OwnPair | None:
 def find_model(name: str) -> Path:
     """Folder of a whole model or an adapter, which may be on the Hub; UserError where it holds neither."""
     folder = local_model(name) or hub.fetch_model(name, None, MODEL_FILES)
-    if (folder / "adapter_config.json").exists():
+    if is_adapter(folder):
         check_plain(folder)
     else:
         check_model_folder(folder)
@@ -108,7 +108,7 @@ def check_unchanged(folder: Path | str, recorded: Mapping[str, Any], hashed: str
 
 
 def base_tokenizer(student: StudentRun, recorded: Mapping[str, Any]) -> Any:
-    """That of the pair's base model, to read what was recorded; UserError where that very model is not here."""
+    """The tokenizer of a set's base model; UserError where the model that was recorded is not here."""
     check_there(student.model)
     folder = resolve_model(student.model, student.revision)
     check_unchanged(folder, recorded, "base_hash")

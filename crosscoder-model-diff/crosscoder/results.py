@@ -54,8 +54,8 @@ FIGURES: Mapping[str, Callable[[Findings], Figure | None]] = {
     "latent_scaling": _scaling,
     "firing_frequency": _frequencies,
 }
-"""By the names of their files. None is what does not apply: what compares two decoder vectors, to a difference SAE
-and a stagewise SAE; what compares kinds of token, to texts of one kind."""
+"""Figures by the names of their files. One that does not apply is None: a comparison of two decoder vectors for a
+difference SAE and a stagewise SAE, a comparison of kinds of token for texts of one kind."""
 
 
 def write_figures(found: Findings, folder: Path) -> list[Path]:
@@ -149,8 +149,11 @@ def write_page(
     path: Path | None = None,
     second: tuple[str, BatchTopKCrosscoder] | None = None,
 ) -> str:
-    """Write dashboard.html; a line about it. What latents.csv and analysis.json tell of labels and of causal effects is
-    in it where they are of this dictionary, and the partners of the latents in a `second` one, given with its name."""
+    """Write dashboard.html, and return a line about it.
+
+    It has the labels and causal effects in latents.csv and analysis.json where those are of this dictionary. With a
+    `second` dictionary, given with its name, it has each latent's partner there.
+    """
     from crosscoder.dashboard.builder import build_dashboard
     from crosscoder.dashboard.matching import matched
     from crosscoder.dashboard.page import write_dashboard

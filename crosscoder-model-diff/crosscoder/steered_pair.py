@@ -133,7 +133,7 @@ class SteeredPair:
             its = f"mean value {float(mean[1]):.3g} where active, which adds {' and '.join(shares)}"
             its = its if not mean.isnan().any() else "active on no token of the activations"
             lines.append(f"latent {latent}: {its}")
-        return [*lines, "(as shares of the mean length of what the site gives)"]
+        return [*lines, "(as shares of the mean length of the site's output)"]
 
 
 def open_steered_pair(args: argparse.Namespace, steering: Steering) -> SteeredPair:

@@ -1,4 +1,4 @@
-"""What was paid for is kept: an append-only file of everything a teacher was asked, one JSON object a line.
+"""A journal of everything that a model was asked and answered, so that nothing is paid for twice: JSON lines.
 
 Three kinds of line, each with the key of its request (a hash of everything that shapes the reply):
 

@@ -113,7 +113,7 @@ class Spending:
         self._alike_before = [cost for own, cost in costs if own == price]
         self.answers = 0
         self.tokens: Counter[str] = Counter()
-        """By the names of Answer's fields; cached tokens are among the prompt's, reasoning among the completion's."""
+        """Counts by the names of Answer's fields; prompt tokens include cached ones, completion tokens reasoning."""
         self.dollars = 0.0
         self.assumed_dollars = 0.0
         """Cost of one request, until there are answers to take the mean of."""
@@ -143,7 +143,7 @@ class Spending:
         return self.total + (under_way + 1) * mean <= self.max_cost
 
     def used_up(self, unasked: int, of: int, what: str) -> str:
-        """What is said where `max_cost` left so many of the items without an answer."""
+        """The message where `max_cost` left `unasked` of the items without an answer."""
         earlier = f", ${self.spent_before:.2f} of it by earlier runs" if self.spent_before else ""
         return (
             f"--max-cost {self.max_cost:g} is reached: ${self.total:.2f} spent{earlier}; {unasked} of {of} {what} are "

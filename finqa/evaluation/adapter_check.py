@@ -1,9 +1,9 @@
 """Is the adapter active, and is what vLLM serves the model that was trained?
 
-An adapter can be lost without a word: by a name that matches no layer, by an engine that ignores it, by rounding when
-it is merged. So a few questions with the fine-tuned model's own replies are read by the base, by
-the base with its adapter (unmerged), by the merged model, and by the engine that evaluates; at every token of the
-replies their distributions are held against each other:
+An adapter can be lost without an error: by a name that matches no layer, by an engine that ignores it, by rounding when
+it is merged. So the base, the base with its adapter (unmerged), the merged model and the engine that evaluates all read
+a few questions with the fine-tuned model's own replies, and their next-token distributions are compared at every token
+of the replies:
 
 - the adapter is active where KL(adapter | base) is above 0;
 - merged model and engine agree with it where their mean KL from it is at most AGREEMENT of that.
@@ -47,11 +47,11 @@ LONGEST_REPLY = 128
 
 @dataclass(frozen=True)
 class EngineReading:
-    """What a vLLM engine says of some sequences."""
+    """Log-probabilities that a vLLM engine gives to some sequences."""
 
     logprobs: list[list[dict[int, float]]]
     adapter: str
-    """How it has the adapter: merged or by request."""
+    """How the engine got the adapter: merged, or by request."""
 
 
 def check_adapter(

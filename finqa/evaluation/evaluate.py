@@ -28,7 +28,7 @@ from finqa.models.students import (
 )
 from finqa.models.templates import template_facts
 from finqa.models.weights import weights_hash
-from finqa.runtime.command_line import at_least_one, flag
+from finqa.runtime.command_line import flag
 from finqa.runtime.errors import UserError
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import file_hash, write_json, write_manifest
@@ -49,7 +49,7 @@ class EvaluationConfig:
     splits: tuple[str, ...]
     eval_types: tuple[EvalType, ...]
     generation: GenerationConfig
-    max_rows: int | None = flag(None, "--limit", type=at_least_one, metavar="ROWS")
+    max_rows: int | None = flag(None, "--limit", least=1, metavar="ROWS")
     """Evaluate on the first so many rows of a split only."""
     instruction: str | None = flag(None, shown="the data set's own")
     """What a model that was not fine-tuned is told before the prompt."""

@@ -12,9 +12,7 @@ from finqa.evaluation.predictions import AGAIN, Prediction, read_predictions
 from finqa.runtime.errors import UserError
 from finqa.task.prompts import EVAL_TYPES
 
-ORDER = ("zero-shot", "few-shot", "fine-tuned")
-assert set(ORDER) == set(EVAL_TYPES)
-NAME = re.compile(rf"({'|'.join(ORDER)})(?:-(\d+)-samples)?")
+NAME = re.compile(rf"({'|'.join(EVAL_TYPES)})(?:-(\d+)-samples)?")
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Evaluation:
 
     @property
     def eval_type(self) -> str:
-        return next(eval_type for eval_type in ORDER if self.name.startswith(eval_type))
+        return next(eval_type for eval_type in EVAL_TYPES if self.name.startswith(eval_type))
 
     @property
     def sampled(self) -> bool:
@@ -36,14 +34,14 @@ class Evaluation:
 
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
-    """The finished evaluations in the folder of a split: greedy ones by ORDER, each followed by those with samples.
+    """The finished evaluations in the folder of a split: by eval type, greedy ones before those with samples.
 
     Raises UserError where one is damaged.
     """
     # run.json is written last: without it the others may be of two evaluations.
     whole = [path.parent for path in folder.glob("*/run.json") if path.with_name("metrics.json").exists()]
     found = {path: name for path in whole if (name := NAME.fullmatch(path.name))}
-    shown = sorted(found, key=lambda path: (ORDER.index(found[path][1]), int(found[path][2] or 0)))
+    shown = sorted(found, key=lambda path: (EVAL_TYPES.index(found[path][1]), int(found[path][2] or 0)))
     return [_read(path) for path in shown]
 
 

@@ -43,7 +43,7 @@ def all_replies(generate: Generate, prompts: Sequence[list[int]]) -> list[Reply]
 
 
 PROMPT_TAIL = 16
-"""Tokens at the end of a prompt in which a template may open the reasoning."""
+"""Tokens at the end of a prompt that are searched for the mark by which a template opens the model's reasoning."""
 DEFAULT_TEMPERATURE = 0.7
 """Temperature of several samples, unless told otherwise."""
 
@@ -76,7 +76,7 @@ class GenerationConfig:
     temperature: float = flag(0.0, shown=f"0, with several samples {DEFAULT_TEMPERATURE}", least=0)
     """0 takes the likeliest token (greedy)."""
     seed: int = 3
-    """Seed of sampling; greedy replies know none."""
+    """Seed of sampling; greedy replies do not use it."""
 
     def __post_init__(self) -> None:
         check_bounds(self)

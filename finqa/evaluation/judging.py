@@ -1,4 +1,4 @@
-"""From replies to verdicts: the code of each is taken out, run, and its answer held against the label."""
+"""From replies to verdicts: the code of each reply is extracted and run, and its answer compared with the label."""
 
 from __future__ import annotations
 
@@ -51,10 +51,8 @@ def judge(
 def majority(given: Sequence[Answer]) -> int | None:
     """Self-consistency (Wang et al. 2022): the answer that most samples agree on.
 
-    Returns the place of the first of the answers that most samples gave; None where no sample has an answer.
-
-    Two answers are one where the strict rule says so of the later and the first of its group. Of groups of one size the
-    first seen wins.
+    Returns the index of the first sample with that answer; None where no sample has an answer. An answer joins a group
+    where the strict rule accepts it for the first answer of the group; of groups of equal size the first wins.
     """
     groups: list[list[int]] = []
     for place, answer in enumerate(given):

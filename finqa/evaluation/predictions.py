@@ -1,4 +1,4 @@
-"""What an evaluation leaves of each row, and its file: predictions.jsonl."""
+"""The record that an evaluation keeps of each row, and the file of all records: predictions.jsonl."""
 
 from __future__ import annotations
 

@@ -76,11 +76,11 @@ class ReplyJournal(Journal):
         self.replies[slot] = Reply(**fields)
 
     def secure(self) -> None:
-        """Have every reply in the journal, so that the results can be replaced."""
+        """Write every reply to the journal, so that the results can be replaced."""
         self.rewrite([{"served": self.served}, *(self._record(slot, reply) for slot, reply in self.replies.items())])
 
     def hand_over(self, slots: Sequence[Slot]) -> None:
-        """The results have these replies now; others stay in the journal (of rows that --limit left out)."""
+        """Drop the replies that the results hold now; others (of rows that --limit left out) stay in the journal."""
         for slot in slots:
             self.replies.pop(slot, None)
         if self.replies:

@@ -12,7 +12,7 @@ from finqa.task.records import Question, TeacherRow, read_questions, read_teache
 from finqa.task.stated_answers import AnswerKind, answer_kind, label_disputed
 
 BEST_FIRST: tuple[datasets.RowsFile, ...] = ("generated", "clean", "filtered")
-"""The files that rows are read from, the first that is there: the teacher's says the most, the filtered has not all."""
+"""Files that rows are read from, the first that exists: the teacher's says the most, the filtered one lacks rows."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def read_rows(
         said = f"no rows of {data.name} {split} to evaluate on: neither {generated} nor {clean}; make them with"
         raise datasets.missing(said, "clean", data, split, folders)
     if kind == "filtered":
-        print(f"{split}: only the rows that the teacher solved are here ({path}); all are scored better", flush=True)
+        print(f"{split}: only the rows that the teacher solved are scored, since only {path} is here", flush=True)
     again = datasets.how_to_make(kind, data, split, folders)
     if kind == "clean":
         rows = [_from_question(question) for question in read_questions(path, again)]

@@ -21,11 +21,11 @@ ANY_VALUE = frozenset({
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
     "task_type", "use_rslora",
 })  # fmt: skip
-"""Settings that leave an adapter plain, whatever they say; what shapes a start only counts by `init_lora_weights`."""
+"""Settings that may have any value in a plain adapter. Those of a start count by `init_lora_weights` alone."""
 PLAIN = {"bias": "none"}
-"""What other settings say in a plain adapter; all that are not here are off there: null, false or empty."""
+"""Values that further settings have in a plain adapter; every setting not named here must be null, false or empty."""
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
-"""Names of starts that leave the base weights alone, beside true and false."""
+"""Initialisations (`init_lora_weights`) that leave the base weights unchanged, beside true and false."""
 SHARED = ("lm_head", "embed_tokens", "embed_out", "embed_in", "wte", "word_embeddings")
 """Names of embeddings and heads, which are one matrix in a model with tied weights."""
 
@@ -88,7 +88,7 @@ def check_tied(modules: str | Iterable[str], base: Path | str) -> None:
 
 
 def check_layers(pair: Any, folder: Path) -> None:
-    """Raises UserError where the loaded adapter of `folder` is on bare parameters: peft takes names of experts so."""
+    """Raises UserError where the loaded adapter of `folder` is on bare parameters, as peft puts it on experts."""
     from peft.tuners.lora.layer import ParamWrapper
 
     found = sorted(

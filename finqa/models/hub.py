@@ -15,15 +15,15 @@ from finqa.models.settings import SETTINGS
 from finqa.runtime.errors import UserError, nearest
 
 LEFT_OUT = ("checkpoint-*/*", "*.tmp", "*.tmp/*", "wandb/*", ".*")
-"""What a push leaves at home: checkpoints, logs, and what a killed run left half-written."""
+"""Files that a push does not upload: checkpoints, logs, and what a killed run left half-written."""
 NOT_FETCHED = ("consolidated*", "original/*")
-"""The same weights once more, in the form of the model's maker."""
+"""Files that are not downloaded: a second copy of the weights, in the format of the model's maker."""
 NAME_LENGTH = 96
 """Longest repository name that the Hub takes."""
 Purpose = Literal["read", "write"]
 RepositoryKind = Literal["model", "dataset"]
 ACTIVATION_KINDS: tuple[RepositoryKind, ...] = ("dataset", "model")
-"""Of the repositories of activations; those that were pushed first are models."""
+"""Kinds of repository that activations are looked for in: the first ones were pushed as models."""
 Result = TypeVar("Result")
 
 
@@ -77,7 +77,7 @@ def fetch_folder(
     except GatedRepoError as error:
         raise _refused(repo_id, "read") from error
     except LocalEntryNotFoundError as error:
-        # The client's word for "not in the cache, and the Hub did not answer as it should".
+        # The client raises this where a file is not in the cache and the Hub did not answer as it should.
         if is_offline():
             return None
         raise _explanation(repo_id, "read", error) from error
@@ -108,7 +108,7 @@ def looked_for(repo_id: str | None) -> str:
 
 
 def why_no_push(repo_id: str | None) -> str | None:
-    """What is missing for a push, with its remedy; None where nothing is, as far as can be known without pushing."""
+    """What is missing for a push, with its remedy; None where nothing is, as far as that is known beforehand."""
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id

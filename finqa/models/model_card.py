@@ -1,4 +1,4 @@
-"""The card (README.md) of what goes to the Hub: metadata that its searches use, figures of the run, how to load it."""
+"""The card (README.md) of a repository on the Hub: metadata for its search, figures of the run, how to load it."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def metadata(
     pipeline: str | None = None,
     **more: Any,
 ) -> str:
-    """Head of a card.
+    """The YAML block at the top of a card.
 
     Args:
-        name: Of what the card is for.
-        bases: Models that it was made from, as the user named them; those of the Hub are in the metadata.
-        relation: What it is to its base; None for what is no model of its own.
+        name: Name of the model, dictionary or activation set that the card describes.
+        bases: Models that it was made from, as the user named them; those on the Hub go into the metadata.
+        relation: How a model relates to its base; None for what is not a model, such as activations.
         results: Figures of the run (`result`), each with its metric.
         more: Further fields.
 
-    The licence is that of the first base, to which the card links: what is made of a model is bound by its terms.
+    The licence is that of the first base, to which the card links: whatever is made from a model is bound by its terms.
     """
     from huggingface_hub import ModelCardData
 
@@ -87,13 +87,13 @@ def result(dataset: str, split: str, metric: str, value: float, name: str = "", 
 
 
 def table(*rows: Mapping[str, Any]) -> str:
-    """Rows with the same columns, in Markdown."""
+    """A Markdown table of rows that have the same columns."""
     lines = (rows[0], ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def loading(*lines: str) -> str:
-    """The lines that load it, as a reader copies them."""
+    """A block of Python with the lines that load it."""
     return "\n".join(["```python", *lines, "```"])
 
 
@@ -157,7 +157,7 @@ The loss is taken on the program alone. `run.json` holds the whole configuration
 def _evaluations(
     run: StudentRun, trained: Mapping[str, Any], folders: Folders
 ) -> Iterator[tuple[str, EvalType, dict[str, Any]]]:
-    """Split, eval type and metrics.json of the evaluations of these very weights, or of their base."""
+    """Split, eval type and metrics of each evaluation of exactly these weights, or of their base."""
     for split in SPLITS:
         for eval_type in EVAL_TYPES:
             folder = folders.evaluation(run.dataset, run.model_id, split, eval_type)

@@ -145,7 +145,7 @@ def _is(model: str, name: str) -> bool:
 
 
 def _is_small(model: str) -> bool:
-    """By the width in the config.json of a local folder, else by the size in the name, such as 0.5B or 360M."""
+    """Whether a model is small, by the width in a local config.json, else by the size in its name (0.5B, 360M)."""
     try:
         config = json.loads((Path(model).expanduser() / "config.json").read_text())
         return config["hidden_size"] < SMALL_WIDTH

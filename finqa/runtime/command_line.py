@@ -76,14 +76,6 @@ def check_bounds(config: Any) -> None:
             raise UserError(f"{_names(one)[-1]} must be {said}, not {value}")
 
 
-def at_least_one(text: str) -> int:
-    """Reads an int from 1 up, as a flag's `type`."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
-
-
 class ScriptParser(argparse.ArgumentParser):
     """A parser that says in one line what is wrong with the command, and the flag that is most like an unknown one."""
 

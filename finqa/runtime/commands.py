@@ -1,5 +1,5 @@
-"""The project's commands as a user types them: how a remedy says one, and runs with a log of their own, which the demo
-and the study are made of."""
+"""The project's commands: as text that a user can paste, and run with a log of their own, as the demo and the study run
+them."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def start_into(
 
 
 def failure(name: str, exit_code: int, log: Path) -> str:
-    """What is said of a command that failed: its exit code and the end of its log."""
+    """The message about a command that failed: its exit code and the end of its log."""
     with log.open(errors="replace") as lines:
         end = "".join(deque(lines, LOG_LINES_SHOWN))
     return f"{name} failed (exit code {exit_code}); the end of {log}:\n{end}"

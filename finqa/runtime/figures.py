@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, SKY_BLUE, VERMILION, GREEN, GREY = "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#7F7F7F"
-"""Of the Okabe-Ito palette, which colour-blind readers can tell apart."""
+"""Colours of the Okabe-Ito palette, which colour-blind readers can tell apart."""
 WIDTH, HEIGHT = 3.4, 2.5
 """Inches."""
 PNG_DPI = 300

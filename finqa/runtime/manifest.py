@@ -79,7 +79,7 @@ def without_folders(value: Any) -> Any:
 
 
 def portable_name(path: str | Path) -> str:
-    """What a folder is called where nobody has this machine's: a model in the Hub's cache by its id, else its name."""
+    """A folder's name for a reader on another machine: the Hub id of a model in the Hub's cache, else its last part."""
     cached = _CACHED.search(str(path))
     return f"{cached[1]}/{cached[2]}" if cached else Path(path).name
 

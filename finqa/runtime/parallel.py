@@ -16,7 +16,7 @@ from typing import NoReturn
 from finqa.runtime.errors import UserError
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher tells each process; a process that works alone must not find it."""
+"""Environment variables that a launcher sets for each process; a process that works alone must not see them."""
 PATIENCE = timedelta(hours=12)
 """How long processes wait for one of them, which may be downloading a model. (Of itself NCCL gives up after ten
 minutes.) One that dies is not waited for: the launcher stops the others."""
@@ -64,9 +64,9 @@ def multiplies_bf16(device: str) -> bool:
 
 @contextlib.contextmanager
 def first_goes_first() -> Iterator[None]:
-    """The first process runs the block, then the others do; where it fails, the others end without a word.
+    """The first process runs the block, then the others do; where it fails, the others end without a message.
 
-    What is wrong for all is so said once, and what the first one writes is there for the others.
+    So an error that every process would meet is reported once, and the others find what the first one has written.
     """
     if is_first():
         yield
@@ -116,7 +116,7 @@ def total(number: float) -> float:
 
 
 @contextlib.contextmanager
-def one_voice() -> Iterator[None]:
+def only_first_prints() -> Iterator[None]:
     """Only the first process prints on stdout within the block."""
     if is_first():
         yield
@@ -126,7 +126,7 @@ def one_voice() -> Iterator[None]:
 
 
 def part() -> None:
-    """Leave the group of processes: what follows is each one's own work."""
+    """Leave the process group: from here on each process works by itself."""
     if world_size() == 1:
         return
     import torch

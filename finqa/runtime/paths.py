@@ -198,7 +198,7 @@ def _new_file(**where: Any) -> str:
 
 @contextmanager
 def _temporary(path: Path, make: Callable[..., str]) -> Iterator[Path]:
-    """What `make` (as tempfile.mkdtemp) makes beside `path`, locked while the block runs and gone after it."""
+    """A temporary file or folder beside `path`, by `make` (as tempfile.mkdtemp); locked in the block, then removed."""
     import fcntl
 
     remove_left_overs(path.parent, glob.escape(path.name))

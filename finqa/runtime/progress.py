@@ -15,7 +15,7 @@ Part = TypeVar("Part", bound=Sized)
 PLAIN_EVERY_S = 15.0
 STEPS_EVERY_S = 10.0
 SILENT_S = 25.0
-"""After so long without a word it is said what is under way."""
+"""Seconds without output, after which the last line is printed again."""
 
 
 def say(line: str) -> None:
@@ -44,11 +44,11 @@ class Heard:
 
 @contextmanager
 def never_silent(every_s: float = SILENT_S) -> Iterator[None]:
-    """Within the block, what was said last is said again, with how long ago, whenever nothing else is.
+    """Within the block, print the last line again, with its age, whenever nothing was printed for `every_s` seconds.
 
-    A line that is not ended (a bar, a stage's name) is left as it is: it says what is under way.
+    A line without its line break (a bar, a stage's name) is left as it is: it shows what is under way.
     """
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+    if os.environ.get("RANK", "0") != "0":  # of several processes only the first one prints
         yield
         return
     streams = sys.stdout, sys.stderr
@@ -78,7 +78,7 @@ def never_silent(every_s: float = SILENT_S) -> Iterator[None]:
 
 @dataclass
 class Progress:
-    """Counts what is done of `total` and says so, with the rate and the time left: a bar in a terminal, else lines."""
+    """Counts progress towards `total`, and shows it with rate and time left: a bar in a terminal, lines in a log."""
 
     what: str
     total: int
@@ -120,7 +120,7 @@ class Progress:
 
 
 def told(what: str, parts: Iterable[Part], total: int) -> Iterator[Part]:
-    """The parts, each counted by its length among `total` once it was used; without a `what` nothing is said."""
+    """Yield the parts, and show progress: each counts by its length towards `total`. Silent where `what` is empty."""
     progress = Progress(what, total) if what else None
     for part in parts:
         yield part

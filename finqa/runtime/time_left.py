@@ -1,4 +1,4 @@
-"""How long a long measurement takes: said once it has been timed on its first part, then now and then."""
+"""How long a long measurement will take: printed once its first part has been timed, then now and then."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 Say = Callable[[str], None]
 FIRST_S, EVERY_S = 2.0, 30.0
-"""After so many seconds the first line is said, and then one every so many; what ends sooner says nothing."""
+"""Seconds until the first line, and between two lines; a measurement that ends before the first prints none."""
 
 
 class TimeLeft:
@@ -35,7 +35,7 @@ class TimeLeft:
 
 
 def duration(seconds: float) -> str:
-    """A time as a reader would say it: 40 seconds, 11 minutes, 2.5 hours."""
+    """A time in words: 40 seconds, 11 minutes, 2.5 hours."""
     if seconds < 90:
         return f"{max(1, round(seconds))} second{'s' if round(seconds) > 1 else ''}"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

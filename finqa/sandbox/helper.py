@@ -78,7 +78,8 @@ def serve(steps: list[Callable[[], None]], settings: dict, leftovers: bool) -> N
 def import_random() -> None:
     """Seed `random` once for all programs, so that the same program gives the same answer every time.
 
-    On import it asks to be seeded anew in every fork, a tenth of what a program costs: here it is not heard.
+    On import `random` registers a hook that seeds it anew in every fork, which is a tenth of what a program costs. Here
+    that hook is not registered.
     """
     register = os.register_at_fork
     os.register_at_fork = lambda **_: None

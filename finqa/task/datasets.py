@@ -225,7 +225,7 @@ def rows_file(kind: RowsFile, data: Dataset, split: str, folders: Folders) -> Pa
 
 
 def missing(said: str, kind: RowsFile, data: Dataset, split: str, folders: Folders) -> UserError:
-    """An error that ends with the command that is next on the way to a file, after what is `said`."""
+    """An error: the text `said`, and after it the command to run next on the way to a file."""
     command, hint = how_to_make(kind, data, split, folders), ""
     if data.name == "FinQA" and command == how_to_get(data, folders):
         mini = typed("main.py", "FinQA-mini", "pocket-mistral", "-P")
@@ -234,7 +234,7 @@ def missing(said: str, kind: RowsFile, data: Dataset, split: str, folders: Folde
 
 
 def how_to_make(kind: RowsFile, data: Dataset, split: str, folders: Folders) -> str:
-    """The command that makes a file, or where what that reads is missing, the one that makes this, and so on."""
+    """The command that makes a file; where its input is missing, the command that makes that input, and so on."""
     if kind == "raw":
         return how_to_get(data, folders)
     source, script = MADE_FROM[kind]

@@ -15,7 +15,7 @@ from finqa.runtime.errors import UserError
 from finqa.task.records import Question, format_table, parse_table
 from finqa.task.worked_examples import WorkedExample
 
-EvalType = Literal["fine-tuned", "zero-shot", "few-shot"]
+EvalType = Literal["zero-shot", "few-shot", "fine-tuned"]
 EVAL_TYPES: tuple[EvalType, ...] = get_args(EvalType)
 
 REQUEST = "Read the following passage and then write python code to answer the question:"
@@ -46,6 +46,7 @@ _BLOCK = re.compile(
     re.DOTALL,
 )
 _IS_PYTHON = re.compile(r"^\W*i?py(?:thon)?[\d.]*\b|\bpython")
+_TABLE_LINES = re.compile(r"(?:^[^\n]*\|[^\n]*(?:\n|\Z))+", re.MULTILINE)
 _SETS_ANS = re.compile(r"^[ \t]*ans[ \t]*=", re.MULTILINE)
 
 STOP = (END_PYTHON, f"\n{FENCE}\n")
@@ -191,29 +192,24 @@ def page_from_prompt(prompt: str) -> Question:
     _, found_passage, page = head.partition(PASSAGE)
     if not found_question or not found_passage:
         raise UserError(f"a prompt without {PASSAGE} and {QUESTION} cannot be read: {prompt[:60]!r}...")
-    lines = [line.strip() for line in page.strip().split("\n")]
-    start, end = _table_lines(lines)
+    text = "\n".join(line.strip() for line in page.strip().split("\n"))
+    start, end = table_span(text, 0, len(text))
     return Question(
         id="",
-        pre_text="\n".join(lines[:start]),
-        post_text="\n".join(lines[end:]),
-        table=parse_table("\n".join(lines[start:end])),
+        pre_text=text[:start].removesuffix("\n"),
+        post_text=text[end:],
+        table=parse_table(text[start:end].removesuffix("\n")),
         question=question_of(prompt),
         answer="",
     )
 
 
-def _table_lines(lines: list[str]) -> tuple[int, int]:
-    """The longest run of lines that hold a `|`, as a half-open range; empty at the end where there is none."""
-    best, start = (len(lines), len(lines)), None
-    for index, line in enumerate([*lines, ""]):
-        if "|" in line:
-            start = index if start is None else start
-        elif start is not None:
-            if index - start > best[1] - best[0]:
-                best = (start, index)
-            start = None
-    return best
+def table_span(text: str, start: int, end: int) -> tuple[int, int]:
+    """Where the table of a page stands in text[start:end]: its longest run of lines that hold a `|`, the line break
+    after it included; an empty span at the end where there is none."""
+    runs = _TABLE_LINES.finditer(text, start, end)
+    longest = max(runs, key=lambda run: run[0].strip("\n").count("\n"), default=None)
+    return longest.span() if longest else (end, end)
 
 
 def _user(content: str) -> dict[str, str]:

@@ -76,7 +76,7 @@ _REQUIRED_TEACHER = ("prompt", "generated_code", "actual_answer", "expected_answ
 
 
 def cell_text(cell: str) -> str:
-    """A cell as a page shows it. A `|` or a line break gives way: they part the cells and rows of a table as text."""
+    """A cell for a table's text, where `|` and line breaks separate cells and rows: inside a cell they are replaced."""
     return " ".join(cell.replace("|", "/").splitlines())
 
 

@@ -1,4 +1,4 @@
-"""What happens beside the updates of a fine-tuning run: its log, and the order of an epoch that is gone on with.
+"""Callbacks of a fine-tuning run: its log, and the order of the rows where a run resumes inside an epoch.
 
 The log is a JSON line a record, the same to wandb, and a line or a bar to look at. Imports transformers, which the
 callbacks are built on: import it where training starts.

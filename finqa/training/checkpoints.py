@@ -21,7 +21,7 @@ NO_ROOM_TOLD = re.compile(
     r"No space left|File too large|quota exceeded|PytorchStreamWriter failed writing|inline_container.*unexpected pos",
     re.IGNORECASE,
 )
-"""How the writers of weights, which are no Python, say so."""
+"""How the writers of weights, which are not Python code, report a full disk."""
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""A training run as a picture: loss, learning rate, gradient norm and speed over its updates."""
+"""The figure of a training run: loss, learning rate, gradient norm and speed over its updates."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders) -> Path
     do not suffice.
     """
     folder = folders.model(run.dataset, run.model_id)
-    with parallel.one_voice(), only_run_on(*([folder] if parallel.is_first() else [])), told_when_full(folder):
+    with parallel.only_first_prints(), only_run_on(*([folder] if parallel.is_first() else [])), told_when_full(folder):
         try:
             _fine_tune(run, config, folders, folder)
             parallel.wait_for_all()
@@ -261,9 +261,9 @@ def _identity(run: StudentRun, config: TrainingConfig, base_hash: str, data_hash
 
 
 def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Write down whose folder this is, or refuse one that another configuration has begun.
+    """Record the configuration that a folder belongs to, or refuse a folder of another configuration.
 
-    A model that was brought from another machine with its run.json is taken by what that says.
+    A model that was copied here with its run.json is recognised by that.
     """
     path, manifest = folder / CONFIG_FILE, folder / "run.json"
     if not path.exists():

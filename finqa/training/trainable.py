@@ -47,7 +47,8 @@ def trainable(run: StudentRun, device: str, bf16: bool, speed: Speed) -> PreTrai
 def made_trainable(base: PreTrainedModel, run: StudentRun, speed: Speed) -> PreTrainedModel:
     """The base made ready: its loss on the completion, attention and layers as `speed` says, and the run's adapter.
 
-    Raises UserError where the base has no layers of the names that get an adapter, or `fp8_base` is not possible.
+    Raises UserError where `fp8_base` is not possible. That the base has layers of the names that get an adapter is
+    checked before, by finqa.runtime.memory.plan.
     """
     device = next(base.parameters()).device.type
     base.config.use_cache = False
@@ -105,20 +106,7 @@ def _with_adapter(base: PreTrainedModel, run: StudentRun) -> Any:
     from peft import get_peft_model
 
     # A 4-bit base needs no other preparation: peft freezes it, and norms, embeddings and head stay as for a bf16 one.
-    try:
-        return get_peft_model(base, lora_config(run))
-    except ValueError as error:
-        if "target module" not in str(error).lower():
-            raise
-        raise no_such_layers(run, run.settings.lora_modules, linear_names(base)) from error
-
-
-def linear_names(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers of a model, each once."""
-    import torch
-
-    found = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-    return sorted({name.rpartition(".")[2] for name in found})
+    return get_peft_model(base, lora_config(run))
 
 
 def no_such_layers(run: StudentRun, names: Sequence[str], there: Sequence[str]) -> UserError:

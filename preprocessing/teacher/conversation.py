@@ -1,7 +1,7 @@
-"""What to ask next about a question, as a function of the journal alone.
+"""What to ask next about a question, which follows from the journal alone.
 
-So a run that was killed takes up every question where it was, and batches, single requests and the table at the end
-all see the same thing.
+So a run that was killed continues every question where it was, and batches, single requests and the table at the end
+agree.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Wanted(chat_request.Wanted):
 
 
 class Conversation:
-    """Leads the talk about each question.
+    """Conducts the conversation about each question.
 
     With `attempts` above 1 a program that does not run, or does not give the label, goes back to the teacher as its own
     turn, followed by the error, or by what it gave and that this is not the right answer. The label is never shown, not
@@ -61,7 +61,7 @@ class Conversation:
         self._run_program = run
 
     def first_request(self, question: Question) -> Request:
-        """What the talk about a question opens with; without its limit."""
+        """The request that opens the conversation about a question; without its limit."""
         return request_of(self.config, self._opening(question))
 
     def opening_answer(self, question: Question) -> Answer | None:
@@ -107,7 +107,7 @@ class Conversation:
         return teacher_messages(question, self.examples, hint=self.config.hint)
 
     def _run(self, key: str, code: str) -> Run:
-        """What the program gave, by the journal where it was run before: the same talk is told from it again."""
+        """What the program gave; from the journal where it ran before, so that the conversation takes one course."""
         run = self.journal.run(key)
         if run is None:
             run = self._run_program(code)

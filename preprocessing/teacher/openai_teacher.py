@@ -151,7 +151,7 @@ class OpenAITeacher(Teacher):
 
     @contextlib.contextmanager
     def conversation(self, journal: AnswerJournal) -> Iterator[Conversation]:
-        """The talk about each question; with a sandbox where programs decide whether to ask again."""
+        """The conversation about each question; with a sandbox where programs decide whether to ask again."""
         with contextlib.ExitStack() as stack:
             sandbox = stack.enter_context(Sandbox(workers=1)) if self.config.attempts > 1 else None
 

@@ -53,7 +53,7 @@ class Teacher(Protocol):
         return ""
 
     def facts(self) -> dict[str, object]:
-        """The same for the manifest."""
+        """What the calls so far cost, for the manifest."""
         return {}
 
     def dry_run(self, questions: Sequence[Question], show_prompt: bool = True) -> str:

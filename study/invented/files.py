@@ -57,7 +57,7 @@ class Place:
     """Where the study of one model reads and writes."""
 
     given: Folders
-    """Of the user: FinQA's files are below its data folder."""
+    """The folders that the user gave; FinQA's files are below the data folder."""
     model: str
     """Short name."""
 
@@ -161,7 +161,7 @@ def digest_of(rows: Rows) -> str:
 
 
 def items_of(rows: Rows) -> list[Item]:
-    """Of the test rows, then of the dev rows."""
+    """The items of the test rows, then those of the dev rows."""
     return [_item(row, split, rows.metrics) for split, part in (("test", rows.test), ("dev", rows.dev)) for row in part]
 
 

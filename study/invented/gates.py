@@ -120,7 +120,7 @@ def share_right(
     wanted: Callable[[Item], bool],
     expected: Callable[[Item], str],
 ) -> Share:
-    """Of the wanted questions; UserError where there is an answer to a question that is not in test."""
+    """The share of right answers to the wanted questions; UserError for an answer to a question that is not in test."""
     right = []
     for prediction in predictions:
         if prediction.id not in test:
@@ -132,7 +132,7 @@ def share_right(
 
 
 def families(items: Iterable[Item], kind: str) -> list[str]:
-    """Those of a kind, each once, in order."""
+    """The families of a kind, each once, in order."""
     return list(dict.fromkeys(item.family for item in items if item.kind == kind))
 
 
@@ -156,7 +156,7 @@ def read_answers(plan: Plan) -> dict[str, list[Prediction]]:
 
 
 def all_gates(plan: Plan, n_tokens: Callable[[str], int]) -> list[Gate]:
-    """Those of the text, then those of models, from what is there."""
+    """The gates on the text, then those on models, from what is there."""
     test = read_teacher_rows(plan.place.part(TEST).filtered(plan.dataset, "test"))
     training = {arm: read_teacher_rows(plan.place.part(arm).filtered(plan.dataset, "train")) for arm in ("A", "B")}
     return [*text_gates(test, training, n_tokens), *model_gates(read_items(plan.place), read_answers(plan))]

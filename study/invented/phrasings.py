@@ -52,7 +52,7 @@ def ask(metric: Metric, slots: Slots, phrasing: int) -> str:
 
 
 def ask_with_definition(metric: Metric, slots: Slots, operands: Sequence[str], phrasing: int) -> str:
-    """The same with the metric's definition before it, each operand with its value in brackets."""
+    """The question (`ask`) after the metric's definition, in which each operand has its value in brackets."""
     start = f"the {metric.name} index of {slots.row} and {slots.row_2} from {slots.year_2} to {slots.year}"
     return f"{start} is {in_words(metric.formula, slots, operands)} . {ask(metric, slots, phrasing)}"
 

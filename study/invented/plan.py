@@ -29,7 +29,7 @@ class Evaluation:
     """One evaluation that the gates read."""
 
     name: str
-    """Of the model and of how it is asked."""
+    """Name of the model and of how it is asked."""
     run_name: str
     split: str
     eval_type: str
@@ -132,7 +132,7 @@ class Plan:
 
     @property
     def training_gb(self) -> float:
-        """Of the student's memory in docs/finqa.md, whatever folder it is in."""
+        """GPU memory, in 1e9 bytes, of a fine-tune of this student (docs/finqa.md), whatever folder the model is in."""
         by_name = {short(model): gb for model, gb in TRAINING_GB.items()}
         return by_name.get(Path(self.model).name, SMALL_GB)
 

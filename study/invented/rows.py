@@ -61,7 +61,7 @@ class Row:
     draw: Draw | None = None
     """None for a question of the source itself."""
     number: int = 0
-    """Of its draw, in its part."""
+    """Number of its draw within its part."""
 
     @property
     def prompt(self) -> str:
@@ -179,7 +179,7 @@ def label(formula: Formula, draw: Draw) -> str:
 
 
 def with_definition(row: Row, metrics: Metrics) -> Row:
-    """The same question after the metric's definition."""
+    """The row with the metric's definition before its question."""
     metric = next(metric for metric in metrics.invented if metric.name == row.question.family)
     assert row.draw, row
     text = ask_with_definition(metric, row.draw.slots, row.draw.operands, row.draw.phrasing)

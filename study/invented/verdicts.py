@@ -42,7 +42,7 @@ class Finding:
     value: float | None
     """None where the tables lack what it is computed from."""
     low: float | None
-    """Of the 95% interval, where there is one."""
+    """Lower end of the 95% interval, where there is one."""
     high: float | None
     bound: float | None
     holds: bool | None
@@ -102,7 +102,7 @@ class Rates:
     """[metrics, fine-tuning seeds] fp64: mean over dictionary seeds in the arm that has the metric; not a number where
     nothing was measured."""
     absent: Tensor
-    """The same in the other arm."""
+    """Rates as in `added`, in the other arm."""
 
     @classmethod
     def of(cls, items: Iterable[Row], method: str, form: str) -> Rates:
@@ -130,7 +130,7 @@ class Rates:
 
     @property
     def p(self) -> float | None:
-        """Of the sign-flip test of the metrics' differences."""
+        """p of the sign-flip test of the metrics' differences."""
         differences = (self.added - self.absent).mean(dim=1)
         return sign_flip_p(differences.tolist()) if len(differences) and differences.isfinite().all() else None
 

@@ -23,7 +23,7 @@ class ExclusivityAnswer:
     """The primary figure: over active items, AUROC of the measure for being specific to an added family. Nothing is cut
     on the measure."""
     added_against_known: Estimate
-    """The same over items that are specific to some family: new ones against known ones."""
+    """That figure over items that are specific to some family: new families against known ones."""
     correlation: float | None
     """Spearman's, over active items, of the measure and the item's largest AUROC for an added family on the scoring
     half: no cut at all. None where either has one value throughout."""
@@ -41,7 +41,7 @@ class ClassAnswer:
     found: tuple[str, ...]
     """Added families for which the class's best item of the choosing half is specific on the other half."""
     found_known: tuple[str, ...]
-    """The same of known families."""
+    """Known families for which it is so."""
     recall: Estimate
     """Share of the added families that are found."""
     precision: Estimate
@@ -63,8 +63,8 @@ class StratumAnswer:
     at least Settings.selective_at; AUROC within pages (selectivity.auroc_within)."""
     specific_to_known: int
     over_all_pages_added: int
-    """The same count where a family's questions are held against all others, on whatever page and template: what the
-    page and the template give away counts too."""
+    """That count for added families where their questions are compared with all others, on whatever page and template:
+    what the page and the template give away counts too."""
     over_all_pages_known: int
     best_is_added: Estimate
     """Share of all active items whose best family is an added one."""
@@ -75,7 +75,7 @@ class StratumAnswer:
     null_p: dict[str, float]
     """Family -> p of its best item, of all questions, against labels permuted within templates."""
     null_q: dict[str, float]
-    """The same after Benjamini and Hochberg over the families."""
+    """That p, adjusted over the families by Benjamini and Hochberg."""
     significant_for_added: int
     """Items that beat the null for an added family (nulls.PermutationNull.significant)."""
     significant_for_known: int
@@ -85,7 +85,7 @@ class StratumAnswer:
 
 @dataclass(frozen=True)
 class KnownAnswer:
-    """Of one subject on one pair of models."""
+    """The answer for one subject on one pair of models."""
 
     pair: str
     subject: str

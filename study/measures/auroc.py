@@ -23,7 +23,7 @@ class Estimate:
     low: float | None
     high: float | None
     n: int
-    """Those of which it is the figure: positives of an AUROC, members of a share."""
+    """What the figure is taken over: positives of an AUROC, members of a share."""
     n_others: int = 0
     """Negatives of an AUROC."""
 
@@ -42,7 +42,7 @@ def auroc(values: Tensor, positive: Tensor) -> Tensor:
 
 
 def auroc_of_ranks(ranked: Tensor, positive: Tensor) -> Tensor:
-    """The same of `ranks`, which need to be taken once for any number of labellings."""
+    """AUROCs from `ranks`, which need to be computed once for any number of labellings."""
     member = positive.to(ranked)
     n_positive = member.sum(dim=0)
     n_negative = len(member) - n_positive
@@ -78,7 +78,7 @@ def auroc_sparse(item: Tensor, value: Tensor, positive: Tensor, n_items: int, n_
 
 
 def auroc_estimate(values: Tensor, positive: Tensor) -> Estimate:
-    """Of one item: [n] values and [n] bool, where the values are numbers."""
+    """AUROC of one item, with its interval, from [n] values and [n] bool; NaN values are left out."""
     known = ~values.isnan()
     values, positive = values[known], positive[known]
     n, n_others = int(positive.sum()), int((~positive).sum())
@@ -89,7 +89,7 @@ def auroc_estimate(values: Tensor, positive: Tensor) -> Estimate:
 
 
 def auroc_interval(area: float, n: int, n_others: int) -> tuple[float, float]:
-    """Of an AUROC from n positives and n_others negatives; a proper interval at 0, at 1 and for one positive.
+    """95% interval of an AUROC from n positives and n_others negatives; valid at 0, at 1 and for one positive.
 
     Newcombe, Statistics in Medicine 25 (2006) 559-573, method 5: the areas whose distance is 1.96 times the standard
     error of Hanley and McNeil at that area, with both groups' sizes in its bracket replaced by their mean. At 1/2 that

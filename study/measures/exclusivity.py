@@ -33,7 +33,7 @@ Measure = Literal["delta", "1 - nu_err", "delta_slope"]
 
 @dataclass(frozen=True)
 class Exclusivity:
-    """Of every item; on the CPU. What a subject has no measure for is not in the mappings."""
+    """Measures of exclusivity for every item, on the CPU. A measure that a subject lacks is not in the mappings."""
 
     measures: dict[Measure, Tensor]
     """[items] fp64 each, large for the fine-tuned model's own; not a number where it cannot be trusted."""

@@ -36,7 +36,7 @@ class Settings:
     """What the figures depend on beside the data."""
 
     seed: int = 0
-    """Of the halves and of the permutations."""
+    """Seed of the halves and of the permutations."""
     selective_at: float = SELECTIVE_AT
     """AUROC from which an item is specific to a family."""
     n_permutations: int = N_PERMUTATIONS

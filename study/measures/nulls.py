@@ -25,7 +25,7 @@ EXACT_IN_FP32 = 2**24
 
 @dataclass(frozen=True)
 class PermutationNull:
-    """Of the families that share their template with another; the others cannot be permuted."""
+    """The null for families that share their template with another; the labels of others cannot be permuted."""
 
     families: Tensor
     """[tested] int64: which families."""
@@ -68,7 +68,7 @@ def permutation_null(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> PermutationNull:
-    """Of a stratum's scores over all pages. Of `items` [items] bool alone, if given; the p of the others is 1.
+    """The permutation null of a stratum's scores over all pages. With `items` [items] bool, of those; others have p 1.
 
     Ranks are taken once; a permutation's rank sums, which order items as their AUROCs do, are a row of one product of
     matrices. They are doubled to be whole numbers, and so compared exactly.

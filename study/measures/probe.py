@@ -26,7 +26,7 @@ MAX_ITERATIONS = 200
 
 @dataclass(frozen=True)
 class ProbeCeiling:
-    """Of one stratum and one of INPUTS, whose mean over the stratum's tokens is what the probe reads."""
+    """The probe's figures for one stratum and one of INPUTS, whose mean over the stratum's tokens the probe reads."""
 
     stratum: Stratum
     input: str
@@ -56,7 +56,7 @@ def probe_ceilings(
 
 
 def probe_ceiling(vectors: Tensor, questions: Questions, stratum: Stratum, name: str, choosing: Tensor) -> ProbeCeiling:
-    """Of [questions, d_model] vectors, not a number where a question has none."""
+    """The probe's figures on [questions, d_model] vectors; a question without a vector has NaN."""
     there = ~vectors[:, 0].isnan()
     x, is_family, first = vectors[there].double(), questions.is_family()[there], choosing[there]
     areas = []

@@ -102,7 +102,7 @@ def mean_difference_subject(store: ActivationStore, indices: Tensor, device: tor
 def principal_components(
     store: ActivationStore, indices: Tensor, n: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Of x[1] - x[0] over the tokens: its mean [d_model] and components [n, d_model] fp32, the largest first; one pass.
+    """Mean [d_model] and principal components [n, d_model] of x[1] - x[0], fp32, the largest first, in one pass.
 
     UserError where there are fewer dimensions than components.
     """

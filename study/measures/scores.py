@@ -18,7 +18,7 @@ from study.measures.strata import STRATA, Questions, Stratum
 
 @dataclass(frozen=True)
 class StratumScores:
-    """Of one stratum; on the CPU."""
+    """Scores on one stratum, on the CPU."""
 
     values: Tensor
     """[n, items] fp32: mean over the stratum's tokens."""
@@ -28,7 +28,7 @@ class StratumScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one subject over all questions of a set; on the CPU."""
+    """Scores of one subject over all questions of a set, on the CPU."""
 
     means: Tensor
     """[strata, questions, items] fp32; not a number where a question has no token in a stratum."""

@@ -17,14 +17,14 @@ SELECTIVE_AT = 0.9
 
 @dataclass(frozen=True)
 class Selectivity:
-    """Of every item on one stratum. AUROC is of a family's questions against others of the same half: all of them, or
+    """AUROCs of every item on one stratum: a family's questions against others of the same half, either all of them or
     those of the same page."""
 
     chosen: Tensor
     """[items, families] fp64: AUROC on the half of the pages where items are chosen; not a number for a family that
     has no question there."""
     scored: Tensor
-    """The same on the other half."""
+    """AUROCs as in `chosen`, on the other half."""
     n_of_family: Tensor
     """[families] int64: questions of each on that other half; within pages, those with another one on their page."""
     n_others: Tensor
@@ -65,7 +65,7 @@ class Selectivity:
 def selectivity(
     scores: StratumScores, questions: Questions, choosing: Tensor, within_pages: bool = False
 ) -> Selectivity:
-    """Of a stratum's scores; `choosing` [questions] bool is the half to choose on (`halves`).
+    """Selectivity of a stratum's scores; `choosing` [questions] bool is the half to choose on (`halves`).
 
     Within pages the negatives are the other families on the same page alone (minimal pairs: the same template, rows
     and years), so that nothing that a page or a template gives away counts; a page of one question has no say.

@@ -28,13 +28,13 @@ NOT_PREDICTED = -1
 
 @dataclass(frozen=True)
 class TokenTruth:
-    """Of one subject: how well its items tell fixed tokens from other predicted ones."""
+    """How well the items of one subject tell fixed tokens from other predicted ones."""
 
     n_tokens: dict[TokenGroup, int]
     share_in_added_families: float | None
-    """Of the fixed tokens, those in questions of an added family; None without a fixed token."""
+    """Share of the fixed tokens that are in questions of an added family; None without a fixed token."""
     mean_square_norm: dict[TokenGroup, float | None]
-    """Of x[1] - x[0], in the models' own units; None for an empty group."""
+    """Mean square norm of x[1] - x[0], in the models' own units; None for an empty group."""
     best_item: int | None
     """The item of the largest AUROC on the choosing half; None where a half lacks fixed or other predicted tokens."""
     best: Estimate
@@ -80,7 +80,7 @@ class NextTokens(NamedTuple):
 
 @torch.no_grad()
 def predictions(model: Any, documents: Sequence[Document], batch_size: int = 64) -> list[NextTokens]:
-    """Of each document. The model in eval mode, as it is, on the device where it is."""
+    """Next-token predictions for each document, by the model as it is: in eval mode, on its device."""
     result: list[Any] = [None] * len(documents)
     order = sorted(range(len(documents)), key=lambda i: len(documents[i].ids))
     for start in range(0, len(order), batch_size):
@@ -101,8 +101,8 @@ def predictions(model: Any, documents: Sequence[Document], batch_size: int = 64)
 def token_truth(
     subject: Subject, store: ActivationStore, questions: Questions, groups: Tensor, choosing: Tensor
 ) -> TokenTruth:
-    """Of a subject's items, by `token_groups`; the best item is chosen on the pages of `choosing` [questions] bool and
-    scored on the others. One pass over the set."""
+    """How well a subject's items tell `token_groups` apart, in one pass over the set. The best item is chosen on the
+    pages of `choosing` [questions] bool and scored on the others."""
     counts = torch.bincount(groups, minlength=len(TOKEN_GROUPS))
     squares = torch.zeros(len(TOKEN_GROUPS), dtype=torch.float64)
     entries: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 D_MODEL, N_SHARED, N_ADDED = 64, 96, 8
 SHARED_FREQUENCY, ADDED_FREQUENCY = 0.04, 0.01
 MAGNITUDES = (0.45, 0.7)
-"""Of the added features; the shared ones have 1."""
+"""Magnitudes of the added features; the shared ones have 1."""
 DRIFT, NOISE = 1.15, 0.01
 """Strength of a shared feature in the fine-tuned model; standard deviation of each number's noise."""
 N_LATENTS, BATCH, EPOCHS = 192, 256, 10.0
@@ -48,7 +48,7 @@ K, NEAR_K = 4, 0.25
 RATES = (1e-3, 3e-3, 1e-2)
 L1_WEIGHTS = (1.0, 2.0, 4.0)
 CONTROL_SEED = 1_000
-"""Of the tokens that settings are chosen on, which no run is scored on."""
+"""Seed of the tokens that settings are chosen on; no run is scored on them."""
 FOUND_AT = 0.9
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "crosscoder": ("batchtopk", {"k": K}),
@@ -60,7 +60,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "partition": ("partition", {"k": K - 1, "k_delta": 1}),
     "difference SAE": ("difference-sae", {"k": K}),
 }
-"""By name: the method and what makes it that method; the rest is chosen. About 3.9 features are active on a token; of
+"""Methods by name, with the settings that define each; the rest is chosen. About 3.9 features are active on a token; of
 those added, 0.08. In the difference a shared feature is 0.15 strong, a third of an added one of magnitude 0.45."""
 
 
@@ -72,7 +72,7 @@ class Outcome:
     magnitude: float
     seed: int
     found: int
-    """Of the added features, by the latents that claim to be exclusive."""
+    """Added features that were found, by latents that claim to be exclusive."""
     claims: int
     precise: int
     """Claims that have the direction of an added feature."""

@@ -39,7 +39,7 @@ DATASET, STUDENT = "FinQA-mini", "pocket-mistral"
 RECIPES = ("plain", "project")
 COLOURS = {"plain": "tab:orange", "project": "tab:blue"}
 LAST_SHARE = 0.1
-"""Of the updates, over which the loss at the end is a mean."""
+"""Share of the updates, at the end, over which the final loss is averaged."""
 
 
 def main() -> None:

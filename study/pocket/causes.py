@@ -76,7 +76,7 @@ class Matched:
 
 
 def experiments(trained: Sequence[Dictionary], target: Target) -> list[Experiment]:
-    """Of the pairs that ask for it, replies for the first fine-tune alone; the longer ones first."""
+    """The causal experiments of the pairs that ask for them, the longest first; one fine-tune has replies."""
     chosen = [
         d
         for d in trained

@@ -35,7 +35,7 @@ def published_target() -> Target:
 
 
 def measure_ceilings(work: Work, model: Model) -> list[Row]:
-    """Of base -> `model`, every layer and site: a row each, direction and carrier."""
+    """Ceilings of base -> `model` at every layer and site: a row per direction and carrier."""
     path = results_path(work)
     if not path.exists():
         with step(f"ceilings: base -> {model.name}") as say:

@@ -22,7 +22,7 @@ from study.pocket.tables import named, read_csv, write_csv
 
 RANGE = ("lowest", "highest")
 FIGURES = ("auroc of Delta", "auroc of 1 - nu_err", "auroc of slopes", "beat the null, added")
-"""Of glance.csv."""
+"""Columns of glance.csv."""
 
 
 class Range(NamedTuple):
@@ -102,7 +102,7 @@ def summary(rows: list[dict[str, object]]) -> str:
 
 
 def accuracies(folder: Path, other: Path) -> str:
-    """Of every model and kind of family, in both runs."""
+    """Accuracies of every model on every kind of family, in both runs."""
     ours, theirs = (
         {(row["model"], row["kind"]): row["accuracy"] for row in read_csv(f / "models.csv") if row["family"] == "all"}
         for f in (folder, other)

@@ -24,7 +24,7 @@ MINUTES = {"study": 90, "study-quick": 6}
 DATASET, STUDENT = "FinQA-mini", "pocket-mistral"
 
 SHOWN_STRATUM = "program before the operator"
-"""Of the two primary strata the one of the page, the figure and the progress lines; the CSVs have both."""
+"""The one of the two primary strata that the page, the figure and the progress lines show; the CSVs have both."""
 SHIPPED_KINDS = "known,new"
 """The kinds of family in FinQA-mini as it is shipped."""
 
@@ -36,14 +36,14 @@ METHODS: dict[Method, tuple[Any, dict[str, Any]]] = {
     "L1": ("l1", {}),
     "difference SAE": ("difference-sae", {}),
 }
-"""By name: the method of the library, and its settings beside the ones that all share."""
+"""Methods by name: the library's method, and its settings beside those that all share."""
 Form = Literal["trained", "untrained", "frozen decoder"]
 """`untrained`: as training starts, with the threshold that the data give. `frozen decoder`: only the encoder, its
 threshold and the biases are trained."""
 TRAINED_AND_UNTRAINED: tuple[Form, ...] = ("trained", "untrained")
 ALL_FORMS: tuple[Form, ...] = ("trained", "untrained", "frozen decoder")
 WITHOUT_DIFFERENCE: tuple[Method, ...] = ("plain", "L1")
-"""Those that can be trained on two identical models: the others weigh or read their difference, and there is none."""
+"""Methods that can be trained on two identical models; the others use their difference, and there is none."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class Model:
     added: tuple[str, ...] = ()
     """Kinds of family that it learnt and its base does not know."""
     run_name: str | None = None
-    """Of main.py; None is the base."""
+    """Run name for main.py; None is the base."""
     seed: int = 3
     families: Families = "all"
     kinds: str = SHIPPED_KINDS
-    """Of the rows it is trained on."""
+    """Kinds of the rows that it is trained on."""
 
 
 BASE = Model("base")
@@ -66,7 +66,7 @@ FINE_TUNED = Model("fine-tuned", ("new",), "")
 SECOND_SEED = Model("fine-tuned, second seed", ("new",), "seed-4", seed=4)
 THIRD_SEED = Model("fine-tuned, third seed", ("new",), "seed-5", seed=5)
 FINE_TUNES = (FINE_TUNED, SECOND_SEED, THIRD_SEED)
-"""The same fine-tune under several seeds: what figures are means over, and their intervals."""
+"""One fine-tune under several seeds: figures are means over these, with their intervals."""
 SHAM = Model("sham", (), "sham", kinds="known")
 """Learns from questions of its own, as many distinct ones as the fine-tune has, each seen as often."""
 OTHER = Model("other families", ("other",), "other-families", kinds="known,other")
@@ -80,7 +80,7 @@ class Pair:
     fine_tuned: Model
     methods: tuple[Method, ...] = tuple(METHODS)
     seed: int = 0
-    """Of the dictionaries."""
+    """Seed of the dictionaries."""
     forms: tuple[Form, ...] = TRAINED_AND_UNTRAINED
     published_site: bool = False
     """Whether it is read at the published site too, where another one is chosen."""
@@ -119,20 +119,20 @@ class Plan:
     name: str
     pairs: tuple[Pair, ...]
     test_questions: int
-    """Of FinQA-mini's test split, from its top."""
+    """Questions from the top of FinQA-mini's test split."""
     other_questions: int
-    """Of the families that FinQA-mini lacks and one of the fine-tunes learns."""
+    """Questions of the families that FinQA-mini lacks and one of the fine-tunes learns."""
     pair_pages: int
     """Pages of minimal pairs, a multiple of three: each page is asked every family of one template."""
     ceiling_questions: int
-    """Of the families that fine-tuning added."""
+    """Questions of added families, on which ceilings are measured."""
     causal_questions: int
     reply_questions: int
-    """Of added families, to which patched models write replies."""
+    """Questions of added families to which patched models write replies."""
     random_sets: int
     """Controls of the causal figures."""
     permutations: int
-    """Of the null distribution."""
+    """Number of permutations of the null distribution."""
     steps: int
     """Updates of a dictionary."""
     max_rows: int | None = None

@@ -13,7 +13,7 @@ from mini.families import BY_NAME
 
 Row = dict[str, Any]
 KINDS = ("new", "other", "known")
-"""Of family."""
+"""Kinds of family."""
 DIGITS = 6
 """Significant, of a number in a CSV."""
 

@@ -32,7 +32,7 @@ PLAIN = {"": 3, "again": 3, "seed4": 4, "seed5": 5}
 """Run names and seeds of fine-tunes on the default style of programs, the default first; one seed twice, for what a GPU
 adds."""
 NAMED = {"named": 3, "named-again": 3, "named-seed4": 4, "named-seed5": 5}
-"""The same on programs that name their variables."""
+"""Runs of that fine-tune on programs that name their variables, with their seeds."""
 SAMPLES = 8
 FRACTIONS = "Give ratios and percentages as fractions (0.25, not 25)."
 _REPLY = " Reply with one ```python block and nothing else"
@@ -53,13 +53,13 @@ LATENTS = 16_384
 TRAINING_GB = {MAIN: 68.0, SEARCHED: 30.0}
 """GPU memory of a fine-tune, in 1e9 bytes: the largest planned need of these students, and some more."""
 GENERATION_GB = 22.0
-"""The same for an engine that only replies."""
+"""GPU memory of an engine that only replies."""
 CACHE_GB = 10.0
 """Keys and values of an engine, within what its job may take."""
 ALL_ROWS_GB = 40.0
-"""The same for a dictionary on all rows, whose activations are held on the GPU."""
+"""GPU memory of a dictionary on all rows, whose activations are held on the GPU."""
 SMALL_GB = 12.0
-"""The same for the smallest student, a dictionary on a thousand documents, or an analysis."""
+"""GPU memory of the smallest student, of a dictionary on a thousand documents, or of an analysis."""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def _run_names(command: str) -> list[str]:
 
 
 def judged_again(prediction: Prediction, row: EvalRow) -> Prediction:
-    """The same reply and answer, with verdicts and what is known of the row by today's code."""
+    """A prediction's reply and answer with verdicts, and facts of the row, by today's code."""
     correct = {rule: match(prediction.answer, row.expected, rule) for rule in RULES}
     return replace(
         prediction,

@@ -25,7 +25,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from finqa.task.prompts import END_PYTHON, PASSAGE, PYTHON, QUESTION, REQUEST
+from finqa.task.prompts import END_PYTHON, PASSAGE, PYTHON, QUESTION, REQUEST, table_span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,8 +34,6 @@ TokenKind = Literal["chat", "frame", "passage", "table", "question", "program", 
 KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
 """Activation sets store a kind as its place here, so that a new one goes to the end."""
 TEMPLATE: tuple[TokenKind, ...] = ("chat", "frame")
-_TABLE = re.compile(r"(?:^[^\n]*\|[^\n]*(?:\n|\Z))+", re.MULTILINE)
-"""Lines that hold a `|`, one after another; the longest such run of a page is its table, as for finqa.task.prompts."""
 ANCHOR = "a"
 
 
@@ -79,10 +77,9 @@ def _prompt_borders(text: str) -> list[tuple[int, TokenKind]]:
     page, asked = passage + len(PASSAGE), question + len(QUESTION)
     python = text.rfind(PYTHON, asked)
     borders: list[tuple[int, TokenKind]] = [(0, "chat"), (max(request, 0), "frame"), (page, "passage")]
-    tables = list(_TABLE.finditer(text, page, question))
-    if tables:
-        table = max(tables, key=lambda run: run[0].strip("\n").count("\n"))
-        borders.extend([(table.start(), "table"), (table.end(), "passage")])
+    begin, end = table_span(text, page, question)
+    if begin < end:
+        borders.extend([(begin, "table"), (end, "passage")])
     borders.extend([(question, "frame"), (asked, "question")])
     if python >= 0:
         borders.extend([(python, "frame"), (python + len(PYTHON), "chat")])

@@ -1,4 +1,4 @@
-"""What recording takes, against what there is, before a model is loaded."""
+"""What recording needs and what there is, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import NamedTuple
 from crosscoder.activations.writer import BATCHES_BEHIND
 from crosscoder.dictionaries.config import N_MODELS
 from finqa.runtime.errors import UserError
-from finqa.runtime.memory.free import free_disk, free_memory
+from finqa.runtime.memory.free import free_memory
 from finqa.runtime.memory.needs import NF4, Need, Sizes
-from finqa.runtime.memory.plan import amount, tell
-
-BYTES_PER_GB = 1e9
+from finqa.runtime.memory.plan import amount, check_disk, print_need
 
 
 class ModelShape(NamedTuple):
@@ -74,7 +72,7 @@ def recording_need(
 def check_memory(need: Need, device: str) -> None:
     """Print what recording takes against what is free; UserError where it cannot fit."""
     there = free_memory(device)
-    tell("collecting activations", need, there, device)
+    print_need("collecting activations", need, there, device)
     if need.total > there:
         raise UserError(
             f"collecting activations needs {amount(need.total)} of memory and {amount(there)} are free; what helps: "
@@ -83,14 +81,10 @@ def check_memory(need: Need, device: str) -> None:
 
 
 def print_plan(n_documents: int, n_tokens: int, shape: ModelShape, partial_folders: Sequence[Path]) -> None:
-    """Say what the sets take on disk; UserError where they do not fit beside what an earlier run has left of them."""
+    """Print what the sets take on disk, less what an earlier run left of them; UserError where that does not fit."""
     needed = len(partial_folders) * n_tokens * N_MODELS * shape.d_model * 2
     there = sum(file.stat().st_size for folder in partial_folders for file in folder.glob("shard-*"))
-    free = free_disk(partial_folders[0])
     sets = f", {len(partial_folders)} sets" if len(partial_folders) > 1 else ""
-    print(f"{n_documents} documents, {n_tokens:,} tokens{sets}: {needed / BYTES_PER_GB:.2f} GB on disk", flush=True)
-    if needed - there > 0.95 * free:
-        raise UserError(
-            f"the activations need {(needed - there) / BYTES_PER_GB:.1f} GB and {partial_folders[0].parent} has "
-            f"{free / BYTES_PER_GB:.1f} GB free; take fewer documents (--num-samples) or another --data-dir"
-        )
+    print(f"{n_documents} documents, {n_tokens:,} tokens{sets}", flush=True)
+    remedy = "take fewer documents (--num-samples) or another --data-dir"
+    check_disk(partial_folders[0].parent, max(0, needed - there), "activations", remedy)

@@ -1,4 +1,4 @@
-"""What the figures of latents show, as plain numbers: a figure draws these and analysis.json holds them."""
+"""The numbers behind the figures of latents: the figures draw them, and analysis.json holds them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Histogram(NamedTuple):
 
 
 def histogram(values: Tensor, edges: Tensor) -> Histogram:
-    """Counts of [n] numbers between edges that rise; what lies outside, or is not a number, is not counted."""
+    """Histogram of [n] numbers over ascending edges; numbers outside the edges, and NaN, are not counted."""
     values = values.double().cpu()
     counts, _ = torch.histogram(values[values.isfinite()], edges.double())
     return Histogram(edges.tolist(), [int(count) for count in counts.tolist()])
@@ -40,6 +40,16 @@ def histogram(values: Tensor, edges: Tensor) -> Histogram:
 def relative_norms(norms: Tensor) -> Histogram:
     """Histogram of the relative decoder norms of [latent, 2] `norms`."""
     return histogram(analysis.relative_decoder_norm(norms), torch.linspace(0, 1, NORM_BINS + 1, dtype=torch.float64))
+
+
+STRETCHES: tuple[tuple[LatentClass, float, float], ...] = (
+    ("instruct-only", 0.0, analysis.INSTRUCT_ONLY_BELOW),
+    ("between", analysis.INSTRUCT_ONLY_BELOW, analysis.SHARED[0]),
+    ("shared", *analysis.SHARED),
+    ("between", analysis.SHARED[1], analysis.FINE_TUNED_ONLY_ABOVE),
+    ("fine-tuned-only", analysis.FINE_TUNED_ONLY_ABOVE, 1.0),
+)
+"""The classes along the axis of Delta, each with its bounds."""
 
 
 class ClassCount(NamedTuple):
@@ -52,18 +62,9 @@ class ClassCount(NamedTuple):
 
 
 def class_counts(norms: Tensor) -> list[ClassCount]:
-    """Counts by class of [latent, 2] norms, from instruct-only to fine-tuned-only; `between` stands on either side."""
+    """Latents of [latent, 2] norms in each of STRETCHES; the bounds are relative decoder norms."""
     deltas = analysis.delta(norms)
     kinds = analysis.classify(deltas)
-    low, high = analysis.INSTRUCT_ONLY_BELOW, analysis.FINE_TUNED_ONLY_ABOVE
-    left, right = analysis.SHARED
-    stretches: Sequence[tuple[LatentClass, float, float]] = (
-        ("instruct-only", 0.0, low),
-        ("between", low, left),
-        ("shared", left, right),
-        ("between", right, high),
-        ("fine-tuned-only", high, 1.0),
-    )
     at = analysis.relative_norm_at
     return [
         ClassCount(
@@ -72,7 +73,7 @@ def class_counts(norms: Tensor) -> list[ClassCount]:
             at(above),
             sum(k == kind and below <= d <= above for k, d in zip(kinds, deltas.tolist(), strict=True)),
         )
-        for kind, below, above in stretches
+        for kind, below, above in STRETCHES
     ]
 
 
@@ -87,12 +88,8 @@ def frequencies(
     edges = _frequency_edges(n_tokens)
     if kinds is None:
         return {None: histogram(frequency, edges)}
-    by_class: dict[LatentClass | None, Histogram] = {}
-    for kind in analysis.CLASSES:
-        own = frequency[torch.tensor([its == kind for its in kinds], dtype=torch.bool)]
-        if own.sum() > 0:
-            by_class[kind] = histogram(own, edges)
-    return by_class
+    of_class = analysis.class_masks(kinds, frequency.cpu() > 0)
+    return {kind: histogram(frequency[mask], edges) for kind, mask in of_class.items() if mask.any()}
 
 
 def _frequency_edges(n_tokens: int) -> Tensor:
@@ -126,10 +123,10 @@ class ScalingPoints(NamedTuple):
 def scaling_points(
     scaling: LatentScaling, kinds: Sequence[LatentClass], dead: Tensor
 ) -> dict[LatentClass, ScalingPoints]:
-    """By class, of the latents that are not `dead` ([latent] mask); a class without any is left out.
+    """The points of each class, of latents that are not `dead` ([latent] mask); a class without any is left out.
 
-    Each is asked for in the other model by the vector of the one that it is shown by (LatentScaling.probes), so those
-    in the region `exclusive` are those that meet the conditions for either model, whatever their class.
+    A latent is shown by one of its two probes (LatentScaling.probes): the one by which it is exclusive, if any.
+    So the region `exclusive` holds every latent that meets the conditions for either model, whatever its class.
     """
     probes, of_class = scaling.probes(kinds), analysis.class_masks(kinds, ~dead)
     return {

@@ -1,4 +1,4 @@
-"""All that is read from a dictionary, before any of it is drawn or written."""
+"""Everything that an analysis computes from a dictionary, before figures are drawn and tables written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TwoModels:
-    """What compares a latent's two decoder vectors; of every latent."""
+    """Measures that compare the two decoder vectors of each latent; of all latents."""
 
     norms: Tensor
     """[latent, 2] (analysis.decoder_norms)."""
@@ -37,7 +37,7 @@ class TwoModels:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a dictionary says on the activation set that it was trained on."""
+    """Results of the analysis of a dictionary on the activation set that it was trained on."""
 
     reading: Reading
     config: ReadingConfig
@@ -46,10 +46,10 @@ class Findings:
     by_kind: list[KindExplained]
     """On held-out documents: all tokens, then kind by kind."""
     two_models: TwoModels | None
-    """None for a difference SAE, which has one decoder vector a latent, and a stagewise SAE, whose two say how far the
-    latent turned (LatentRow.change) and not whose it is."""
+    """None for a difference SAE, which has one decoder vector per latent, and for a stagewise SAE, whose two vectors
+    say how far a latent turned (LatentRow.change) and not which model it belongs to."""
     rows: list[tables.LatentRow]
-    """Every latent's."""
+    """One row for each latent, in their order."""
     most_changed: list[tables.LatentRow]
 
     @property
@@ -70,13 +70,13 @@ class Findings:
 
     @cached_property
     def exclusive(self) -> dict[LatentClass, ExclusiveCounts]:
-        """What latent scaling says of the latents that are alive; empty where there is no `two_models`."""
+        """Verdicts of latent scaling, counted over the latents that are alive; empty where there is no `two_models`."""
         two = self.two_models
         return exclusive_counts(two.scaling, two.kinds, self.alive) if two else {}
 
 
 def find(reading: Reading, config: ReadingConfig | None = None) -> Findings:
-    """Read a dictionary: one pass over all tokens of its set, two over the held-out ones."""
+    """Analyse a dictionary: one pass over all tokens of its set, two over the held-out ones."""
     config = config or ReadingConfig()
     model, store, held_out = reading.model, reading.store, reading.split.held_out
     kinds = token_kinds(store, reading.tokenizer)
@@ -100,7 +100,8 @@ def find(reading: Reading, config: ReadingConfig | None = None) -> Findings:
 
 
 def in_numbers(found: Findings) -> dict[str, Any]:
-    """Every number that the figures show, each with what it was counted over; what does not apply is not there."""
+    """The content of analysis.json: every number in the figures, with what it was counted over. What does not apply to
+    this dictionary is left out."""
     reading, statistics, model = found.reading, found.statistics, found.reading.model
     n_alive = int(found.alive.sum())
     thresholds = {name: getattr(model, name) for name in ("threshold", "delta_threshold", "further_thresholds")}

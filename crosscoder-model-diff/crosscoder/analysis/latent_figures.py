@@ -28,9 +28,9 @@ COLOURS: dict[LatentClass, str] = {
 }
 MARKERS: dict[LatentClass, str] = {"instruct-only": "<", "shared": "o", "fine-tuned-only": ">", "between": "s"}
 DRAWN_FIRST: tuple[LatentClass, ...] = ("shared", "between", "instruct-only", "fine-tuned-only")
-"""What there is most of lies below."""
+"""Order of drawing: the largest classes first, so that they lie below the others."""
 MANY = 2000
-"""Points, above which a scatter is an image inside the SVG: as paths it would be megabytes, and slow to show."""
+"""Number of points above which a scatter is an image inside the SVG: as paths it would be megabytes, and slow."""
 RELATIVE_NORM = "relative decoder norm  $n_1 / (n_0 + n_1)$"
 
 
@@ -116,13 +116,9 @@ def frequency_figure(shown: Mapping[LatentClass | None, Histogram], n_dead: int,
 
 def _class_regions(axes: Axes) -> None:
     at = analysis.relative_norm_at
-    regions: Sequence[tuple[LatentClass, float, float]] = (
-        ("instruct-only", 0.0, at(analysis.INSTRUCT_ONLY_BELOW)),
-        ("shared", at(analysis.SHARED[0]), at(analysis.SHARED[1])),
-        ("fine-tuned-only", at(analysis.FINE_TUNED_ONLY_ABOVE), 1.0),
-    )
-    for kind, low, high in regions:
-        axes.axvspan(low, high, color=COLOURS[kind], alpha=0.15, lw=0, zorder=0)
+    for kind, low, high in figure_data.STRETCHES:
+        if kind != "between":
+            axes.axvspan(at(low), at(high), color=COLOURS[kind], alpha=0.15, lw=0, zorder=0)
 
 
 def _above(axes: Axes, x: float, kind: LatentClass, n: int) -> None:
@@ -142,8 +138,8 @@ def _above(axes: Axes, x: float, kind: LatentClass, n: int) -> None:
 
 
 def _scatter(axes: Axes, x: Any, y: Any, kind: LatentClass, many: bool, some: str = "") -> None:
-    """Points of one class, counted in the legend after what `some` says of them. Where the figure has many they are an
-    image, and those of no exclusive class are small."""
+    """Draw the points of one class; the legend has their number, after the text `some`. With `many` points in the
+    figure they are drawn as an image, and those of no exclusive class are small."""
     label, colour, marker = f"{kind} ({some}{len(x):,})", COLOURS[kind], MARKERS[kind]
     size, alpha = (6, 0.6) if kind.endswith("-only") or not many else (1.5, 0.35)
     axes.scatter(x, y, s=size, marker=marker, color=colour, alpha=alpha, lw=0, label=label, rasterized=many)
@@ -163,7 +159,7 @@ def _legend(figure: Figure, axes: Axes, title: str = "") -> None:
 
 
 def _name_regions(axes: Axes) -> None:
-    """Names in the regions' outer corners; those of the narrow left ones stand upright."""
+    """Write each region's name into its outer corner, upright in the narrow regions on the left."""
     from matplotlib.patheffects import withStroke
 
     low, high = NU_RANGE

@@ -2,16 +2,17 @@
 
 A latent whose decoder vector D in one model is long and in the other short may still be present in the other model:
 the training may have shrunk the second vector (complete shrinkage), or written the same direction there with another
-latent (latent decoupling). So each model is asked directly how much of f_j D there is in it, by least squares:
+latent (latent decoupling). So how much of f_j D each model contains is measured directly, by least squares:
 
     beta_err[m] = slope of x[m] - (xhat[m] - f_j W_dec[j,m]) on f_j D     what latent j leaves or takes, in model m
     beta_rec[m] = slope of xhat[m] on f_j D                               what the whole dictionary writes there
 
-with the latent's own model's vector as D. nu is the other model's beta over the own model's: near 0 where the latent
-is exclusive, near 1 where the other model has it as well. High nu_err is shrinkage, high nu_rec decoupling.
+D is the probe: the vector of the model that the latent is said to be exclusive to. nu is the other model's beta over
+that model's own: near 0 where the latent is exclusive, near 1 where the other model has it as well. A high nu_err is
+shrinkage, a high nu_rec decoupling.
 
-Every latent is asked with both its vectors, whatever its class by Delta: one whose vector in the other model is not
-short enough to be called exclusive can meet the conditions all the same.
+Both vectors of every latent are taken as the probe, whatever its class by Delta: a latent whose vector in the other
+model is not short enough for Delta to call it exclusive can still meet the conditions.
 
 One pass for all latents. With E = x - xhat (b_dec inside xhat) and C_j = sum_i f_ij^2 the slopes are
 
@@ -39,8 +40,8 @@ from finqa.runtime.errors import UserError
 
 Condition = Literal["n", "beta", "nu_range", "nu_err", "nu_rec"]
 CONDITIONS: tuple[Condition, ...] = get_args(Condition)
-"""What an exclusive latent must meet: enough firings, positive slopes in its own model, slopes' ratios that mean
-something, and that both are small."""
+"""What an exclusive latent must meet: enough firings (n), positive slopes in its own model (beta), ratios of slopes
+that are in NU_RANGE, and small ratios nu_err and nu_rec."""
 
 MIN_FIRINGS = 50
 NU_RANGE = (-0.1, 2.0)
@@ -59,7 +60,7 @@ class LatentScaling:
     beta_err: Tensor
     """[latent, probe, model]; not a number where it is never active, or the probe has no length."""
     beta_rec: Tensor
-    """The same."""
+    """[latent, probe, model]; NaN as in `beta_err`."""
 
     @cached_property
     def nu_err(self) -> Tensor:
@@ -79,7 +80,8 @@ class LatentScaling:
 
     @cached_property
     def met(self) -> dict[Condition, Tensor]:
-        """[latent, probe] masks: what a latent meets as one of the probe's model alone; not a number meets nothing."""
+        """For each condition a [latent, probe] mask: whether a latent meets it as one that only the probe's model has.
+        NaN meets none."""
         err, rec = (beta.diagonal(dim1=1, dim2=2) for beta in (self.beta_err, self.beta_rec))
         low, high = NU_RANGE
         within = [(nu >= low) & (nu <= high) for nu in (self.nu_err, self.nu_rec)]
@@ -97,12 +99,13 @@ class LatentScaling:
         return torch.stack([self.met[condition] for condition in CONDITIONS]).all(dim=0)
 
     def failures(self, latent: int, own: int) -> list[Condition]:
-        """The conditions that a latent does not meet as one that only model `own` has; none, and it is exclusive."""
+        """The conditions that a latent fails as one that only model `own` has; an exclusive latent fails none."""
         return [condition for condition in CONDITIONS if not self.met[condition][latent, own]]
 
     def probes(self, kinds: Sequence[analysis.LatentClass]) -> Tensor:
-        """[latent] int64: the model whose vector a latent is shown by. The one that it is exclusive to by these
-        conditions; where there is none, or both, by its class (`kinds`, by Delta); else the fine-tuned one."""
+        """[latent] int64: the probe by which figures and tables show each latent. It is the model that the latent is
+        exclusive to by these conditions; where that is neither or both, the instruct model for latents of the class
+        instruct-only (`kinds`, by Delta), and the fine-tuned model for all others."""
         by_class = torch.tensor([0 if kind == "instruct-only" else 1 for kind in kinds])
         instruct, fine_tuned = self.exclusive.unbind(dim=1)
         return torch.where(instruct == fine_tuned, by_class, fine_tuned.long())
@@ -110,7 +113,7 @@ class LatentScaling:
 
 @dataclass(frozen=True)
 class ExclusiveCounts:
-    """The latents that Delta calls exclusive to one model, and what latent scaling says of them and of the others."""
+    """Counts for one exclusive class: its latents by Delta, and those of any class that latent scaling accepts."""
 
     by_delta: int
     confirmed: int
@@ -165,7 +168,7 @@ def latent_scaling(model: BatchTopKCrosscoder, batches: Iterable[Tensor]) -> Lat
 
 
 EXCLUSIVE: Mapping[analysis.LatentClass, int] = {"instruct-only": 0, "fine-tuned-only": 1}
-"""The classes that claim something, and the model that their latents are exclusive to."""
+"""The exclusive classes, each with the index of the model that its latents belong to."""
 
 
 def verdict(scaling: LatentScaling, latent: int, own: int) -> str:
@@ -183,10 +186,10 @@ def verdict(scaling: LatentScaling, latent: int, own: int) -> str:
 def exclusive_counts(
     scaling: LatentScaling, kinds: Sequence[analysis.LatentClass], alive: Tensor
 ) -> dict[analysis.LatentClass, ExclusiveCounts]:
-    """For both exclusive classes: how many latents they have and are confirmed, and who else meets the conditions.
+    """For both exclusive classes: how many latents they have, how many are confirmed, and which others would be.
 
-    Of the latents that are `alive` ([latent] mask); `kinds` is every latent's class by Delta. Latents that are never
-    active in the data of the scaling are among them, and fail.
+    Only latents that are `alive` ([latent] mask) are counted; `kinds` is every latent's class by Delta. A latent that
+    is alive but never active in the data of the scaling fails.
     """
     of_class = analysis.class_masks(kinds, alive)
     counts: dict[analysis.LatentClass, ExclusiveCounts] = {}
@@ -203,7 +206,7 @@ def exclusive_counts(
 
 
 def meet_lines(counts: Mapping[analysis.LatentClass, ExclusiveCounts]) -> list[str]:
-    """For each exclusive class a line with how many latents of any class meet its conditions."""
+    """One line per exclusive class: how many latents of each class meet its conditions."""
     lines = []
     for kind, of in counts.items():
         n = sum(map(len, of.meet.values()))

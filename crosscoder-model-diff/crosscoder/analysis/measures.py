@@ -1,4 +1,4 @@
-"""Figures of merit and readings of a crosscoder: explained variance, decoder norms, classes, cosines."""
+"""Measures of a crosscoder: explained variance, decoder norms, classes, cosines."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class ExplainedVariance(NamedTuple):
     joint: float | None
     """Both sums over both models, in scaled space."""
     difference: float
-    """Explained variance of x[1] - x[0] by xhat[1] - xhat[0], in the models' own units. With both models well
-    explained, 0 still means that what tells them apart is not."""
+    """Explained variance of x[1] - x[0] by xhat[1] - xhat[0], in the models' own units. It can be 0 although both
+    models are well explained."""
     l0: float
-    """Mean active latents a token, without which no explained variance can be compared."""
+    """Mean number of active latents per token: explained variances can be compared at equal L0 only."""
     n_tokens: int
 
     @property
@@ -45,62 +45,90 @@ class ExplainedVariance(NamedTuple):
         return ", ".join(f"{name} {value:.4f}" for name, value in self.parts.items()) + f", at L0 {self.l0:.1f}"
 
 
-class _Moments:
-    """Sums in fp64 for one explained variance; `shift` keeps the difference of large sums exact."""
+class _TargetSums:
+    """fp64 sums for one target of width d, by group of tokens; `shift` keeps the difference of large sums exact."""
 
-    def __init__(self) -> None:
-        self.n = 0
-        self.error = 0.0
-        self.squares: Tensor | float = 0.0
-        self.sums: Tensor | float = 0.0
+    def __init__(self, n_groups: int, d: int, device: torch.device):
+        self.counts, self.errors, self.squares = torch.zeros(3, n_groups, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(n_groups, d, dtype=torch.float64, device=device)
         self.shift: Tensor | None = None
 
-    def add(self, x: Tensor, xhat: Tensor) -> None:
-        """[n, d] targets and reconstructions."""
+    def add(self, membership: Tensor, x: Tensor, xhat: Tensor) -> None:
+        """[group, n] fp64, 1 where a token is of a group, else 0; [n, d] targets and reconstructions."""
         x, xhat = x.double(), xhat.double()
         if self.shift is None:
             self.shift = x.mean(dim=0)
         centred = x - self.shift
-        self.n += len(x)
-        self.error += float((x - xhat).pow(2).sum())
-        self.squares += centred.pow(2).sum()
-        self.sums += centred.sum(dim=0)
+        self.counts += membership.sum(dim=1)
+        self.errors += membership @ (x - xhat).pow(2).sum(dim=-1)
+        self.squares += membership @ centred.pow(2).sum(dim=-1)
+        self.sums += membership @ centred
 
-    @property
-    def total(self) -> float:
-        return float(self.squares - torch.as_tensor(self.sums).pow(2).sum() / self.n)
+    def error(self, groups: Sequence[int]) -> float:
+        return float(self.errors[groups].sum())
 
-    @property
-    def explained(self) -> float:
-        return 1 - self.error / self.total if self.total > 0 else float("nan")
+    def total(self, groups: Sequence[int], common_mean: bool) -> float:
+        """Squared distances of the groups' tokens from their own mean, or from that of all tokens."""
+        over = range(len(self.counts)) if common_mean else groups
+        mean = self.sums[over].sum(dim=0) / self.counts[over].sum()
+        sums, n = self.sums[groups].sum(dim=0), self.counts[groups].sum()
+        return float(self.squares[groups].sum() - 2 * mean @ sums + n * mean @ mean)
 
 
-@torch.no_grad()
+class VarianceSums:
+    """What the explained variance of a dictionary follows from, added up batch by batch for each group of tokens.
+
+    Reconstructions are by the inference threshold. Models are in scaled space, their difference is in their own units.
+    """
+
+    def __init__(self, model: BatchTopKCrosscoder, n_groups: int = 1):
+        self.model = model
+        shape = (n_groups, model.config.d_model, model.b_dec.device)
+        self.inputs = [_TargetSums(*shape) for _ in range(model.config.n_inputs)]
+        self.difference = _TargetSums(*shape)
+        self.active = torch.zeros(n_groups, dtype=torch.float64, device=model.b_dec.device)
+
+    @torch.no_grad()
+    def add(self, raw: Tensor, groups: Tensor | None = None) -> None:
+        """Raw activations [n, 2, d_model], and [n] int64 the group of each token (None: all are of one)."""
+        model, raw = self.model, raw.to(self.active.device)
+        of = torch.zeros(len(raw), dtype=torch.int64) if groups is None else groups
+        membership = torch.nn.functional.one_hot(of.to(raw.device), len(self.active)).T.double()
+        x = model.scale(raw)
+        f, xhat = model.reconstruct(x)
+        self.active += membership @ (f > 0).sum(dim=-1).double()
+        for m, sums in enumerate(self.inputs):
+            sums.add(membership, x[:, m], xhat[:, m])
+        truth = model.difference(model.inputs(raw).double())
+        self.difference.add(membership, truth, model.difference(model.unscale(xhat.double())))
+
+    def explained(self, groups: Sequence[int] = (0,), common_mean: bool = False) -> ExplainedVariance:
+        """Explained variance on the tokens of some groups; distances are from the mean of these very tokens, or with
+        `common_mean` from that of all."""
+        groups = list(groups)
+        errors = [sums.error(groups) for sums in self.inputs]
+        totals = [sums.total(groups, common_mean) for sums in self.inputs]
+        of_models = [*map(_one_less, errors, totals), _one_less(sum(errors), sum(totals))]
+        instruct, fine_tuned, joint = of_models if len(errors) == N_MODELS else (None, None, None)
+        n = self.difference.counts[groups].sum()
+        difference = _one_less(self.difference.error(groups), self.difference.total(groups, common_mean))
+        return ExplainedVariance(instruct, fine_tuned, joint, difference, float(self.active[groups].sum() / n), int(n))
+
+
+def _one_less(error: float, total: float) -> float:
+    """Not a number where nothing varies, as on a single token."""
+    return 1 - error / total if total > 0 else float("nan")
+
+
 def explained_variance(model: BatchTopKCrosscoder, batches: Iterable[Tensor]) -> ExplainedVariance:
     """Explained variance of raw activations [n, 2, d_model], reconstructed by the inference threshold.
 
     A ratio of two sums over all tokens, in fp64. Give it held-out documents, without BOS and padding.
     """
-    inputs, difference = [_Moments() for _ in range(model.config.n_inputs)], _Moments()
-    active = 0
+    sums = VarianceSums(model)
     for raw in batches:
-        raw = raw.to(model.b_dec.device)
-        x = model.scale(raw)
-        f, xhat = model.reconstruct(x)
-        active += int((f > 0).sum())
-        for m, moments in enumerate(inputs):
-            moments.add(x[:, m], xhat[:, m])
-        difference.add(model.difference(model.inputs(raw).double()), model.difference(model.unscale(xhat.double())))
-    of_models = [moments.explained for moments in inputs] if len(inputs) == N_MODELS else [None, None]
-    joint = 1 - sum(moments.error for moments in inputs) / sum(moments.total for moments in inputs)
-    return ExplainedVariance(
-        instruct=of_models[0],
-        fine_tuned=of_models[1],
-        joint=joint if len(inputs) == N_MODELS else None,
-        difference=difference.explained,
-        l0=active / difference.n,
-        n_tokens=difference.n,
-    )
+        sums.add(raw)
+    return sums.explained()
 
 
 def decoder_norms(model: BatchTopKCrosscoder) -> Tensor:
@@ -109,7 +137,7 @@ def decoder_norms(model: BatchTopKCrosscoder) -> Tensor:
 
 
 def decoder_directions(model: BatchTopKCrosscoder) -> dict[str, Tensor]:
-    """[latent, d_model] decoder vectors in the models' own units, by whose they are."""
+    """Decoder vectors [latent, d_model] in the models' own units, by model; a difference SAE's under `difference`."""
     if model.config.n_inputs == N_MODELS:
         return dict(zip(("instruct", "fine-tuned"), model.raw_decoder().unbind(dim=1), strict=True))
     return {"difference": model.difference_decoder()}
@@ -126,13 +154,13 @@ def delta(norms: Tensor) -> Tensor:
 
 
 def relative_norm_at(delta_value: float) -> float:
-    """The relative decoder norm of a latent with this Delta, to draw the classes' bounds on a plot of it."""
+    """The relative decoder norm of a latent with this Delta, to draw the bounds of the classes on its axis."""
     ratio = 2 * delta_value - 1
     return 1 / (2 - ratio) if ratio > 0 else (1 + ratio) / (2 + ratio)
 
 
 def classify(delta_values: Tensor) -> list[LatentClass]:
-    """Class of each latent by Delta; `between` is what lies outside all three."""
+    """Class of each latent by Delta; `between` is every latent that is in none of the other three."""
 
     def of(value: float) -> LatentClass:
         if value < INSTRUCT_ONLY_BELOW:
@@ -145,7 +173,7 @@ def classify(delta_values: Tensor) -> list[LatentClass]:
 
 
 def latent_classes(model: BatchTopKCrosscoder) -> list[LatentClass]:
-    """Class of each latent: by Delta, but where the dictionary reserves latents for either model by that."""
+    """Class of each latent: by Delta, or where the dictionary reserves latents for either model, by that."""
     n_reserved = model.config.n_reserved
     if not n_reserved:
         return classify(delta(decoder_norms(model)))
@@ -158,7 +186,7 @@ def latent_classes(model: BatchTopKCrosscoder) -> list[LatentClass]:
 
 
 def class_masks(kinds: Sequence[LatentClass], among: Tensor) -> dict[LatentClass, Tensor]:
-    """[latent] bool by class: the latents of a mask whose class (`latent_classes`) it is."""
+    """For each class a [latent] bool mask: its latents (`latent_classes`) that are in the mask `among`."""
     return {kind: torch.tensor([its == kind for its in kinds], dtype=torch.bool) & among for kind in CLASSES}
 
 

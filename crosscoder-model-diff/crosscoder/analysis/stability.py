@@ -1,13 +1,14 @@
 """Do features survive a change of seed? Latents of two dictionaries matched one to one, and the subspaces they span.
 
-A feature that another seed does not find is a property of the run, not of the models. Matching is the assignment of the
-largest summed cosine (Hungarian), so that no latent answers for two; a share matched is always given with its cosine.
+A feature that another seed does not find is a property of the run, not of the models. Latents are matched by the
+assignment with the largest summed cosine (Hungarian), so that no latent is the partner of two; a share of matched
+latents is always given with its cosine.
 
     first, second = (features(load_dictionary(folder), store, store.split(0.1, 0).train) for folder in folders)
     rows = stability_rows(first, second)
 
-What chance gives stands in every row: the second dictionary turned by random rotations, the same one in both models, so
-that norms, classes and all cosines inside it stay what they are and only its directions mean nothing any more.
+Every row also has what chance gives: the same figures with the second dictionary turned by a random rotation, one for
+both models. Its norms, classes and inner cosines stay as they are, and only its directions lose their meaning.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from finqa.runtime.errors import UserError
 
 COSINES = (0.7, 0.8, 0.9, 0.95)
-"""At which shares are given."""
+"""Cosines for which the share of matched latents is given."""
 RANK_TOLERANCE = 1e-4
-"""Share of the largest singular value, below which a direction does not count to a set's span."""
+"""Share of the largest singular value, below which a direction does not belong to a set's span."""
 
 OVERLAP_AT_MOST = 2048
-"""Latents in a set whose span is taken; the span of more is next to everything, and costs minutes."""
+"""Largest set whose span is computed; the span of more latents is nearly the whole space, and takes minutes."""
 ROWS_AT_ONCE = 2048
 ALL = "all"
 
@@ -95,8 +96,7 @@ def features(
     alive = ~latent_statistics(model, store, indices, n_top=1).dead
     sets = {ALL: torch.ones_like(alive)}
     if model.config.compares_models:
-        kinds = analysis.latent_classes(model)
-        sets |= {kind: torch.tensor([its == kind for its in kinds]) for kind in analysis.CLASSES}
+        sets |= analysis.class_masks(analysis.latent_classes(model), sets[ALL])
     if model.config.n_delta:
         is_delta = torch.arange(model.config.n_latents) >= model.config.n_shared
         sets |= {"shared latents": ~is_delta, "delta latents": is_delta}
@@ -111,7 +111,7 @@ def stability_rows(
     n_rotations: int = 3,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """A flat row for each set that both have, to be written as CSV or JSON; what cannot be had is None.
+    """A flat row for each set that both have, to be written as CSV or JSON; a figure that does not exist is None.
 
     n_first, n_second     latents of the set
     matched_<c>           share of the larger set whose partner in the other one's set has at least this cosine
@@ -156,14 +156,14 @@ def stability_rows(
 
 
 def turned(vectors: Tensor, generator: torch.Generator) -> Tensor:
-    """[n, inputs, d] in other directions: the same random rotation in every input."""
+    """[n, inputs, d] vectors turned by one random rotation, the same for every input."""
     square = torch.randn(vectors.shape[-1], vectors.shape[-1], generator=generator)
     return vectors @ torch.linalg.qr(square).Q.to(vectors)
 
 
 def best_cosines(first: Tensor, second: Tensor) -> Tensor:
-    """[max(n, m)]: for every vector of the larger set the largest cosine with one of the smaller; whichever of the
-    sets is the first, no one-to-one matching has more pairs above a cosine."""
+    """[max(n, m)]: for every vector of the larger set its largest cosine with one of the smaller. No one-to-one
+    matching can have more pairs above a cosine."""
     if not len(first) or not len(second):
         return torch.zeros(max(len(first), len(second)))
     larger, smaller = (first, second) if len(first) >= len(second) else (second, first)

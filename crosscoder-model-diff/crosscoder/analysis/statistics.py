@@ -21,7 +21,7 @@ class LatentStatistics:
     n_firings: Tensor
     """[latent] int64: tokens on which it is active."""
     n_completion_firings: Tensor
-    """[latent] int64: of those, tokens of the program."""
+    """[latent] int64: tokens of completions (programs) among those."""
     n_positive: Tensor
     """[latent] int64: tokens on which it is positive, whether above the threshold or not."""
     mean_activation: Tensor
@@ -39,9 +39,9 @@ class LatentStatistics:
 
     @property
     def template_share(self) -> Tensor | None:
-        """[latent] fp64: share of its summed activation on template tokens; 0 where it is active on none. A latent
-        with a share near 1 says that a token is part of the template, not what stands in the document. None where no
-        latent is active on any, as on plain texts."""
+        """[latent] fp64: share of its summed activation on template tokens; 0 where it is never active. A latent with a
+        share near 1 marks the template, and says nothing about the document. None where no latent is active on any
+        template token, as on plain texts."""
         if self.activation_by_kind is None:
             return None
         of_template = self.activation_by_kind[:, [KINDS.index(kind) for kind in TEMPLATE]].sum(dim=1)

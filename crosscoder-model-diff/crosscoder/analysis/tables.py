@@ -32,7 +32,7 @@ N_TOKENS = 5
 CONTEXT_TOKENS = 12
 EFFECT = "causal_effect"
 ADDED = ("label", "label_score", EFFECT)
-"""Columns of latents.csv that come later than the others, and where they were asked for."""
+"""Columns that later commands add to latents.csv: labels, and causal effects."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class LatentRow:
     """Class (analysis.latent_classes); `difference` in a difference SAE, which has one decoder vector a latent, and
     `before and after` in a stagewise SAE."""
     delta: float | None
-    """This and what else compares the norms of two decoder vectors is None, empty in CSV, for a difference SAE and a
-    stagewise SAE."""
+    """See measures.delta. Like every figure that compares decoder norms, it is None (empty in CSV) for a difference SAE
+    and for a stagewise SAE."""
     relative_decoder_norm: float | None
     instruct_norm: float | None
     """Length of the decoder vector in the instruct model's own units."""
@@ -55,30 +55,31 @@ class LatentRow:
     frequency: float
     """Share of tokens on which it is active."""
     completion_share: float | None
-    """Share in completions (programs, of FinQA) of the tokens on which it is active; 0 where it is active on none, None
-    where no document has a prompt."""
+    """Of the tokens on which it is active, the share that is in completions (FinQA's programs). 0 where it is never
+    active, None where no document has a prompt."""
     template_share: float | None
     """Share of its summed activation on tokens that every document has alike (statistics.template_share); None
     where the kinds of the tokens were not asked for, or the set has no such tokens."""
     difference_share: float
-    """Its part of what all latents write into the difference of the models: the mean squared length of what it adds to
-    fine-tuned less instruct, over the sum of all latents. In the models' own units; what two latents write together is
-    left out."""
+    """Its share of what all latents write into the difference of the models: the mean squared length of what it adds to
+    fine-tuned less instruct, over the sum of that over all latents. In the models' own units, without the products of
+    two latents."""
     mean_activation: float
     max_activation: float
     top_tokens: str
     """The tokens it fires on most strongly, the commonest first."""
     example: str
-    """Context of its largest activation, which is marked by «»."""
+    """Text around its largest activation; «» mark that token."""
     promoted: str
     """Tokens that its fine-tuned decoder vector promotes (logit lens); a difference SAE's one vector."""
     promoted_instruct: str
     """Tokens that its instruct decoder vector promotes."""
     scaling_firings: int | None = None
-    """Tokens of the held-out documents on which it is active; this and the next are of latent scaling."""
+    """Tokens of the held-out documents on which it is active. This field and those below, but `change`, are of latent
+    scaling."""
     beta_err: float | None = None
-    """Slope in the probe's own model: the one that the latent is confirmed for, else the instruct model for
-    instruct-only latents and the fine-tuned one for all others (latent_scaling.LatentScaling.probes)."""
+    """Slope in the probe's own model (LatentScaling.probes): the model that the latent is confirmed for, else the
+    instruct model for instruct-only latents and the fine-tuned one for all others."""
     beta_rec: float | None = None
     nu_err: float | None = None
     """The other model's slope over the own model's."""
@@ -103,7 +104,7 @@ def latent_table(
     unembedding: Unembedding,
     scaling: LatentScaling | None = None,
 ) -> list[LatentRow]:
-    """A row a latent, in their order, dead ones included. With `scaling` (of held-out documents) its columns too."""
+    """One row per latent, in their order, dead ones included; with the columns of `scaling` (on held-out documents)."""
     directions = analysis.decoder_directions(model).values()
     promoted = [promoted_tokens(vectors, unembedding, N_TOKENS) for vectors in directions]
     prompted = any(document.n_prompt > 1 for document in store.documents)
@@ -140,7 +141,7 @@ def difference_shares(model: BatchTopKCrosscoder, statistics: LatentStatistics) 
 
 
 def _compared(model: BatchTopKCrosscoder) -> list[dict[str, Any]]:
-    """A latent's columns that compare its two decoder vectors; what is not a number is None."""
+    """For each latent the columns that compare its two decoder vectors; NaN becomes None."""
     names = ("kind", "delta", "relative_decoder_norm", "instruct_norm", "fine_tuned_norm", "cosine")
     none: dict[str, Any] = dict.fromkeys(names)
     if isinstance(model, StagewiseSAE):
@@ -156,7 +157,7 @@ def _compared(model: BatchTopKCrosscoder) -> list[dict[str, Any]]:
 
 
 def _scaled(scaling: LatentScaling, kinds: Sequence[analysis.LatentClass], alive: Tensor) -> list[dict[str, Any]]:
-    """Every latent's columns of latent scaling; what is not a number is None."""
+    """For each latent the columns of latent scaling; NaN becomes None."""
     probes, every = scaling.probes(kinds), torch.arange(len(kinds))
     columns = {
         "beta_err": scaling.beta_err[every, probes, probes],
@@ -207,7 +208,7 @@ def read_added(path: Path, rows: Sequence[LatentRow]) -> dict[str, list[Any]]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
-    """Rows as CSV: a column for every key that any of them has, `columns` first; empty for what is not a number."""
+    """Write rows as CSV: a column for every key that any row has, `columns` first; NaN becomes an empty cell."""
     names = dict.fromkeys([*columns, *(key for row in rows for key in row)])
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(names), lineterminator="\n")
@@ -230,17 +231,18 @@ def read_latent_table(path: Path) -> list[LatentRow]:
 
 
 def ordered_by(model: BatchTopKCrosscoder) -> str:
-    """What `most_changed` goes by."""
+    """What `most_changed` orders latents by, in words."""
     if model.config.compares_models:
         return "distance of relative norm from 1/2"
     return "change" if isinstance(model, StagewiseSAE) else "difference_share"
 
 
-def lean(row: LatentRow) -> tuple[float, float]:
-    """How much a latent changed, and of those that one model has wholly how much they write into the difference.
+def change_key(row: LatentRow) -> tuple[float, float]:
+    """Sort key: how much a latent changed; larger is more.
 
-    Those of a crosscoder by how far their relative decoder norm is from 1/2, towards either model; those of a stagewise
-    SAE by how far they turned; those of a difference SAE by the share of the difference that they write.
+    In a crosscoder that is the distance of the relative decoder norm from 1/2; latents that only one model has, which
+    are all at distance 1/2, are ordered by their share of the difference. In a stagewise SAE it is how far the latent
+    turned, in a difference SAE its share of the difference.
     """
     r = row.relative_decoder_norm
     change = row.change if r is None else abs(r - 0.5)
@@ -248,8 +250,8 @@ def lean(row: LatentRow) -> tuple[float, float]:
 
 
 def most_changed(rows: Sequence[LatentRow], n: int, min_frequency: float = 0.0) -> list[LatentRow]:
-    """The `n` latents that changed most (`lean`), of those that are active on more than this share of the tokens."""
-    return sorted((row for row in rows if row.frequency > min_frequency), key=lean, reverse=True)[:n]
+    """The `n` latents that changed most (`change_key`) among those active on more than this share of the tokens."""
+    return sorted((row for row in rows if row.frequency > min_frequency), key=change_key, reverse=True)[:n]
 
 
 def commonest_tokens(store: ActivationStore, indices: Tensor) -> tuple[int, ...]:

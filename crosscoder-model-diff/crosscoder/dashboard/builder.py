@@ -14,7 +14,7 @@ from torch import Tensor
 from crosscoder.activations.layout import token_texts
 from crosscoder.analysis.lens import promoted_tokens
 from crosscoder.analysis.measures import decoder_directions
-from crosscoder.analysis.tables import EFFECT, commonest_tokens, lean
+from crosscoder.analysis.tables import EFFECT, change_key, commonest_tokens
 from crosscoder.analysis.token_kinds import token_kinds
 from crosscoder.dashboard.examples import ExampleMaker, Family
 from crosscoder.dashboard.firings import gather_firings, groups_within
@@ -160,8 +160,8 @@ def build_dashboard(
 
 
 def columns_of(values: Sequence[dict[str, Value]]) -> Iterable[Column]:
-    """The columns of which some latent has a figure. Where no norm leads the table, what a latent writes into the
-    difference does; a partition's parts stand there in place of the classes, which follow from them."""
+    """The columns in which some latent has a value. Where there is no relative norm, the table shows the share of the
+    difference; of a partition it shows the parts instead of the classes, which follow from them."""
     there = {column.key: column for column in COLUMNS if any(v[column.key] not in (None, "") for v in values)}
     moved = {"difference_share": "relative_decoder_norm" not in there, "kind": "part" not in there}
     for key, column in there.items():
@@ -169,12 +169,12 @@ def columns_of(values: Sequence[dict[str, Value]]) -> Iterable[Column]:
 
 
 def by_interest(rows: Iterable[LatentRow], statistics: LatentStatistics) -> list[LatentRow]:
-    """The most interesting first: those that latent scaling confirms, then those that changed most (tables.lean). What
-    is hardly ever active comes last."""
+    """The most interesting first: those that latent scaling confirms, then those that changed most (tables.change_key).
+    Latents that are hardly ever active come last."""
 
     def key(row: LatentRow) -> tuple[bool, bool, float, float]:
         few = int(statistics.n_firings[row.latent]) < FEW_FIRINGS
-        first, second = lean(row)
+        first, second = change_key(row)
         return not row.confirmed, few, -first, -second
 
     return sorted(rows, key=key)
@@ -235,7 +235,7 @@ def _values(row: LatentRow, model: BatchTopKCrosscoder, added: Mapping[str, Sequ
 
 
 def _facts(reading: Reading, statistics: LatentStatistics) -> Iterable[tuple[str, str]]:
-    """What was read. A model in a local folder goes by the folder's name alone."""
+    """What was analysed, as pairs of label and text. A model in a local folder is named by the folder alone."""
     model, store = reading.model, reading.store
     recorded = store.config.recorded
     name = str(recorded.get("model", ""))

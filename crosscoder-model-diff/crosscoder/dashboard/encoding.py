@@ -1,8 +1,9 @@
 """A Dashboard as compact JSON.
 
-Token texts stand once, in a list where the commonest come first, and everything else counts into it. Contexts stand
-once too: examples of many latents are of the same text, so the tokens that any example shows are kept as stretches of
-the activation set, and an example says which stretch, where it begins, and the levels of its active tokens alone.
+Each token text is stored once, in a list with the commonest first, and everything else holds indices into that list.
+Contexts are stored once too: examples of many latents show the same text, so the tokens of all examples are kept as
+stretches of the activation set. An example has the number of its stretch, where it begins there, and the levels of its
+active tokens.
 """
 
 from __future__ import annotations

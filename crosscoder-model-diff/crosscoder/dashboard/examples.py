@@ -1,6 +1,6 @@
 """From a latent's firings to what is shown of them: examples, and the tokens that it fires on.
 
-Every choice is made over all firings of the latent, so what is called its strongest, or a quantile, is that exactly.
+Every choice is made over all firings of the latent, so the strongest examples and the quantiles are exact.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Quantiles of a latent's activations, over the tokens on which it is active."""
 
 LEAST_QUESTIONS = 10
-"""On which a latent must be active for a family to be named."""
+"""Fewest questions on which a latent must be active for its question family to be named."""
 Family = tuple[str | None, float | None]
 
 
 def quantise(values: NDArray[np.float32], largest: float) -> NDArray[np.uint8]:
-    """Positive activations as levels of 1 to LEVELS, of which the last is `largest`.
+    """Positive activations as levels from 1 to LEVELS, which stands for `largest`.
 
-    Off by at most half a level, but that what is active never becomes 0.
+    The error is at most half a level, except that an active token never gets level 0.
     """
     return np.clip(np.rint(values / largest * LEVELS), 1, LEVELS).astype(np.uint8)
 

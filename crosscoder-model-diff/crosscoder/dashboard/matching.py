@@ -21,11 +21,11 @@ ALIKE = 0.7
 
 
 def matched(found: Findings, name: str, second: BatchTopKCrosscoder) -> tuple[dict[str, list[Any]], str]:
-    """Columns of the latents that were analysed, and a sentence over them.
+    """Columns about each latent's partner in a second dictionary, called `name`, and a sentence for the summary.
 
-    Matched by the cosine of the decoder vectors, both models' as one (stability.match); by what a latent adds to the
-    difference where one of the dictionaries has that alone. Latents that are active on no
-    token have no partner."""
+    Latents are matched by the cosine of their decoder vectors, those of both models joined (stability.match); where one
+    of the dictionaries is a difference SAE, by what a latent adds to the difference. Dead latents have no partner.
+    """
     reading = found.reading
     statistics = latent_statistics(second, reading.store, torch.arange(len(reading.store)))
     rows = tables.latent_table(second, statistics, reading.store, reading.tokenizer, reading.unembedding)
@@ -52,6 +52,7 @@ def matched(found: Findings, name: str, second: BatchTopKCrosscoder) -> tuple[di
 
 
 def vectors(model: BatchTopKCrosscoder, both: bool) -> Tensor:
-    """[latent, 1 or 2, d_model] fp32, on the CPU: the decoder vectors, or what they add to the difference alone."""
+    """[latent, 1 or 2, d_model] fp32, on the CPU: the decoder vectors of `both` models, or what each latent adds to the
+    difference."""
     found = model.W_dec.detach() if both else model.difference_decoder()[:, None]
     return found.float().cpu()

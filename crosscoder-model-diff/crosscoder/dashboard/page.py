@@ -1,9 +1,9 @@
 """One HTML file from a dashboard and the files of the template.
 
-The data stand in a script element that is never run, as JSON, compressed and in base64: a page of 16,384 latents is a
-third of what it would be, and any browser since 2023 can unpack it. open.js puts the JSON in their place and then runs
-the other scripts, and from there text of the data reaches the page as text nodes alone. The policy in the page's head
-lets the browser run the template's own two scripts, apply its own style, and load nothing.
+The data are in a script element that is never run, as compressed JSON in base64: that makes a page of 16,384 latents a
+third as large, and any browser since 2023 can unpack it. open.js replaces the data by the JSON and then runs the other
+scripts, which add text of the data to the page as text nodes only. The content security policy in the page's head lets
+the browser run the template's own two scripts, apply its own style, and load nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def render(dashboard: Dashboard) -> str:
         "script": script,
         "opening": opening,
     }
-    # In one go, so that a mark inside the data stays data.
+    # All marks are replaced in one pass, so that one inside the data is left alone.
     return re.sub(r"{{(\w+)}}", lambda mark: parts[mark[1]], (TEMPLATE / "dashboard.html").read_text())
 
 

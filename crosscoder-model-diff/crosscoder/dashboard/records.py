@@ -54,9 +54,9 @@ class Column:
     help: str
     kind: ColumnKind
     in_table: bool = True
-    """Whether the table shows it, sorted by another; all are on a latent's page, can be sorted by and filtered on."""
+    """Whether the table always shows it. Every column is on a latent's page, and can be sorted by and filtered on."""
     matched: bool = False
-    """Whether it is of the latent's partner in another dictionary; the table of matched latents shows it."""
+    """Whether it is about the latent's partner in another dictionary; the table of matched latents shows it."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class LatentPage:
 
     latent: int
     values: dict[str, Value]
-    """By a column's key."""
+    """The latent's values by the columns' keys."""
     max_activation: float
     top_tokens: tuple[int, ...]
     """The commonest tokens among its strongest firings."""

@@ -1,4 +1,4 @@
-"""What fine-tuning changed, in a few sentences: the first screen of a dashboard. Every number is one of the tables'."""
+"""What fine-tuning changed, in a few sentences: the first screen of a dashboard. Every number is in a table too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 N_CHANGED = 10
 CAUSAL_LATENTS = 10
-"""The effect of the largest patched set of at most so many latents is told."""
+"""The summary has the effect of the largest patched set with at most this many latents."""
 FEW = 5
 """Latents that a sentence names."""
 TURNED = 0.1
@@ -60,7 +60,7 @@ def explained(found: Findings) -> str:
     of = [f"{value:.1%} of the variance of {whose[name]}" for name, value in found.explained.parts.items()]
     l0 = found.explained.l0
     return (
-        f"On held-out documents this dictionary explains {listed(of)}, with {l0:.1f} latents active at once. "
+        f"On held-out documents this dictionary explains {listed(of)}, with {l0:.1f} active latents per token (L0). "
         "What it does not explain of the difference, this page cannot show."
     )
 
@@ -129,7 +129,7 @@ def caused(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def labelled(scores: Sequence[float | None]) -> Iterator[str]:
-    """What the labels are worth, where any has a score."""
+    """How good the labels are, where any has a score."""
     if known := [score for score in scores if score is not None]:
         mean, low, high = mean_score(known)
         yield (

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from finqa.runtime.command_line import flag, option
+from finqa.runtime.command_line import check_bounds, flag, option
 from finqa.runtime.errors import UserError
 
 Method = Literal["batchtopk", "l1", "partition", "dedicated", "difference-sae", "stagewise-sae"]
@@ -39,9 +39,9 @@ class CrosscoderConfig:
 
     d_model: int
     """Width of one model's activation."""
-    n_latents: int = field(metadata=option("--latents", shown=BY_SIZE))
+    n_latents: int = field(metadata=option("--latents", shown=BY_SIZE, least=1))
     """Latents F in the dictionary."""
-    k: int = field(metadata=option("--k", shown=BY_SIZE))
+    k: int = field(metadata=option("--k", shown=BY_SIZE, least=1))
     """Mean number of active latents a token; in a partition, of shared ones."""
     score_norm: ScoreNorm = flag("sum")
     """What a latent's value is multiplied by for selection: the sum of its two decoder norms, as published, or
@@ -61,30 +61,33 @@ class CrosscoderConfig:
     """Share of the latents, and of k, that dedicated reserves for each of the two models; the rest is shared."""
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_latents", "k"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        _require(self.k <= self.n_latents, f"k ({self.k}) is more than the {self.n_latents} latents")
+        check_bounds(self)
+        _require(self.d_model >= 1, f"d_model must be at least 1, not {self.d_model}")
+        _require(self.k <= self.n_latents, f"--k ({self.k}) is more than the {self.n_latents} latents")
         _require_choices(self)
         if self.method == "dedicated":
             _require(
                 0 < self.reserved_share < 0.5 and 1 <= self.n_reserved < self.n_latents / 2,
-                "reserved_share must be above 0 and below 0.5, and leave a latent to each model and some shared, of "
+                "--reserved must be above 0 and below 0.5, and leave a latent to each model and some shared, of "
                 f"{self.n_latents}; it is {self.reserved_share}",
             )
         else:
-            _require(self.reserved_share == 0, f"reserved_share belongs to dedicated, not {self.method}")
+            _require(self.reserved_share == 0, f"--reserved belongs to dedicated, not {self.method}")
         if self.method != "partition":
-            _require(self.n_delta == self.k_delta == 0, f"n_delta and k_delta belong to partition, not {self.method}")
+            _require(
+                self.n_delta == self.k_delta == 0,
+                "--delta-latents and --delta-k belong to partition alone",
+            )
             return
         _require(
             0 < self.n_delta < self.n_latents,
-            f"n_delta must be above 0 and below the {self.n_latents} latents, and is {self.n_delta}",
+            f"--delta-latents must be above 0 and below the {self.n_latents} latents, and is {self.n_delta}",
         )
         _require(
             0 < self.k_delta <= self.n_delta,
-            f"k_delta must be above 0 and at most the {self.n_delta} delta latents, and is {self.k_delta}",
+            f"--delta-k must be above 0 and at most the {self.n_delta} delta latents, and is {self.k_delta}",
         )
-        _require(self.k <= self.n_shared, f"k ({self.k}) is more than the {self.n_shared} shared latents")
+        _require(self.k <= self.n_shared, f"--k ({self.k}) is more than the {self.n_shared} shared latents")
 
     @property
     def n_inputs(self) -> int:
@@ -112,16 +115,16 @@ class CrosscoderConfig:
 class TrainingConfig:
     """One training run over an activation store."""
 
-    batch_size: int = flag(4096, "--step-tokens", metavar="TOKENS", shown=BY_SIZE)
+    batch_size: int = flag(4096, "--step-tokens", metavar="TOKENS", shown=BY_SIZE, least=1)
     """Tokens a step, each with the activations of both models; over all processes."""
-    epochs: float = flag(1.0, shown=BY_SIZE)
+    epochs: float = flag(1.0, shown=BY_SIZE, above=0)
     """Passes over the training tokens; what does not fill a last batch is left out."""
-    learning_rate: float = flag(5e-5, shown=BY_SIZE)
+    learning_rate: float = flag(5e-5, shown=BY_SIZE, above=0)
     """Learning rate between warm-up and decay."""
-    warmup_fraction: float = flag(0.0, "--warmup", metavar="SHARE")
+    warmup_fraction: float = flag(0.0, "--warmup", metavar="SHARE", least=0, below=1)
     """Share of the steps over which the learning rate rises linearly at the start: a share, so never longer than the
     run."""
-    decay_fraction: float = flag(0.2, "--decay", metavar="SHARE")
+    decay_fraction: float = flag(0.2, "--decay", metavar="SHARE", least=0, below=1)
     """Share of the steps, at the end, over which the learning rate falls towards 0; 0 keeps it constant."""
     decay: Decay = flag("linear", "--decay-shape")
     """Shape of that fall."""
@@ -137,11 +140,11 @@ class TrainingConfig:
     )
     """lambda on the squared error of the difference, |e[1] - e[0]|^2 (sum over features, mean over tokens). `equal`:
     the weight at which the models' sum and difference count alike, taken from the data."""
-    l1_weight: float = flag(0.0, group="loss", shown="0; l1: 0.7")
+    l1_weight: float = flag(0.0, group="loss", shown="0; l1: 0.7", least=0)
     """L1 coefficient, on the sum over latents of value * (norm W_dec[j,0] + norm W_dec[j,1]), mean over tokens."""
     l1_warmup_fraction: float = 0.05
     """Share of the steps over which that coefficient rises from 0."""
-    aux_weight: float = flag(1 / 32, group="loss", shown="1/32")
+    aux_weight: float = flag(1 / 32, group="loss", shown="1/32", least=0)
     """Weight of the auxiliary loss, which is about 1 at most; only dead latents receive its gradient."""
     aux_k: int | None = None
     """Dead latents a token that try to explain what is left over; None is half of d_model."""
@@ -149,13 +152,13 @@ class TrainingConfig:
     """A latent that was not selected for this many tokens is dead; None is a tenth of the run, 10 million at most."""
     draw_anew: bool = True
     """Whether latents that are never positive, which no loss can reach, are re-initialised."""
-    anneal_k_from: int | None = flag(None)
+    anneal_k_from: int | None = flag(None, least=1)
     """k of the first step, from which it falls linearly to --k; needs --anneal."""
-    anneal_fraction: float = flag(0.0, "--anneal", metavar="SHARE", shown="")
+    anneal_fraction: float = flag(0.0, "--anneal", metavar="SHARE", shown="", least=0, below=1)
     """Share of the steps over which k falls from --anneal-k-from to --k; both are needed, so that k always arrives."""
     centre: bool = flag(False)
     """Whether each model's mean over the training tokens is taken off before scaling."""
-    decoder_norm: float = flag(1.0)
+    decoder_norm: float = flag(1.0, above=0)
     """Norm of every decoder vector at the start, for each model."""
     directions: Directions = flag("alike")
     """Whether a latent starts with the same direction for both models, or with one drawn for each."""
@@ -170,12 +173,12 @@ class TrainingConfig:
     precision: Precision = flag("auto")
     """Number format of the matrix products: `auto` is bf16 on a GPU, fp32 on a CPU. Parameters and
     optimiser are fp32 always."""
-    held_out_fraction: float = flag(0.1, "--held-out", metavar="SHARE")
+    held_out_fraction: float = flag(0.1, "--held-out", metavar="SHARE", least=0, below=1)
     """Share of the documents, at least one, that are kept out of training for every reported figure."""
     split_seed: int = 0
     """Decides which documents are held out; apart from `seed`, so that seeds are compared on the same ones."""
     seed: int = flag(0)
-    """Seed of the initial weights, the order of the tokens, and what is drawn anew."""
+    """Seed of the initial weights, the order of the tokens, and the latents that are re-initialised."""
     untrained: bool = False
     """Whether no step is taken: the dictionary as training would start, with scales, decoder bias and thresholds of
     the data. With the next one, set by names.CrosscoderChoice, as both are in the dictionary's name."""
@@ -183,25 +186,22 @@ class TrainingConfig:
     """Whether the decoder's vectors stay as they are at the start; encoder and biases are trained."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "threshold_from_step", "calibration_tokens"):
+        check_bounds(self)
+        for name in ("threshold_from_step", "calibration_tokens"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("epochs", "learning_rate", "max_grad_norm", "decoder_norm"):
-            _require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
-        shares = ("warmup_fraction", "decay_fraction", "held_out_fraction", "threshold_decay", "anneal_fraction")
-        for name in (*shares, "l1_warmup_fraction"):
+        _require(self.max_grad_norm > 0, f"max_grad_norm must be positive, not {self.max_grad_norm}")
+        for name in ("threshold_decay", "l1_warmup_fraction"):
             _require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}")
         rising_and_falling = self.warmup_fraction + self.decay_fraction
         _require(rising_and_falling <= 1, f"warm-up and decay take {rising_and_falling} of the run; at most 1 is there")
-        for name in ("aux_weight", "l1_weight", "difference_weight"):
-            value = getattr(self, name)
-            _require(value == "equal" or value >= 0, f"{name} must not be negative, and is {value}")
-        _require("equal" not in (self.aux_weight, self.l1_weight), "only difference_weight can be equal")
-        for name in ("aux_k", "dead_after_tokens", "anneal_k_from"):
+        weight = self.difference_weight
+        _require(weight == "equal" or weight >= 0, f"--difference-weight must not be negative, and is {weight}")
+        for name in ("aux_k", "dead_after_tokens"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
         _require(
             (self.anneal_k_from is not None) == (self.anneal_fraction > 0),
-            "anneal_k_from and anneal_fraction need each other: with no steps to fall in, k would stay where it starts",
+            "--anneal-k-from and --anneal need each other: with no steps to fall in, k would stay where it starts",
         )
         _require_choices(self)
         _require(not (self.untrained and self.freeze_decoder), "untrained and freeze_decoder exclude each other")
@@ -227,26 +227,26 @@ def check_together(crosscoder: CrosscoderConfig, training: TrainingConfig) -> No
         _require(method != "l1", "l1 has no k to anneal")
         _require(
             crosscoder.k <= training.anneal_k_from <= crosscoder.n_shared,
-            f"anneal_k_from ({training.anneal_k_from}) must be from k ({crosscoder.k}) to the number of latents "
+            f"--anneal-k-from ({training.anneal_k_from}) must be from --k ({crosscoder.k}) to the number of latents "
             f"({crosscoder.n_shared})",
         )
     if method == "l1":
-        _require(training.l1_weight > 0, "method l1 needs an l1_weight above 0, else nothing makes it sparse")
+        _require(training.l1_weight > 0, "method l1 needs an --l1-weight above 0, else nothing makes it sparse")
     if method in ("difference-sae", "stagewise-sae"):
         a_method = f"a {method.removesuffix('-sae')} SAE"
         _require(training.difference_weight == 0, f"{a_method} has no difference term: it reads one vector at a time")
-        _require(training.decoder_norm == 1, f"the decoder of {a_method} has unit norm; leave decoder_norm at 1")
+        _require(training.decoder_norm == 1, f"the decoder of {a_method} has unit norm; leave --decoder-norm at 1")
     if method == "stagewise-sae":
-        _require(training.l1_weight == 0, "a stagewise SAE has no L1 term; leave l1_weight at 0")
-        _require(training.directions == "alike", "a stagewise SAE starts with one direction a latent: directions alike")
+        _require(training.l1_weight == 0, "a stagewise SAE has no L1 term; leave --l1-weight at 0")
+        _require(training.directions == "alike", "a stagewise SAE has one direction a latent: --directions alike")
     if method == "dedicated":
         _require(
             crosscoder.k * crosscoder.reserved_share * training.batch_size >= 1,
             f"{crosscoder.reserved_share} of k ({crosscoder.k}) is less than one active latent in a step of "
-            f"{training.batch_size} tokens; raise reserved_share or k",
+            f"{training.batch_size} tokens; raise --reserved or --k",
         )
     if method == "partition":
-        _require(training.directions == "alike", "a partition's shared latents have one direction: directions alike")
+        _require(training.directions == "alike", "a partition's shared latents have one direction: --directions alike")
 
 
 def from_dict(kind: type[Config], values: dict[str, Any], source: str) -> Config:

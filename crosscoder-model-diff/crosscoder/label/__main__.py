@@ -36,7 +36,7 @@ from finqa.chat.asking import ask_all
 from finqa.chat.chat_request import shown
 from finqa.chat.config import ChatConfig, api_key, config_from
 from finqa.chat.prices import Spending, estimate, spending_of
-from finqa.runtime.command_line import add_flags, at_least_one, flag, from_args, script_parser, settings_of, words_of
+from finqa.runtime.command_line import add_flags, flag, from_args, script_parser, settings_of, words_of
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.paths import Folders
@@ -53,15 +53,15 @@ ASSUMED_LABEL = "ten words that say what a latent is active on, or so"
 class LabelConfig:
     """Which latents are named, and from what."""
 
-    latents: int = flag(50, type=at_least_one, metavar="N")
+    latents: int = flag(50, least=1, metavar="N")
     """How many latents are named, those that changed most first (as in most_changed.csv)."""
-    explaining: int = flag(10, type=at_least_one, metavar="PASSAGES")
+    explaining: int = flag(10, least=1, metavar="PASSAGES")
     """Passages that a label is made from."""
-    scoring: int = flag(10, type=at_least_one, metavar="PASSAGES")
+    scoring: int = flag(10, least=1, metavar="PASSAGES")
     """Other passages on which a latent fires, and as many on which it does not, to score its label; 5 at least."""
-    at_once: int = flag(5, type=at_least_one, metavar="PASSAGES")
+    at_once: int = flag(5, least=1, metavar="PASSAGES")
     """Passages that are judged in one request."""
-    attempts: int = flag(2, type=at_least_one)
+    attempts: int = flag(2, least=1)
     """Times that a reply is asked for, while none can be read."""
     seed: int = flag(0, help="Of the draw of silent passages, and of the order in which passages are judged")
     dry_run: bool = flag(False, help="Print the first prompt and the estimate; send and write nothing")

@@ -81,7 +81,7 @@ class Named:
 
 
 class Namer:
-    """Leads the talk about each latent, as a function of the journal.
+    """Conducts the conversation about each latent; what comes next follows from the journal alone.
 
     Args:
         chat: How to ask.
@@ -131,8 +131,8 @@ class Namer:
         return self._asked(messages, read_label, LABEL_AGAIN)
 
     def verdicts(self, passages: Passages, label: str) -> list[list[bool] | Wanted | None]:
-        """Of each list of passages, on which the latent is said to fire; the request; or None where no reply can be
-        read."""
+        """For each list of passages: on which the latent is said to fire, or the request for it, or None if no reply
+        can be read."""
         found = []
         for shown in self._lists(passages):
             n = len(shown)
@@ -163,7 +163,7 @@ class Namer:
 
 
 def balanced_accuracy(judged: Sequence[tuple[bool, bool]]) -> float:
-    """Of pairs of what is so and what was said: the mean of the shares of both sorts that were called what they are."""
+    """Balanced accuracy of pairs (fires, was said to fire): the mean of the accuracies on firing and on silent ones."""
     shares = [[said == fires for fires, said in judged if fires is sort] for sort in (True, False)]
     return sum(sum(right) / len(right) for right in shares) / 2
 

@@ -9,7 +9,7 @@ from crosscoder.dictionaries.config import READ_TOKENS, CrosscoderConfig, Traini
 from finqa.runtime.errors import UserError
 from finqa.runtime.memory.free import free_memory
 from finqa.runtime.memory.needs import Need
-from finqa.runtime.memory.plan import USABLE, amount, tell
+from finqa.runtime.memory.plan import USABLE, amount, print_need
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ def plan_training(
     on_gpu = kind.startswith("cuda")
     memory = free_memory("cpu") / processes
     there = free_memory(kind) if on_gpu else memory
-    tell("training", need, there, kind if on_gpu else "cpu")
+    print_need("training", need, there, kind if on_gpu else "cpu")
     if need.total > USABLE * there:
         raise UserError(
             f"training needs {amount(need.total)} of memory and {amount(there)} are free; what helps: a smaller "

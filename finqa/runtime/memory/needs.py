@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 GB = 1e9
 WORKSPACE = 0.5 * GB
-"""What products and attention need for themselves on a GPU."""
+"""Bytes of working memory that matrix products and attention use on a GPU."""
 MERGED_FILE_GB = 5
-"""Of the files of a merged model at most; each is copied in memory as it is written."""
+"""Largest size of one file of a merged model; a file is copied in memory while it is written."""
 NF4 = 0.53
 """Bytes of a 4-bit weight, its twice quantised scales included."""
 OPTIMISER_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0, "adafactor": 0}
@@ -75,7 +75,7 @@ class Load:
 
     @classmethod
     def of(cls, rows: Dataset, batch_size: int, epochs: int, seed: int, packed: bool) -> Load:
-        """The largest batch of the run's own batches; a packed one holds its rows' tokens, another one is padded.
+        """The largest of the run's own batches; a packed batch has its rows' tokens, any other is padded.
 
         `rows` is a Dataset of finqa.training.rows.Example. A batch is recorded where it is packed and short, and
         its shape comes more than once.
@@ -106,7 +106,7 @@ class Need:
     """Memory of a stage: what each part is, and its bytes."""
 
     parts: tuple[tuple[str, float, str], ...]
-    """Name, bytes, and from what they follow."""
+    """Name, bytes, and what the number of bytes follows from."""
 
     @property
     def total(self) -> float:

@@ -1,4 +1,4 @@
-"""The plan before the work: what a stage needs against what there is, told before a model is loaded.
+"""The plan before the work: what a stage needs and what there is, printed before a model is loaded.
 
 A stage that cannot fit stops here, with one line that names the flag that helps.
 """
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
     from finqa.models.students import StudentRun
 
 USABLE = 0.95
-"""Share of the free memory that is planned with: the allocator loses some between its blocks."""
+"""Share of the free memory that a plan counts on: the allocator loses some between its blocks."""
 
 
 def fitting_speed(
     need: Callable[[Speed], Need], speed: Speed, free: float, checkpointing: bool | None
 ) -> tuple[Speed, Need]:
-    """The fastest of the ways that fit: as asked for, without CUDA graphs, with checkpointing (`None`: where needed).
+    """The fastest way of computing a step that fits: as asked for, without CUDA graphs, or with checkpointing.
 
-    Where none fits, the last one.
+    `checkpointing` forces (True) or forbids (False) the last; None allows it. Where none fits, the last one tried.
     """
     plain = replace(speed, checkpointing=False)
     ways = [] if checkpointing else [plain, replace(plain, captured=False)]
@@ -83,13 +83,13 @@ def plan_training(
 
     speed = replace(speed, packed=packed, captured=packed and speed.captured and processes == 1)
     chosen, planned = fitting_speed(need, speed, there, speed.checkpointing)
-    tell("training", planned, there, device)
+    print_need("training", planned, there, device)
     if planned.total > USABLE * there:
         raise UserError(_does_not_fit(run, need, chosen, load, planned, there))
     # What checkpoints of a run that goes on already take is not asked for again.
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     left = max(0.0, disk_need(model, settings.optim) - written)
-    hold_disk(folder, left, "checkpoints and student", "make room there or choose another --data-dir")
+    check_disk(folder, left, "checkpoints and student", "make room there or choose another --data-dir")
     return chosen
 
 
@@ -121,7 +121,7 @@ def _does_not_fit(
 
 
 def training_need_with_adapter(run: StudentRun, way: Speed, load: Load) -> Need:
-    """The same run with the adapter of its settings in place of all weights."""
+    """Memory of the same run if it trained the adapter of its settings in place of all weights."""
     model = sizes(read_config(run.model, run.revision), run.settings.lora_modules, run.settings.lora_r)
     return training_need(model, load, run.settings.optim, way)
 
@@ -139,7 +139,7 @@ def plan_evaluation(run: StudentRun, config: GenerationConfig) -> None:
     there = free_memory(device)
     if config.vllm and device != "cpu":
         there = min(there, config.gpu_memory_utilization * there * config.tensor_parallel)
-    tell("evaluation", need, there, device)
+    print_need("evaluation", need, there, device)
     if need.total > there:
         flags = (["--gpu-memory-utilization", "--tensor-parallel"] if config.vllm else ["a smaller -EBS"]) + (
             [] if run.load_in_4bit else ["-F"]
@@ -169,14 +169,14 @@ def plan_merging(base: Path, adapter: Path, folder: Path) -> None:
         )
     )
     there = free_memory("cpu")
-    tell("merging", need, there, "cpu")
+    print_need("merging", need, there, "cpu")
     if need.total > there:
         raise UserError(f"merging needs {amount(need.total)} of the machine's memory and {amount(there)} are free")
-    hold_disk(folder, weights, "the merged model", "make room there")
+    check_disk(folder, weights, "the merged model", "make room there")
 
 
-def tell(stage: str, need: Need, there: float, device: str) -> None:
-    """Print a plan, a line a part."""
+def print_need(stage: str, need: Need, there: float, device: str) -> None:
+    """Print what a stage needs, one line per part, and what is free."""
     where = "on the GPU" if device != "cpu" else "in the machine's memory"
     print(f"plan: {stage} needs {amount(need.total)}; {amount(there)} are free {where}", flush=True)
     for name, size, why in need.parts:
@@ -188,7 +188,7 @@ def amount(size: float) -> str:
     return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.0f} MB"
 
 
-def hold_disk(folder: Path, need: float, what: str, remedy: str) -> None:
+def check_disk(folder: Path, need: float, what: str, remedy: str) -> None:
     """Print what a stage writes and what is free; UserError, which ends with `remedy`, where that is too little."""
     free = free_disk(folder)
     print(f"  {'disk':<23}{amount(need):>9}  {what}; {amount(free)} are free", flush=True)

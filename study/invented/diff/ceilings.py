@@ -126,7 +126,7 @@ def primary_name(rows: Sequence[Row], otherwise: str) -> str:
 
 
 def primary_site(plan: Plan) -> Target:
-    """By the ceilings of both arms in both seeds; UserError where they are not all there."""
+    """The site that the ceilings of both arms in both seeds choose; UserError where some are missing."""
     rows = ceiling_rows(plan)
     wanted = {(pair.arm, pair.seed) for pair in PAIRS if pair.arm in ADDED}
     missing = wanted - {(row["arm"], row["seed"]) for row in rows}

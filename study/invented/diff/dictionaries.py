@@ -89,7 +89,7 @@ def command_of(typed: str) -> str:
 
 
 def folder_of(plan: Plan, compared: Compared, target: Target) -> Path:
-    """Of the dictionaries of a pair at a site."""
+    """Folder of the dictionaries of a pair at a site."""
     return plan.place.root / "dictionaries" / site_name(target) / compared.run
 
 
@@ -187,7 +187,7 @@ def settings_path(plan: Plan, method: str) -> Path:
 
 
 def read_settings(plan: Plan, method: str) -> Chosen:
-    """Of a method; UserError where they are not chosen."""
+    """What was chosen for a method; UserError where nothing is yet."""
     path = settings_path(plan, method)
     if not path.exists():
         raise UserError(f"{path} is missing; choose settings with: python -m study.invented settings")
@@ -244,7 +244,7 @@ def _choice(plan: Plan, control: Compared, target: Target, store: ActivationStor
 
 
 def best(candidates: dict[Settings, float]) -> Settings:
-    """Of the largest explained variance; of equal ones the first that was tried."""
+    """The settings with the largest explained variance; of equal ones the first that was tried."""
     return max(candidates, key=lambda settings: candidates[settings])
 
 

@@ -23,8 +23,8 @@ def draw(tables: Mapping[str, Sequence[Row]], path: Path) -> None:
 
 
 def curves(carried: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
-    """Of every method: injected norm and share of right answers on the arm's own metrics, over all pairs, by rising
-    norm; the sets at their own norm and at its multiples, and the whole site."""
+    """For every method, by ascending norm: injected norm and share of right answers on the arm's own metrics, over all
+    pairs; the sets at their own norm and at its multiples, and the whole site."""
     shown = {*METHODS, *BASELINES, ENDS}
     sums: dict[tuple[str, float], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
     for row in carried:

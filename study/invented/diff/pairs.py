@@ -212,7 +212,7 @@ class Comparison:
         return board(looked.means(values), [item for item, _ in self.questions])
 
     def _rows_of_figures(self, method: str) -> Iterator[dict[str, Any]]:
-        """Of what needs no direction: one figure a token, or the mined tokens' logits."""
+        """Rows of methods without directions: one figure per token, or the logits of the mined tokens."""
 
         def values(looked: readings.Looked) -> Tensor:
             if method == NORM:

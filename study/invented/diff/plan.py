@@ -48,7 +48,7 @@ METHODS: dict[str, tuple[Method, dict[str, Any]]] = {
     }.items()
     if settings[0] in get_args(Method)
 }
-"""By name: the method of the library, and its settings beside those that are chosen."""
+"""Methods by name: the library's method, and its settings beside those that are chosen."""
 RANDOM, COMPONENTS = "random directions", "PCA of the difference"
 ADAPTER, ADAPTER_OUTPUT = "adapter", "adapter output"
 DIRECTIONS = (RANDOM, COMPONENTS, ADAPTER, ADAPTER_OUTPUT)
@@ -73,7 +73,7 @@ class Lengths:
     """How much is trained and asked."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the dictionaries: the first in every pair, the others where metrics were added, at the primary site."""
+    """Seeds of the dictionaries: the first in every pair, the others where metrics were added, at the primary site."""
     latents: tuple[int, ...] = (2048, 8192)
     ks: tuple[int, ...] = (16, 32, 64)
     rates: tuple[float, ...] = (0.5, 1.0, 2.0)

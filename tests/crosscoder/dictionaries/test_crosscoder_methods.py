@@ -110,7 +110,7 @@ def test_the_price_is_each_value_times_both_decoder_norms():
 
 
 def test_without_a_price_l1_is_refused():
-    with pytest.raises(UserError, match="needs an l1_weight above 0"):
+    with pytest.raises(UserError, match="needs an --l1-weight above 0"):
         check_together(SHAPES["l1"], SETTINGS)
 
 
@@ -308,7 +308,7 @@ def test_half_of_an_annealing_is_refused(given):
 
 
 def test_annealing_from_below_k_is_refused():
-    with pytest.raises(UserError, match="must be from k"):
+    with pytest.raises(UserError, match="must be from --k"):
         check_together(SHAPES["batchtopk"], replace(SETTINGS, anneal_k_from=2, anneal_fraction=0.5))
 
 
@@ -357,12 +357,12 @@ def test_settings_that_make_no_sense_for_a_method_are_refused(method: Method, ch
     ("change", "message"),
     [
         ({"n_delta": 2}, "belong to partition"),
-        ({"method": "partition"}, "n_delta must be above 0"),
+        ({"method": "partition"}, "--delta-latents must be above 0"),
         ({"method": "partition", "n_delta": 4, "k_delta": 5}, "at most the 4 delta latents"),
         ({"method": "partition", "n_delta": 22, "k_delta": 1}, "more than the 2 shared latents"),
         ({"method": "topk"}, "method is one of batchtopk, l1, partition, dedicated, difference-sae"),
-        ({"reserved_share": 0.1}, "reserved_share belongs to dedicated"),
-        ({"method": "dedicated"}, "reserved_share must be above 0 and below 0.5"),
+        ({"reserved_share": 0.1}, "--reserved belongs to dedicated"),
+        ({"method": "dedicated"}, "--reserved must be above 0 and below 0.5"),
         ({"method": "dedicated", "reserved_share": 0.02}, "leave a latent to each model"),
         ({"method": "dedicated", "reserved_share": 0.49}, "and some shared"),
     ],

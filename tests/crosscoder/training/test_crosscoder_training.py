@@ -313,10 +313,10 @@ def test_a_store_smaller_than_a_batch_still_trains(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"learning_rate": 0}, "learning_rate must be positive"),
-        ({"held_out_fraction": 1.0}, r"held_out_fraction must be in \[0, 1\)"),
+        ({"learning_rate": 0}, "--learning-rate must be above 0"),
+        ({"held_out_fraction": 1.0}, "--held-out must be at least 0 and below 1"),
         ({"reconstruction": "l1"}, "reconstruction is one of mse, l2"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 0}, "--step-tokens must be at least 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change, message):

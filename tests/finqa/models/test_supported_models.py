@@ -23,9 +23,10 @@ from finqa.models.merging import merge
 from finqa.models.settings import ATTENTION
 from finqa.models.students import StudentRun, load_adapter, load_base, load_tokenizer
 from finqa.runtime.errors import UserError
+from finqa.runtime.memory.needs import sizes
 from finqa.runtime.paths import REPOSITORY
 from finqa.training.rows import collator
-from finqa.training.trainable import Speed, linear_names, loss_on_completion, made_trainable
+from finqa.training.trainable import Speed, loss_on_completion, made_trainable
 
 TABLE = REPOSITORY / "docs" / "models.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end of the table -->\n"
@@ -103,7 +104,7 @@ def test_a_family_trains_with_its_own_loss_replies_is_recorded_and_merges_exactl
     folder = tiny_model(kind, tiny_student, tmp_path / kind)
     run = StudentRun("FinQA-mini", str(folder), replace(SETTINGS, lora_modules=modules(kind), lora_dropout=0.0))
     base: Any = load_base(run.model, torch.float32)
-    assert set(modules(kind)) <= set(linear_names(base))
+    assert set(modules(kind)) <= set(sizes(base.config).linear)
     tokenizer = load_tokenizer(run.model)
     batch = collator(3)(examples([teacher_row(1), teacher_row(2, padding=5)], tokenizer))
     del batch["n_tokens"]
