@@ -85,11 +85,9 @@ def fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders) -> Path
     """
     folder = folders.model(run.dataset, run.model_id)
     with parallel.one_voice(), only_run_on(*([folder] if parallel.is_first() else [])), told_when_full(folder):
-        try:
-            _fine_tune(run, config, folders, folder)
-            parallel.wait_for_all()
-        finally:
-            parallel.part()
+        _fine_tune(run, config, folders, folder)
+        parallel.wait_for_all()
+        parallel.part()
     return folder
 
 

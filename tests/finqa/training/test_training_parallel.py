@@ -128,7 +128,7 @@ def test_two_processes_that_are_killed_go_on_from_their_checkpoint_to_the_same_w
         "from finqa.training.completion_trainer import CompletionTrainer\n"
         "step = CompletionTrainer.training_step\n"
         "def to_die(self, *a, **k):\n"
-        "    if self.state.global_step == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if self.state.global_step == 9 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return step(self, *a, **k)\n"
         "CompletionTrainer.training_step = to_die\n"
     )
@@ -136,6 +136,7 @@ def test_two_processes_that_are_killed_go_on_from_their_checkpoint_to_the_same_w
     assert launch(plain, folders[0].data, processes=2).returncode == 0
     killed = launch(script(tmp_path, "dying", run, config, dying), folders[1].data, processes=2)
     assert killed.returncode != 0 and str(-signal.SIGKILL) in killed.stderr
+    assert killed.stderr.count("error: ") == 1 and "the same command goes on" in killed.stderr
     resumed = launch(plain, folders[1].data, processes=2)
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.count("going on from checkpoint-8") == 1
