@@ -111,26 +111,28 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@parallel.one_voice()
 def main() -> None:
     args = parse_args()
     choice, named, folders = choice_from_args(args), from_args(CrosscoderChoice, args), Folders.from_args(args)
     name, running = named.name_on(choice, folders), from_args(Running, args)
-    require_push(args, choice.student, name)
     parallel.check_device(running.device)
-    check_writable(named.results_dir)
-    recorded = find_activations(choice, folders)
+    if parallel.world_size() > 1:
+        joined(running)
+    with parallel.first_goes_first():
+        require_push(args, choice.student, name)
+        check_writable(named.results_dir)
+        recorded = find_activations(choice, folders)
 
     # Only now, so that what is missing is said at once.
     from crosscoder.activations.store import ActivationStore
-    from crosscoder.dictionaries.ranks import ranks_from_environment
     from crosscoder.training.report import crosscoder_report
 
     store = ActivationStore(recorded, place="disk")
     print(f"{len(store):,} tokens of {len(store.documents)} documents from {recorded}", flush=True)
     crosscoder, training = configs(args, named, running, store)
-    device = running.device or students.default_device()
     folder, results = crosscoder_folder(folders, name), named.results_dir / name
-    run = Run(name, crosscoder, training, running, store, folder, results, device, ranks_from_environment(device))
+    run = Run(name, crosscoder, training, running, store, folder, results, *joined(running))
     with only_run_on(*([folder, results] if run.ranks.is_main else [])):
         hold(run)
         if running.overwrite and run.ranks.is_main:
@@ -142,12 +144,20 @@ def main() -> None:
         if not run.ranks.is_main:
             return
         split = store.split(training.held_out_fraction, training.split_seed)
-        report = crosscoder_report(model.to(device), store, split, log.records)
+        report = crosscoder_report(model.to(run.device), store, split, log.records)
         write_results(run, report, log, settings_of(choice, named, running))
         print(summary(run, report))
     repository = hub_id(choice.student, name) if args.push else None
     write_crosscoder_card(folder, report, repository)
     hub.push_folder(folder, repository, args.push, args.private)
+
+
+def joined(running: Running) -> tuple[str, Ranks]:
+    """This process's device, and the processes that train together on theirs."""
+    from crosscoder.dictionaries.ranks import ranks_from_environment
+
+    device = parallel.own_device(running.device or students.default_device())
+    return device, ranks_from_environment(device)
 
 
 def configs(

@@ -92,7 +92,10 @@ ALONE = Ranks()
 
 
 def ranks_from_environment(device: torch.device | str) -> Ranks:
-    """The processes that torchrun started; `ALONE` where it did not. gloo on the CPU, nccl on GPUs."""
+    """The processes that torchrun started; `ALONE` where it did not. gloo on the CPU, nccl on GPUs.
+
+    `device` is this process's own, which it computes on from now on.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return ALONE
@@ -100,7 +103,10 @@ def ranks_from_environment(device: torch.device | str) -> Ranks:
 
     if not dist.is_initialized():
         parallel.loaded_before_joining()
-        dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+        on_gpu = torch.device(device).type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=parallel.PATIENCE)
         atexit.register(dist.destroy_process_group)  # its threads, still there at the end, would abort the process
     return Ranks(dist.get_rank(), dist.get_world_size())
 
