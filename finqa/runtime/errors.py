@@ -121,7 +121,7 @@ def _is_first_to_tell() -> bool:
     """Asks the launcher's store, which outlives the processes; whoever cannot reach it tells."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
