@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,10 +44,6 @@ class Ranks:
         """Mean over all processes, elementwise; without gradient."""
         return tensor if self.world == 1 else self.sum(tensor) / self.world
 
-    def any(self, mask: Tensor) -> Tensor:
-        """Elementwise: whether it is true in some process."""
-        return mask if self.world == 1 else self._reduced(mask.to(torch.uint8), "MAX").bool()
-
     def smallest(self, tensor: Tensor) -> Tensor:
         """Minimum over all processes, elementwise."""
         return self._reduced(tensor, "MIN")
@@ -69,14 +65,18 @@ class Ranks:
 
             dist.barrier()
 
-    def mean_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Put the mean of all processes' gradients in place of each process's own."""
-        if self.world == 1:
-            return
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad = self.mean(parameter.grad)
+    def from_first(self, tensor: Tensor) -> None:
+        """Put the first process's numbers in place of one's own."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            dist.broadcast(tensor, 0)
+
+    def begin_sum(self, tensor: Tensor) -> Any:
+        """Begin to put the sum over all processes in the tensor's place; its `wait()` returns when it is there."""
+        import torch.distributed as dist
+
+        return dist.all_reduce(tensor, async_op=True)
 
     def _reduced(self, tensor: Tensor, how: str) -> Tensor:
         if self.world == 1:
