@@ -36,6 +36,12 @@ class CompletionTrainer(Trainer):
             implementation.sync_gpu = lambda tensor: None  # pyright: ignore[reportPrivateImportUsage]
         return optimizer
 
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        args = super()._build_accelerator_args(**kwargs)
+        for handler in args["kwargs_handlers"]:  # of several processes: gradients are sent from where they are
+            handler.gradient_as_bucket_view = True
+        return args
+
     def capture_steps(self) -> None:
         """Compute steps as CUDA graphs (finqa.training.captured_steps): one GPU, packed rows."""
         self._capture = True

@@ -146,6 +146,7 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
         student=without_folders(run),
         speed=asdict(speed),
         processes=parallel.world_size(),
+        sent_bytes_an_update=sent_bytes(model),
         base_hash=base_hash,
         weights_hash=weights_hash(folder),
         **template_facts(tokenizer),
@@ -199,6 +200,12 @@ def make_trainer(
     return trainer
 
 
+def sent_bytes(model: Any) -> int:
+    """Bytes of gradients that each process sends the others for an update, as one sum; 0 where there are no others."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return sum(parameter.nbytes for parameter in trained) if parallel.world_size() > 1 else 0
+
+
 def training_arguments(
     run: StudentRun, config: TrainingConfig, n_rows: int, bf16: bool, device: str, folder: Path
 ) -> TrainingArguments:
@@ -227,6 +234,7 @@ def training_arguments(
         logging_steps=10,
         logging_first_step=True,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # those of a frozen base never change
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,

@@ -164,8 +164,8 @@ def training_need(
     - Weights: 2 bytes a parameter in bf16, 0.53 in 4-bit layers, 4 where all of them are trained or, at `bits` 32, on
       a CPU without bf16 products.
     - Trained parameters: 4 bytes each in fp32, 2 for autocast's copy, and the optimiser's state. Their gradients, 4
-      more, come as activations go, so the larger of the two counts. Several `processes` send gradients from a copy of
-      theirs, and keep both.
+      more, come as activations go, so the larger of the two counts. Several `processes` keep the memory of gradients,
+      which they are sent from.
     - Activations: see `_activations`. CUDA graphs keep gradients beside them, and the activations of their largest
       batch in memory of their own, which no other batch can use.
 
@@ -192,7 +192,7 @@ def training_need(
         recorded = _activations(model, values * width, width, load.captured_tokens, load.captured_targets, False)
         passing = gradients + activations + recorded
     else:
-        passing = max(activations, gradients) if processes == 1 else activations + 2 * gradients
+        passing = max(activations, gradients) if processes == 1 else activations + gradients
     how = f"{load.tokens:,} tokens in the largest update" + (", with checkpointing" if speed.checkpointing else "")
     return Need(
         (

@@ -171,7 +171,7 @@ def test_4_bits_an_optimiser_in_fp32_and_all_weights_are_counted_as_what_they_ar
     assert part("weights", model=whole) == 4 * mistral_7b.parameters
     assert part("optimiser", model=whole) == 4 * mistral_7b.parameters
     one, two = (training_need(mistral_7b, ONE_ROW, "adamw_8bit", PLAIN, processes=n).total for n in (1, 2))
-    assert two == one + 8 * mistral_7b.trained
+    assert two == one + 4 * mistral_7b.trained
     assert disk_need(mistral_7b, "adamw_8bit") == (4 + 3 * 6) * mistral_7b.trained
 
 
