@@ -219,7 +219,8 @@ def collect(recording: Recording, plan: Plan) -> None:
 
     started = time.monotonic()
     missing = [shard for shard in plan.shards if not all(writer.has(shard.number) for writer in plan.writers)]
-    parallel.wait_for_all()  # all have seen the same shards missing
+    for writer in plan.writers:
+        parallel.check_shared(writer.partial, writer.seen(len(plan.shards)))
     if len(missing) < len(plan.shards):
         print(f"going on: {len(plan.shards) - len(missing)} of {len(plan.shards)} shards are there", flush=True)
     own = missing[parallel.rank() :: parallel.world_size()]

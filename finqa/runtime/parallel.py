@@ -104,6 +104,23 @@ def wait_for_all() -> None:
     PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE).wait_for_everyone()
 
 
+def check_shared(folder: Path, seen: str) -> None:
+    """Raises UserError where not every process has `seen` the same in a folder, which the first one writes for all.
+
+    So it is on two machines without a file system that they share.
+    """
+    if world_size() == 1:
+        return
+    import torch
+
+    everyone: list[str] = [""] * world_size()
+    torch.distributed.all_gather_object(everyone, seen)
+    if len(set(everyone)) > 1:
+        told = ", ".join(f"process {number}: {what}" for number, what in enumerate(everyone))
+        raise UserError(f"{folder} is not the same for all processes ({told}); put it where all machines see it, or "
+                        "copy it to each (--data-dir)")  # fmt: skip
+
+
 def loaded_before_joining() -> None:
     """Call this before a process group is made, so that it can be destroyed.
 

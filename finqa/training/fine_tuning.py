@@ -128,6 +128,7 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
     if device != "cpu" and speed.compiled:
         print("layers are compiled in the first update", flush=True)
     checkpoint = last_checkpoint(folder)
+    parallel.check_shared(folder, checkpoint.name if checkpoint else "no checkpoint")
     if checkpoint is not None:
         print(f"going on from {checkpoint.name}", flush=True)
     tracked = wandb_run(config.wandb_project, config.wandb_entity, run.model_id, identity, folder)
@@ -233,8 +234,6 @@ def training_arguments(
         save_total_limit=CHECKPOINTS_KEPT,
         logging_steps=10,
         logging_first_step=True,
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # those of a frozen base never change
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,

@@ -25,6 +25,7 @@ from crosscoder.training.liveness import Liveness, draw_anew
 from crosscoder.training.run_log import StepRecord
 from crosscoder.training.step import Step, StepKind, TakeStep
 from crosscoder.training.step_choice import new_step
+from finqa.runtime import parallel
 from finqa.runtime.errors import UserError
 
 MEDIAN_TOKENS = 16_384
@@ -115,6 +116,7 @@ class Trainer:
             self._start()
         else:
             self.load_state_dict(*state)
+        parallel.check_shared(self.folder, f"{self.steps_done} steps taken")
         # Only now: a step by hand holds copies of the weights, and the optimiser's moments.
         self._take_step = new_step(self._step_kind, self.model, self.optimizer, self.config, self.ranks)
 

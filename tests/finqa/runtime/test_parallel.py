@@ -58,6 +58,7 @@ def test_the_memory_that_it_held_on_a_gpu_is_free(tmp_path: Path):
 
 DYING = """
 import os, signal, sys, time
+from pathlib import Path
 from finqa.runtime import parallel
 from finqa.runtime.errors import UserError, report_errors
 
@@ -86,6 +87,11 @@ ENDED = "error: ended by the launcher, as another process of this run or it was;
         pytest.param(IN_ONE.format(1, RAISED), ("ValueError: a fault",), id="one raises"),
         pytest.param(IN_ONE.format(1, "raise UserError('a line')"), ("error: a line",), id="one says what is wrong"),
         pytest.param("raise UserError('a line')", ("error: a line",), id="all find the same wrong"),
+        pytest.param(
+            "parallel.check_shared(Path('data'), f'{parallel.rank() // 2} shards')",
+            ("error: data is not the same for all processes (process 0: 0 shards, process 1: 0 shards, process 2: 1 ",),
+            id="two machines share no folder",
+        ),
         pytest.param("raise KeyboardInterrupt", ("interrupted; the same command goes on",), id="all are interrupted"),
     ],
 )

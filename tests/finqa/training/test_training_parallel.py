@@ -50,7 +50,8 @@ SENT = (
     "    done = train(self, *a, **k)\n"
     "    if parallel.world_size() > 1:\n"
     "        facts = self.model_wrapped._get_ddp_logging_data()\n"
-    "        facts = {k: facts[k] for k in ('bucket_sizes', 'broadcast_buffers', 'gradient_as_bucket_view')}\n"
+    "        facts = {k: facts[k] for k in ('bucket_sizes', 'gradient_as_bucket_view')}\n"
+    "        facts['buffers'] = self.model_wrapped.will_sync_module_buffers()\n"
     "        Path(f'{sys.argv[1]}.sent').write_text(repr(facts))\n"
     "    return done\n"
     "CompletionTrainer.train = noted\n"
@@ -132,7 +133,7 @@ def test_two_processes_have_the_losses_of_one_with_twice_the_rows_and_one_of_the
     sent = ast.literal_eval((tmp_path / "data.sent").read_text())
     [manifest] = (tmp_path / "data" / "models" / "FinQA-mini").glob("*/run.json")
     assert json.loads(manifest.read_text())["sent_bytes_an_update"] == sum(map(int, sent["bucket_sizes"].split(", ")))
-    assert (sent["broadcast_buffers"], sent["gradient_as_bucket_view"]) == (0, 1)
+    assert (sent["buffers"], sent["gradient_as_bucket_view"]) == (False, 1)
 
 
 @pytest.mark.slow
