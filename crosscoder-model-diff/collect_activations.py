@@ -49,6 +49,7 @@ from finqa.runtime.command_line import add_flags, at_least_one, flag, from_args,
 from finqa.runtime.errors import report_errors
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import write_manifest
+from finqa.runtime.memory.free import memory_used
 from finqa.runtime.paths import Folders
 from finqa.runtime.progress import Progress
 
@@ -255,6 +256,7 @@ def collect(recording: Recording, plan: Plan) -> None:
                 reader=plan.reader,
                 processes=parallel.world_size(),
                 seconds=round(time.monotonic() - started, 1),
+                memory_gb=round(memory_used() / 1e9, 3),
                 tokens_per_second=round(done / seconds),
             )
 

@@ -50,6 +50,7 @@ from finqa.runtime.command_line import add_flags, flag, from_args, given, script
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import write_json, write_manifest
+from finqa.runtime.memory.free import memory_used
 from finqa.runtime.paths import Folders, check_writable
 from finqa.runtime.tracking import wandb_run
 
@@ -260,6 +261,11 @@ def write_results(run: Run, report: CrosscoderReport, log: RunLog, flags: dict[s
         seed=run.training.seed,
         **run.settings,
         activations=run.store.config.recorded,
+        processes=run.ranks.world,
+        sent=dict(run.ranks.sent),
+        memory_gb=round(memory_used() / 1e9, 3),
+        tokens=log.records[-1]["tokens"] if log.records else 0,
+        tokens_per_second=round(log.tokens_per_second),
         seconds=round(log.seconds, 1),
     )
 

@@ -31,6 +31,7 @@ from finqa.runtime.command_line import check_bounds, flag
 from finqa.runtime.errors import UserError
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import file_hash, without_folders, write_json, write_manifest
+from finqa.runtime.memory.free import memory_used
 from finqa.runtime.memory.plan import plan_training
 from finqa.runtime.parallel import multiplies_bf16
 from finqa.runtime.paths import Folders, follow_umask
@@ -121,7 +122,7 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
         if parallel.is_first():
             drop_damaged(folder)
 
-    from finqa.training.callbacks import TrainingLog, memory_used
+    from finqa.training.callbacks import TrainingLog
 
     pad_id: Any = tokenizer.pad_token_id
     trainer = make_trainer(run, replace(config, speed=speed), examples, pad_id, folder)

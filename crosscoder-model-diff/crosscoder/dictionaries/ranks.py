@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
+    sent: Counter[str] = field(default_factory=Counter, compare=False)
+    """Bytes and messages that this process has sent to all others."""
 
     @property
     def is_main(self) -> bool:
@@ -54,6 +57,7 @@ class Ranks:
             return tensor[None]
         import torch.distributed as dist
 
+        self._note(tensor)
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
         dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
@@ -64,6 +68,9 @@ class Ranks:
             import torch.distributed as dist
 
             dist.barrier()
+
+    def _note(self, tensor: Tensor) -> None:
+        self.sent.update(bytes=tensor.nbytes, messages=1)
 
     def from_first(self, tensor: Tensor) -> None:
         """Put the first process's numbers in place of one's own."""
@@ -76,6 +83,7 @@ class Ranks:
         """Begin to put the sum over all processes in the tensor's place; its `wait()` returns when it is there."""
         import torch.distributed as dist
 
+        self._note(tensor)
         return dist.all_reduce(tensor, async_op=True)
 
     def _reduced(self, tensor: Tensor, how: str) -> Tensor:
@@ -83,6 +91,7 @@ class Ranks:
             return tensor
         import torch.distributed as dist
 
+        self._note(tensor)
         out = tensor.detach().clone()
         dist.all_reduce(out, getattr(dist.ReduceOp, how))
         return out
