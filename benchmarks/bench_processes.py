@@ -97,7 +97,7 @@ def student(model: Path, processes: int) -> list[str]:
 def fine_tuning(model: Path, folders: Folders, processes: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train; returns ms an update and tokens/s of the second half, and what run.json says of it."""
     rows = args.updates * processes
-    recipe = ["--preset", "published", "--max-rows", str(rows), "--save-steps", str(args.updates)]
+    recipe = ["--preset", "published", "--compile", "--max-rows", str(rows), "--save-steps", str(args.updates)]
     command(launched("main.py", processes, [*student(model, processes), *recipe]), folders, processes)
     [folder] = (folders.data / "models" / DATASET).glob(f"*-by-{processes}")
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]

@@ -34,13 +34,22 @@ from finqa.runtime.manifest import file_hash, without_folders, write_json, write
 from finqa.runtime.memory.free import memory_used
 from finqa.runtime.memory.plan import plan_training
 from finqa.runtime.parallel import multiplies_bf16
-from finqa.runtime.paths import Folders, follow_umask
+from finqa.runtime.paths import Folders, follow_umask, write_atomically
 from finqa.runtime.tracking import wandb_run
 from finqa.training.checkpoints import UNFINISHED, drop_damaged, last_checkpoint, told_when_full
 from finqa.training.figure import draw_training
 from finqa.training.packing import packed_collator
 from finqa.training.rows import Families, SharedRows, collator, read_training_rows, rows_hash, tokenised
-from finqa.training.trainable import Speed, check_trainable, is_packed, made_trainable, trainable
+from finqa.training.trainable import (
+    Speed,
+    check_trainable,
+    compiled_before,
+    is_packed,
+    keep_compiled,
+    made_trainable,
+    sent_bytes,
+    trainable,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -118,7 +127,8 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
         n_tokens = sum(examples["n_tokens"])
         print(f"training on {len(examples)} rows, {n_tokens} tokens an epoch: {folder}", flush=True)
         bits = 16 if multiplies_bf16(device) else 32
-        speed = plan_training(run, config.speed, examples, config.seed, folder, device, bits)
+        done = compiled_before(run, config.speed, base, folders.compiled)
+        speed = plan_training(run, config.speed, examples, config.seed, folder, device, bits, done.exists())
         if parallel.is_first():
             drop_damaged(folder)
 
@@ -126,8 +136,9 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
 
     pad_id: Any = tokenizer.pad_token_id
     trainer = make_trainer(run, replace(config, speed=speed), examples, pad_id, folder)
-    if device != "cpu" and speed.compiled:
-        print("layers are compiled in the first update", flush=True)
+    compiles = device != "cpu" and speed.compiled
+    if compiles:
+        keep_compiled(done)
     checkpoint = last_checkpoint(folder)
     parallel.check_shared(folder, checkpoint.name if checkpoint else "no checkpoint")
     if checkpoint is not None:
@@ -138,6 +149,8 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not parallel.is_first():
         return
+    if compiles:
+        write_atomically(done, "")
     model: Any = trainer.model
     draw_training(folder / LOG_FILE, f"{run.model_id} on {run.dataset}")
     _save(run, model, tokenizer, folder)
@@ -200,12 +213,6 @@ def make_trainer(
     if not parallel.is_first():
         set_seed(config.seed + parallel.rank())  # dropout of its own in every process
     return trainer
-
-
-def sent_bytes(model: Any) -> int:
-    """Bytes of gradients that each process sends the others for an update, as one sum; 0 where there are no others."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return sum(parameter.nbytes for parameter in trained) if parallel.world_size() > 1 else 0
 
 
 def training_arguments(

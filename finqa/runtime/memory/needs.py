@@ -183,7 +183,7 @@ def training_need(
     copies = 2 if width == 2 else 0
     held = (4 * model.adapted + copies + state) * model.trained
     gradients = 4.0 * model.trained
-    values = kept_values(model, compiled=speed.compiled and on_gpu)
+    values = kept_values(model, compiled=speed.compiled is not False and on_gpu)
     if not on_gpu:  # attention there keeps its probabilities too, about half of them; not measured
         values += model.heads * load.longest / 2
     activations = _activations(model, values * width, width, load.tokens, load.targets, bool(speed.checkpointing))
