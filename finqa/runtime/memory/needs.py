@@ -24,7 +24,10 @@ GB = 1e9
 WORKSPACE = 0.5 * GB
 """What products and attention need for themselves on a GPU."""
 MERGED_FILE_GB = 5
-"""Of the files of a merged model at most; each is copied in memory as it is written."""
+"""Of the files of a merged model at most."""
+WRITTEN_SHARE = 0.25
+"""Share of a merged model's weights that writing it holds beside them; 0.19 and 0.20 were measured
+(benchmarks/results/merge.json)."""
 NF4 = 0.53
 """Bytes of a 4-bit weight, its twice quantised scales included."""
 OPTIMISER_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0, "adafactor": 0}

@@ -17,6 +17,7 @@ from finqa.runtime.memory.needs import (
     GB,
     MERGED_FILE_GB,
     WORKSPACE,
+    WRITTEN_SHARE,
     Load,
     Need,
     disk_need,
@@ -177,7 +178,7 @@ def plan_merging(base: Path, adapter: Path, folder: Path) -> None:
     weights, added = (
         float(sum(file.stat().st_size for file in path.glob("*.safetensors"))) for path in (base, adapter)
     )
-    written = min(weights, MERGED_FILE_GB * GB)
+    written = min(WRITTEN_SHARE * weights, MERGED_FILE_GB * GB)
     need = Need(
         (
             ("base model", weights, ""),
