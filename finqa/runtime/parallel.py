@@ -113,6 +113,7 @@ def check_shared(folder: Path, seen: str) -> None:
         return
     import torch
 
+    wait_for_all()
     everyone: list[str] = [""] * world_size()
     torch.distributed.all_gather_object(everyone, seen)
     if len(set(everyone)) > 1:

@@ -107,6 +107,8 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
     check_trainable(run, config.speed, device)
     rows_path = folders.filtered(run.dataset, "train")
     quiet_libraries()
+    trained, last = is_student(folder) and (folder / "run.json").exists(), last_checkpoint(folder)
+    parallel.check_shared(folder, "trained" if trained else last.name if last else "no checkpoint")
     with parallel.first_goes_first():
         rows = read_training_rows(rows_path, config.families, config.max_rows)
         base = resolve_model(run.model, run.revision)
@@ -120,7 +122,7 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
         tokenizer = tokenizer_of(run, folder)  # before the folder is made
         if parallel.is_first():
             _claim(folder, identity)
-        if is_student(folder) and (folder / "run.json").exists():
+        if trained:
             print(f"already trained: {folder}", flush=True)
             return
         examples, too_long = tokenised(rows, tokenizer, run.settings.max_seq_length, folders.tokenised)
@@ -140,7 +142,6 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
     if compiles:
         keep_compiled(done)
     checkpoint = last_checkpoint(folder)
-    parallel.check_shared(folder, checkpoint.name if checkpoint else "no checkpoint")
     if checkpoint is not None:
         print(f"going on from {checkpoint.name}", flush=True)
     tracked = wandb_run(config.wandb_project, config.wandb_entity, run.model_id, identity, folder)
