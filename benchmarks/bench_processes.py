@@ -1,15 +1,21 @@
-"""Fine-tuning and recording activations with 1, 2, 4 processes, a GPU each: the project's own commands by torchrun.
+"""Fine-tuning, recording activations, a crosscoder and evaluation on 1, 2, 4 GPUs: the project's own commands.
 
-    python -m benchmarks.bench_processes [--processes 1 2 4]              # as many GPUs
+    python -m benchmarks.bench_processes [--processes 1 2 4]              # default: as many as GPUs are there
     python -m benchmarks.bench_processes --small --processes 1 2          # pocket-mistral's shapes, on a CPU too
 
 A model of Mistral-7B's shapes with random weights is written to disk, with a tokenizer made on the spot; its data are
-FinQA-mini's pages. Each number of processes runs main.py (the published recipe: one row an update and process) and
-collect_activations.py (layer 17, base and fine-tuned model, written to disk) as a user would, and the rates are those
-that the commands write down:
+FinQA-mini's pages. Each number of processes runs main.py (the published recipe: one row an update and process),
+collect_activations.py (layer 17, base and fine-tuned model, written to disk) and train.py (the published size) as a
+user would, by torchrun, and the rates are those that the commands write down:
 
     fine-tuning     tokens/s over the second half of the updates (training_log.jsonl): compiling is left out
     recording       tokens/s of both models, from the first batch to the last shard (run.json); loading is left out
+    crosscoder      tokens/s from the first step on (run.json): the same batch whatever the number of processes
+    evaluation      replies/s of the base by vLLM with as many engines (--data-parallel), on GPUs alone; and with one
+                    engine over as many GPUs (--tensor-parallel)
+
+Beside each rate stand its efficiency (the rate over that of the first number of processes, over how many times as many
+there are), the memory that the first process held, and the bytes that a process sends in an update or step.
 
 More processes see more rows in an update, which is another recipe: what is compared is how fast rows pass. One process
 records its updates as CUDA graphs, several do not, so the step from one to two costs more than the gradients' way.
@@ -38,8 +44,10 @@ from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.paths import REPOSITORY, Folders
 
 DATASET = "FinQA-mini"
+REPLY_TOKENS = 131
+"""As FinQA's programs have on average; random weights never end one."""
 PREPARATION = ("preprocess_finqa", "process_finqa_code_generation --teacher program", "filter_valid_answers")
-COLLECT = REPOSITORY / "crosscoder-model-diff" / "collect_activations.py"
+COLLECT, TRAIN = (REPOSITORY / "crosscoder-model-diff" / name for name in ("collect_activations.py", "train.py"))
 
 
 def main() -> None:
@@ -56,21 +64,24 @@ def main() -> None:
             runs[processes] = {
                 "fine-tuning": fine_tuning(model, folders, processes, args),
                 "recording": recording(model, folders, processes, args),
+                "crosscoder": crosscoder(model, folders, processes, args),
+                **(evaluation(model, folders, processes, args) if default_device() == "cuda" else {}),
             }
             print(processes, runs[processes], flush=True)
             table = report(runs, args)
     print(table)
 
 
+def gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def check_gpus(processes: list[int]) -> None:
     """UserError where a process would have no GPU of its own. (On a CPU they share the cores.)"""
-    if default_device() == "cuda":
-        import torch
-
-        if max(processes) > torch.cuda.device_count():
-            raise UserError(
-                f"--processes {max(processes)} needs as many GPUs, and {torch.cuda.device_count()} are here"
-            )
+    if default_device() == "cuda" and max(processes) > gpus():
+        raise UserError(f"--processes {max(processes)} needs as many GPUs, and {gpus()} are here")
 
 
 def random_model(args: argparse.Namespace) -> Any:
@@ -86,7 +97,7 @@ def student(model: Path, processes: int) -> list[str]:
 def fine_tuning(model: Path, folders: Folders, processes: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train; returns ms an update and tokens/s of the second half, and what run.json says of it."""
     rows = args.updates * processes
-    recipe = ["--preset", "published", "--max-rows", str(rows), "--save-steps", str(args.updates)]
+    recipe = ["--preset", "published", "--compile", "--max-rows", str(rows), "--save-steps", str(args.updates)]
     command(launched("main.py", processes, [*student(model, processes), *recipe]), folders, processes)
     [folder] = (folders.data / "models" / DATASET).glob(f"*-by-{processes}")
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
@@ -100,25 +111,62 @@ def fine_tuning(model: Path, folders: Folders, processes: int, args: argparse.Na
         "ms_an_update": round(1000 * seconds / updates, 1),
         "tokens_per_second": round((last["tokens_seen"] - first["tokens_seen"]) / seconds),
         "first_update_s": log[0]["seconds"],
-        "memory_gb_of_the_first": manifest["memory_gb"],
+        "memory_gb": manifest["memory_gb"],
+        "sent_bytes": manifest["sent_bytes_an_update"],
         "speed": manifest["speed"],
         "whole_command_s": manifest["seconds"],
     }
 
 
 def recording(model: Path, folders: Folders, processes: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Record with the first student, so that all numbers of processes do the same; the set is deleted."""
-    which = ["--split", "train", "--num-samples", str(args.documents), "--layer", str(args.layer), "--reader", "hooks"]
-    command(launched(str(COLLECT), processes, [*student(model, args.processes[0]), *which]), folders, processes)
+    """Record with the first student, so that all numbers of processes do the same."""
+    shutil.rmtree(folders.data / "activations", ignore_errors=True)
+    which = [*student(model, args.processes[0]), *recorded(args)]
+    command(launched(str(COLLECT), processes, [*which, "--reader", "hooks"]), folders, processes)
     [folder] = (folders.data / "activations").iterdir()
     config, manifest = (json.loads((folder / name).read_text()) for name in ("config.json", "run.json"))
-    shutil.rmtree(folder)
     return {
         "tokens": config["n_tokens"],
-        "tokens_per_second_of_both_models": manifest["tokens_per_second"],
-        "tokens_per_second_through_a_model": 2 * manifest["tokens_per_second"],
+        "tokens_per_second": 2 * manifest["tokens_per_second"],
+        "memory_gb": manifest["memory_gb"],
+        "sent_bytes": 0,
         "whole_command_s": manifest["seconds"],
     }
+
+
+def recorded(args: argparse.Namespace) -> list[str]:
+    """The set that is recorded and then learnt from."""
+    return ["--split", "train", "--num-samples", str(args.documents), "--layer", str(args.layer)]
+
+
+def crosscoder(model: Path, folders: Folders, processes: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Train a dictionary on the set that was recorded last."""
+    which = [*student(model, args.processes[0]), *recorded(args), "--latents", str(args.latents), "--epochs", "1"]
+    own = ["--name", f"by-{processes}", "--results-dir", str(folders.results)]
+    command(launched(str(TRAIN), processes, [*which, *own]), folders, processes)
+    manifest = json.loads((folders.results / f"by-{processes}" / "run.json").read_text())
+    steps = manifest["sent"].get("bytes", 0) and -(-manifest["tokens"] // manifest["training"]["batch_size"])
+    return {
+        "tokens_per_second": manifest["tokens_per_second"],
+        "memory_gb": manifest["memory_gb"],
+        "sent_bytes": round(manifest["sent"].get("bytes", 0) / max(1, steps)),
+        "whole_command_s": manifest["seconds"],
+    }
+
+
+def evaluation(model: Path, folders: Folders, processes: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Replies/s of the base by as many engines, and by one engine over as many GPUs."""
+    found = {}
+    for name, flag in (("evaluation", "--data-parallel"), ("evaluation, one engine", "--tensor-parallel")):
+        results = folders.results / f"{name} {processes}"
+        words = [*student(model, args.processes[0]), "-NT", "-T", "-ET", "zero-shot", "--VLLM", flag, str(processes)]
+        words += ["--max-new-tokens", str(REPLY_TOKENS)]
+        command([sys.executable, "main.py", *words, "--results-dir", str(results)], folders, 1)
+        [path] = results.rglob("metrics.json")
+        metrics = json.loads(path.read_text())
+        rate = metrics["n"] / metrics["seconds"]["generate"]
+        found[name] = {"replies_per_second": round(rate, 2), "sent_bytes": None, "memory_gb": None}
+    return found
 
 
 def launched(script: str, processes: int, words: list[str]) -> list[str]:
@@ -139,22 +187,22 @@ def command(words: list[str], folders: Folders, processes: int) -> None:
 
 def report(runs: dict[int, dict[str, Any]], args: argparse.Namespace) -> str:
     """Write the record of what was measured so far; returns its table."""
-    first = next(iter(runs.values()))
-    rows = []
-    for processes, run in sorted(runs.items()):
-        train, record = run["fine-tuning"], run["recording"]
-        trained, recorded = train["tokens_per_second"], record["tokens_per_second_through_a_model"]
-        rows.append(
-            (
-                processes, f"{train['ms_an_update']:.0f}", f"{trained:,}",
-                f"{trained / first['fine-tuning']['tokens_per_second']:.2f}", f"{recorded:,}",
-                f"{recorded / first['recording']['tokens_per_second_through_a_model']:.2f}",
-            )
-        )  # fmt: skip
-    head = ("processes", "fine-tuning: ms an update", "tokens/s", "times the first", "recording: tokens/s, a model",
-            "times the first")  # fmt: skip
+    first, rows = min(runs), []
+    for stage in runs[first]:
+        unit = "replies/s" if "replies_per_second" in runs[first][stage] else "tokens/s"
+        for processes, run in sorted(runs.items()):
+            rate, before = (of[stage][unit.replace("/s", "_per_second")] for of in (run, runs[first]))
+            run[stage]["efficiency"] = round(rate / before * first / processes, 3)
+            memory, sent = run[stage]["memory_gb"], run[stage]["sent_bytes"]
+            rows.append(
+                (
+                    stage, processes, f"{rate:,} {unit}", f"{run[stage]['efficiency']:.2f}",
+                    "" if memory is None else f"{memory:.1f}", "" if sent is None else f"{sent / 1e6:,.1f}",
+                )
+            )  # fmt: skip
+    head = ("stage", "processes", "rate", "efficiency", "GB of the first", "MB sent an update or step")
     table = markdown_table(head, rows)
-    settings = {name: getattr(args, name) for name in ("updates", "documents", "layer")}
+    settings = {name: getattr(args, name) for name in ("updates", "documents", "layer", "latents")}
     shapes = "pocket-mistral" if args.small else f"Mistral-7B, {args.layers} layers"
     record = {"shapes": shapes, **settings, "processes": {str(n): run for n, run in runs.items()}}
     write_record("processes" + ("_small" if args.small else ""), record, table, args.output_dir)
@@ -164,15 +212,17 @@ def report(runs: dict[int, dict[str, Any]], args: argparse.Namespace) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--processes", type=int, nargs="+", default=[1, 2, 4], help="one after the other (default: 1 2 4)")
+    add("--processes", type=int, nargs="+", help="one after the other (default: those of 1 2 4 that have a GPU each)")
     add("--small", action="store_true", help="pocket-mistral's shapes")
     add("--updates", type=int, default=80, help="of fine-tuning (default: %(default)s)")
     add("--documents", type=int, default=2048, help="that are recorded (default: %(default)s)")
     add("--layer", type=int, default=17, help="whose MLP output is recorded (default: %(default)s)")
+    add("--latents", type=int, default=16_384, help="of the crosscoder (default: %(default)s)")
     add("--layers", type=int, default=SHAPES["num_hidden_layers"], help="of the 7B shapes (default: %(default)s)")
     add("--scratch", type=Path, help="folder for the model and what is made of it (default: the system's)")
     add("--output-dir", type=Path, default=RESULTS, help="where the record goes (default: %(default)s)")
     args = parser.parse_args()
+    args.processes = args.processes or [n for n in (1, 2, 4) if n <= max(1, gpus())]
     if min(args.processes) < 1:
         parser.error("--processes must be at least 1 each")
     return args

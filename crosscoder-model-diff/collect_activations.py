@@ -49,6 +49,7 @@ from finqa.runtime.command_line import add_flags, flag, from_args, script_parser
 from finqa.runtime.errors import report_errors
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import write_manifest
+from finqa.runtime.memory.free import memory_used
 from finqa.runtime.paths import Folders
 from finqa.runtime.progress import Progress
 
@@ -219,7 +220,8 @@ def collect(recording: Recording, plan: Plan) -> None:
 
     started = time.monotonic()
     missing = [shard for shard in plan.shards if not all(writer.has(shard.number) for writer in plan.writers)]
-    parallel.wait_for_all()  # all have seen the same shards missing
+    for writer in plan.writers:
+        parallel.check_shared(writer.partial, writer.seen(len(plan.shards)))
     if len(missing) < len(plan.shards):
         print(f"going on: {len(plan.shards) - len(missing)} of {len(plan.shards)} shards are there", flush=True)
     own = missing[parallel.rank() :: parallel.world_size()]
@@ -254,6 +256,7 @@ def collect(recording: Recording, plan: Plan) -> None:
                 reader=plan.reader,
                 processes=parallel.world_size(),
                 seconds=round(time.monotonic() - started, 1),
+                memory_gb=round(memory_used() / 1e9, 3),
                 tokens_per_second=round(done / seconds),
             )
 

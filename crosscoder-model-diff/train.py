@@ -50,6 +50,7 @@ from finqa.runtime.command_line import add_flags, flag, from_args, given, script
 from finqa.runtime.errors import UserError, report_errors
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import write_json, write_manifest
+from finqa.runtime.memory.free import memory_used
 from finqa.runtime.paths import Folders, check_writable
 from finqa.runtime.tracking import wandb_run
 
@@ -111,26 +112,28 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@parallel.only_first_prints()
 def main() -> None:
     args = parse_args()
     choice, named, folders = choice_from_args(args), from_args(CrosscoderChoice, args), Folders.from_args(args)
     name, running = named.name_on(choice, folders), from_args(Running, args)
-    require_push(args, choice.student, name)
     parallel.check_device(running.device)
-    check_writable(named.results_dir)
-    recorded = find_activations(choice, folders)
+    if parallel.world_size() > 1:
+        joined(running)
+    with parallel.first_goes_first():
+        require_push(args, choice.student, name)
+        check_writable(named.results_dir)
+        recorded = find_activations(choice, folders)
 
     # Only now, so that what is missing is said at once.
     from crosscoder.activations.store import ActivationStore
-    from crosscoder.dictionaries.ranks import ranks_from_environment
     from crosscoder.training.report import crosscoder_report
 
     store = ActivationStore(recorded, place="disk")
     print(f"{len(store):,} tokens of {len(store.documents)} documents from {recorded}", flush=True)
     crosscoder, training = configs(args, named, running, store)
-    device = running.device or students.default_device()
     folder, results = crosscoder_folder(folders, name), named.results_dir / name
-    run = Run(name, crosscoder, training, running, store, folder, results, device, ranks_from_environment(device))
+    run = Run(name, crosscoder, training, running, store, folder, results, *joined(running))
     with only_run_on(*([folder, results] if run.ranks.is_main else [])):
         hold(run)
         if running.overwrite and run.ranks.is_main:
@@ -142,12 +145,20 @@ def main() -> None:
         if not run.ranks.is_main:
             return
         split = store.split(training.held_out_fraction, training.split_seed)
-        report = crosscoder_report(model.to(device), store, split, log.records)
+        report = crosscoder_report(model.to(run.device), store, split, log.records)
         write_results(run, report, log, settings_of(choice, named, running))
         print(summary(run, report))
     repository = hub_id(choice.student, name) if args.push else None
     write_crosscoder_card(folder, report, repository)
     hub.push_folder(folder, repository, args.push, args.private)
+
+
+def joined(running: Running) -> tuple[str, Ranks]:
+    """This process's device, and the processes that train together on theirs."""
+    from crosscoder.dictionaries.ranks import ranks_from_environment
+
+    device = parallel.own_device(running.device or students.default_device())
+    return device, ranks_from_environment(device)
 
 
 def configs(
@@ -250,6 +261,11 @@ def write_results(run: Run, report: CrosscoderReport, log: RunLog, flags: dict[s
         seed=run.training.seed,
         **run.settings,
         activations=run.store.config.recorded,
+        processes=run.ranks.world,
+        sent=dict(run.ranks.sent),
+        memory_gb=round(memory_used() / 1e9, 3),
+        tokens=log.records[-1]["tokens"] if log.records else 0,
+        tokens_per_second=round(log.tokens_per_second),
         seconds=round(log.seconds, 1),
     )
 

@@ -16,7 +16,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 READ_WHEN_IMPORTED = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_DISABLE_XET", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTHONPATH")
@@ -34,6 +35,7 @@ LIBRARIES = (
     "wandb.sdk.launch.inputs.internal",
 )
 """What the scripts import of others, once they have something to do."""
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 FORKS = sys.platform == "linux" and not Path("/dev/nvidiactl").exists()
 """A GPU's driver does not survive a fork."""
 
@@ -64,6 +66,27 @@ def run(
             _STARTERS.clear()
             raise
         return subprocess.CompletedProcess(said, code, *(path.read_text() for path in outputs))
+
+
+def kill_one_of_two(words: Sequence[object], cwd: Path, rank: int, there: Callable[[], object]) -> tuple[float, str]:
+    """Start two processes by torchrun and kill one of them once `there()`; seconds until all had ended, and stderr."""
+    import psutil
+
+    launched = [sys.executable, *TORCHRUN, *map(str, words)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        launched, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None and not there():
+            time.sleep(0.002)
+        [one] = (
+            child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == str(rank)
+        )  # fmt: skip
+        one.kill()
+        killed = time.monotonic()
+        said = process.communicate()[1]
+    assert process.returncode != 0
+    return time.monotonic() - killed, said
 
 
 def _starter(env: Mapping[str, str]) -> subprocess.Popen[str]:

@@ -28,7 +28,9 @@ MADE_BY_RUNS = re.compile(r"data/|results/|crosscoder-model-diff/results/|D/|R/"
 CODE_FILE = re.compile(r"(?<![\w./<>*-])[\w./-]+\.(?:py|ipynb|toml|cff|lock)\b")
 SOURCE_FILE = re.compile(rf"(?<![\w./<>*-])(?:{'|'.join(SOURCES)})/[\w./-]*\.\w+")
 FOLDER = re.compile(r"`([\w.-]+(?:/[\w.-]+)*/)`")
-OTHER_FLAGS = {"--help", "--nproc-per-node", "--to", "--execute", "--extra", "--no-sync"}
+TORCHRUNS = {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--rdzv-conf"}
+RAYS = {"--head", "--port", "--address"}
+OTHER_FLAGS = {"--help", "--to", "--execute", "--extra", "--no-sync", "--local-addr"} | TORCHRUNS | RAYS
 """Of every script; of torchrun, nbconvert and uv."""
 MODULE = re.compile(rf"\b(?:{'|'.join(PACKAGES)})(?:\.\w+)+")
 

@@ -36,8 +36,20 @@ def is_first() -> bool:
 
 
 def own_device(kind: str) -> str:
-    """The device of this process: `cuda` becomes `cuda:<n>` where several processes share the machine's GPUs."""
-    return f"{kind}:{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" and world_size() > 1 else kind
+    """The device of this process: `cuda` becomes `cuda:<n>` where several processes share the machine's GPUs.
+
+    Raises UserError where they are more than those, or `kind` names one GPU for all of them.
+    """
+    if world_size() == 1 or not kind.startswith("cuda"):
+        return kind
+    import torch
+
+    there, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if here > there:
+        raise UserError(f"{here} processes need as many GPUs, and {there} are here; give --nproc-per-node {there}")
+    if here > 1 and kind != "cuda":
+        raise UserError(f"--device {kind} is one GPU, and each of the {here} processes needs its own: --device cuda")
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def check_device(name: str | None) -> None:
@@ -64,7 +76,7 @@ def multiplies_bf16(device: str) -> bool:
 
 @contextlib.contextmanager
 def first_goes_first() -> Iterator[None]:
-    """The first process runs the block, then the others do; where it fails, the others end without a message.
+    """The first process runs the block, then the others do; where it fails, the others end (see report_errors).
 
     So an error that every process would meet is reported once, and the others find what the first one has written.
     """
@@ -77,18 +89,37 @@ def first_goes_first() -> Iterator[None]:
 
 
 def wait_for_all() -> None:
-    """Returns when every process is here; ends this one where another is gone."""
+    """Returns when every process is here; raises RuntimeError where another is gone."""
     if world_size() == 1:
         return
     import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        return
     from accelerate import PartialState
 
     loaded_before_joining()
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
-    try:
-        state.wait_for_everyone()
-    except RuntimeError:  # the connection is closed: the launcher stops the others, and the one that failed said why
-        sys.exit(1)
+    own_device("cuda" if torch.cuda.is_available() else "cpu")
+    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE).wait_for_everyone()
+
+
+def check_shared(folder: Path, seen: str) -> None:
+    """Raises UserError where not every process has `seen` the same in a folder, which the first one writes for all.
+
+    So it is on two machines without a file system that they share.
+    """
+    if world_size() == 1:
+        return
+    import torch
+
+    wait_for_all()
+    everyone: list[str] = [""] * world_size()
+    torch.distributed.all_gather_object(everyone, seen)
+    if len(set(everyone)) > 1:
+        told = ", ".join(f"process {number}: {what}" for number, what in enumerate(everyone))
+        raise UserError(f"{folder} is not the same for all processes ({told}); put it where all machines see it, or "
+                        "copy it to each (--data-dir)")  # fmt: skip
 
 
 def loaded_before_joining() -> None:

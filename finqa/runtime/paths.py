@@ -70,6 +70,11 @@ class Folders:
         """Cache of training rows as token ids; what is deleted there is made again."""
         return self.data / "tokenised"
 
+    @property
+    def compiled(self) -> Path:
+        """What torch.compile makes of models' layers; what is deleted there is made again."""
+        return self.data / "compiled"
+
     def activations(self, name: str) -> Path:
         return self.data / "activations" / name
 

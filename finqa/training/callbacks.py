@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finqa.runtime import parallel
 from finqa.runtime.journal import Journal
+from finqa.runtime.memory.free import memory_used
 from finqa.runtime.paths import json_text
 from finqa.runtime.progress import StepProgress
 
@@ -108,14 +109,3 @@ class EpochOrder(TrainerCallback):
         while hasattr(batches, "batch_sampler"):
             batches = batches.batch_sampler
         batches.sampler.set_epoch(int((state.epoch or 0) + 1e-6))
-
-
-def memory_used() -> int:
-    """Bytes of this process: the most that it has held of its GPU, or what it holds now of the machine's memory."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import psutil
-
-    return psutil.Process().memory_info().rss

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import DistributedDataParallelKwargs
 from transformers import Trainer
 
 from finqa.training.rows import LengthGrouped
@@ -35,6 +36,14 @@ class CompletionTrainer(Trainer):
             # It waits for the GPU after every tensor, which only its paged states need: a sixth of a short update.
             implementation.sync_gpu = lambda tensor: None  # pyright: ignore[reportPrivateImportUsage]
         return optimizer
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """With what several processes send each other for an update: gradients, from where they are. Each trained
+        parameter is used in every batch, and the buffers of a frozen base never change."""
+        sent: Any = DistributedDataParallelKwargs()
+        told = {"find_unused_parameters": False, "gradient_as_bucket_view": True, "forward_sync_buffers": False}
+        sent.to_kwargs = lambda: told  # the last of them has no field there yet
+        return super()._build_accelerator_args(**kwargs) | {"kwargs_handlers": [sent]}
 
     def capture_steps(self) -> None:
         """Compute steps as CUDA graphs (finqa.training.captured_steps): one GPU, packed rows."""

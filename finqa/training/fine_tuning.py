@@ -31,15 +31,25 @@ from finqa.runtime.command_line import check_bounds, flag
 from finqa.runtime.errors import UserError
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import file_hash, without_folders, write_json, write_manifest
+from finqa.runtime.memory.free import memory_used
 from finqa.runtime.memory.plan import plan_training
 from finqa.runtime.parallel import multiplies_bf16
-from finqa.runtime.paths import Folders, follow_umask
+from finqa.runtime.paths import Folders, follow_umask, write_atomically
 from finqa.runtime.tracking import wandb_run
 from finqa.training.checkpoints import UNFINISHED, drop_damaged, last_checkpoint, told_when_full
 from finqa.training.figure import draw_training
 from finqa.training.packing import packed_collator
 from finqa.training.rows import Families, SharedRows, collator, read_training_rows, rows_hash, tokenised
-from finqa.training.trainable import Speed, check_trainable, is_packed, made_trainable, trainable
+from finqa.training.trainable import (
+    Speed,
+    check_trainable,
+    compiled_before,
+    is_packed,
+    keep_compiled,
+    made_trainable,
+    sent_bytes,
+    trainable,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,11 +95,9 @@ def fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders) -> Path
     """
     folder = folders.model(run.dataset, run.model_id)
     with parallel.only_first_prints(), only_run_on(*([folder] if parallel.is_first() else [])), told_when_full(folder):
-        try:
-            _fine_tune(run, config, folders, folder)
-            parallel.wait_for_all()
-        finally:
-            parallel.part()
+        _fine_tune(run, config, folders, folder)
+        parallel.wait_for_all()
+        parallel.part()
     return folder
 
 
@@ -99,6 +107,8 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
     check_trainable(run, config.speed, device)
     rows_path = folders.filtered(run.dataset, "train")
     quiet_libraries()
+    trained, last = is_student(folder) and (folder / "run.json").exists(), last_checkpoint(folder)
+    parallel.check_shared(folder, "trained" if trained else last.name if last else "no checkpoint")
     with parallel.first_goes_first():
         rows = read_training_rows(rows_path, config.families, config.max_rows)
         base = resolve_model(run.model, run.revision)
@@ -112,23 +122,25 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
         tokenizer = tokenizer_of(run, folder)  # before the folder is made
         if parallel.is_first():
             _claim(folder, identity)
-        if is_student(folder) and (folder / "run.json").exists():
+        if trained:
             print(f"already trained: {folder}", flush=True)
             return
         examples, too_long = tokenised(rows, tokenizer, run.settings.max_seq_length, folders.tokenised)
         n_tokens = sum(examples["n_tokens"])
         print(f"training on {len(examples)} rows, {n_tokens} tokens an epoch: {folder}", flush=True)
         bits = 16 if multiplies_bf16(device) else 32
-        speed = plan_training(run, config.speed, examples, config.seed, folder, device, bits)
+        done = compiled_before(run, config.speed, base, folders.compiled)
+        speed = plan_training(run, config.speed, examples, config.seed, folder, device, bits, done.exists())
         if parallel.is_first():
             drop_damaged(folder)
 
-    from finqa.training.callbacks import TrainingLog, memory_used
+    from finqa.training.callbacks import TrainingLog
 
     pad_id: Any = tokenizer.pad_token_id
     trainer = make_trainer(run, replace(config, speed=speed), examples, pad_id, folder)
-    if device != "cpu" and speed.compiled:
-        print("layers are compiled in the first update", flush=True)
+    compiles = device != "cpu" and speed.compiled
+    if compiles:
+        keep_compiled(done)
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         print(f"going on from {checkpoint.name}", flush=True)
@@ -138,6 +150,8 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not parallel.is_first():
         return
+    if compiles:
+        write_atomically(done, "")
     model: Any = trainer.model
     draw_training(folder / LOG_FILE, f"{run.model_id} on {run.dataset}")
     _save(run, model, tokenizer, folder)
@@ -148,6 +162,7 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
         student=without_folders(run),
         speed=asdict(speed),
         processes=parallel.world_size(),
+        sent_bytes_an_update=sent_bytes(model),
         base_hash=base_hash,
         weights_hash=weights_hash(folder),
         **template_facts(tokenizer),
@@ -228,7 +243,6 @@ def training_arguments(
         save_total_limit=CHECKPOINTS_KEPT,
         logging_steps=10,
         logging_first_step=True,
-        ddp_find_unused_parameters=False,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,

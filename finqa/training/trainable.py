@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finqa.models.students import StudentRun, load_base
+from finqa.runtime import parallel
 from finqa.runtime.command_line import flag
 from finqa.runtime.errors import UserError
 
@@ -23,8 +27,10 @@ class Speed:
 
     packed: bool = flag(True, "--no-packing", help="Pad the rows of a batch in place of packing them (GPU)")
     """Rows end to end without padding, where GPU and model allow it."""
-    compiled: bool = flag(True, "--no-compile", help="Do not compile the decoder layers (GPU)")
-    """Decoder layers through torch.compile, on a GPU."""
+    compiled: bool | None = flag(
+        None, "--compile", both_ways=True, shown="where it saves more than it takes", help="Compile the layers (GPU)"
+    )
+    """Decoder layers through torch.compile, on a GPU. None: where the run is long enough (`seconds_of_compiling`)."""
     captured: bool = flag(True, "--no-cuda-graphs", help="Do not record short steps as CUDA graphs (GPU)")
     """Short steps as CUDA graphs, on one GPU with packed rows."""
     fp8_base: bool = flag(False)
@@ -34,6 +40,51 @@ class Speed:
     )
     """Activations of a layer are computed again in the backward pass: less memory, a third more time. None (auto):
     where the memory asks for it (finqa.runtime.memory.plan)."""
+
+
+FROM_NOTHING_S, AS_BEFORE_S = 60.0, 10.0
+"""What compiling took at 7B shapes on an H200, from nothing and with what an earlier run had kept: the first updates of
+benchmarks/results/lora_7b_8_rows.json and lora_7b_1_row.json, less those of the same rows uncompiled."""
+SAVED_S = 2.9e-15
+"""What compiled layers save there, for each token and parameter (8 rows an update, packed)."""
+
+
+def seconds_of_compiling(parameters: int, tokens: int, before: bool) -> tuple[float, float]:
+    """About how long compiling takes, and how much of a run over so many tokens it saves.
+
+    Args:
+        parameters: Of the model.
+        tokens: That this process is trained on, in all epochs.
+        before: Whether layers of these shapes were compiled on this machine before.
+    """
+    return AS_BEFORE_S if before else FROM_NOTHING_S, SAVED_S * parameters * tokens
+
+
+def compiled_before(run: StudentRun, speed: Speed, base: str, folder: Path) -> Path:
+    """File in `folder` that is there where layers as this run's were compiled before, by this torch for this GPU."""
+    import torch
+
+    settings, gpu = run.settings, torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    adapter = (settings.lora_modules, settings.lora_r, settings.lora_alpha, settings.lora_dropout) if run.peft else ()
+    facts = (adapter, run.load_in_4bit, speed.fp8_base, speed.packed, torch.__version__, gpu)
+    digest = hashlib.sha256((Path(base) / "config.json").read_bytes() + repr(facts).encode())
+    return folder / f"{digest.hexdigest()[:16]}.done"
+
+
+def keep_compiled(done: Path) -> None:
+    """Have torch.compile keep what it makes beside `done` (see `compiled_before`), and say so.
+
+    Of itself it keeps that in a temporary folder, until the machine starts again.
+    """
+    folder = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(done.parent.resolve()))
+    kept = ", from what is kept in" if done.exists() else "; what that makes is kept in"
+    print(f"layers are compiled in the first update{kept} {folder}", flush=True)
+
+
+def sent_bytes(model: PreTrainedModel) -> int:
+    """Bytes of gradients that each process sends the others for an update, as one sum; 0 where there are no others."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return sum(parameter.nbytes for parameter in trained) if parallel.world_size() > 1 else 0
 
 
 def trainable(run: StudentRun, device: str, bf16: bool, speed: Speed) -> PreTrainedModel:
@@ -69,7 +120,7 @@ def made_trainable(base: PreTrainedModel, run: StudentRun, speed: Speed) -> PreT
         to_fp8(decoder_layers(base))
     if speed.checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if device == "cuda" and speed.compiled:
+    if device == "cuda" and speed.compiled is not False:
         compile_layers(base)
     return model
 

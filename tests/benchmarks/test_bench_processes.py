@@ -19,6 +19,7 @@ def test_two_processes_fine_tune_and_record_and_their_rates_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     words = ["bench", "--small", "--processes", "2", "--updates", "20", "--documents", "8", "--layer", "3"]
+    words += ["--latents", "64"]
     monkeypatch.setattr(sys, "argv", [*words, "--scratch", str(tmp_path), "--output-dir", str(tmp_path / "record")])
     bench.main()
     printed = capsys.readouterr().out
@@ -29,10 +30,33 @@ def test_two_processes_fine_tune_and_record_and_their_rates_are_kept(
     assert 2 * 300 < rate * ms / 1000 < 2 * 700, "tokens an update are those of two rows"
     tokens = int(printed.split(" tokens of 8 documents")[0].split()[-1].replace(",", ""))
     assert run["recording"]["tokens"] == tokens
-    assert run["recording"]["tokens_per_second_through_a_model"] == 2 * run["recording"][
-        "tokens_per_second_of_both_models"
-    ] > 0  # fmt: skip
+    assert run["recording"]["tokens_per_second"] > 0 and run["crosscoder"]["tokens_per_second"] > 0
+    # Gradients in fp32: those of the adapter (rank 512 on q, k, v, o of five layers), those of 64 latents of 2 x 256.
+    assert run["fine-tuning"]["sent_bytes"] == 4 * 5 * 512 * 2 * (2 * 256 + 256 + 128)
+    assert 4 * (2 * 512 * 64) < run["crosscoder"]["sent_bytes"] < 1.3 * 4 * (2 * 512 * 64)
+    assert all(stage["memory_gb"] > 0 and stage["efficiency"] == 1 for stage in run.values())
     assert [path.name for path in tmp_path.iterdir()] == ["record"], "the model and the sets are gone"
+
+
+def test_evaluation_is_timed_with_as_many_engines_and_with_one_over_as_many_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folders = Folders(data=tmp_path / "data", results=tmp_path / "results")
+    asked = []
+
+    def command(words: list[str], folders: Folders, processes: int) -> None:
+        asked.append(words)
+        written = Path(words[words.index("--results-dir") + 1]) / "FinQA-mini" / "a-model" / "test" / "zero-shot"
+        written.mkdir(parents=True)
+        (written / "metrics.json").write_text(json.dumps({"n": 800, "seconds": {"generate": 20.0}}))
+
+    monkeypatch.setattr(bench, "command", command)
+    found = bench.evaluation(tmp_path, folders, 2, SimpleNamespace(processes=[1, 2]))  # pyright: ignore[reportArgumentType]
+    assert [run["replies_per_second"] for run in found.values()] == [40.0, 40.0]
+    assert all(
+        words[words.index(flag) + 1] == "2"
+        for words, flag in zip(asked, ("--data-parallel", "--tensor-parallel"), strict=True)
+    )
 
 
 def test_one_process_is_started_without_a_launcher():
@@ -62,16 +86,34 @@ def test_a_command_that_fails_ends_the_benchmark_with_what_it_said(tmp_path: Pat
         bench.command([sys.executable, "-c", "import sys; sys.exit('no such words')"], folders, 1)
 
 
-def test_the_table_compares_with_the_number_that_came_first(tmp_path: Path):
+def test_the_table_has_the_efficiency_over_the_number_that_came_first(tmp_path: Path):
     def run(rate: int) -> dict:
-        return {
-            "fine-tuning": {"ms_an_update": 100.0, "tokens_per_second": rate},
-            "recording": {"tokens_per_second_through_a_model": 10 * rate},
-        }
+        of_all = {"memory_gb": 1.5, "sent_bytes": 2_000_000}
+        return {"fine-tuning": {"tokens_per_second": rate} | of_all, "evaluation": {"replies_per_second": 2.5} | of_all}
 
-    args = SimpleNamespace(small=True, updates=1, documents=1, layer=3, output_dir=tmp_path)
+    args = SimpleNamespace(small=True, updates=1, documents=1, layer=3, latents=64, output_dir=tmp_path)
     table = bench.report({1: run(100), 4: run(380), 2: run(195)}, args)  # pyright: ignore[reportArgumentType]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
-    assert [row[0] for row in rows] == ["1", "2", "4"]
-    assert [row[3] for row in rows] == ["1.00", "1.95", "3.80"]
-    assert [row[4] for row in rows] == ["1,000", "1,950", "3,800"]
+    assert [row[:4] for row in rows] == [
+        ["fine-tuning", "1", "100 tokens/s", "1.00"], ["fine-tuning", "2", "195 tokens/s", "0.97"],
+        ["fine-tuning", "4", "380 tokens/s", "0.95"], ["evaluation", "1", "2.5 replies/s", "1.00"],
+        ["evaluation", "2", "2.5 replies/s", "0.50"], ["evaluation", "4", "2.5 replies/s", "0.25"],
+    ]  # fmt: skip
+    assert rows[0][4:] == ["1.5", "2.0"]
+    record = json.loads((tmp_path / "processes_small.json").read_text())
+    assert record["processes"]["4"]["fine-tuning"]["efficiency"] == 0.95
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("processes", [2, 4])
+def test_as_many_gpus_fine_tune_record_and_train_a_crosscoder(
+    processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if bench.gpus() < processes:
+        pytest.skip(f"fewer than {processes} GPUs")
+    words = ["bench", "--small", "--processes", str(processes), "--updates", "20", "--documents", "32", "--layer", "3"]
+    words += ["--latents", "256", "--scratch", str(tmp_path), "--output-dir", str(tmp_path / "record")]
+    monkeypatch.setattr(sys, "argv", words)
+    bench.main()
+    run = json.loads((tmp_path / "record" / "processes_small.json").read_text())["processes"][str(processes)]
+    assert set(run) == {"fine-tuning", "recording", "crosscoder", "evaluation", "evaluation, one engine"}

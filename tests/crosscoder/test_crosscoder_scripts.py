@@ -275,6 +275,38 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(diff, data_folder
 
 
 @pytest.mark.slow
+def test_where_one_process_is_killed_the_other_ends_and_the_same_command_goes_on_as_one_process_would(
+    diff, data_folder, tiny_student, tmp_path: Path
+):
+    _, results = diff
+    command = ["train.py", "FinQA-mini", tiny_student, "--data-dir", data_folder, "--layer", "2", "--epochs", "20"]
+    command += ["--name", "by-two", "--results-dir", tmp_path, "--checkpoint-every", "0", "--no-push"]
+    checkpoint = data_folder / "models" / "crosscoders" / "by-two"
+    state = checkpoint / "training_state.safetensors"
+    seconds, said = started.kill_one_of_two(command, FOLDER, 0, state.exists)
+    assert seconds < 60 and said.count("error: ") == 1 and "the same command goes on" in said
+    assert state.exists() and not (checkpoint / "config.json").exists()
+    words = [sys.executable, *started.TORCHRUN, *map(str, command)]
+    output = subprocess.run(words, cwd=FOLDER, capture_output=True, text=True, check=False)
+    assert output.returncode == 0, output.stderr
+    # The first process alone speaks, of the plan too.
+    assert [output.stdout.count(part) for part in (" documents from ", "plan: ", ", 2 processes", "held-out")] == [
+        1
+    ] * 4
+    by_two, by_one = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "by-two", results))
+    assert by_two["held_out"]["instruct"] == pytest.approx(by_one["held_out"]["instruct"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_what_is_wrong_for_all_processes_is_said_by_one(data_folder, tiny_student):
+    command = ["train.py", "FinQA-mini", tiny_student, "--data-dir", data_folder, "--layer", "1", "--no-push"]
+    words = [sys.executable, *started.TORCHRUN, *map(str, command)]
+    output = subprocess.run(words, cwd=FOLDER, capture_output=True, text=True, check=False)
+    assert output.returncode != 0
+    assert output.stderr.count("error: no activation set in ") == 1
+
+
+@pytest.mark.slow
 def test_a_finished_crosscoder_is_evaluated_again_and_other_settings_are_refused(diff, data_folder, tiny_student):
     _, results = diff
     names = ("FinQA-mini", tiny_student, "--data-dir", data_folder, "--layer", "2", "--results-dir", results.parent)

@@ -128,6 +128,11 @@ class SetWriter:
         """Whether this shard is whole."""
         return (self.partial / shard_name(number)).exists()
 
+    def seen(self, n_shards: int) -> str:
+        """What is there of a set of so many shards, in words."""
+        begun = "begun" if (self.partial / PLAN_FILE).exists() else "not begun"
+        return f"{begun}, {sum(map(self.has, range(n_shards)))} of {n_shards} shards"
+
     def shard(self, number: int, n_tokens: int) -> ShardFile:
         return ShardFile(self.partial / shard_name(number), n_tokens, self.d_model)
 

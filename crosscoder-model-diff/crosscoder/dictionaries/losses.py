@@ -58,20 +58,20 @@ def auxiliary_loss(residual: Tensor, reconstructed: Tensor, ranks: Ranks = ALONE
     return error / torch.where(variance > 0, variance, torch.inf)
 
 
-def batch_explained_variance(x: Tensor, xhat: Tensor) -> Tensor:
+def batch_explained_variance(x: Tensor, xhat: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """[2]: 1 - squared error / squared distance from the batch mean, for each input. For logs: the figure that is
     reported is crosscoder.analysis.measures.explained_variance, on held-out documents."""
     error = (x - xhat).pow(2).sum(dim=(0, 2))
-    total = (x - x.mean(dim=0)).pow(2).sum(dim=(0, 2))
-    return 1 - error / total
+    total = (x - ranks.mean(x.mean(dim=0))).pow(2).sum(dim=(0, 2))
+    return 1 - ranks.sum(error) / ranks.sum(total)
 
 
-def published_explained_variance(x: Tensor, xhat: Tensor) -> Tensor:
+def published_explained_variance(x: Tensor, xhat: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """[2]: mean over tokens of 1 - |error|^2 / |x - batch mean|^2, for each input, as the published run logged it
     on its training batches. Compare it with nothing else: a token near the mean weighs as much as any other."""
     error = (x - xhat).pow(2).sum(dim=-1)
-    total = (x - x.mean(dim=0)).pow(2).sum(dim=-1)
-    return (1 - error / total).mean(dim=0)
+    total = (x - ranks.mean(x.mean(dim=0))).pow(2).sum(dim=-1)
+    return ranks.mean((1 - error / total).mean(dim=0))
 
 
 def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
+    sent: Counter[str] = field(default_factory=Counter, compare=False)
+    """Bytes and messages that this process has sent to all others."""
 
     @property
     def is_main(self) -> bool:
@@ -44,10 +47,6 @@ class Ranks:
         """Mean over all processes, elementwise; without gradient."""
         return tensor if self.world == 1 else self.sum(tensor) / self.world
 
-    def any(self, mask: Tensor) -> Tensor:
-        """Elementwise: whether it is true in some process."""
-        return mask if self.world == 1 else self._reduced(mask.to(torch.uint8), "MAX").bool()
-
     def smallest(self, tensor: Tensor) -> Tensor:
         """Minimum over all processes, elementwise."""
         return self._reduced(tensor, "MIN")
@@ -58,6 +57,7 @@ class Ranks:
             return tensor[None]
         import torch.distributed as dist
 
+        self._note(tensor)
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
         dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
@@ -69,20 +69,29 @@ class Ranks:
 
             dist.barrier()
 
-    def mean_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Put the mean of all processes' gradients in place of each process's own."""
-        if self.world == 1:
-            return
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad = self.mean(parameter.grad)
+    def _note(self, tensor: Tensor) -> None:
+        self.sent.update(bytes=tensor.nbytes, messages=1)
+
+    def from_first(self, tensor: Tensor) -> None:
+        """Put the first process's numbers in place of one's own."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            dist.broadcast(tensor, 0)
+
+    def begin_sum(self, tensor: Tensor) -> Any:
+        """Begin to put the sum over all processes in the tensor's place; its `wait()` returns when it is there."""
+        import torch.distributed as dist
+
+        self._note(tensor)
+        return dist.all_reduce(tensor, async_op=True)
 
     def _reduced(self, tensor: Tensor, how: str) -> Tensor:
         if self.world == 1:
             return tensor
         import torch.distributed as dist
 
+        self._note(tensor)
         out = tensor.detach().clone()
         dist.all_reduce(out, getattr(dist.ReduceOp, how))
         return out
@@ -92,7 +101,10 @@ ALONE = Ranks()
 
 
 def ranks_from_environment(device: torch.device | str) -> Ranks:
-    """The processes that torchrun started; `ALONE` where it did not. gloo on the CPU, nccl on GPUs."""
+    """The processes that torchrun started; `ALONE` where it did not. gloo on the CPU, nccl on GPUs.
+
+    `device` is this process's own, which it computes on from now on.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return ALONE
@@ -100,7 +112,10 @@ def ranks_from_environment(device: torch.device | str) -> Ranks:
 
     if not dist.is_initialized():
         parallel.loaded_before_joining()
-        dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+        on_gpu = torch.device(device).type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=parallel.PATIENCE)
         atexit.register(dist.destroy_process_group)  # its threads, still there at the end, would abort the process
     return Ranks(dist.get_rank(), dist.get_world_size())
 

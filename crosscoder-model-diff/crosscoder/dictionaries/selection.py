@@ -26,11 +26,12 @@ def batch_topk(values: Tensor, scores: Tensor, n_keep: int, ranks: Ranks = ALONE
     rows, and `n_keep` counts over the rows of all.
     """
     best, indices = torch.topk(scores.flatten(), min(n_keep, scores.numel()), sorted=ranks.world > 1)
+    chosen = values.flatten()[indices]
     if ranks.world > 1:
-        n_here = _share(best, n_keep, ranks)
-        best, indices = best[:n_here], indices[:n_here]
-    kept = torch.zeros_like(values).flatten().scatter(0, indices, values.flatten()[indices])
-    return Selection(kept.view_as(values), ranks.smallest(smallest_positive(best)))
+        best, n_here = _share(best, n_keep, ranks)
+        chosen = torch.where(torch.arange(len(chosen), device=chosen.device) < n_here, chosen, 0.0)
+    kept = torch.zeros_like(values).flatten().scatter(0, indices, chosen)
+    return Selection(kept.view_as(values), smallest_positive(best))
 
 
 def smallest_positive(scores: Tensor) -> Tensor:
@@ -39,15 +40,14 @@ def smallest_positive(scores: Tensor) -> Tensor:
     return positive.min() if positive.numel() else positive.new_tensor(torch.inf)
 
 
-def _share(best: Tensor, n_keep: int, ranks: Ranks) -> int:
-    """How many of this process's descending `best` scores are among the `n_keep` largest of all processes.
+def _share(best: Tensor, n_keep: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """The `n_keep` largest scores of all processes, and how many [] of this one's descending `best` are among them.
 
     No process has more than `n_keep` of those, so its own best are all that the others need to know. Of scores that
-    are equal at the cut the first processes keep theirs.
+    are equal at the cut the first processes keep theirs. Nothing here is waited for.
     """
     everyone = ranks.gather(best)
-    n_keep = min(n_keep, everyone.numel())
-    cut = torch.topk(everyone.flatten(), n_keep, sorted=True).values[-1]
-    above, equal = (everyone > cut).sum(dim=1), (everyone == cut).sum(dim=1)
-    left = n_keep - int(above.sum()) - int(equal[: ranks.rank].sum())
-    return int(above[ranks.rank]) + max(0, min(left, int(equal[ranks.rank])))
+    kept = torch.topk(everyone.flatten(), min(n_keep, everyone.numel()), sorted=True).values
+    above, equal = (everyone > kept[-1]).sum(dim=1), (everyone == kept[-1]).sum(dim=1)
+    left = len(kept) - above.sum() - equal[: ranks.rank].sum()
+    return kept, above[ranks.rank] + torch.minimum(left.clamp(min=0), equal[ranks.rank])

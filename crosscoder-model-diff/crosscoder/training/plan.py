@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from crosscoder.activations.store import ActivationStore
 
-BY_AUTOGRAD, BY_HAND = 28, 16
+BY_AUTOGRAD, BY_HAND = 24, 16
 """Bytes that a step holds for each pair of token and latent besides the product: values, scores, what is kept, their
 gradients; by hand, what the first step's selection sorts."""
 PLACES = {"gpu": "on the GPU", "memory": "in memory", "disk": "memory-mapped"}

@@ -62,6 +62,8 @@ class RunLog:
         self._mended = False
         self._started = time.monotonic()
         self._first_tokens: int | None = None
+        self.tokens_per_second = 0.0
+        """From the first record of this start of the run to the last one."""
         self._progress: StepProgress | None = None
 
     def start_progress(self, total_steps: int) -> None:
@@ -96,15 +98,12 @@ class RunLog:
                 file.write(json_line(values))
         if self.wandb_run is not None:
             self.wandb_run.log(_flat(values), step=record.step)
-        speed = self._tokens_per_second(record)
+        if self._first_tokens is None:
+            self._first_tokens, self._started, speed = record.tokens, time.monotonic(), None
+        else:
+            speed = self.tokens_per_second = (record.tokens - self._first_tokens) / max(self.seconds, 1e-9)
         if self._progress is not None:
             self._progress.show(record.step, progress_line(record, speed))
-
-    def _tokens_per_second(self, record: StepRecord) -> float | None:
-        if self._first_tokens is None:
-            self._first_tokens, self._started = record.tokens, time.monotonic()
-            return None
-        return (record.tokens - self._first_tokens) / max(self.seconds, 1e-9)
 
 
 def progress_line(record: StepRecord, tokens_per_second: float | None) -> str:

@@ -55,7 +55,10 @@ class TakeStep(Protocol):
 
 
 class AutogradStep:
-    """The loss of objective.py, its gradients by autograd, the optimiser as it is."""
+    """The loss of objective.py, its gradients by autograd, the optimiser as it is.
+
+    With several processes a gradient is on its way to the others while the next one is computed.
+    """
 
     def __init__(
         self,
@@ -65,6 +68,10 @@ class AutogradStep:
         ranks: Ranks = ALONE,
     ):
         self.model, self.optimizer, self.config, self.ranks = model, optimizer, config, ranks
+        self._sent: list[tuple[Tensor, Any]] = []
+        for parameter in model.parameters() if ranks.world > 1 else ():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._send)
 
     def __call__(self, raw: Tensor, learning_rate: float, weights: Weights, dead: Tensor) -> Step:
         x = self.model.scale(raw)
@@ -74,22 +81,41 @@ class AutogradStep:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
         terms.loss.backward()
-        self.ranks.mean_gradients(self.model.parameters())
+        active = terms.selection.values.detach() > 0
+        parts, alive, n_active = self._of_all(
+            torch.stack(terms[:5]), torch.stack(((terms.values.detach() > 0).any(dim=0), active.any(dim=0))), active
+        )
+        for gradient, sent in self._sent:
+            sent.wait()
+            gradient.div_(self.ranks.world)
+        self._sent.clear()
         self.model.correct_gradients()
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.model.constrain()
-        active = terms.selection.values.detach() > 0
         return Step(
-            parts=self.ranks.mean(torch.stack(terms[:5]).detach().float()),
+            parts=parts,
             gradient_norm=gradient_norm,
             smallest_score=terms.selection.smallest_score,
-            positive=self.ranks.any((terms.values.detach() > 0).any(dim=0)),
-            selected=self.ranks.any(active.any(dim=0)),
-            n_active=self.ranks.sum(active.sum()),
+            positive=alive[0],
+            selected=alive[1],
+            n_active=n_active,
             x=x,
             error=terms.xhat.detach() - x,
         )
+
+    def _send(self, parameter: torch.nn.Parameter) -> None:
+        assert parameter.grad is not None
+        self._sent.append((parameter.grad, self.ranks.begin_sum(parameter.grad)))
+
+    def _of_all(self, parts: Tensor, alive: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What Step says of the batch, exchanged as one: the mean of the `parts` [5], whether a latent is `alive`
+        [2, latent] in some process, and how many of all pairs are `active`."""
+        parts, n_active = parts.detach().float(), active.sum()
+        if self.ranks.world == 1:
+            return parts, alive, n_active
+        summed = self.ranks.sum(torch.cat((parts, n_active[None].float(), alive.flatten().float())))
+        return summed[:5] / self.ranks.world, summed[6:].view_as(alive) > 0, summed[5]
 
     def refresh(self) -> None:
         """The optimiser and the model are all there is."""

@@ -25,6 +25,7 @@ from crosscoder.training.liveness import Liveness, draw_anew
 from crosscoder.training.run_log import StepRecord
 from crosscoder.training.step import Step, StepKind, TakeStep
 from crosscoder.training.step_choice import new_step
+from finqa.runtime import parallel
 from finqa.runtime.errors import UserError
 
 MEDIAN_TOKENS = 16_384
@@ -115,6 +116,7 @@ class Trainer:
             self._start()
         else:
             self.load_state_dict(*state)
+        parallel.check_shared(self.folder, f"{self.steps_done} steps taken")
         # Only now: a step by hand holds copies of the weights, and the optimiser's moments.
         self._take_step = new_step(self._step_kind, self.model, self.optimizer, self.config, self.ranks)
 
@@ -201,7 +203,7 @@ class Trainer:
             for inputs, bias in zip(x.unbind(dim=1), self.model.b_dec.data, strict=False):  # one in a stage of one
                 bias.copy_(losses.geometric_median(inputs))
         for parameter in self.model.parameters():
-            parameter.data.copy_(self.ranks.gather(parameter.data)[0])
+            self.ranks.from_first(parameter.data)
 
     def step(self, raw: Tensor) -> None:
         """Take the next step, on its [batch, 2, d_model] raw activations."""
@@ -256,14 +258,18 @@ class Trainer:
     @torch.no_grad()
     def _log(self, step: Step) -> None:
         self._check_healthy()
-        x, error = (self.ranks.gather(tensor.float()).flatten(0, 1) for tensor in (step.x, step.error))
+        x, xhat = step.x.float(), step.x.float() + step.error.float()
+        explained = losses.batch_explained_variance(x, xhat, self.ranks)
+        published = losses.published_explained_variance(x, xhat, self.ranks)
+        of_difference = None
+        if x.shape[1] == N_MODELS:
+            changed, explained_change = (
+                self.model.difference(self.model.unscale(vectors))[:, None] for vectors in (x, xhat)
+            )
+            of_difference = losses.batch_explained_variance(changed, explained_change, self.ranks).item()
         if not self.ranks.is_main:
             return
         loss, reconstruction, difference, l1, auxiliary = step.parts.tolist()
-        of_difference = None
-        if x.shape[1] == N_MODELS:
-            pair = [self.model.difference(self.model.unscale(vectors))[:, None] for vectors in (x, x + error)]
-            of_difference = losses.batch_explained_variance(*pair).item()
         self.on_log(
             StepRecord(
                 step=self.steps_done,
@@ -271,8 +277,8 @@ class Trainer:
                 loss=loss,
                 reconstruction=reconstruction,
                 auxiliary=auxiliary,
-                explained_variance=tuple(losses.batch_explained_variance(x, x + error).tolist()),
-                explained_variance_published=tuple(losses.published_explained_variance(x, x + error).tolist()),
+                explained_variance=tuple(explained.tolist()),
+                explained_variance_published=tuple(published.tolist()),
                 dead_share=float(self.liveness.dead.float().mean()),
                 never_positive_share=float(self.liveness.never_positive.float().mean()),
                 drawn_anew=self.drawn_anew,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import logging
 import os
@@ -97,6 +98,7 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
             }
     else:
         settings |= {"gpu_memory_utilization": config.gpu_memory_utilization, "enforce_eager": config.enforce_eager}
+        settings |= over_machines(config.tensor_parallel)
         # vLLM forks its engine where CUDA is not initialised. Having asked how many GPUs there are does not count as
         # that, but a process forked after it can use none.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
@@ -139,6 +141,24 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
         del engine
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def over_machines(tensor_parallel: int) -> dict[str, str]:
+    """What vLLM has to be told where an engine takes more GPUs than this machine has: the others are Ray's.
+
+    Raises UserError where Ray is not installed.
+    """
+    import torch
+
+    there = torch.cuda.device_count()
+    if tensor_parallel <= there:
+        return {}
+    if importlib.util.find_spec("ray") is None:
+        raise UserError(
+            f"--tensor-parallel {tensor_parallel} needs as many GPUs, and {there} are here; give a smaller number, or "
+            "join machines by Ray, which is not installed (docs/reproduce.md, Several machines)"
+        )
+    return {"distributed_executor_backend": "ray"}
 
 
 def _check_one_copy(model: Path) -> None:

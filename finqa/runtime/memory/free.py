@@ -1,4 +1,4 @@
-"""What is free now: bytes of memory, of a GPU or of the machine, and of disk."""
+"""What is free now, and what this process uses: bytes of memory, of a GPU or of the machine, and of disk."""
 
 from __future__ import annotations
 
@@ -26,6 +26,17 @@ def free_memory(device: str) -> float:
         counts = dict(line.split() for line in parts.read_text().splitlines()) if parts.exists() else {}
         free = min(free, float(most) - float(used.read_text()) + float(counts.get("inactive_file", 0)))
     return free
+
+
+def memory_used() -> int:
+    """Bytes of this process: the most that it has held of its GPU, or what it holds now of the machine's memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import psutil
+
+    return psutil.Process().memory_info().rss
 
 
 def free_disk(folder: Path) -> int:

@@ -24,7 +24,10 @@ GB = 1e9
 WORKSPACE = 0.5 * GB
 """Bytes of working memory that matrix products and attention use on a GPU."""
 MERGED_FILE_GB = 5
-"""Largest size of one file of a merged model; a file is copied in memory while it is written."""
+"""Largest size of one file of a merged model."""
+WRITTEN_SHARE = 0.25
+"""Share of a merged model's weights that writing it holds beside them; 0.19 and 0.20 were measured
+(benchmarks/results/merge.json)."""
 NF4 = 0.53
 """Bytes of a 4-bit weight, its twice quantised scales included."""
 OPTIMISER_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0, "adafactor": 0}
@@ -164,8 +167,8 @@ def training_need(
     - Weights: 2 bytes a parameter in bf16, 0.53 in 4-bit layers, 4 where all of them are trained or, at `bits` 32, on
       a CPU without bf16 products.
     - Trained parameters: 4 bytes each in fp32, 2 for autocast's copy, and the optimiser's state. Their gradients, 4
-      more, come as activations go, so the larger of the two counts. Several `processes` send gradients from a copy of
-      theirs, and keep both.
+      more, come as activations go, so the larger of the two counts. Several `processes` keep the memory of gradients,
+      which they are sent from.
     - Activations: see `_activations`. CUDA graphs keep gradients beside them, and the activations of their largest
       batch in memory of their own, which no other batch can use.
 
@@ -183,7 +186,7 @@ def training_need(
     copies = 2 if width == 2 else 0
     held = (4 * model.adapted + copies + state) * model.trained
     gradients = 4.0 * model.trained
-    values = kept_values(model, compiled=speed.compiled and on_gpu)
+    values = kept_values(model, compiled=speed.compiled is not False and on_gpu)
     if not on_gpu:  # attention there keeps its probabilities too, about half of them; not measured
         values += model.heads * load.longest / 2
     activations = _activations(model, values * width, width, load.tokens, load.targets, bool(speed.checkpointing))
@@ -192,7 +195,7 @@ def training_need(
         recorded = _activations(model, values * width, width, load.captured_tokens, load.captured_targets, False)
         passing = gradients + activations + recorded
     else:
-        passing = max(activations, gradients) if processes == 1 else activations + 2 * gradients
+        passing = max(activations, gradients) if processes == 1 else activations + gradients
     how = f"{load.tokens:,} tokens in the largest update" + (", with checkpointing" if speed.checkpointing else "")
     return Need(
         (

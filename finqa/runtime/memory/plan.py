@@ -17,6 +17,7 @@ from finqa.runtime.memory.needs import (
     GB,
     MERGED_FILE_GB,
     WORKSPACE,
+    WRITTEN_SHARE,
     Load,
     Need,
     disk_need,
@@ -26,7 +27,7 @@ from finqa.runtime.memory.needs import (
     training_need,
 )
 from finqa.training import packing
-from finqa.training.trainable import Speed, no_such_layers
+from finqa.training.trainable import Speed, no_such_layers, seconds_of_compiling
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,7 +57,14 @@ def fitting_speed(
 
 
 def plan_training(
-    run: StudentRun, speed: Speed, rows: Dataset, seed: int, folder: Path, device: str, bits: int
+    run: StudentRun,
+    speed: Speed,
+    rows: Dataset,
+    seed: int,
+    folder: Path,
+    device: str,
+    bits: int,
+    compiled_before: bool = False,
 ) -> Speed:
     """Print what training on `rows` needs and what there is; returns `speed` with what was left open decided.
 
@@ -65,6 +73,7 @@ def plan_training(
         folder: Where checkpoints and student are written.
         device: `cpu`, `cuda` or `cuda:<n>`: whose free memory is meant. Processes on one CPU share it.
         bits: 32 on a device without bf16 products, else 16.
+        compiled_before: Whether the layers of such a run were compiled on this machine before.
 
     Raises UserError, one line with the flag that helps, where memory or disk do not suffice.
     """
@@ -83,6 +92,16 @@ def plan_training(
 
     speed = replace(speed, packed=packed, captured=packed and speed.captured and processes == 1)
     chosen, planned = fitting_speed(need, speed, there, speed.checkpointing)
+    takes, saves = seconds_of_compiling(
+        model.parameters, sum(rows["n_tokens"]) * settings.num_epochs // processes, compiled_before
+    )
+    # What is not compiled holds more. CUDA graphs were seen with compiled layers alone.
+    plain = replace(chosen, compiled=False, captured=False)
+    if on_gpu and speed.compiled is None and saves < takes and need(plain).total <= USABLE * there:
+        chosen, planned = plain, need(plain)
+        print(f"layers are not compiled: that takes about {takes:.0f} s and saves about {saves:.0f} of this run "
+              "(--compile, where more runs of this model follow)", flush=True)  # fmt: skip
+    chosen = replace(chosen, compiled=chosen.compiled is not False)
     print_need("training", planned, there, device)
     if planned.total > USABLE * there:
         raise UserError(_does_not_fit(run, need, chosen, load, planned, there))
@@ -159,7 +178,7 @@ def plan_merging(base: Path, adapter: Path, folder: Path) -> None:
     weights, added = (
         float(sum(file.stat().st_size for file in path.glob("*.safetensors"))) for path in (base, adapter)
     )
-    written = min(weights, MERGED_FILE_GB * GB)
+    written = min(WRITTEN_SHARE * weights, MERGED_FILE_GB * GB)
     need = Need(
         (
             ("base model", weights, ""),

@@ -139,6 +139,20 @@ def test_several_processes_make_the_set_that_one_makes(whole, data, tiny_student
 
 
 @pytest.mark.slow
+def test_where_one_process_is_killed_the_others_end_and_the_same_command_goes_on(whole, data, tiny_student):
+    command = (*names(tiny_student, data), "--layer", "1", "2", "--site", "mlp", "residual", *SMALL_SHARDS)
+    seconds, said = started.kill_one_of_two(
+        [SCRIPT, *command], FOLDER, 1, lambda: list((data / "activations").glob(".*/shard-*"))
+    )
+    assert seconds < 60 and said.count("error: ") == 1 and "the same command goes on" in said
+    output = run(*command, launcher=started.TORCHRUN)
+    assert output.returncode == 0, output.stderr
+    assert "going on: " in output.stdout
+    for folder in whole.iterdir():
+        assert contents(data / "activations" / folder.name) == contents(folder)
+
+
+@pytest.mark.slow
 def test_an_error_of_several_processes_is_said_once(data, tiny_student):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     output = run(*names(tiny_student, data), "--layer", "7", launcher=launcher)

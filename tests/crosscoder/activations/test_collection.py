@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from collections.abc import Sequence
 from pathlib import Path
@@ -279,3 +280,16 @@ def test_models_that_cannot_fit_are_refused_before_they_are_loaded(tiny_student,
     with pytest.raises(UserError, match="what helps: a smaller --batch-tokens"):
         check_memory(large, "cpu")
     assert recording_need(model, 1e6, True, 4, 4096, n_sets=1).total < small.total
+
+
+def test_the_plan_of_recording_is_what_was_measured_on_a_gpu_and_at_most_a_quarter_more():
+    from transformers import MistralConfig
+
+    from benchmarks.parts.mistral_7b import SHAPES
+    from benchmarks.parts.record import RESULTS
+    from finqa.models.settings import DEFAULTS
+
+    record = json.loads((RESULTS / "collect.json").read_text())
+    model = sizes(MistralConfig(**SHAPES), DEFAULTS.lora_modules, record["rank"])
+    need = recording_need(model, 4 * model.trained, False, 2, record["batch_tokens"], n_sets=1)
+    assert 1.0 <= need.total / (1e9 * record["peak_memory_gb"]) <= 1.25

@@ -40,6 +40,27 @@ from crosscoder.dictionaries.ranks import ranks_from_environment
 from crosscoder.training.sizing import sized_configs
 from crosscoder.training.trainer import Trainer
 
+import torch.distributed as dist
+from crosscoder.training.step import AutogradStep
+
+exchanged, in_last_step, call = [], [], AutogradStep.__call__
+
+def noted(name, take):
+    def exchange(*tensors, **named):
+        exchanged.append([name, tensors[-1].nbytes if name == "all_gather" else tensors[0].nbytes, "async_op" in named])
+        return take(*tensors, **named)
+    return exchange
+
+def counted(self, *of_step):
+    exchanged.clear()
+    step = call(self, *of_step)
+    in_last_step[:] = exchanged
+    return step
+
+for name in ("all_reduce", "all_gather", "broadcast"):
+    setattr(dist, name, noted(name, getattr(dist, name)))
+AutogradStep.__call__ = counted
+
 torch.set_num_threads(1)
 store, root, epochs = ActivationStore(Path(sys.argv[1])), Path(sys.argv[2]), float(sys.argv[3])
 ranks = ranks_from_environment("cpu")
@@ -60,6 +81,7 @@ for method in sys.argv[4:]:
     trainer.fit()
     parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
     torch.save(parameters, folder / f"parameters-{ranks.rank}.pt")
+    (root / f"exchanged-{method}.json").write_text(json.dumps(in_last_step))
 '''.replace("\\\\", "\\")
 
 
@@ -123,6 +145,22 @@ def test_two_processes_have_the_loss_of_one(one_and_two: tuple[Path, Path], meth
     assert names == {"config.json", "model.safetensors", "log-0.jsonl", "parameters-0.pt", "parameters-1.pt"}
     thresholds = [json.loads((folder / "config.json").read_text())["threshold"] for folder in (one, two)]
     assert thresholds[1] == pytest.approx(thresholds[0], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_sends_each_gradient_once_while_it_computes_and_waits_for_little_else(one_and_two, method: str):
+    """Beside the gradients: the scores of the selection (4 bytes for each of at most four pairs a token), what
+    the log and the counts of live latents say of the batch in one message, and two of the auxiliary loss."""
+    one, two = one_and_two
+    assert json.loads((one / f"exchanged-{method}.json").read_text()) == []
+    sent = json.loads((two / f"exchanged-{method}.json").read_text())
+    trained = 2 * 12 + 1 if method == "difference-sae" else 4 * 12 + 1
+    gradients = [size for _, size, overlapped in sent if overlapped]
+    assert len(gradients) == 4 and sum(gradients) == 4 * (64 * trained + (trained - 1) // 2)
+    waited = [size for _, size, overlapped in sent if not overlapped]
+    assert len(waited) <= {"partition": 5, "dedicated": 6}.get(method, 4), "those select in two and three groups"
+    assert sum(waited) <= 4 * (4 * 100 + 6 + 2 * 64 + 2 * 12 + 1)
 
 
 @pytest.mark.slow

@@ -274,17 +274,25 @@ def test_a_run_that_does_not_fit_names_the_flags_that_help(store, monkeypatch):
 
 @pytest.mark.parametrize(
     ("way", "by_hand", "product_bytes"),
-    [("by hand", True, 2), ("+ auxiliary", True, 2), ("autograd, bf16", False, 2), ("autograd, fp32", False, 4)],
+    [
+        ("by hand", True, 2),
+        ("by hand, from memory", True, 2),
+        ("+ auxiliary", True, 2),
+        ("autograd, bf16", False, 2),
+        ("autograd, fp32", False, 4),
+    ],
 )
-def test_the_plan_is_a_little_above_what_was_measured_on_a_gpu(way, by_hand, product_bytes):
+def test_the_plan_is_what_was_measured_on_a_gpu_and_at_most_a_quarter_more(way, by_hand, product_bytes):
     record = json.loads((REPOSITORY / "benchmarks" / "results" / "crosscoder_step.json").read_text())
     settings = record["settings"]
-    activations = 2 * 2 * settings["d_model"] * settings["tokens"]  # they were on the GPU too
+    activations = 0 if "memory" in way else 2 * 2 * settings["d_model"] * settings["tokens"]  # they were on the GPU too
     for n_latents, ways in record["steps"].items():
+        if way not in ways:
+            continue
         shape = CrosscoderConfig(settings["d_model"], int(n_latents), settings["k"])
         config = TrainingConfig(batch_size=settings["batch"])
         planned = plan.training_need(shape, config, by_hand, product_bytes).total + activations
-        assert 1.0 <= planned / (1e9 * ways[way]["peak_gb"]) <= 1.3, n_latents
+        assert 1.0 <= planned / (1e9 * ways[way]["peak_gb"]) <= 1.25, n_latents
 
 
 def test_a_step_by_hand_is_for_what_it_was_written_for():

@@ -303,3 +303,19 @@ def test_each_reply_of_a_batch_is_there_when_it_ends_and_the_rest_is_given_up(
     assert first.n_new_tokens <= 3 and first.finish_reason == "stop"
     replies.close()  # pyright: ignore[reportAttributeAccessIssue]
     assert len(steps) < 1500
+
+
+def test_an_engine_over_more_gpus_than_are_here_is_rays_where_ray_is_installed(monkeypatch: pytest.MonkeyPatch):
+    import importlib.util
+
+    import torch
+
+    from finqa.evaluation.engines.vllm_engine import over_machines
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert over_machines(2) == {}
+    with pytest.raises(UserError, match=r"--tensor-parallel 4 needs as many GPUs, and 2 are here;.*docs/reproduce\.md"):
+        over_machines(4)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert over_machines(4) == {"distributed_executor_backend": "ray"}

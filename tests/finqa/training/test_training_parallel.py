@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import signal
@@ -42,6 +43,22 @@ COUNTING = (
 """Leaves how many rows each process has tokenised, in a file beside the data folder."""
 
 
+SENT = (
+    "from finqa.training.completion_trainer import CompletionTrainer\n"
+    "train = CompletionTrainer.train\n"
+    "def noted(self, *a, **k):\n"
+    "    done = train(self, *a, **k)\n"
+    "    if parallel.world_size() > 1:\n"
+    "        facts = self.model_wrapped._get_ddp_logging_data()\n"
+    "        facts = {k: facts[k] for k in ('bucket_sizes', 'gradient_as_bucket_view')}\n"
+    "        facts['buffers'] = self.model_wrapped.will_sync_module_buffers()\n"
+    "        Path(f'{sys.argv[1]}.sent').write_text(repr(facts))\n"
+    "    return done\n"
+    "CompletionTrainer.train = noted\n"
+)
+"""Leaves what each update exchanges, as torch's DistributedDataParallel says it."""
+
+
 @pytest.mark.parametrize("n_rows", [80, 83, 85, 1])
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_see_together_the_batches_of_one_process_with_as_many_rows(n_rows: int, processes: int):
@@ -75,7 +92,7 @@ def train_in(folder: Path, run: StudentRun, processes: int, launcher: str) -> Pa
     """The folder of a student that so many processes have trained for two epochs; only one of them spoke."""
     folders = folders_with_rows(folder, N_ROWS)
     config = TrainingConfig(save_steps=5)
-    train = script(folder, "train", run, config, FP32 + COUNTING)
+    train = script(folder, "train", run, config, FP32 + COUNTING + SENT)
     done = launch(train, folders.data, processes=processes, launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert len(re.findall("training on 43 rows", done.stdout)) == 1
@@ -112,6 +129,11 @@ def test_two_processes_have_the_losses_of_one_with_twice_the_rows_and_one_of_the
         # A token stands for each row that the last batch of an epoch lacks.
         assert 0 <= two["tokens_seen"] - one["tokens_seen"] <= 2 * (48 - N_ROWS)
     assert one_log[-1]["loss"] < one_log[0]["loss"] - 1
+    # The gradients alone are sent, from where they are; buffers of the base are not, which never change.
+    sent = ast.literal_eval((tmp_path / "data.sent").read_text())
+    [manifest] = (tmp_path / "data" / "models" / "FinQA-mini").glob("*/run.json")
+    assert json.loads(manifest.read_text())["sent_bytes_an_update"] == sum(map(int, sent["bucket_sizes"].split(", ")))
+    assert (sent["buffers"], sent["gradient_as_bucket_view"]) == (False, 1)
 
 
 @pytest.mark.slow
@@ -128,7 +150,7 @@ def test_two_processes_that_are_killed_go_on_from_their_checkpoint_to_the_same_w
         "from finqa.training.completion_trainer import CompletionTrainer\n"
         "step = CompletionTrainer.training_step\n"
         "def to_die(self, *a, **k):\n"
-        "    if self.state.global_step == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if self.state.global_step == 9 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return step(self, *a, **k)\n"
         "CompletionTrainer.training_step = to_die\n"
     )
@@ -136,6 +158,7 @@ def test_two_processes_that_are_killed_go_on_from_their_checkpoint_to_the_same_w
     assert launch(plain, folders[0].data, processes=2).returncode == 0
     killed = launch(script(tmp_path, "dying", run, config, dying), folders[1].data, processes=2)
     assert killed.returncode != 0 and str(-signal.SIGKILL) in killed.stderr
+    assert killed.stderr.count("error: ") == 1 and "the same command goes on" in killed.stderr
     resumed = launch(plain, folders[1].data, processes=2)
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.count("going on from checkpoint-8") == 1

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +22,10 @@ from finqa.models.settings import StudentSettings, settings_for
 from finqa.models.students import StudentRun, load_base, load_tokenizer, prompt_ids, training_ids
 from finqa.runtime.errors import UserError
 from finqa.runtime.memory.needs import read_config, sizes
+from finqa.runtime.paths import REPOSITORY
 from finqa.training.fine_tuning import TrainingConfig, fine_tune
 from finqa.training.rows import NO_LOSS, collator
-from finqa.training.trainable import Speed, compile_layers, made_trainable
+from finqa.training.trainable import Speed, compile_layers, compiled_before, made_trainable
 
 EIGHT_BIT = replace(SETTINGS, optim="adamw_8bit", lora_dropout=0.0, num_epochs=2, lora_r=32)
 """A matrix of under 4,096 numbers keeps its state in fp32, so the rank is larger."""
@@ -35,6 +39,47 @@ def loss_of(model: Any, base: str) -> float:
     labels = torch.tensor([[NO_LOSS] * n_prompt + ids[n_prompt:]])
     with torch.inference_mode():
         return model(input_ids=torch.tensor([ids]), labels=labels).loss.item()
+
+
+COMPILING = """
+import sys
+from pathlib import Path
+from finqa.training.trainable import keep_compiled
+keep_compiled(Path(sys.argv[1]) / "a-model.done")
+import torch
+from torch._dynamo.utils import counters
+torch.compile(lambda x: (x.sin() + 1).relu().sum())(torch.ones(100))
+print(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+def test_what_is_compiled_is_kept_in_a_folder_of_ours_for_the_next_run(tmp_path: Path):
+    (tmp_path / "compiling.py").write_text(COMPILING)
+    folder = tmp_path / "compiled"
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+
+    def run() -> list[str]:
+        words = [sys.executable, str(tmp_path / "compiling.py"), str(folder)]
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    assert run() == [f"layers are compiled in the first update; what that makes is kept in {folder}", "0"]
+    (folder / "a-model.done").touch()
+    said, hits = run()
+    assert said.endswith(f", from what is kept in {folder}") and int(hits) > 0
+
+
+def test_layers_count_as_compiled_before_for_the_same_shapes_alone(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    run = StudentRun("FinQA-mini", "a-model", EIGHT_BIT)
+
+    def done(run: StudentRun = run, speed: Speed = Speed()) -> Path:  # noqa: B008  frozen
+        return compiled_before(run, speed, str(tmp_path), tmp_path / "compiled")
+
+    assert done() == done(replace(run, settings=replace(EIGHT_BIT, learning_rate=1.0)))
+    others = (replace(run, settings=replace(EIGHT_BIT, lora_r=3)), replace(run, load_in_4bit=True))
+    assert len({done(), *map(done, others), done(run, Speed(fp8_base=True))}) == 4
 
 
 @pytest.mark.slow
