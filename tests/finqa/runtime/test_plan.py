@@ -158,7 +158,7 @@ def test_the_need_of_merging_is_its_recorded_peak_and_at_most_a_quarter_more(
             file.truncate(size)  # a file of that size that takes no disk
     monkeypatch.setattr(plan, "free_memory", lambda device: 100 * GB)
     monkeypatch.setattr(plan, "check_disk", lambda *a: None)
-    monkeypatch.setattr(plan, "tell", lambda stage, need, *a: told.append(need.total))
+    monkeypatch.setattr(plan, "print_need", lambda stage, need, *a: told.append(need.total))
     plan.plan_merging(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     peak = record["layers"][layers]["a matrix at a time"]["peak_bytes"]
     assert peak <= told[0] <= 1.25 * peak
