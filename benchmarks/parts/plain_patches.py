@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosscoder.activations.readers import site_module
+from crosscoder.activations.readers import SITES, Target, site_module
+from crosscoder.interventions.causal import Cell, measure
 from crosscoder.interventions.halves import edited
 from crosscoder.interventions.sets import Reading, Whole
 
@@ -57,3 +58,19 @@ def _run(side: Any, ids: Tensor, hooks: Sequence[tuple[Any, Any]]) -> Tensor:
 def plain_patches(pair: Any, target: Any, documents: Sequence[Any], cells: Sequence[Any]) -> list[list[float]]:
     """[cell][document]: the divergences."""
     return [[plain_patch(pair, target, document, cell)[0] for document in documents] for cell in cells]
+
+
+def nats_from_whole_models(pair: Any, target: Any, documents: Sequence[Any], cells: Sequence[Any]) -> dict[str, float]:
+    """How far the divergences of `measure` are from these, and the mean of these."""
+    ours = torch.tensor([found.divergence for found in measure(pair, target, documents, cells)])
+    theirs = torch.tensor(plain_patches(pair, target, documents, cells))
+    return {"largest_difference": float((ours - theirs).abs().max()), "mean_divergence": float(theirs.mean())}
+
+
+def plain_ceilings(pair: Any, documents: Sequence[Any], layers: Sequence[int]) -> int:
+    """Every site of these layers, both ways, with the carrier's own layers; returns how many patches that were."""
+    cells = [Cell(Whole(), "sufficiency", "own"), Cell(Whole(), "necessity", "own")]
+    targets = [Target(layer, site) for layer in layers for site in SITES]
+    for target in targets:
+        plain_patches(pair, target, documents, cells)
+    return len(documents) * len(targets) * len(cells)
