@@ -62,8 +62,10 @@ def plain_patches(pair: Any, target: Any, documents: Sequence[Any], cells: Seque
 
 def nats_from_whole_models(pair: Any, target: Any, documents: Sequence[Any], cells: Sequence[Any]) -> dict[str, float]:
     """How far the divergences of `measure` are from these, and the mean of these."""
-    ours = torch.tensor([found.divergence for found in measure(pair, target, documents, cells)])
-    theirs = torch.tensor(plain_patches(pair, target, documents, cells))
+    measured = [found.divergence for found in measure(pair, target, documents, cells)]
+    ours, theirs = (
+        torch.tensor(each, dtype=torch.float64) for each in (measured, plain_patches(pair, target, documents, cells))
+    )
     return {"largest_difference": float((ours - theirs).abs().max()), "mean_divergence": float(theirs.mean())}
 
 
