@@ -111,6 +111,17 @@ def _measure_batch(pair: Pair, target: Target, batch: Batch, cells: Sequence[Cel
     return _Part(rounded, whether, torch.stack(squares).tolist(), len(batch.patched_at))
 
 
+def _kept_part(record: dict[str, Any] | None, names: Sequence[str]) -> _Part | None:
+    """The cells of these keys in the journal's record of a batch; None where one is not there."""
+    place = {name: number for number, name in enumerate(record["cells"])} if record else {}
+    if not record or not set(names) <= set(place):
+        return None
+    part = _Part(**record["part"])
+    at = [place[name] for name in names]
+    divergence, exact, squares = ([each[i] for i in at] for each in part[:3])
+    return part._replace(divergence=divergence, exact=exact, squares=squares)
+
+
 def measure(
     pair: Pair,
     target: Target,
@@ -124,16 +135,16 @@ def measure(
     """Every cell over all documents. The lower halves run once for a batch, and a batch that is done in all cells is
     written to the journal. `say` hears how long the others will take."""
     whole = list(batches(documents, pair.instruct.device, batch_tokens or batch_tokens_for(pair)))
-    labels = [cell.label for cell in cells]
-    keys = [cell_key(experiment, "batch", {"documents": chosen.tolist(), "cells": labels}) for chosen, _ in whole]
-    found = {key: _Part(**journal.found[key]["part"]) for key in keys if journal and key in journal.found}
+    names = [cell_key(experiment, "teacher-forced", cell.label) for cell in cells]
+    keys = [cell_key(experiment, "batch", {"documents": chosen.tolist()}) for chosen, _ in whole]
+    found = {key: part for key in keys if journal and (part := _kept_part(journal.found.get(key), names))}
     work = sum(batch.ids.numel() for key, (_, batch) in zip(keys, whole, strict=True) if key not in found)
     left = TimeLeft(f"{len(cells)} cells on {len(documents)} documents", work * len(cells), say)
     for key, (_, batch) in zip(keys, whole, strict=True):
         if key not in found:
             found[key] = _measure_batch(pair, target, batch, cells, left)
             if journal:
-                journal.add(key, {"what": "batch", "part": found[key]._asdict()})
+                journal.add(key, {"what": "batch", "cells": names, "part": found[key]._asdict()})
     place = torch.cat([chosen for chosen, _ in whole]).argsort()
     parts = [found[key] for key in keys]
     positions = max(1, sum(part.positions for part in parts))
