@@ -13,9 +13,8 @@ as long as FinQA's, a random dictionary. Measured in one run:
     ceilings            the same for whole-site patches of a few layers, and by whole models with a hook
     generation          new tokens/s of a patched and of a steered model, and of the unpatched ones, same prompts
 
-A patch that reads both models has the other one run as far as the site: by itself, which cannot be faster than
-1 / (1 + layer / layers) of plain generation on one device, or as further rows of the batch where the pair is one model
-with an adapter. A latent that is turned up takes one model, and can be as fast as plain generation.
+A patch that reads both models cannot be faster than 1 / (1 + layer / layers) of plain generation on one device, as the
+other model runs as far as the site; a latent that is turned up takes one model, and can be as fast.
 
 Generation is timed --repeats times, all ways in turn, and the medians are kept. Without a GPU all times are seconds of
 CPU, which say more than the clock where other work shares the machine.

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
-from unittest import mock
 
 from benchmarks.parts.timing import synchronise
 
@@ -31,9 +30,6 @@ def generation(
         "generation, fine-tuned ablated": lambda: steered(*known, "fine-tuned", {}, [3]),
         "generation, base patched": lambda: patched(pair, target, cell._replace(carrier="own")),
         "generation, base patched below the fine-tuned": lambda: patched(pair, target, cell),
-        "generation, base patched, the other model by itself": lambda: by_itself(
-            patched(pair, target, cell._replace(carrier="own"))
-        ),
     }
     with ways["generation, base"]() as model:
         written(model, documents, args, 2)
@@ -43,15 +39,6 @@ def generation(
             with way() as model:
                 rates[name].append(written(model, documents, args, args.new_tokens))
     return {name: round(statistics.median(found), 1) for name, found in rates.items()}
-
-
-@contextmanager
-def by_itself(way: AbstractContextManager[Any]) -> Iterator[Any]:
-    """As two models in memory are patched: the other one reads into a cache of its own, not as rows of the batch."""
-    from crosscoder.interventions import patched_generation
-
-    with mock.patch.object(patched_generation, "_adapted_below", lambda pair, target: None), way as model:
-        yield model
 
 
 @contextmanager

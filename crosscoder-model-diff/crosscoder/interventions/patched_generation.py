@@ -4,16 +4,14 @@
         model.generate(**inputs)
 
 Hooks change the model whose layers run above the patch, so it is called, and generates, as any model of its library. A
-patch that reads the other model too has that one read the same tokens as far as the patched layer. With two models in
-memory it does so by itself, into a cache of its own, and generation takes 1 + layer / layers times as long; with one
-model and its adapter each text has two rows up to that layer, one of either model, and the weights are read once. A
-patch that adds the same vector everywhere reads one model.
+patch that reads the other model too has that one read the same tokens as far as the patched layer, into a cache of its
+own: it takes 1 + layer / layers times as long as plain generation. One that adds the same vector everywhere reads none.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +37,6 @@ def patched(pair: Pair, target: Target, cell: Cell) -> Iterator[Any]:
     one model's cache and not the other's.
     """
     number, receiver, above = sides(pair, cell.direction, cell.carrier)
-    adapted = _adapted_below(pair, target) if cell.addition.reads or above is not receiver else None
-    if adapted:
-        with _in_two_rows(pair, target, cell, adapted):
-            yield above.model
-        return
     giver, block, site = pair[1 - number], above.layers[target.layer - 1], site_module(above.layers, target)
     follower = _Follower(giver if above is receiver else receiver, target)
     call = _Call()
@@ -54,7 +47,10 @@ def patched(pair: Pair, target: Target, cell: Cell) -> Iterator[Any]:
             call.enter(model, args, kwargs)
 
     def value(own: Tensor, other: Tensor) -> Tensor:
-        return _value(own, other, number, call, cell)
+        both = (own, other) if number == 0 else (other, own)
+        pairs = torch.stack(both, dim=-2).flatten(0, 1)
+        reading = Reading(pairs if call.at is None else pairs[call.at])
+        return patched_value(own, other, cell.addition(reading), call.at, cell)
 
     def at_own_site(own: Tensor) -> Tensor:
         if follower.running:
@@ -100,88 +96,6 @@ class _Call:
             begins = (attended.cumsum(-1) == 1)[:, -ids.shape[1] :] & self.first
             is_bos = ids == (-1 if (bos := model.config.get_text_config().bos_token_id) is None else bos)
             self.at = (attended[:, -ids.shape[1] :] & ~(begins & is_bos)).flatten().nonzero().squeeze(-1)
-
-
-def _value(own: Tensor, other: Tensor, receiver: int, call: _Call, cell: Cell) -> Tensor:
-    """[batch, new, d_model] that the site of the receiving model (0 instruct, 1 fine-tuned) gives in place of `own`."""
-    both = (own, other) if receiver == 0 else (other, own)
-    pairs = torch.stack(both, dim=-2).flatten(0, 1)
-    reading = Reading(pairs if call.at is None else pairs[call.at])
-    return patched_value(own, other, cell.addition(reading), call.at, cell)
-
-
-def _adapted_below(pair: Pair, target: Target) -> list[Any] | None:
-    """The adapted modules up to the patched layer, of one model with plain LoRA in its layers; None of other pairs."""
-    if pair.instruct.model is not pair.fine_tuned.model:
-        return None
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    def adapted(modules: Iterable[Any]) -> list[Any]:
-        return [module for each in modules for module in each.modules() if isinstance(module, BaseTunerLayer)]
-
-    layers = pair.instruct.layers
-    whole = adapted([pair.instruct.model])
-    plain = all(
-        isinstance(each, LoraLayer) and not (each.lora_variant or each.merged or any(each.lora_bias.values()))
-        for each in whole
-    )
-    return adapted(layers[: target.layer]) if plain and len(whole) == len(adapted(layers)) else None
-
-
-@contextlib.contextmanager
-def _in_two_rows(pair: Pair, target: Target, cell: Cell, adapted: Sequence[Any]) -> Iterator[None]:
-    """Up to the patched layer a batch holds each text twice: first as the instruct model reads it, then as the
-    fine-tuned one does. The receiver's rows go on."""
-    number, _, above = sides(pair, cell.direction, cell.carrier)
-    layers, call = above.layers, _Call()
-
-    def twice(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        call.enter(model, args, kwargs)
-        return (), kwargs | {
-            name: torch.cat([value, value]) for name, value in call.inputs.items() if value is not None
-        }
-
-    def with_adapter(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        n, width = len(output) // 2, output.shape[-1]
-        for name in module.active_adapters:
-            if name in module.lora_A:
-                down, up = module.lora_A[name], module.lora_B[name].weight.T.to(output.dtype)
-                x = down(inputs[0][n:].to(down.weight.dtype)).flatten(0, -2).to(output.dtype)
-                output[n:].view(-1, width).addmm_(x, up, alpha=module.scaling[name])
-        return output
-
-    def at_site(both: Tensor) -> Tensor:
-        rows = list(both.chunk(2))
-        rows[number] = _value(rows[number], rows[1 - number], number, call, cell)
-        return torch.cat(rows)
-
-    def receivers(both: Tensor) -> Tensor:
-        return both.chunk(2)[number]
-
-    def for_one(_layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        n = len(call.inputs["input_ids"])
-
-        def halved(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(map(halved, value))
-            return value[:n] if isinstance(value, Tensor) and len(value) == 2 * n else value
-
-        told = {name: halved(kwargs.get(name)) for name in ("attention_mask", "position_ids", "position_embeddings")}
-        return args, kwargs | told
-
-    with contextlib.ExitStack() as hooks:
-        hooks.enter_context(above.active())
-        hooks.callback(above.model.register_forward_pre_hook(twice, with_kwargs=True).remove)
-        for module in adapted:
-            hooks.callback(setattr, module, "_disable_adapters", module._disable_adapters)
-            module._disable_adapters = True
-            hooks.callback(module.register_forward_hook(with_adapter).remove)
-        hooks.enter_context(edited(site_module(layers, target), at_site))
-        hooks.enter_context(edited(layers[target.layer - 1], receivers))
-        for layer in layers[target.layer :]:
-            hooks.callback(layer.register_forward_pre_hook(for_one, with_kwargs=True).remove)
-        yield
 
 
 class _Read(Exception):

@@ -115,32 +115,6 @@ def test_an_adapter_is_switched_for_each_side(planted, tokenizer, prompts):
     assert replies(pair, tokenizer, prompts, Cell(Whole(), "sufficiency", "own"), last) == with_adapter
 
 
-@pytest.mark.parametrize("carrier", ["own", "other"])
-@pytest.mark.parametrize("direction", ["sufficiency", "necessity"])
-@pytest.mark.parametrize("site", ["attention", "mlp", "residual"])
-def test_two_rows_of_a_model_with_an_adapter_write_what_two_models_write(
-    planted, tokenizer, prompts, site, direction, carrier
-):
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(1)
-    modules = ["q_proj", "v_proj", "o_proj", "down_proj"]
-    settings = LoraConfig(r=4, lora_alpha=16, target_modules=modules, init_lora_weights=False)
-    base = planted[0].instruct.model
-    adapted = get_peft_model(copy.deepcopy(base), settings).eval()
-    one, two = pair_of(adapted), pair_of(base, copy.deepcopy(adapted).merge_and_unload())
-    before = plain(one[1].model, tokenizer, prompts)
-    rows: list[int] = []
-    for addition in (Latents(planted_crosscoder(planted[1]), [0, 3]), Whole(), Nothing()):
-        cell, target = Cell(addition, direction, carrier), Target(2, site)
-        rows.clear()
-        with one[0].model.model.layers[0].register_forward_pre_hook(lambda _, args: rows.append(len(args[0]))):
-            ours = replies(one, tokenizer, prompts, cell, target)
-        assert ours == replies(two, tokenizer, prompts, cell, target)
-        assert max(rows) == (8 if addition.reads or carrier == "other" else 4)
-    assert plain(one[1].model, tokenizer, prompts) == before
-
-
 def test_what_is_written_token_by_token_is_what_teacher_forcing_says(planted, tokenizer, prompts):
     """The reply, read back as a document under the same patch, is exact."""
     pair, direction = planted
