@@ -1,24 +1,26 @@
 """Patches at 7B shapes: speed and memory of the causal figure, against running whole models for every patch.
 
     python -m benchmarks.bench_causal [--documents 32] [--layer 17] [--latents 16384]
+    python -m benchmarks.bench_causal --shapes 1.5b
     python -m benchmarks.bench_causal --small
 
-Random weights in Mistral-7B's shapes with a random adapter of rank 512, random documents as long as FinQA's, a random
-dictionary. Measured in one run:
+Random weights in Mistral-7B's shapes, or in those of Qwen2.5-1.5B, with a random adapter of rank 512, random documents
+as long as FinQA's, a random dictionary. Measured in one run:
 
-    teacher-forced      seconds a document and patch, both models' lower halves shared by all patches of a group, and
-                        run again for each patch
+    teacher-forced      time of a document and patch: as analyse.py --causal measures them; in batches of 2,048 tokens;
+                        the lower halves run again for each patch; and by whole models with hooks, a document and a
+                        patch at a time, logits at every token. How far the numbers of the first are from the last's
     ceilings            the same for whole-site patches of a few layers, and by whole models with a hook
     generation          new tokens/s of a patched and of a steered model, and of the unpatched ones, same prompts
 
 A patch that reads both models cannot be faster than 1 / (1 + layer / layers) of plain generation on one device, as the
 other model runs as far as the site; a latent that is turned up takes one model, and can be as fast.
 
-Generation is timed --repeats times, all ways in turn, and the medians are kept; without a GPU in seconds of CPU, which
-say more than the clock where other work shares the machine.
+Generation is timed --repeats times, all ways in turn, and the medians are kept. Without a GPU all times are seconds of
+CPU, which say more than the clock where other work shares the machine.
 
---small is the same code on small shapes, on the CPU. --model FOLDER takes a real model, with a random adapter, and
-measures generation alone. Writes benchmarks/results/causal.json and .md.
+--small is the same code on small shapes, on the CPU. --model FOLDER takes a real model, with a random adapter. Writes
+benchmarks/results/causal.json and .md.
 """
 
 from __future__ import annotations
@@ -34,12 +36,22 @@ from typing import Any
 from benchmarks.bench_collect import SMALL, with_adapter
 from benchmarks.parts.generation import generation
 from benchmarks.parts.mistral_7b import SHAPES, random_mistral_7b, random_rows
+from benchmarks.parts.plain_patches import nats_from_whole_models, plain_ceilings, plain_patches
 from benchmarks.parts.record import RESULTS, markdown_table, write_record
 from benchmarks.parts.timing import synchronise
 from crosscoder.names import default_layer
 from finqa.runtime.errors import report_errors
 
 BOS = 1
+QWEN_1_5B = {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151_936,
+    "tie_word_embeddings": True,
+}
+"""Where Qwen2.5-1.5B differs from Mistral-7B, beside its 28 layers."""
 PLAIN = ("generation, base", "generation, fine-tuned")
 
 
@@ -71,13 +83,16 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         print(name, ways[name], flush=True)
 
     ms = "ms a document and patch"
-    cells = patches(dictionary, args)
-    if not args.model:
-        keep("teacher-forced, grouped", ms, lambda: teacher_forced(pair, target, documents, cells, args, len(cells)))
-        keep("teacher-forced, each alone", ms, lambda: teacher_forced(pair, target, documents, cells[-2:], args, 1))
-        layers = sorted({1, args.layer, args.layers})
-        keep("ceilings", ms, lambda: whole_sites(model, documents, layers, args))
-        keep("ceilings, whole models", ms, lambda: whole_models(pair, documents, layers))
+    cells, at_once = patches(dictionary, args), args.batch_tokens
+    keep("teacher-forced", ms, lambda: teacher_forced(pair, target, documents, cells, args, at_once))
+    keep("teacher-forced, 2,048 tokens", ms, lambda: teacher_forced(pair, target, documents, cells, args, 2_048))
+    alone = (cells[:1], cells[-1:])
+    keep("teacher-forced, each alone", ms, lambda: teacher_forced(pair, target, documents, alone, args, at_once))
+    few, some = documents[: max(1, len(documents) // 8)], [*cells[:4], cells[-1]]
+    keep("teacher-forced, whole models", ms, lambda: plainly(pair, target, few, some, args))
+    layers = sorted({1, args.layer, args.layers})
+    keep("ceilings", ms, lambda: whole_sites(model, documents, layers, args))
+    keep("ceilings, whole models", ms, lambda: plain_whole_sites(pair, documents, layers, args))
     rates = generation(pair, target, documents, cells[-1], dictionary, args)
     unit = "new tokens/s" if args.device.startswith("cuda") else "new tokens a CPU second"
     for name, rate in rates.items():
@@ -90,6 +105,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "documents": len(documents),
         "tokens": sum(len(d.ids) for d in documents),
         "patches": len(cells),
+        "nats_from_whole_models": nats_from_whole_models(pair, target, few, some),
         "new_tokens": args.new_tokens,
         "mean_active_latents": active_latents(dictionary, reading_of_first(pair, documents[:2], target)),
         "torch_threads": torch.get_num_threads(),
@@ -120,9 +136,10 @@ def random_student(args: argparse.Namespace) -> Any:
     if args.model:
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(args.device).eval()
+        dtype = "auto" if args.device.startswith("cuda") else "float32"
+        return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
     if not args.small:
-        return random_mistral_7b(args.layers, args.device)
+        return random_mistral_7b(args.layers, args.device, **(QWEN_1_5B if args.shapes == "1.5b" else {}))
     import torch
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -173,14 +190,27 @@ def patches(dictionary: Any, args: argparse.Namespace) -> list[Any]:
 
 
 def teacher_forced(
-    pair: Any, target: Any, documents: Sequence[Any], cells: Sequence[Any], args: argparse.Namespace, at_once: int
+    pair: Any,
+    target: Any,
+    documents: Sequence[Any],
+    cells: Sequence[Any],
+    args: argparse.Namespace,
+    at_once: int | None,
 ) -> float:
-    from crosscoder.interventions.causal import measure
+    """Cells in a list of their own are measured by themselves."""
+    from crosscoder.interventions.causal import Cell, measure
 
-    measure(pair, target, documents[:2], cells[:1], args.batch_tokens)
-    started = begin(args.device)
-    for start in range(0, len(cells), at_once):
-        measure(pair, target, documents, cells[start : start + at_once], args.batch_tokens)
+    groups = [cells] if isinstance(cells[0], Cell) else cells
+    measure(pair, target, documents[:2], groups[0][:1], batch_tokens=at_once)
+    started = clock(args.device)
+    for group in groups:
+        measure(pair, target, documents, group, batch_tokens=at_once)
+    return ms_each(started, args.device, len(documents) * sum(map(len, groups)))
+
+
+def plainly(pair: Any, target: Any, documents: Sequence[Any], cells: Sequence[Any], args: argparse.Namespace) -> float:
+    started = clock(args.device)
+    plain_patches(pair, target, documents, cells)
     return ms_each(started, args.device, len(documents) * len(cells))
 
 
@@ -189,52 +219,24 @@ def whole_sites(model: Any, documents: Sequence[Any], layers: Sequence[int], arg
     from study.site_ceilings import ceilings
 
     targets = [Target(layer, site) for layer in layers for site in ("attention", "mlp", "residual")]
-    started = begin(args.device)
-    found = ceilings(model, None, documents, targets, batch_tokens=args.batch_tokens)
+    started = clock(args.device)
+    found = ceilings(model, None, documents, targets)
     return ms_each(started, args.device, len(documents) * len(found))
 
 
-def whole_models(pair: Any, documents: Sequence[Any], layers: Sequence[int]) -> float:
-    """What one would write first: for each patch the giver up to the site, then all of the receiver with a hook."""
-    import torch
-
-    from crosscoder.activations.readers import SITES, Target, reader, site_module
-    from crosscoder.interventions.halves import edited
-    from crosscoder.interventions.patching import agreement, batch_of
-
-    device = str(pair.instruct.device)
-    targets = [Target(layer, site) for layer in layers for site in SITES]
+def plain_whole_sites(pair: Any, documents: Sequence[Any], layers: Sequence[int], args: argparse.Namespace) -> float:
     few = documents[: max(1, len(documents) // 8)]
-    started = begin(device)
-    for document in few:
-        batch = batch_of([document], device=device)
-        for target in targets:
-            for giver, receiver in ((pair.fine_tuned, pair.instruct), (pair.instruct, pair.fine_tuned)):
-                with giver.active(), torch.no_grad():
-                    (given,) = reader(giver.model, [target], "hooks")(batch.ids)
-
-                def put(own: Any, given: Any = given, where: Any = batch.patched[..., None]) -> Any:
-                    return torch.where(where, given, own)
-
-                with receiver.active(), torch.no_grad(), edited(site_module(receiver.layers, target), put):
-                    hidden = receiver.model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
-                    logits = receiver.model.lm_head(hidden[batch.predicting]).float()
-                    agreement(logits, logits, batch)
-    return ms_each(started, device, len(few) * len(targets) * 2)
+    started = clock(args.device)
+    return ms_each(started, args.device, plain_ceilings(pair, few, layers))
 
 
-def prompts_of(documents: Sequence[Any], args: argparse.Namespace) -> list[list[int]]:
-    return [list(d.ids[: d.n_prompt]) for d in documents[: args.generation_batch]]
-
-
-def begin(device: str) -> float:
+def clock(device: str) -> float:
     synchronise()
-    return time.perf_counter()
+    return time.perf_counter() if device.startswith("cuda") else time.process_time()
 
 
 def ms_each(started: float, device: str, count: int) -> float:
-    synchronise()
-    return round(1000 * (time.perf_counter() - started) / count, 3)
+    return round(1000 * (clock(device) - started) / count, 3)
 
 
 def peak_memory_gb(device: str) -> float | None:
@@ -252,7 +254,7 @@ def causal_table(results: dict[str, Any]) -> str:
     ways = results["ways"]
     rows = []
     for ours, theirs in (
-        ("teacher-forced, grouped", "teacher-forced, each alone"),
+        *(("teacher-forced", name) for name in ways if name.startswith("teacher-forced, ")),
         ("ceilings", "ceilings, whole models"),
         *((name, plain) for name in ways for plain in PLAIN if name.startswith(f"{plain} ")),
     ):
@@ -270,7 +272,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--small", action="store_true", help="small shapes, few short documents, on the CPU")
-    add("--model", type=Path, metavar="FOLDER", help="a real model, of which generation alone is measured")
+    add("--shapes", choices=("7b", "1.5b"), default="7b", help="(default: %(default)s)")
+    add("--model", type=Path, metavar="FOLDER", help="a real model")
     add("--repeats", type=int, default=3, help="of generation (default: %(default)s)")
     add("--documents", type=int, help="(default: 32; with --small 4)")
     add("--layers", type=int, help="of the model (default: 32; with --small 4)")
@@ -279,13 +282,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--rank", type=int, help="of the adapter (default: 512; with --small 4)")
     add("--new-tokens", type=int, help="of each reply (default: 128; with --small 8)")
     add("--generation-batch", type=int, default=16, help="prompts in a batch (default: %(default)s)")
-    add("--batch-tokens", type=int, default=4_096, help="teacher-forced, padded (default: %(default)s)")
+    add("--batch-tokens", type=int, help="teacher-forced, padded (default: as analyse.py --causal)")
     add("--device", help="(default: a GPU where there is one; with --small the CPU)")
     add("--name", default="causal", help="of the record (default: %(default)s)")
     add("--output-dir", type=Path, default=RESULTS)
     args = parser.parse_args()
     small = {"documents": 4, "layers": 4, "layer": 2, "latents": 128, "rank": 4, "new_tokens": 8}
     whole = {"documents": 32, "layers": 32, "layer": 17, "latents": 16_384, "rank": 512, "new_tokens": 128}
+    if args.shapes == "1.5b":
+        whole |= {"layers": 28, "layer": default_layer(28)}
     if args.model:
         shape = json.loads((args.model / "config.json").read_text())
         args.layers, vocabulary = shape["num_hidden_layers"], shape["vocab_size"]

@@ -118,4 +118,4 @@ def _blank(n: int) -> Agreement:
 
 
 def _put(whole: Agreement, chosen: Tensor, part: Agreement) -> None:
-    whole.divergence[chosen], whole.exact[chosen] = part.divergence, part.exact
+    whole.divergence[chosen], whole.exact[chosen] = part.divergence.cpu(), part.exact.cpu()

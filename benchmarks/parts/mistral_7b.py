@@ -33,12 +33,18 @@ LENGTHS = ((0.0, 0.19), (0.05, 0.39), (0.1, 0.51), (0.2, 0.71), (0.3, 0.87), (0.
 """Quantiles of the lengths of 300 FinQA pages over their mean, in characters."""
 
 
-def random_mistral_7b(layers: int = 32, device: str = "cuda") -> Any:
-    """MistralForCausalLM with `layers` decoder layers, bf16, seeded random weights, made on the device."""
+def random_mistral_7b(layers: int = 32, device: str = "cuda", **others: Any) -> Any:
+    """MistralForCausalLM with `layers` decoder layers, bf16, seeded random weights, made on the device; `others` are
+    shapes in place of SHAPES."""
     import torch
     from transformers import MistralConfig, MistralForCausalLM
 
-    shapes = {**SHAPES, "num_hidden_layers": layers, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    shapes = {
+        **SHAPES,
+        **others,
+        "num_hidden_layers": layers,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

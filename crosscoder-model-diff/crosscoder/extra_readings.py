@@ -14,6 +14,7 @@ from crosscoder.analysis.stability import features, stability_rows
 from crosscoder.dictionaries.checkpoint import find_checkpoint, load_dictionary, read_config
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.interventions.causal import cell_key
+from crosscoder.interventions.halves import ends_of
 from crosscoder.interventions.sets import dictionary_digest, digest
 from crosscoder.interventions.splicing import (
     loss_recovered,
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
 
 CONFIRMED = "fine-tuned-only, confirmed"
 """Name of the set of latents that latent scaling confirms."""
-PATCHES_AT_ONCE = 1000
-"""Patched documents (cells times documents, at least eight cells) between two writes to disk: half a minute's work for
-a model of 1.5 billion parameters on a GPU."""
 
 
 def open_second(reading: Reading, name: Path | str, any_method: bool = False) -> BatchTopKCrosscoder:
@@ -118,7 +116,7 @@ def cause(found: Findings, pair: Pair, n_documents: int | None = None) -> tuple[
     Latents are ranked by their estimated effect on as many training documents. Documents are teacher-forced: the set
     has no labels, so no replies are generated. Files go into causal/ in the folder of the results.
     """
-    from crosscoder.interventions.causal_report import CausalConfig, causal_report, kept_survey
+    from crosscoder.interventions.causal_report import causal_report, kept_survey
     from crosscoder.interventions.causal_rows import Asked
 
     reading, two = found.reading, found.two_models
@@ -129,7 +127,6 @@ def cause(found: Findings, pair: Pair, n_documents: int | None = None) -> tuple[
     asked, choose_on = (stored_texts(store, numbers, bos_id) for numbers in (held_out, choosing))
     say(f"patching sets of latents on {len(asked)} held-out documents")
     target, folder = target_of(store), reading.results / "causal"
-    config = CausalConfig(cells_at_once=min(CausalConfig.cells_at_once, max(8, PATCHES_AT_ONCE // len(asked))))
     report = causal_report(
         reading.model,
         pair,
@@ -137,11 +134,10 @@ def cause(found: Findings, pair: Pair, n_documents: int | None = None) -> tuple[
         choose_on,
         target,
         folder,
-        config,
         scaling=two.scaling if two else None,
         say=say,
     )
-    effect = kept_survey(folder, reading.model, pair, choose_on, target, config.batch_tokens, say).effect
+    effect = kept_survey(folder, reading.model, pair, choose_on, target, say).effect
     return report, (effect / len(choose_on)).tolist()
 
 
@@ -201,8 +197,9 @@ def check_patched(side: Side) -> None:
         expected = side.model(input_ids=ids, use_cache=False).logits.float()
     try:
         entering = side.embedded(ids)
-        own = side.logits(side.through(entering, range(len(side.layers)), side.frame(entering)))
-        known = (own - expected).abs().max() <= 0.02 * expected.abs().max()
+        frame = side.frame(entering)
+        own = side.logits(side.to_the_end(entering, 0, frame, ends_of(frame, torch.ones_like(ids).bool())))
+        known = (own - expected[0]).abs().max() <= 0.02 * expected.abs().max()
     except TypeError:  # a layer of another kind, which wants to be told more
         known = False
     if not known:

@@ -147,7 +147,6 @@ def _sets(
     """The sets, chosen on other questions, and their controls at the injected norm of the set of CONTROL_SIZE."""
     from crosscoder.interventions import ranking
     from crosscoder.interventions.causal_report import kept_survey
-    from crosscoder.interventions.patching import BATCH_TOKENS
     from crosscoder.interventions.sets import (
         Components,
         Constant,
@@ -161,7 +160,7 @@ def _sets(
     target = experiment.dictionary.target
 
     def survey(of: Any) -> ranking.Survey:
-        return kept_survey(folder, of, pair, choose_on, target, BATCH_TOKENS, lambda line: None)
+        return kept_survey(folder, of, pair, choose_on, target, lambda line: None)
 
     dictionary = load(work, experiment.dictionary)
     found = survey(dictionary)

@@ -4,17 +4,15 @@
 with `other`, an addition to the instruct model is read by the fine-tuned upper half (Minder et al. 2025), with `own`
 by its own. Latents read both models on the same prefix; what a document has untouched (BOS) is never changed.
 
-The lower halves of both models are run once for a batch and a group of cells, and each cell runs the layers above.
+The lower halves of both models are run once for a batch, and each cell runs the layers above.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,18 +22,18 @@ from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
 from crosscoder.interventions.halves import Pair
 from crosscoder.interventions.patching import (
-    BATCH_TOKENS,
+    Batch,
     Carrier,
     Direction,
-    Halves,
     agreement,
+    batch_tokens_for,
     batches,
     patched_logits,
     run_halves,
     sides,
 )
 from crosscoder.interventions.ranking import reading_of
-from crosscoder.interventions.sets import Addition, Reading, Whole, digest, weights_digest
+from crosscoder.interventions.sets import Addition, Whole, digest, weights_digest
 from finqa.runtime.errors import UserError
 from finqa.runtime.journal import KeyedJournal
 from finqa.runtime.time_left import Say, TimeLeft
@@ -67,53 +65,95 @@ class Measured:
     """Root mean square length of what was added, over the positions that were patched."""
 
 
-def patched_value(own: Tensor, given: Tensor, added: Tensor, where: Tensor | None, cell: Cell) -> Tensor:
-    """What the site of the receiving model gives: `own` [..., d_model], changed at `where` [...]; None is everywhere.
+def patched_value(own: Tensor, given: Tensor, added: Tensor, at: Tensor | None, cell: Cell) -> Tensor:
+    """What the site of the receiving model gives: `own` [..., d_model], changed at the places `at` of its flattened
+    tokens; None is everywhere.
 
     `added` [tokens, d_model] is the addition at these tokens. The whole difference is put there as the other model's
     `given` is, with no rounding.
     """
     sign = 1.0 if cell.direction == "sufficiency" else -1.0
-    if where is None:  # choosing tokens makes a GPU wait
-        whole = isinstance(cell.addition, Whole)
-        return given.to(own.dtype) if whole else (own.float() + sign * added.view(own.shape)).to(own.dtype)
-    if isinstance(cell.addition, Whole):
-        return torch.where(where[..., None], given.to(own.dtype), own)
-    value = own.clone()
-    value[where] = (own[where].float() + sign * added).to(own.dtype)
-    return value
+    whole, flat = isinstance(cell.addition, Whole), own.flatten(0, -2)
+    value = given.flatten(0, -2) if whole else flat
+    value = value if at is None else value[at]
+    value = (value if whole else value.float() + sign * added).to(own.dtype)
+    return (value if at is None else flat.index_copy(0, at, value)).view(own.shape)
+
+
+class _Part(NamedTuple):
+    """What a batch of documents gives in every cell; the divergence and the exact programs as in Measured."""
+
+    divergence: list[list[float]]
+    exact: list[list[int]]
+    squares: list[float]
+    """For each cell the squared length of what was added, summed over the positions that were patched."""
+    positions: int
 
 
 @torch.no_grad()
+def _measure_batch(pair: Pair, target: Target, batch: Batch, cells: Sequence[Cell], left: TimeLeft) -> _Part:
+    """Nothing is brought to the CPU before the last cell, since a GPU would wait there for the next one."""
+    halves = run_halves(pair, batch, [target.layer])
+    reading = reading_of(halves, target)
+    found, squares = [], []
+    for cell in cells:
+        number = sides(pair, cell.direction, cell.carrier)[0]
+        own, given = (halves.records[m][target.layer].site(target) for m in (number, 1 - number))
+        added = reading.added(cell.addition)
+        value = patched_value(own, given, added, batch.patched_at, cell)
+        logits = patched_logits(pair, halves, target, cell.direction, cell.carrier, value)
+        found.append(agreement(logits, halves.reference, batch))
+        squares.append(added.square().sum(dtype=torch.float64))
+        left.add(batch.ids.numel())
+    divergence, exact = (torch.stack(each).tolist() for each in zip(*map(astuple, found), strict=True))
+    rounded = [[float(f"{value:.9g}") for value in row] for row in divergence]
+    whether = [[int(e) for e in row] for row in exact]
+    return _Part(rounded, whether, torch.stack(squares).tolist(), len(batch.patched_at))
+
+
+def _kept_part(record: dict[str, Any] | None, names: Sequence[str]) -> _Part | None:
+    """The cells of these keys in the journal's record of a batch; None where one is not there."""
+    place = {name: number for number, name in enumerate(record["cells"])} if record else {}
+    if not record or not set(names) <= set(place):
+        return None
+    part = _Part(**record["part"])
+    at = [place[name] for name in names]
+    divergence, exact, squares = ([each[i] for i in at] for each in part[:3])
+    return part._replace(divergence=divergence, exact=exact, squares=squares)
+
+
 def measure(
-    pair: Pair, target: Target, documents: Sequence[Document], cells: Sequence[Cell], batch_tokens: int = BATCH_TOKENS
+    pair: Pair,
+    target: Target,
+    documents: Sequence[Document],
+    cells: Sequence[Cell],
+    journal: KeyedJournal | None = None,
+    experiment: str = "",
+    batch_tokens: int | None = None,
+    say: Say = lambda line: None,
 ) -> list[Measured]:
-    """Every cell over all documents. Two floats a document and cell are kept, nothing else."""
-    n = len(documents)
-    divergence = torch.zeros(len(cells), n, dtype=torch.float64)
-    exact = torch.zeros(len(cells), n, dtype=torch.bool)
-    squares, tokens = torch.zeros(len(cells), dtype=torch.float64), torch.zeros(len(cells))
-    for chosen, batch in batches(documents, pair.instruct.device, batch_tokens):
-        halves = run_halves(pair, batch, [target.layer])
-        reading = reading_of(halves, target)
-        for number, cell in enumerate(cells):
-            logits, added = _patched(pair, halves, target, cell, reading)
-            found = agreement(logits, halves.reference, batch)
-            divergence[number, chosen], exact[number, chosen] = found.divergence, found.exact
-            squares[number] += added.double().square().sum().cpu()
-            tokens[number] += len(added)
-    injected = (squares / tokens.clamp_min(1)).sqrt().tolist()
-    return [Measured(d.tolist(), e.tolist(), i) for d, e, i in zip(divergence, exact, injected, strict=True)]
-
-
-def _patched(pair: Pair, halves: Halves, target: Target, cell: Cell, reading: Reading) -> tuple[Tensor, Tensor]:
-    """Logits of the patched model, and what was added [patched positions, d_model]."""
-    where = halves.batch.patched
-    number = sides(pair, cell.direction, cell.carrier)[0]
-    own, given = (halves.records[m][target.layer].site(target) for m in (number, 1 - number))
-    added = reading.added(cell.addition)
-    value = patched_value(own, given, added, where, cell)
-    return patched_logits(pair, halves, target, cell.direction, cell.carrier, value), added
+    """Every cell over all documents. The lower halves run once for a batch, and a batch that is done in all cells is
+    written to the journal. `say` hears how long the others will take."""
+    whole = list(batches(documents, pair.instruct.device, batch_tokens or batch_tokens_for(pair)))
+    names = [cell_key(experiment, "teacher-forced", cell.label) for cell in cells]
+    keys = [cell_key(experiment, "batch", {"documents": chosen.tolist()}) for chosen, _ in whole]
+    found = {key: part for key in keys if journal and (part := _kept_part(journal.found.get(key), names))}
+    work = sum(batch.ids.numel() for key, (_, batch) in zip(keys, whole, strict=True) if key not in found)
+    left = TimeLeft(f"{len(cells)} cells on {len(documents)} documents", work * len(cells), say)
+    for key, (_, batch) in zip(keys, whole, strict=True):
+        if key not in found:
+            found[key] = _measure_batch(pair, target, batch, cells, left)
+            if journal:
+                journal.add(key, {"what": "batch", "cells": names, "part": found[key]._asdict()})
+    place = torch.cat([chosen for chosen, _ in whole]).argsort()
+    parts = [found[key] for key in keys]
+    positions = max(1, sum(part.positions for part in parts))
+    divergence, exact = (
+        torch.cat([torch.tensor(getattr(part, name), dtype=kind) for part in parts], dim=1)[:, place].tolist()
+        for name, kind in (("divergence", torch.float64), ("exact", torch.bool))
+    )
+    injected = [(sum(squares) / positions) ** 0.5 for squares in zip(*(part.squares for part in parts), strict=True)]
+    return [Measured(*each) for each in zip(divergence, exact, injected, strict=True)]
 
 
 def experiment_key(pair: Pair, target: Target, documents: Sequence[Document], completions: str) -> str:
@@ -138,37 +178,19 @@ def measure_missing(
     cells: Sequence[Cell],
     journal: KeyedJournal,
     experiment: str,
-    cells_at_once: int = 32,
-    batch_tokens: int = BATCH_TOKENS,
     say: Say = lambda line: None,
 ) -> list[Measured]:
     """Every cell, from the journal where it is there. `say` hears how long the others will take."""
     keys = [cell_key(experiment, "teacher-forced", cell.label) for cell in cells]
     if len(set(keys)) < len(keys):
         raise UserError("two cells of a causal report are the same; name each set once")
-    missing = [i for i in _mixed(cells) if keys[i] not in journal.found]
+    missing = [i for i, key in enumerate(keys) if key not in journal.found]
     if 0 < len(missing) < len(cells):
         say(f"going on: {len(cells) - len(missing)} of {len(cells)} cells are there")
-    left = TimeLeft(f"{len(missing)} cells on {len(documents)} documents", len(missing), say)
-    for start in range(0, len(missing), cells_at_once):
-        group = missing[start : start + cells_at_once]
-        for i, found in zip(
-            group, measure(pair, target, documents, [cells[i] for i in group], batch_tokens), strict=True
-        ):
-            rounded = [float(f"{value:.9g}") for value in found.divergence]
-            record = {"divergence": rounded, "exact": [int(e) for e in found.exact], "injected": found.injected}
-            journal.add(keys[i], {"what": "teacher-forced", **cells[i].label, **record})
-        left.add(len(group))
+    new = [cells[i] for i in missing]
+    measured = measure(pair, target, documents, new, journal, experiment, say=say) if new else []
+    for i, found in zip(missing, measured, strict=True):
+        record = {**cells[i].label, **asdict(found), "exact": [int(e) for e in found.exact]}
+        journal.add(keys[i], {"what": "teacher-forced", **record})
     records = [journal.found[key] for key in keys]
     return [Measured(r["divergence"], [bool(e) for e in r["exact"]], r["injected"]) for r in records]
-
-
-def _mixed(cells: Sequence[Cell]) -> list[int]:
-    """Places of the cells, additions in a fixed random order: the first group's time is then that of any other. The
-    cells of one addition stay together, since they share what it adds."""
-    places: dict[int, list[int]] = defaultdict(list)
-    for place, cell in enumerate(cells):
-        places[id(cell.addition)].append(place)
-    order = list(places.values())
-    random.Random(0).shuffle(order)
-    return [place for own in order for place in own]

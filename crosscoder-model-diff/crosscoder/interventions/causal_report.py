@@ -5,7 +5,7 @@
 Sets of 1, 2, 4, ... all latents are taken from the top of a ranking that was made on other documents, added or taken
 away at the site, and held against what the whole site recovers and against controls of the same size. It goes on where
 it was killed: the folder has what the ranking is made from (`survey-<key>.safetensors`), and in `cells.jsonl` one line
-for each finished cell. `causal.json` there is the report.
+for each batch of documents that was measured, and at the end one for each cell. `causal.json` there is the report.
 """
 
 from __future__ import annotations
@@ -66,9 +66,6 @@ class CausalConfig:
     generation_batch: int = 32
     completions: str = "gold programs"
     """What the documents' completions are: gold programs, or the fine-tuned model's own. For the report to say."""
-    batch_tokens: int = BATCH_TOKENS
-    cells_at_once: int = 32
-    """Cells between two runs of the lower halves, and at most lost by a kill."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -109,7 +106,7 @@ def causal_report(
     documents = [a.document for a in asked]
 
     def surveyed(of: BatchTopKCrosscoder) -> ranking.Survey:
-        return kept_survey(folder, of, pair, choose_on, target, config.batch_tokens, say)
+        return kept_survey(folder, of, pair, choose_on, target, say)
 
     found = surveyed(dictionary)
     order = ranking.by_effect(found)
@@ -126,9 +123,7 @@ def causal_report(
     ]
     experiment = experiment_key(pair, target, documents, config.completions)
     with KeyedJournal(folder / "cells.jsonl") as journal:
-        measured = measure_missing(
-            pair, target, documents, cells, journal, experiment, config.cells_at_once, config.batch_tokens, say
-        )
+        measured = measure_missing(pair, target, documents, cells, journal, experiment, say)
         replies = generated(pair, target, asked, cells, journal, experiment, config, tokenizer, say)
     report = {
         "config": asdict(config),
@@ -150,19 +145,18 @@ def kept_survey(
     pair: Pair,
     documents: Sequence[Document],
     target: Target,
-    batch_tokens: int,
     say: Say,
 ) -> ranking.Survey:
     """ranking.survey, from `folder` where an earlier run has left it: on a GPU the next one could differ by a rounding,
     which would make other cells of all that are ranked or matched by it."""
     from safetensors.torch import load_file, save
 
-    made_of = {"dictionary": dictionary_digest(dictionary), "batch_tokens": batch_tokens}
+    made_of = {"dictionary": dictionary_digest(dictionary), "batch_tokens": BATCH_TOKENS}
     path = folder / f"survey-{cell_key(experiment_key(pair, target, documents, ''), 'survey', made_of)}.safetensors"
     if path.exists():
         tensors = load_file(path)
         return ranking.Survey(int(tensors.pop("n_tokens")), **tensors)
-    found = ranking.survey(dictionary, pair, documents, target, batch_tokens, say)
+    found = ranking.survey(dictionary, pair, documents, target, BATCH_TOKENS, say)
     tensors = {each.name: torch.as_tensor(getattr(found, each.name)) for each in fields(found)}
     write_atomically(path, save(tensors))
     return found

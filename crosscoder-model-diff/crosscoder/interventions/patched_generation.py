@@ -48,9 +48,9 @@ def patched(pair: Pair, target: Target, cell: Cell) -> Iterator[Any]:
 
     def value(own: Tensor, other: Tensor) -> Tensor:
         both = (own, other) if number == 0 else (other, own)
-        pairs = torch.stack(both, dim=-2)
-        reading = Reading(pairs.flatten(0, 1) if call.where is None else pairs[call.where])
-        return patched_value(own, other, cell.addition(reading), call.where, cell)
+        pairs = torch.stack(both, dim=-2).flatten(0, 1)
+        reading = Reading(pairs if call.at is None else pairs[call.at])
+        return patched_value(own, other, cell.addition(reading), call.at, cell)
 
     def at_own_site(own: Tensor) -> Tensor:
         if follower.running:
@@ -75,13 +75,13 @@ def patched(pair: Pair, target: Target, cell: Cell) -> Iterator[Any]:
 
 
 class _Call:
-    """One forward pass under way: what was given to read, and where it is patched."""
+    """One forward pass under way: what was given to read."""
 
     inputs: dict[str, Any]
     first: bool
     """Nothing was read before: a new text."""
-    where: Tensor | None
-    """[batch, new] bool; None is everywhere."""
+    at: Tensor | None
+    """Where it is patched, as places in the flattened [batch, new] tokens; None is everywhere."""
 
     def enter(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
@@ -89,13 +89,13 @@ class _Call:
         self.inputs = {name: kwargs[name] for name in ("attention_mask", "position_ids") if name in kwargs}
         self.inputs["input_ids"] = ids
         self.first = past is None or past.get_seq_length() == 0
-        self.where = None
+        self.at = None
         if self.first or ids.shape[1] > 1:
             mask = self.inputs.get("attention_mask")
             attended = (torch.ones_like(ids) if mask is None else mask).bool()
             begins = (attended.cumsum(-1) == 1)[:, -ids.shape[1] :] & self.first
             is_bos = ids == (-1 if (bos := model.config.get_text_config().bos_token_id) is None else bos)
-            self.where = attended[:, -ids.shape[1] :] & ~(begins & is_bos)
+            self.at = (attended[:, -ids.shape[1] :] & ~(begins & is_bos)).flatten().nonzero().squeeze(-1)
 
 
 class _Read(Exception):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -19,12 +20,21 @@ from torch import Tensor
 
 from crosscoder.activations.collection import Document, batches_by_length
 from crosscoder.activations.readers import Target
-from crosscoder.interventions.halves import Frame, LayerRecord, Pair, Side, after_patch, record_layers
+from crosscoder.interventions.halves import Ends, Frame, LayerRecord, Pair, Side, after_patch, ends_of, record_layers
 
 Direction = Literal["sufficiency", "necessity"]
 Carrier = Literal["own", "other"]
 BATCH_TOKENS = 2_048
 """Padded; small batches stay in a processor's cache."""
+GPU_NUMBERS = 1 << 25
+"""Numbers that a batch's activations hold on a GPU: 8,192 tokens at a width of 4,096. Below that a layer is done before
+the next one has been launched."""
+
+
+def batch_tokens_for(pair: Pair) -> int:
+    """Tokens of a batch, padded, where nothing is kept for a backward pass."""
+    width = pair.instruct.model.config.hidden_size
+    return BATCH_TOKENS if pair.instruct.device.type == "cpu" else max(BATCH_TOKENS, GPU_NUMBERS // width)
 
 
 @dataclass(frozen=True)
@@ -40,10 +50,21 @@ class Batch:
     length: Tensor
     """[documents] int64: ids, padding left out."""
 
+    @cached_property
+    def patched_at(self) -> Tensor:
+        """[positions] int64: `patched` as places in the flattened ids. Choosing by a mask would make a GPU wait for
+        every patch."""
+        return self.patched.flatten().nonzero().squeeze(-1)
+
+    @cached_property
+    def predicted(self) -> tuple[Tensor, Tensor]:
+        """[predicting positions] int64 each: the document, and the token that follows."""
+        return self.predicting.nonzero()[:, 0], torch.roll(self.ids, -1, dims=1)[self.predicting]
+
 
 @dataclass(frozen=True)
 class Agreement:
-    """How near a model is to the fine-tuned one on programs, a number for each document; on the CPU."""
+    """How near a model is to the fine-tuned one on programs, a number for each document; on the models' device."""
 
     divergence: Tensor
     """[documents] fp64: mean over the program's tokens of KL(fine-tuned || model), nats."""
@@ -82,6 +103,7 @@ class Halves:
 
     batch: Batch
     frame: Frame
+    ends: Ends
     records: tuple[dict[int, LayerRecord], dict[int, LayerRecord]]
     """What the patched layers of the instruct and of the fine-tuned model gave, by layer (from 1)."""
     reference: Tensor
@@ -96,10 +118,9 @@ def run_halves(pair: Pair, batch: Batch, layers: Sequence[int]) -> Halves:
         hidden = side.embedded(batch.ids)
         frame = side.frame(hidden)
         records.append(record_layers(side, hidden, frame, layers))
-    last = max(layers)
-    hidden = pair.fine_tuned.through(records[1][last].residual, range(last, pair.depth), frame)
-    reference = pair.fine_tuned.logits(hidden[batch.predicting])
-    return Halves(batch, frame, (records[0], records[1]), reference)
+    last, ends = max(layers), ends_of(frame, batch.predicting)
+    hidden = pair.fine_tuned.to_the_end(records[1][last].residual, last, frame, ends)
+    return Halves(batch, frame, ends, (records[0], records[1]), pair.fine_tuned.logits(hidden))
 
 
 def sides(pair: Pair, direction: Direction, carrier: Carrier) -> tuple[int, Side, Side]:
@@ -119,8 +140,7 @@ def patched_logits(
     """
     number, receiver, above = sides(pair, direction, carrier)
     record = halves.records[number][target.layer]
-    hidden = after_patch(receiver, above, record, target, value, halves.frame)
-    return above.logits(hidden[halves.batch.predicting])
+    return above.logits(after_patch(receiver, above, record, target, value, halves.frame, halves.ends))
 
 
 @torch.no_grad()
@@ -128,10 +148,9 @@ def agreement(logits: Tensor, fine_tuned: Tensor, batch: Batch) -> Agreement:
     """How near a model's logits at the predicting positions are to the fine-tuned model's."""
     ours, theirs = logits.log_softmax(-1), fine_tuned.log_softmax(-1)
     divergence = (theirs.exp() * (theirs - ours)).sum(-1).double()
-    true = torch.roll(batch.ids, -1, dims=1)[batch.predicting]
+    document, true = batch.predicted
     wrong = logits.argmax(-1) != true
-    document = batch.predicting.nonzero()[:, 0]
     counts = batch.predicting.sum(1)
     sums = torch.zeros_like(counts, dtype=torch.float64).index_add_(0, document, divergence)
     mistakes = torch.zeros_like(counts).index_add_(0, document, wrong.long())
-    return Agreement((sums / counts).cpu(), (mistakes == 0).cpu())
+    return Agreement(sums / counts, mistakes == 0)

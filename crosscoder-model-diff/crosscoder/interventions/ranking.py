@@ -100,7 +100,8 @@ def survey(
 
 def reading_of(halves: Halves, target: Target) -> Reading:
     """Reading of every token that a patch may change, document after document."""
-    sites = [records[target.layer].site(target)[halves.batch.patched] for records in halves.records]
+    at = halves.batch.patched_at
+    sites = [records[target.layer].site(target).flatten(0, 1)[at] for records in halves.records]
     return Reading(torch.stack(sites, dim=1))
 
 
@@ -109,8 +110,8 @@ def divergence_gradient(pair: Pair, halves: Halves, target: Target) -> Tensor:
     record = halves.records[0][target.layer]
     site = record.site(target).detach().requires_grad_()
     with torch.enable_grad():
-        hidden = after_patch(pair.instruct, pair.instruct, record, target, site, halves.frame)
-        ours = pair.instruct.logits(hidden[halves.batch.predicting]).log_softmax(-1)
+        hidden = after_patch(pair.instruct, pair.instruct, record, target, site, halves.frame, halves.ends)
+        ours = pair.instruct.logits(hidden).log_softmax(-1)
         # Of the cross-entropy, which differs from the KL by a constant.
         (gradient,) = torch.autograd.grad(-(halves.reference.softmax(-1) * ours).sum(), site)
     return gradient[halves.batch.patched]

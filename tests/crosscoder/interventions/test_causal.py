@@ -62,6 +62,38 @@ def shares(report, kind, measure="divergence", group="all", **where):
     return [(r["n_latents"], r["recovered"]) for r in report["rows"] if wanted.items() <= r.items()]
 
 
+def an_adapter(fine_tuned):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    return pair_of(get_peft_model(fine_tuned, settings).eval())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "sliding"])
+@pytest.mark.parametrize(
+    ("layer", "site"), [(1, "residual"), (2, "mlp"), (2, "attention"), (3, "mlp"), (3, "residual")]
+)
+def test_every_cell_gives_what_whole_models_with_hooks_give(documents, layer, site, attention):
+    """Within 1e-5 nats, and the same verdicts: a document and a patch at a time, logits at every token."""
+    from benchmarks.parts.plain_patches import plain_patch
+
+    instruct, fine_tuned, direction = planted_pair()
+    dictionary, target = planted_crosscoder(direction), Target(layer, site)
+    dictionary.W_dec[1:, 1] *= 1.5
+    for model in (instruct, fine_tuned):
+        model.set_attn_implementation("eager" if attention == "eager" else "sdpa")
+        model.config.sliding_window = 8 if attention == "sliding" else None
+    for pair in (pair_of(instruct, fine_tuned), an_adapter(copy.deepcopy(instruct))):
+        additions = [Nothing(), Whole(), Latents(dictionary, [0, 2]), RandomDirections(dictionary, [1, 3], 0)]
+        cells = [Cell(a, d, c) for a in additions for d in ("sufficiency", "necessity") for c in ("own", "other")]
+        for cell, found in zip(cells, measure(pair, target, documents, cells, batch_tokens=60), strict=True):
+            divergence, exact, added = zip(*(plain_patch(pair, target, d, cell) for d in documents), strict=True)
+            assert found.divergence == pytest.approx(divergence, abs=1e-5) and found.exact == list(exact)
+            length = torch.cat(added).double().square().sum(-1).mean().sqrt()
+            assert found.injected == pytest.approx(float(length), rel=1e-5)
+
+
 def test_the_planted_latent_is_the_whole_difference_at_the_site(planted, documents):
     pair, direction = planted
     halves = run_halves(pair, batch_of(documents), [2])
@@ -217,28 +249,31 @@ def test_a_killed_report_goes_on_and_gives_the_same(planted, documents, others, 
 
     pair, direction = planted
     arguments = (planted_crosscoder(direction), pair, asked_about(documents), others, SITE, tmp_path)
-    config = CausalConfig(n_random=3, carriers=("own", "other"), cells_at_once=5)
     rivals = {"difference SAE": planted_sae(direction)}
-    true_measure, calls = causal.measure, []
+    true_measure, calls = causal._measure_batch, []
 
-    def killed(pair, target, documents, cells, *rest):
-        calls.append(len(cells))
+    def killed(*arguments):
+        calls.append(len(arguments[2].ids))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return true_measure(pair, target, documents, cells, *rest)
+        return true_measure(*arguments)
 
-    monkeypatch.setattr(causal, "measure", killed)
+    monkeypatch.setattr(causal, "batch_tokens_for", lambda pair: 40)
+    monkeypatch.setattr(causal, "_measure_batch", killed)
     with pytest.raises(KeyboardInterrupt):
-        causal_report(*arguments, config, rivals)
+        causal_report(*arguments, SMALL, rivals)
     journal = tmp_path / "cells.jsonl"
-    assert len(journal.read_text().splitlines()) == 10
+    assert len(journal.read_text().splitlines()) == 2
     journal.write_text(journal.read_text() + '{"key": "half a li')
-    again = causal_report(*arguments, config, rivals)
-    n_cells = len({(r["kind"], r["n_latents"], r["seed"], r["direction"], r["carrier"]) for r in again["rows"]})
-    assert sum(calls[3:]) == n_cells - 10
-    assert [r["recovered"] for r in again["rows"]] == [r["recovered"] for r in report["rows"]]
+    again = causal_report(*arguments, SMALL, rivals)
+    assert sum(calls[:2]) + sum(calls[3:]) == len(documents)
+    for ours, whole in zip(again["rows"], report["rows"], strict=True):
+        assert ours["value"] == pytest.approx(whole["value"], abs=1e-6)
     calls.clear()
-    assert causal_report(*arguments, config, rivals)["rows"] == again["rows"] and calls == []
+    assert causal_report(*arguments, SMALL, rivals)["rows"] == again["rows"] and calls == []
+    # Killed while the cells were written down, after the last batch.
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:-7]))
+    assert causal_report(*arguments, SMALL, rivals)["rows"] == again["rows"] and calls == []
     assert json.loads((tmp_path / "causal.json").read_text())["rows"] == again["rows"]
 
 
