@@ -151,7 +151,7 @@ def over_machines(tensor_parallel: int) -> dict[str, str]:
     import torch
 
     there = torch.cuda.device_count()
-    if tensor_parallel <= there:
+    if tensor_parallel <= max(1, there):
         return {}
     if importlib.util.find_spec("ray") is None:
         raise UserError(
