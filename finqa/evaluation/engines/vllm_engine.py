@@ -156,7 +156,7 @@ def over_machines(tensor_parallel: int) -> dict[str, str]:
     if importlib.util.find_spec("ray") is None:
         raise UserError(
             f"--tensor-parallel {tensor_parallel} needs as many GPUs, and {there} are here; give a smaller number, or "
-            "join machines by Ray, which is not installed (docs/reproduce.md, Several machines)"
+            "join machines by Ray, which is not installed (docs/reproduce.md, Several GPUs and machines)"
         )
     return {"distributed_executor_backend": "ray"}
 
