@@ -2,10 +2,10 @@
 
 Job names: `ceilings-A-seed3` for the arms whose metrics were added, `record-K-seed3` and `settings-<method>` (chosen on
 that control), `diff-K-seed3` for a pair at the primary site with dictionaries of the first seed, `seeds-A-seed3` with
-the further ones, `sites-A-seed3` for the pair at the other sites. Where metrics were added, a pair is recorded by a job
-of its own, `record-A-seed3`, its dictionaries are trained by a job a method, `dictionaries-A-seed3-<method>`, and what
-reads them is shared among SHARES jobs, `diff-A-seed3-1` and so on, the first of which needs no dictionary. What the
-verdicts need comes first.
+the further ones and with frozen decoders, `sites-A-seed3` for the pair at the other sites. Where metrics were added, a
+pair is recorded by a job of its own, `record-A-seed3`, its dictionaries are trained by a job a method,
+`dictionaries-A-seed3-<method>`, and what reads them is shared among SHARES jobs, `diff-A-seed3-1` and so on, the first
+of which needs no dictionary. What the verdicts need comes first.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Lengths:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the dictionaries: the first in every pair, the others where metrics were added, at the primary site."""
-    latents: tuple[int, ...] = (2048, 8192)
-    ks: tuple[int, ...] = (16, 32, 64)
+    latents: tuple[int, ...] = (8192,)
+    ks: tuple[int, ...] = (32,)
     rates: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Learning rates, over the library's default for the size."""
     passes: int = 4
@@ -191,20 +191,21 @@ def slug(method: str) -> str:
 
 
 Part = Literal["diff", "seeds", "sites"]
-"""Which subjects of a pair: at the primary site those of the first seed or of the further ones, or at other sites."""
+"""Which subjects of a pair: at the primary site those of the first seed, or of the further ones and with a frozen
+decoder; or at other sites."""
 
 
 def subjects(plan: Plan, compared: Compared, part: Part) -> list[Subject]:
-    """In the order in which they need each other: the untrained form before the trained, the frozen one last."""
+    """In the order in which they need each other: the untrained form before the trained. No verdict needs the frozen
+    one, which comes with the further seeds."""
     first, *further = lengths(plan).seeds
     is_main = part == "diff" and compared.arm in ADDED
     found = [] if part == "seeds" else [Subject(method, "baseline", 0) for method in (*DIRECTIONS, *WITHOUT)]
     if is_main:
         found.insert(0, Subject(ENDS, "baseline", 0))
-    forms: tuple[Form, ...] = ("untrained", "trained", "frozen") if is_main else ("untrained", "trained")
     for seed in further if part == "seeds" else [first]:
-        found += [Subject(method, form, seed) for method in METHODS for form in forms]
-    return found
+        found += [Subject(method, form, seed) for method in METHODS for form in ("untrained", "trained")]
+    return found + ([Subject(method, "frozen", first) for method in METHODS] if part == "seeds" else [])
 
 
 def in_share(method: str, share: int) -> bool:
