@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from study.invented.inference import clustered_interval, holm, sign_flip_p
+from study.invented.plan import SEEDS
 
 Row = Mapping[str, Any]
 Verdict = Literal[
@@ -29,6 +31,8 @@ ADDED_LESS_ABSENT, ABOVE_UNTRAINED, P_BELOW = 0.5, 0.2, 0.01
 SHARE_OF_WHOLE, ABOVE_OTHERS, OTHER_ARM_AT_MOST = 0.25, 0.10, 0.05
 FOLLOWS_AUROC, FOLLOW_SHARE, FEWEST_METRICS = 0.9, 0.75, 4
 TOLERANCE = 1e-9
+FINE_TUNES = frozenset(product(("A", "B"), SEEDS))
+"""Arms and fine-tuning seeds that a verdict is of: with fewer it is unresolved."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,13 @@ def findings(items: Iterable[Row], carried: Iterable[Row], dictionaries: Iterabl
     found: list[Finding] = []
     for method in judged:
         done = has_converged(dictionaries, method)
-        found += d1(method, rates[method, "trained"], rates[method, "untrained"], adjusted.get(method), done)
-        found += d2(method, carried, done)
-        found += d3(method, items)
+        own = [
+            *d1(method, rates[method, "trained"], rates[method, "untrained"], adjusted.get(method), done),
+            *d2(method, carried, done),
+            *d3(method, items),
+        ]
+        whole = {rule for rule, rows in (("D1", items), ("D2", carried), ("D3", items)) if _of_all(rows, method)}
+        found += [one if one.rule in whole else replace(one, verdict="unresolved") for one in own]
     for method, form in others:
         rate = rates[method, form]
         low, high = rate.interval or (None, None)
@@ -84,6 +92,12 @@ def findings(items: Iterable[Row], carried: Iterable[Row], dictionaries: Iterabl
         found.append(Finding(method, form, "D1", "hit where added", rate.mean_added, None, None, None, None,
                              "no verdict"))  # fmt: skip
     return found
+
+
+def _of_all(rows: Iterable[Row], method: str) -> bool:
+    """Whether a method's trained form was measured in all FINE_TUNES."""
+    own = (row for row in rows if (row["method"], row["form"]) == (method, "trained"))
+    return {(row["arm"], int(row["seed"])) for row in own} >= FINE_TUNES
 
 
 def has_converged(dictionaries: Iterable[Row], method: str) -> bool:

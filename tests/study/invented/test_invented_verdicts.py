@@ -173,6 +173,13 @@ def test_what_was_not_measured_is_unresolved():
     assert findings([], [], []) == []
 
 
+def test_one_fine_tuning_seed_gives_figures_and_no_verdict():
+    whole = (judged_rows(where_added), carried(CARRIES), dictionaries())
+    first = findings(*([row for row in rows if int(row["seed"]) == 3] for rows in whole))
+    assert {one.verdict for one in first} == {"unresolved", "no verdict"}
+    assert [one.value for one in first] == [one.value for one in findings(*whole)]
+
+
 def test_holm_counts_every_method_that_is_judged():
     """0.0078 passes for one method, and for two whose other one is sure; not for two that need it both."""
     half = in_first(4)
