@@ -195,6 +195,20 @@ def whole_sites(folder: Path) -> str:
     return markdown(["site", *(f"{arm}, seed {seed}" for arm, seed in runs)], lines)
 
 
+def settings(folder: Path) -> str:
+    """A row a method, a column for each learning rate and number of passes: explained variance of the difference."""
+    rows = sorted(read_csv(folder / "settings.csv"), key=lambda row: (int(row["passes"]), float(row["rate"])))
+    tried = dict.fromkeys((row["passes"], row["rate"]) for row in rows)
+    found = {(row["method"], row["passes"], row["rate"]): row for row in rows}
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in read_csv(folder / "settings.csv")):
+        own = [found.get((method, *one)) for one in tried]
+        (last,) = [row["converged"] for row in own if row and row["chosen"] == "True"] or [""]
+        shown = [number(row["explained_difference"] if row else "", 3) for row in own]
+        lines.append([method, *shown, {"True": "yes", "False": "no"}.get(last, NOTHING)])
+    return markdown(["method", *(f"{n} passes, rate {rate}" for n, rate in tried), "converged"], lines)
+
+
 def verdicts(folder: Path) -> str:
     """A row a method: the verdict of each rule, with the first figure of D1 and of D2 and its interval."""
     rows = [row for row in read_csv(folder / "findings.csv") if row["verdict"] != "no verdict"]
@@ -213,5 +227,5 @@ def verdicts(folder: Path) -> str:
 
 STUDIES: dict[str, dict[str, Callable[[Path], str]]] = {
     "pocket": {"accuracy": accuracy, "glance": glance, "untrained": untrained, "causal": causal},
-    "invented": {"gates": gates, "arms": arms, "whole-sites": whole_sites, "verdicts": verdicts},
+    "invented": {"gates": gates, "arms": arms, "whole-sites": whole_sites, "settings": settings, "verdicts": verdicts},
 }

@@ -1,4 +1,5 @@
-"""The study's tables from what is there: models, gates, ceilings, dictionaries, items, causal_norm, findings; run.json.
+"""The study's tables from what is there: models, gates, ceilings, settings, dictionaries, items, causal_norm, findings,
+and run.json.
 
 Verdicts come from the tables as they are written: findings.csv can be made again from the others alone.
 """
@@ -18,7 +19,8 @@ from finqa.runtime.manifest import write_manifest
 from finqa.runtime.paths import REPOSITORY
 from study.invented.diff import figure
 from study.invented.diff.ceilings import ceiling_rows, primary_site
-from study.invented.diff.plan import PAIRS, Part, lengths, results_of, site_name, sites, subjects
+from study.invented.diff.dictionaries import settings_path
+from study.invented.diff.plan import METHODS, PAIRS, Part, lengths, results_of, site_name, sites, slug, subjects
 from study.invented.files import read_items, write_table
 from study.invented.gates import Gate, read_answers, share_right
 from study.invented.plan import Plan
@@ -56,6 +58,19 @@ def model_rows(plan: Plan) -> list[Row]:
             if share is not None:
                 rows.append({"model": model, "questions": kind, "n": n, "right": round(share * n), "share": share})
     return rows
+
+
+def settings_rows(plan: Plan) -> Iterator[Row]:
+    """A row a dictionary that was tried on the control: its settings, how it came out, and whether they were chosen."""
+    for method in METHODS:
+        path = settings_path(plan, method)
+        chosen = read_json(path) if path.exists() else {"chosen": None, "converged": None}
+        tried = [read_json(one) for one in path.parent.glob(f"{slug(method)}-[0-9]*.json")]
+        for row in sorted(tried, key=lambda row: (row["n_latents"], row["k"], row["passes"], row["rate"])):
+            of = {"n_latents": row["n_latents"], "k": row["k"], "rate": row["rate"], "passes": row["passes"]}
+            is_chosen = of == chosen["chosen"]
+            end = {"chosen": is_chosen, "converged": chosen["converged"] if is_chosen else None}
+            yield {"method": method, **row, **end}
 
 
 def found_of(plan: Plan, target: Target, is_primary: bool) -> Iterator[tuple[Row, Row]]:
@@ -100,6 +115,7 @@ def write_tables(plan: Plan, gates: Sequence[Gate]) -> tuple[Path, list[Finding]
         "models": model_rows(plan),
         "gates": [asdict(one) for one in gates],
         "ceilings": ceiling_rows(plan),
+        "settings": list(settings_rows(plan)),
     }
     try:
         rows |= diff_rows(plan)

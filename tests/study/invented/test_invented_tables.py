@@ -13,6 +13,7 @@ from finqa.runtime.manifest import write_json
 from finqa.runtime.paths import Folders
 from study.invented.diff import tables
 from study.invented.diff.ceilings import ceilings_path
+from study.invented.diff.dictionaries import settings_path
 from study.invented.diff.figure import curves
 from study.invented.diff.plan import (
     ADDED,
@@ -107,6 +108,22 @@ def test_the_tables_give_the_verdicts_that_were_made_up(plan: Plan):
     assert [line["verdict"] for line in lines] == [one.verdict for one in found]
     (share,) = [line for line in lines if line["method"] == FINDS and line["condition"].startswith("share")]
     assert (share["value"], share["low"], share["high"], share["holds"]) == ("0.8", "0.8", "0.8", "True")
+
+
+def test_the_settings_that_were_tried_have_a_row_each(plan: Plan):
+    tried = {"n_latents": 64, "k": 4, "explained_difference": 0.5, "l0": 4.0}
+    for method, passes, rate in (("L1", 1, 0.5), ("L1", 1, 2.0), ("L1", 2, 2.0), ("difference SAE", 1, 2.0)):
+        name = f"{method} 64-k4-x{rate:g}-{passes}"
+        write_json(settings_path(plan, name), tried | {"rate": rate, "passes": passes})
+    of = {"n_latents": 64, "k": 4, "rate": 2.0, "passes": 2}
+    write_json(settings_path(plan, "L1"), {"chosen": of, "converged": True, "explained_difference": {}})
+    output, _ = tables.write_tables(plan, [])
+    rows = [(r["method"], r["passes"], r["rate"], r["chosen"], r["converged"])
+            for r in tables.read_table(output / "settings.csv")]  # fmt: skip
+    assert rows == [
+        ("L1", "1", "0.5", "False", ""), ("L1", "1", "2.0", "False", ""), ("L1", "2", "2.0", "True", "True"),
+        ("difference SAE", "1", "2.0", "False", ""),
+    ]  # fmt: skip
 
 
 def test_the_curves_have_every_set_at_its_norm_and_not_those_at_anothers(plan: Plan):
