@@ -62,11 +62,11 @@ class Feed:
 
     def __init__(
         self,
-        read: Callable[[Tensor], Tensor],
+        read: Callable[[Tensor, bool], Tensor],
         batches: Iterable[Tensor],
         device: torch.device | str = "cpu",
     ):
-        """`read` is a store's; `batches` are [n] token indices."""
+        """`read` is a store's, asked for pinned memory where the device is a GPU; `batches` are [n] token indices."""
         self._read = read
         self._device = torch.device(device)
         self._stream: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -125,11 +125,9 @@ class Feed:
 
     def _on_device(self, indices: Tensor) -> _Ready:
         if self._stream is None:
-            return _Ready(indices, self._read(indices).to(self._device), None)
+            return _Ready(indices, self._read(indices, False).to(self._device), None)
         with torch.cuda.stream(self._stream):
-            read = self._read(indices)
-            pinned = read if read.is_cuda else read.pin_memory()
-            activations = pinned.to(self._device, non_blocking=True)
+            activations = self._read(indices, True).to(self._device, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(self._stream)
         return _Ready(indices, activations, copied)

@@ -202,12 +202,18 @@ class ActivationStore:
         if self.in_memory:
             self._held = self._hold(torch.device(device if self.place == "gpu" else "cpu"))
 
-    def read(self, indices: Tensor) -> Tensor:
-        """[n] token indices -> [n, 2, d_model] bf16, unscaled, on the GPU where the store is there, else on the CPU."""
+    def read(self, indices: Tensor, pinned: bool = False) -> Tensor:
+        """[n] token indices -> [n, 2, d_model] bf16, unscaled, on the GPU where the store is there, else on the CPU.
+
+        pinned: On the CPU in page-locked memory, which a GPU copies from while other things go on.
+        """
         rows = self._rows[indices.cpu()]
-        if self._held is not None:
+        if self._held is not None and self._held.is_cuda:
             return self._held.index_select(0, rows.to(self._held.device, non_blocking=True))
-        out = torch.empty(len(rows), N_MODELS, self.config.d_model, dtype=torch.bfloat16)
+        # Gathered where it is sent from: a tensor in between costs a second copy, and its fresh pages far more.
+        out = torch.empty(len(rows), N_MODELS, self.config.d_model, dtype=torch.bfloat16, pin_memory=pinned)
+        if self._held is not None:
+            return torch.index_select(self._held, 0, rows, out=out)
         # In the order of the file: tokens that share a page are read together.
         rising, order = rows.sort()
         cuts = torch.searchsorted(rising, self._starts).tolist()
