@@ -14,7 +14,7 @@ there are none. Writes D/invented/<model>/ (study/invented/files.py says what), 
 docs/reference/invented/ and docs/study.md, for a rehearsal in R/invented/<model>/tables/.
 
 No dictionary is trained before the gates hold. Runs as many commands beside each other as every GPU has memory for.
-Start NVIDIA's MPS first (nvidia-cuda-mps-control -d), or they take turns on it: on one H200 seven jobs that train
+Start NVIDIA's MPS first (nvidia-cuda-mps-control -d), or they take turns on it: on one H200 seven jobs that train small
 dictionaries took 900 steps a second together with it, three took 350 without. A killed study goes on when it is started
 again, on another machine too, where D/invented/<model>/ without its activations and R/invented/<model>/ are brought: of
 an adapter adapter_model.safetensors, adapter_config.json and run.json.

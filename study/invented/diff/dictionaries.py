@@ -83,6 +83,14 @@ def recorded(plan: Plan, compared: Compared, target: Target) -> Path:
     return folder
 
 
+def shared_store(plan: Plan, compared: Compared, target: Target) -> ActivationStore:
+    """A pair's activations for one of several jobs that train on them at a time: read from the files, whose pages they
+    share, where each would hold all of them on the GPU."""
+    from crosscoder.activations.store import ActivationStore
+
+    return ActivationStore(recorded(plan, compared, target), "disk", students.default_device())
+
+
 def command_of(typed: str) -> str:
     """A command as it is typed in any folder, as it is run in the crosscoder's: without `python` and the path."""
     return "collect_activations.py" + typed.partition("collect_activations.py")[2]
@@ -203,9 +211,7 @@ def choose_settings(plan: Plan, control: Compared, target: Target, method: str) 
     path = settings_path(plan, method)
     if not path.exists():
         check_gates(plan)
-        from crosscoder.activations.store import ActivationStore
-
-        store = ActivationStore(recorded(plan, control, target), device=students.default_device())
+        store = shared_store(plan, control, target)
         write_json(path, {"site": site_name(target), **_choice(plan, control, target, store, method)})
     if not lengths(plan).controls and all(settings_path(plan, each).exists() for each in METHODS):
         forget(plan, control, target)

@@ -89,9 +89,7 @@ def train(plan: Plan, compared: Compared, target: Target, method: str) -> str:
     """Train a method's dictionaries of a pair whose files are missing, for the jobs that read them; returns a line."""
     wanted = [one for one in subjects(plan, compared, "diff") if one.method == method]
     if missing := _missing(plan, compared, target, wanted):
-        from crosscoder.activations.store import ActivationStore
-
-        store = ActivationStore(dicts.recorded(plan, compared, target), device=students.default_device())
+        store = dicts.shared_store(plan, compared, target)
         for subject in missing:
             dicts.of_pair(plan, store, compared, target, subject)
             print(f"{compared.run} at {site_name(target)}: {subject.name} is trained", flush=True)
