@@ -105,7 +105,7 @@ def splice(reading: Reading, pair: Pair) -> list[dict[str, Any]]:
     texts = stored_texts(store, numbers, bos_id)
     means = mean_activations(store, split.train)
     with KeyedJournal(reading.results / "splicing.jsonl") as journal:
-        losses = splice_losses(reading.model, pair, texts, target_of(store), means, journal, say=say)
+        losses = splice_losses(reading.model, pair, texts, target_of(store), means, journal)
     return splice_rows(loss_recovered(losses))
 
 
@@ -135,9 +135,8 @@ def cause(found: Findings, pair: Pair, n_documents: int | None = None) -> tuple[
         target,
         folder,
         scaling=two.scaling if two else None,
-        say=say,
     )
-    effect = kept_survey(folder, reading.model, pair, choose_on, target, say).effect
+    effect = kept_survey(folder, reading.model, pair, choose_on, target).effect
     return report, (effect / len(choose_on)).tolist()
 
 

@@ -186,7 +186,7 @@ def _sets(
     target = experiment.dictionary.target
 
     def survey(of: Any) -> ranking.Survey:
-        return kept_survey(folder, of, pair, choose_on, target, lambda line: None)
+        return kept_survey(folder, of, pair, choose_on, target)
 
     dictionary = load(work, experiment.dictionary)
     found = survey(dictionary)

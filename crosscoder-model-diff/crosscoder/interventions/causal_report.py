@@ -43,7 +43,6 @@ from finqa.runtime.errors import UserError
 from finqa.runtime.journal import KeyedJournal
 from finqa.runtime.manifest import write_json
 from finqa.runtime.paths import write_atomically
-from finqa.runtime.time_left import Say
 
 
 @dataclass(frozen=True)
@@ -66,19 +65,17 @@ def causal_report(
     folder: Path,
     config: CausalConfig = CausalConfig(),
     scaling: LatentScaling | None = None,
-    say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Measure what is missing and return the report (also `causal.json` in `folder`).
 
     Args:
         asked: What is scored; latents are ranked on `choose_on`, which must share no document with it.
         scaling: Of the dictionary; for the worst half by nu, where it is given.
-        say: Hears how long it will take.
     """
     if {a.document.id for a in asked} & {document.id for document in choose_on}:
         raise UserError("latents are chosen on documents that they are scored on; cut the documents in two")
     documents = [a.document for a in asked]
-    found = kept_survey(folder, dictionary, pair, choose_on, target, say)
+    found = kept_survey(folder, dictionary, pair, choose_on, target)
     order = ranking.by_effect(found)
     cells = [
         Cell(addition, direction, carrier)
@@ -88,7 +85,7 @@ def causal_report(
     ]
     experiment = experiment_key(pair, target, documents, "gold programs")
     with KeyedJournal(folder / "cells.jsonl") as journal:
-        measured = measure_missing(pair, target, documents, cells, journal, experiment, say)
+        measured = measure_missing(pair, target, documents, cells, journal, experiment)
     report = {
         "config": asdict(config),
         "target": list(target),
@@ -109,7 +106,6 @@ def kept_survey(
     pair: Pair,
     documents: Sequence[Document],
     target: Target,
-    say: Say,
 ) -> ranking.Survey:
     """ranking.survey, from `folder` where an earlier run has left it: on a GPU the next one could differ by a rounding,
     which would make other cells of all that are ranked or matched by it."""
@@ -120,7 +116,7 @@ def kept_survey(
     if path.exists():
         tensors = load_file(path)
         return ranking.Survey(int(tensors.pop("n_tokens")), **tensors)
-    found = ranking.survey(dictionary, pair, documents, target, BATCH_TOKENS, say)
+    found = ranking.survey(dictionary, pair, documents, target)
     tensors = {each.name: torch.as_tensor(getattr(found, each.name)) for each in fields(found)}
     write_atomically(path, save(tensors))
     return found

@@ -476,10 +476,10 @@ def test_a_killed_run_has_all_that_is_cheap_and_goes_on_to_the_report_of_an_unin
 ):
     made = with_adapter
     whole, killed = (tmp_path / name / made.name("batchtopk") for name in ("whole", "killed"))
-    monkeypatch.setattr("finqa.runtime.time_left.FIRST_S", 0)
+    monkeypatch.setattr("finqa.runtime.progress.PLAIN_EVERY_S", 0)
     assert run_here(*made.words(), "--results-dir", whole.parent, *EXTRAS) == 0
     n_cells = len((whole / "causal" / "cells.jsonl").read_text().splitlines()) - 1  # and one batch
-    assert re.search(rf"\n[\d:]{{8}} about \d+ seconds? for {n_cells} cells on 1 documents\n", capsys.readouterr().out)
+    assert re.search(rf"\n[\d:]{{8}} {n_cells} cells on 1 documents, tokens: .* s left\n", capsys.readouterr().err)
     words = [*made.words(), "--results-dir", killed.parent, *EXTRAS]
 
     def lines(name: str) -> int:
@@ -495,7 +495,7 @@ def test_a_killed_run_has_all_that_is_cheap_and_goes_on_to_the_report_of_an_unin
     (survey,) = (killed / "causal").glob("survey-*.safetensors")
     surveyed = survey.stat().st_mtime_ns
     assert run_here(*words) == 0
-    assert "cells on 1 documents" not in capsys.readouterr().out
+    assert "cells on 1 documents" not in capsys.readouterr().err
     assert survey.stat().st_mtime_ns == surveyed
     assert len(KeyedJournal(killed / "causal" / "cells.jsonl").read().found) == n_cells + 1
     for name in ("analysis.json", "causal/causal.json", "causal.csv", "splicing.csv", "causal.svg"):
