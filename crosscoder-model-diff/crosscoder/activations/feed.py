@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -53,83 +54,44 @@ class _Ready(NamedTuple):
     """CUDA event after which the activations are there; None on the CPU."""
 
 
-class Feed:
-    """An iterator over (indices [n], activations [n, 2, d_model] on `device`), read ahead by a thread of its own.
+@contextmanager
+def feed(
+    read: Callable[[Tensor], Tensor], batches: Iterable[Tensor], device: torch.device | str = "cpu"
+) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    """In the block, an iterator over (indices [n], activations [n, 2, d_model] on `device`), read ahead by a thread.
 
-    The thread ends with the batches, or with `close` (a `with` block calls it). What goes wrong in it is raised where
-    its batch is asked for. On a GPU the copies run on a stream of their own, from pinned memory.
+        with feed(store.read, map(order.batch, range(first_step, total_steps)), "cuda") as batches:
+            for indices, activations in batches: ...
+
+    `batches` are [n] token indices, which the thread goes through. What goes wrong in it is raised where its batch is
+    asked for. On a GPU the copies run on a stream of their own, from pinned memory.
     """
+    device, left = torch.device(device), iter(batches)
+    stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __init__(
-        self,
-        read: Callable[[Tensor], Tensor],
-        batches: Iterable[Tensor],
-        device: torch.device | str = "cpu",
-    ):
-        """`read` is a store's; `batches` are [n] token indices."""
-        self._read = read
-        self._device = torch.device(device)
-        self._stream: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._ready: queue.SimpleQueue[_Ready | BaseException | None] = queue.SimpleQueue()
-        self._room = threading.Semaphore(BATCHES_AHEAD)
-        self._closed = threading.Event()
-        self._over = False
-        self._thread = threading.Thread(
-            target=self._read_ahead, args=(iter(batches),), name="activation feed", daemon=True
-        )
-        self._thread.start()
-
-    def __enter__(self) -> Feed:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __iter__(self) -> Feed:
-        return self
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        if self._over:
-            raise StopIteration
-        ready = self._ready.get()
-        if not isinstance(ready, _Ready):
-            self._over = True
-            raise StopIteration if ready is None else ready
-        self._room.release()
-        if ready.copied is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_event(ready.copied)
-            ready.activations.record_stream(current)
-        return ready.indices, ready.activations
-
-    def close(self) -> None:
-        """End the thread, whether all batches were taken or not."""
-        self._over = True
-        self._closed.set()
-        self._room.release()
-        self._thread.join()
-
-    def _read_ahead(self, batches: Iterator[Tensor]) -> None:
-        try:
-            while True:
-                self._room.acquire()
-                if self._closed.is_set():
-                    return
-                indices = next(batches, None)
-                if indices is None:
-                    break
-                self._ready.put(self._on_device(indices))
-        except BaseException as error:  # noqa: BLE001 - it is raised again by __next__
-            self._ready.put(error)
-        self._ready.put(None)
-
-    def _on_device(self, indices: Tensor) -> _Ready:
-        if self._stream is None:
-            return _Ready(indices, self._read(indices).to(self._device), None)
-        with torch.cuda.stream(self._stream):
-            read = self._read(indices)
-            pinned = read if read.is_cuda else read.pin_memory()
-            activations = pinned.to(self._device, non_blocking=True)
+    def read_next() -> _Ready | None:
+        indices = next(left, None)
+        if indices is None:
+            return None
+        if stream is None:
+            return _Ready(indices, read(indices).to(device), None)
+        with torch.cuda.stream(stream):
+            found = read(indices)
+            pinned = found if found.is_cuda else found.pin_memory()
+            activations = pinned.to(device, non_blocking=True)
             copied = torch.cuda.Event()
-            copied.record(self._stream)
+            copied.record(stream)
         return _Ready(indices, activations, copied)
+
+    def read_ahead() -> Generator[tuple[Tensor, Tensor], None, None]:
+        waiting = deque(thread.submit(read_next) for _ in range(BATCHES_AHEAD))
+        while (ready := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(read_next))
+            if ready.copied is not None:
+                current = torch.cuda.current_stream(device)
+                current.wait_event(ready.copied)
+                ready.activations.record_stream(current)
+            yield ready.indices, ready.activations
+
+    with ThreadPoolExecutor(1, "activation feed") as thread, closing(read_ahead()) as ahead:
+        yield ahead

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosscoder.activations.feed import Feed, ShuffledOrder
+from crosscoder.activations.feed import ShuffledOrder, feed
 from crosscoder.activations.store import ActivationStore, Split
 from crosscoder.dictionaries import checkpoint, losses
 from crosscoder.dictionaries.config import N_MODELS, TrainingConfig, check_together
@@ -120,10 +121,10 @@ class Trainer:
         # Only now: a step by hand holds copies of the weights, and the optimiser's moments.
         self._take_step = new_step(self._step_kind, self.model, self.optimizer, self.config, self.ranks)
 
-    def batches(self) -> Feed:
+    def batches(self) -> AbstractContextManager[Iterator[tuple[Tensor, Tensor]]]:
         """This process's rows of the steps that are left, read ahead; a context manager."""
         left = range(self.steps_done, self.total_steps)
-        return self.store.feed((self.ranks.rows(self.order.batch(step)) for step in left), self.device)
+        return feed(self.store.read, (self.ranks.rows(self.order.batch(step)) for step in left), self.device)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step counted from 0."""
