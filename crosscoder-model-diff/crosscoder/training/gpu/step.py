@@ -97,7 +97,7 @@ class GpuStep:
 
     @torch.no_grad()
     def __call__(self, raw: Tensor, learning_rate: float, weights: Weights, dead: Tensor) -> Step:
-        """Take one step; see TakeStep."""
+        """Take one step; arguments as of AutogradStep."""
         batch = len(raw)
         # Waited for before anything of this step is asked of the GPU: the product behind it is long enough to catch up.
         candidates = dead.nonzero().squeeze(-1) if self.config.aux_weight else dead[:0]
