@@ -49,7 +49,7 @@ from finqa.runtime.command_line import add_flags, flag, from_args, script_parser
 from finqa.runtime.errors import report_errors
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import write_manifest
-from finqa.runtime.memory.free import memory_used
+from finqa.runtime.memory.free import free_memory, memory_used
 from finqa.runtime.paths import Folders
 from finqa.runtime.progress import Progress
 
@@ -205,13 +205,15 @@ def say_what_it_takes(
     from crosscoder.activations import recording_plan
     from crosscoder.activations.recorded_inputs import adapter_bytes
     from finqa.runtime.memory.needs import read_config, sizes
+    from finqa.runtime.memory.plan import check_fits
 
     model = sizes(read_config(base))
     value_bytes = {"fp32": 4, "bf16": 2}[dtype]
     extra = adapter_bytes(fine_tuned) or model.parameters * value_bytes
     in_4bit = choice.student.load_in_4bit
     need = recording_plan.recording_need(model, extra, in_4bit, value_bytes, batch_tokens, n_sets)
-    recording_plan.check_memory(need, device)
+    remedy = "a smaller --batch-tokens, fewer layers and sites at once, base + adapter in place of --merged"
+    check_fits("collecting activations", need, free_memory(device), device, f"what helps: {remedy}")
 
 
 def collect(recording: Recording, plan: Plan) -> None:

@@ -20,7 +20,6 @@ from crosscoder.interventions.splicing import (
     loss_recovered,
     mean_activations,
     splice_losses,
-    splice_rows,
     stored_texts,
     target_of,
 )
@@ -95,7 +94,7 @@ def _confirmed(model: BatchTopKCrosscoder, scaling: LatentScaling) -> Tensor:
 
 
 def splice(reading: Reading, pair: Pair) -> list[dict[str, Any]]:
-    """splicing.splice_rows over the held-out documents; the mean ablation is the mean of the training tokens.
+    """Rows of splicing.loss_recovered over the held-out documents; the mean ablation is that of the training tokens.
 
     Goes on where it was killed, by the results' splicing.jsonl.
     """
@@ -106,7 +105,7 @@ def splice(reading: Reading, pair: Pair) -> list[dict[str, Any]]:
     means = mean_activations(store, split.train)
     with KeyedJournal(reading.results / "splicing.jsonl") as journal:
         losses = splice_losses(reading.model, pair, texts, target_of(store), means, journal)
-    return splice_rows(loss_recovered(losses))
+    return [each._asdict() for each in loss_recovered(losses)]
 
 
 def cause(found: Findings, pair: Pair, n_documents: int | None = None) -> tuple[dict[str, Any], list[float]]:

@@ -70,7 +70,7 @@ def explained_variance_by_kind_figure(found: Sequence[KindExplained]) -> Figure:
             if value < LOWEST_SHOWN:
                 axes.annotate(f"{value:.1f}", (LOWEST_SHOWN, y), (5, 0), textcoords="offset points", va="center",
                               color=colour, fontsize=6)  # fmt: skip
-    axes.set_yticks(range(len(found)), [f"{each.kind}  ({each.n_tokens:,})" for each in found])
+    axes.set_yticks(range(len(found)), [f"{each.kind}  ({each.own_mean.n_tokens:,})" for each in found])
     axes.invert_yaxis()
     axes.grid(axis="y", color="0.9", lw=0.5)
     axes.axvline(0, color="black", lw=0.6)

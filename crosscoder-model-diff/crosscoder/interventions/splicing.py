@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -285,8 +285,3 @@ def _recovered(clean: Tensor, spliced: Tensor, ablated: Tensor) -> tuple[float, 
     share = torch.where(ablated != clean, (ablated - spliced) / (ablated - clean), torch.nan)
     low, high = torch.nanquantile(share[1:], torch.tensor(INTERVAL, dtype=share.dtype)).tolist()
     return float(share[0]), low, high
-
-
-def splice_rows(found: Iterable[LossRecovered]) -> list[dict[str, Any]]:
-    """A flat row each, to be written as CSV or JSON; what is not a number is None."""
-    return [{name: None if value != value else value for name, value in each._asdict().items()} for each in found]

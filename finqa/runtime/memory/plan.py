@@ -158,15 +158,9 @@ def plan_evaluation(run: StudentRun, config: GenerationConfig) -> None:
     there = free_memory(device)
     if config.vllm and device != "cpu":
         there = min(there, config.gpu_memory_utilization * there * config.tensor_parallel)
-    print_need("evaluation", need, there, device)
-    if need.total > there:
-        flags = (["--gpu-memory-utilization", "--tensor-parallel"] if config.vllm else ["a smaller -EBS"]) + (
-            [] if run.load_in_4bit else ["-F"]
-        )
-        remedy = ", ".join([*flags, "a smaller --max-model-len"])
-        raise UserError(
-            f"evaluation needs {amount(need.total)} of memory and {amount(there)} are free; what helps: {remedy}"
-        )
+    helps = ["--gpu-memory-utilization", "--tensor-parallel"] if config.vllm else ["a smaller -EBS"]
+    helps += [*([] if run.load_in_4bit else ["-F"]), "a smaller --max-model-len"]
+    check_fits("evaluation", need, there, device, f"what helps: {', '.join(helps)}")
 
 
 def plan_merging(base: Path, adapter: Path, folder: Path) -> None:
@@ -187,10 +181,7 @@ def plan_merging(base: Path, adapter: Path, folder: Path) -> None:
             ("workspace", WORKSPACE, "a matrix in fp32"),
         )
     )
-    there = free_memory("cpu")
-    print_need("merging", need, there, "cpu")
-    if need.total > there:
-        raise UserError(f"merging needs {amount(need.total)} of the machine's memory and {amount(there)} are free")
+    check_fits("merging", need, free_memory("cpu"), "cpu", "merge on a machine that has more")
     check_disk(folder, weights, "the merged model", "make room there")
 
 
@@ -200,6 +191,14 @@ def print_need(stage: str, need: Need, there: float, device: str) -> None:
     print(f"plan: {stage} needs {amount(need.total)}; {amount(there)} are free {where}", flush=True)
     for name, size, why in need.parts:
         print(f"  {name:<23}{amount(size):>9}  {why}".rstrip(), flush=True)
+
+
+def check_fits(stage: str, need: Need, there: float, device: str, remedy: str, usable: float = 1.0) -> None:
+    """Print what a stage needs and what is free; UserError, which ends with `remedy`, where it takes more than the
+    share `usable` of that."""
+    print_need(stage, need, there, device)
+    if need.total > usable * there:
+        raise UserError(f"{stage} needs {amount(need.total)} of memory and {amount(there)} are free; {remedy}")
 
 
 def amount(size: float) -> str:

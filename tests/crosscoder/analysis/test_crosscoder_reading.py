@@ -338,7 +338,7 @@ def test_the_bars_are_the_explained_variances():
 def kind_explained(kind: str, *explained: float | None) -> KindExplained:
     instruct, fine_tuned, difference = explained
     of = analysis.ExplainedVariance(instruct, fine_tuned, instruct, difference or 0.0, 5.0, 1234)
-    return KindExplained(kind, 1234, 5.0, of, of, 0.5, 0.5)
+    return KindExplained(kind, of, of, 0.5, 0.5)
 
 
 def test_the_figure_by_kind_shows_every_value_and_says_those_that_are_off_the_axis():
