@@ -132,8 +132,10 @@ def extra_tables(
     args: argparse.Namespace, extras: Extras, found: Findings, second: BatchTopKCrosscoder | None
 ) -> Iterator[str]:
     """Make the tables of --second-seed, --splice and --causal, and name each once it is written."""
+    from crosscoder.analysis.figures import save_figure
     from crosscoder.extra_readings import causal_rows, cause, load_pair, splice, stability_table
-    from crosscoder.results import write_causal_figure, write_effects, write_extra
+    from crosscoder.interventions.causal_figures import recovered_figure
+    from crosscoder.results import write_effects, write_extra
 
     folder = found.reading.results
     if second is not None:
@@ -147,7 +149,7 @@ def extra_tables(
         yield "splicing"
     if extras.causal is not None:
         report, effects = cause(found, pair, extras.causal or None)
-        write_causal_figure(report, folder)
+        save_figure(recovered_figure(report), folder / "causal")
         write_effects(found, effects, folder)
         write_extra("causal", causal_rows(report), folder)
         yield "causal"

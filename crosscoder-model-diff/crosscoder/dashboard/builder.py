@@ -210,8 +210,7 @@ def _examples(
         firings, histograms = gather_firings(
             reading.model, reading.store, group, statistics.top_values[:, 0], config.n_bins, config.batch_size
         )
-        for i, latent in enumerate(group.tolist()):
-            tokens, values = firings.of(i)
+        for latent, (tokens, values) in zip(group.tolist(), firings, strict=True):
             made = maker.examples(latent, tokens.numpy(), values.numpy())
             if made is not None:
                 examples[latent] = made

@@ -72,9 +72,9 @@ def choose_passages(
     found: list[Passages] = []
     for group in groups_within(latents, n_firings, config.max_firings_held):
         firings, _ = gather_firings(reading.model, store, group, torch.zeros(n_latents), n_bins=1)
-        for i, latent in enumerate(group.tolist()):
+        for latent, columns in zip(group.tolist(), firings, strict=True):
             random = np.random.default_rng((seed, latent))
-            tokens, values = (column.numpy() for column in firings.of(i))
+            tokens, values = (column.numpy() for column in columns)
             examples = maker.examples(latent, tokens, values)
             ranked = list(examples.strongest if examples else ())
             if len(ranked) < 2 * FEWEST:

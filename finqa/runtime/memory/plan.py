@@ -27,7 +27,7 @@ from finqa.runtime.memory.needs import (
     training_need,
 )
 from finqa.training import packing
-from finqa.training.trainable import Speed, no_such_layers, seconds_of_compiling
+from finqa.training.trainable import Speed, seconds_of_compiling
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,7 +81,10 @@ def plan_training(
     config = read_config(run.model, run.revision)
     model = sizes(config, settings.lora_modules if run.peft else (), settings.lora_r)
     if run.peft and model.missing:
-        raise no_such_layers(run, model.missing, model.linear)
+        raise UserError(
+            f"{run.model} has no layers called {', '.join(model.missing)}; name its own with --lora-modules: "
+            f"{', '.join(model.linear)}"
+        )
     on_gpu, processes = device != "cpu", parallel.world_size()
     packed = on_gpu and speed.packed and config.model_type in packing.FAMILIES
     load = Load.of(rows, settings.batch_size, settings.num_epochs, seed, packed)

@@ -104,7 +104,7 @@ def test_the_firings_are_all_of_them_in_the_order_of_the_set(reading, f):
     largest = torch.from_numpy(f.max(axis=0))
     firings, histograms = gather_firings(reading.model, reading.store, chosen, largest, n_bins=7, batch_size=97)
     for i, latent in enumerate(chosen.tolist()):
-        tokens, values = firings.of(i)
+        tokens, values = firings[i]
         assert tokens.tolist() == np.flatnonzero(f[:, latent]).tolist()
         np.testing.assert_allclose(values, f[f[:, latent] > 0, latent], rtol=1e-5)
     assert histograms.sum(dim=1).tolist() == (f > 0).sum(axis=0).tolist()
