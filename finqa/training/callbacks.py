@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from finqa.runtime import parallel
 from finqa.runtime.journal import Journal
@@ -34,9 +34,7 @@ class TrainingLog(TrainerCallback):
         self.wandb_run = wandb_run
         self._progress: StepProgress | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self._started = self._recorded = time.monotonic()
         self._tokens = 0
         if not state.is_world_process_zero:
@@ -46,22 +44,13 @@ class TrainingLog(TrainerCallback):
         journal.rewrite(record for record in journal.records if record["step"] <= state.global_step)
         self._progress = StepProgress(state.max_steps, state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         """The last updates are logged too where their number is no multiple of those between two records."""
         control.should_log |= state.global_step == state.max_steps
         return control
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not logs or "loss" not in logs:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        if "loss" not in logs:
             return
         tokens = int(parallel.total(self.trainer.tokens_seen))
         if not state.is_world_process_zero:
@@ -88,9 +77,7 @@ class TrainingLog(TrainerCallback):
             speed = f"{rate:,.0f} tokens/s, {record['seconds']:.0f} s, {record['memory_gb']:.1f} GB"
             self._progress.show(state.global_step, f"loss {record['loss']:.4f}, {speed}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         if self._progress is not None:
             self._progress.close()
 
@@ -102,9 +89,7 @@ class EpochOrder(TrainerCallback):
     sampler gets no further than the second: the rest of every epoch would follow the order of the first.
     """
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         batches = kwargs["train_dataloader"].batch_sampler
         while hasattr(batches, "batch_sampler"):
             batches = batches.batch_sampler

@@ -153,10 +153,6 @@ class Pair(NamedTuple):
     instruct: Side
     fine_tuned: Side
 
-    @property
-    def depth(self) -> int:
-        return len(self.instruct.layers)
-
 
 def pair_of(instruct: Any, fine_tuned: Any = None) -> Pair:
     """A pair of two whole models, or of one with an adapter (a PeftModel). UserError where they cannot be paired."""
