@@ -57,7 +57,7 @@ def write_tables(found: Findings, folder: Path) -> list[Path]:
     confirmed.csv. The labels of this very dictionary (crosscoder.label) stay in latents.csv."""
     names = ("latents", "most_changed", "explained_variance", "classes", "confirmed")
     paths = {name: folder / f"{name}.csv" for name in names}
-    tables.write_latent_table(paths["latents"], found.rows, kept_labels(found.reading))
+    tables.write_latent_table(paths["latents"], found.rows, kept_labels(found.opened))
     tables.write_latent_table(paths["most_changed"], found.most_changed)
     tables.write_csv(paths["explained_variance"], kind_rows(found.by_kind))
     if found.two_models is None:
@@ -130,17 +130,17 @@ def write_page(
     from crosscoder.dashboard.page import write_dashboard
     from crosscoder.dashboard.summary import summary_of
 
-    folder = found.reading.results
+    folder = found.opened.results
     path = path or folder / "dashboard.html"
     numbers = json.loads((folder / "analysis.json").read_text()) if (folder / "analysis.json").exists() else {}
-    own = found.reading.made(numbers.get("made_of", {}))
+    own = found.opened.made(numbers.get("made_of", {}))
     added = tables.read_added(folder / "latents.csv", found.rows) if own else {}
     causal = numbers.get("causal", []) if tables.EFFECT in added else []
     summary = summary_of(found, causal, added.get("label_score", ()))
     if second is not None:
         columns, sentence = matched(found, *second)
         summary, added = replace(summary, sentences=(*summary.sentences, sentence)), added | columns
-    dashboard = build_dashboard(found.reading, found.statistics, found.rows, summary, config, added)
+    dashboard = build_dashboard(found.opened, found.statistics, found.rows, summary, config, added)
     size = write_dashboard(path, dashboard)
     n = sum(page.examples is not None for page in dashboard.pages)
     return f"{path}: {size / 1e6:.1f} MB, {len(dashboard.pages):,} latents, {n:,} with examples"
