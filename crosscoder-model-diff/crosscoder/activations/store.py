@@ -184,11 +184,6 @@ class ActivationStore:
         return len(self._rows)
 
     @property
-    def in_memory(self) -> bool:
-        """Whether the activations are held, in memory or on the GPU."""
-        return self.place != "disk"
-
-    @property
     def size_bytes(self) -> int:
         """Bytes that all activations take."""
         return 2 * N_MODELS * self.config.d_model * self.config.n_tokens
@@ -197,7 +192,7 @@ class ActivationStore:
         """Hold the activations elsewhere; arguments and errors as of the class. Nothing may be reading meanwhile."""
         self._held = None
         self.place = _chosen_place(place, self.size_bytes, torch.device(device), self.folder)
-        if self.in_memory:
+        if self.place != "disk":
             self._held = self._hold(torch.device(device if self.place == "gpu" else "cpu"))
 
     def read(self, indices: Tensor) -> Tensor:

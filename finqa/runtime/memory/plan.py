@@ -5,6 +5,7 @@ A stage that cannot fit stops here, with one line that names the flag that helps
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from finqa.runtime import parallel
 from finqa.runtime.errors import UserError
-from finqa.runtime.memory.free import free_disk, free_memory
+from finqa.runtime.memory.free import free_memory
 from finqa.runtime.memory.needs import (
     GB,
     MERGED_FILE_GB,
@@ -211,7 +212,8 @@ def amount(size: float) -> str:
 
 def check_disk(folder: Path, need: float, what: str, remedy: str) -> None:
     """Print what a stage writes and what is free; UserError, which ends with `remedy`, where that is too little."""
-    free = free_disk(folder)
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     print(f"  {'disk':<23}{amount(need):>9}  {what}; {amount(free)} are free", flush=True)
     if need > free:
         raise UserError(f"{folder} needs {amount(need)} of disk and {amount(free)} are free; {remedy}")

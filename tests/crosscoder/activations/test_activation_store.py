@@ -41,14 +41,14 @@ def test_memory_mapped_shards_read_the_same_as_memory(store):
 def test_a_set_is_held_where_it_takes_at_most_half_of_what_is_free_and_else_left_on_disk(store, monkeypatch):
     size = 2 * 2 * D_MODEL * len(store)
     monkeypatch.setattr("crosscoder.activations.store.free_memory", lambda device: 2 * size)
-    assert ActivationStore(store.folder).in_memory
+    assert ActivationStore(store.folder).place == "memory"
     monkeypatch.setattr("crosscoder.activations.store.free_memory", lambda device: 2 * size - 1)
-    assert not ActivationStore(store.folder).in_memory
+    assert ActivationStore(store.folder).place == "disk"
     held = ActivationStore(store.folder, place="memory")
-    assert held.in_memory
+    assert held.place == "memory"
     before = held.read(torch.arange(900))
     held.move("disk")
-    assert not held.in_memory
+    assert held.place == "disk"
     assert torch.equal(held.read(torch.arange(900)), before)
 
 
