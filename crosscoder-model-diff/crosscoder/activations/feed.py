@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,13 +47,6 @@ class ShuffledOrder:
         return order
 
 
-class _Ready(NamedTuple):
-    indices: Tensor
-    activations: Tensor
-    copied: Any
-    """CUDA event after which the activations are there; None on the CPU."""
-
-
 @contextmanager
 def feed(
     read: Callable[[Tensor], Tensor], batches: Iterable[Tensor], device: torch.device | str = "cpu"
@@ -69,29 +62,31 @@ def feed(
     device, left = torch.device(device), iter(batches)
     stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def read_next() -> _Ready | None:
+    def read_next() -> tuple[Tensor, Tensor, Any] | None:
+        """Indices, activations, and the CUDA event after which these are there; None after the last batch."""
         indices = next(left, None)
         if indices is None:
             return None
         if stream is None:
-            return _Ready(indices, read(indices).to(device), None)
+            return indices, read(indices).to(device), None
         with torch.cuda.stream(stream):
             found = read(indices)
             pinned = found if found.is_cuda else found.pin_memory()
             activations = pinned.to(device, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(stream)
-        return _Ready(indices, activations, copied)
+        return indices, activations, copied
 
     def read_ahead() -> Generator[tuple[Tensor, Tensor], None, None]:
         waiting = deque(thread.submit(read_next) for _ in range(BATCHES_AHEAD))
         while (ready := waiting.popleft().result()) is not None:
             waiting.append(thread.submit(read_next))
-            if ready.copied is not None:
+            indices, activations, copied = ready
+            if copied is not None:
                 current = torch.cuda.current_stream(device)
-                current.wait_event(ready.copied)
-                ready.activations.record_stream(current)
-            yield ready.indices, ready.activations
+                current.wait_event(copied)
+                activations.record_stream(current)
+            yield indices, activations
 
     with ThreadPoolExecutor(1, "activation feed") as thread, closing(read_ahead()) as ahead:
         yield ahead
