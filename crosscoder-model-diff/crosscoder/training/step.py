@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
+from crosscoder.dictionaries.losses import Weights, objective
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
-from crosscoder.dictionaries.objective import Weights, objective
 from crosscoder.dictionaries.ranks import ALONE, Ranks
 from finqa.runtime.errors import UserError
 
@@ -48,7 +48,7 @@ class Step(NamedTuple):
 
 
 class AutogradStep:
-    """The loss of objective.py, its gradients by autograd, the optimiser as it is.
+    """The loss of losses.py, its gradients by autograd, the optimiser as it is.
 
     With several processes a gradient is on its way to the others while the next one is computed.
     """

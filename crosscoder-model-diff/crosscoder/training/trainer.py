@@ -16,8 +16,8 @@ from crosscoder.activations.feed import ShuffledOrder, feed
 from crosscoder.activations.store import ActivationStore, Split
 from crosscoder.dictionaries import checkpoint, losses
 from crosscoder.dictionaries.config import N_MODELS, TrainingConfig, check_together
+from crosscoder.dictionaries.losses import Weights
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
-from crosscoder.dictionaries.objective import Weights
 from crosscoder.dictionaries.ranks import ALONE, Ranks
 from crosscoder.dictionaries.scaling import equal_difference_weight, fit_scaling, sample_of
 from crosscoder.dictionaries.threshold import RunningThreshold, calibrate

@@ -15,8 +15,8 @@ from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis import measures as analysis
 from crosscoder.dictionaries.checkpoint import STATE_FILE, load_dictionary, read_config
 from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
+from crosscoder.dictionaries.losses import objective
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
-from crosscoder.dictionaries.objective import objective
 from crosscoder.dictionaries.ranks import ALONE, Ranks
 from crosscoder.dictionaries.threshold import RunningThreshold, calibrated_threshold
 from crosscoder.training import plan

@@ -16,8 +16,8 @@ import triton  # pyright: ignore[reportMissingImports]  not installed without a 
 from torch import Tensor
 
 from crosscoder.dictionaries.config import N_MODELS, TrainingConfig
+from crosscoder.dictionaries.losses import Weights, auxiliary_latents
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
-from crosscoder.dictionaries.objective import Weights, auxiliary_latents
 from crosscoder.training.gpu import kernels
 from crosscoder.training.gpu.pairs import (
     Pairs,
