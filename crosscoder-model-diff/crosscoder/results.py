@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crosscoder.analysis import figures, findings, latent_figures, tables
+from crosscoder.analysis import figures, findings, tables
 from crosscoder.analysis.findings import Findings
 from crosscoder.analysis.measures import CLASSES
 from crosscoder.analysis.token_kinds import kind_rows
@@ -30,10 +30,10 @@ def figures_of(found: Findings) -> dict[str, Figure | None]:
     return {
         "explained_variance": figures.explained_variance_figure(found.explained),
         "explained_variance_by_kind": figures.explained_variance_by_kind_figure(by_kind) if len(by_kind) > 1 else None,
-        "relative_decoder_norms": two and latent_figures.relative_norm_figure(two.norms[alive]),
-        "decoder_cosines": two and latent_figures.cosine_figure(two.cosines[alive], two.norms[alive], found.classes),
-        "latent_scaling": two and latent_figures.latent_scaling_figure(two.scaling, two.kinds, statistics.dead),
-        "firing_frequency": latent_figures.frequency_figure(shown, int(statistics.dead.sum()), statistics.n_tokens),
+        "relative_decoder_norms": two and figures.relative_norm_figure(two.norms[alive]),
+        "decoder_cosines": two and figures.cosine_figure(two.cosines[alive], two.norms[alive], found.classes),
+        "latent_scaling": two and figures.latent_scaling_figure(two.scaling, two.kinds, statistics.dead),
+        "firing_frequency": figures.frequency_figure(shown, int(statistics.dead.sum()), statistics.n_tokens),
     }
 
 
