@@ -180,7 +180,8 @@ def hold(run: Run) -> None:
     import torch
 
     from crosscoder.training.plan import plan_training, training_need
-    from crosscoder.training.step import not_by_hand, product_dtype
+    from crosscoder.training.step import product_dtype
+    from crosscoder.training.step_choice import not_by_hand
 
     device = torch.device(run.device)
     reason = not_by_hand(run.crosscoder, run.training, device, run.ranks)
@@ -208,7 +209,7 @@ def train(run: Run, log: RunLog) -> BatchTopKCrosscoder:
     import torch
 
     from crosscoder.dictionaries.methods import new_dictionary
-    from crosscoder.training.step import not_by_hand
+    from crosscoder.training.step_choice import not_by_hand
     from crosscoder.training.trainer import Trainer
 
     crosscoder, training, running, ranks = run.crosscoder, run.training, run.running, run.ranks

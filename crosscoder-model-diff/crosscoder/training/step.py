@@ -1,23 +1,17 @@
-"""One training step: forward, backward, Adam. Through autograd for every method and device, by hand on a GPU where the
-settings have such a step."""
+"""One training step: forward, backward, Adam. Through autograd for every method and device, by hand on a GPU."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
+from crosscoder.dictionaries.config import TrainingConfig
 from crosscoder.dictionaries.losses import Weights, objective
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.dictionaries.ranks import ALONE, Ranks
-from finqa.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from crosscoder.training.gpu.step import GpuStep
 
 StepKind = Literal["auto", "autograd", "by-hand"]
 """`auto` is by hand where that does what the settings ask."""
@@ -125,41 +119,3 @@ def product_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
     """Dtype of the matrix products; parameters and optimiser are fp32."""
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return torch.bfloat16 if bf16 else torch.float32
-
-
-def not_by_hand(
-    crosscoder: CrosscoderConfig, config: TrainingConfig, device: torch.device, ranks: Ranks = ALONE
-) -> str | None:
-    """Why these settings have no step by hand; None where they have."""
-    reasons = {
-        f"method {crosscoder.method}": crosscoder.method != "batchtopk",
-        "a frozen decoder": config.freeze_decoder,
-        "a difference term": config.difference_weight != 0,
-        "an L1 penalty": config.l1_weight > 0,
-        f"{ranks.world} processes": ranks.world > 1,
-        f"the device {device.type}": device.type != "cuda",
-        "no Triton is installed": find_spec("triton") is None,
-    }
-    return next((reason for reason, applies in reasons.items() if applies), None)
-
-
-def new_step(
-    kind: StepKind,
-    model: BatchTopKCrosscoder,
-    optimizer: torch.optim.Optimizer,
-    config: TrainingConfig,
-    ranks: Ranks = ALONE,
-) -> AutogradStep | GpuStep:
-    """The step of a model whose parameters and optimiser state are those to go on from.
-
-    Raises UserError where `by-hand` is asked for and the settings have no such step.
-    """
-    device = model.b_dec.device
-    reason = not_by_hand(model.config, config, device, ranks)
-    if kind == "by-hand" and reason is not None:
-        raise UserError(f"there is no step by hand for {reason}: --step autograd, or auto")
-    if kind == "autograd" or (kind == "auto" and reason is not None):
-        return AutogradStep(model, optimizer, config, ranks)
-    from crosscoder.training.gpu.step import GpuStep
-
-    return GpuStep(model, optimizer, config, product_dtype(config, device))

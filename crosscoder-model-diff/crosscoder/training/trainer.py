@@ -24,7 +24,8 @@ from crosscoder.dictionaries.threshold import RunningThreshold, calibrate
 from crosscoder.training import schedule
 from crosscoder.training.dead_latents import DeadLatents, resample_latents
 from crosscoder.training.run_log import StepRecord
-from crosscoder.training.step import Step, StepKind, new_step
+from crosscoder.training.step import Step, StepKind
+from crosscoder.training.step_choice import new_step
 from finqa.runtime import parallel
 from finqa.runtime.errors import UserError
 

@@ -22,7 +22,7 @@ from crosscoder.dictionaries.threshold import RunningThreshold, calibrated_thres
 from crosscoder.training import plan
 from crosscoder.training.dead_latents import DeadLatents, resample_latents
 from crosscoder.training.run_log import StepRecord
-from crosscoder.training.step import not_by_hand
+from crosscoder.training.step_choice import not_by_hand
 from crosscoder.training.trainer import Trainer
 from finqa.runtime.errors import UserError
 from finqa.runtime.memory.needs import Need

@@ -18,7 +18,7 @@ from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
 from crosscoder.dictionaries.losses import Weights
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
-from crosscoder.training import step as steps
+from crosscoder.training import step_choice
 from crosscoder.training.run_log import StepRecord
 from crosscoder.training.step import AutogradStep, StepKind
 from crosscoder.training.trainer import Trainer
@@ -37,7 +37,7 @@ SETTINGS = TrainingConfig(
 def triton(monkeypatch):
     torch.backends.cuda.matmul.allow_tf32 = False
     if INTERPRETED:  # the kernels run on the CPU as well
-        monkeypatch.setattr(steps, "not_by_hand", lambda *settings: None)
+        monkeypatch.setattr(step_choice, "not_by_hand", lambda *settings: None)
     return pytest.importorskip("triton")
 
 
