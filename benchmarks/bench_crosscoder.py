@@ -184,18 +184,18 @@ def hold_dead(run: Trainer, share: float) -> None:
     """A share of the latents is in the auxiliary loss at every step, whether it fires or not."""
     import torch
 
-    from crosscoder.training.liveness import Liveness
+    from crosscoder.training.dead_latents import DeadLatents
 
     n_latents = run.model.config.n_latents
     mask = torch.zeros(n_latents, dtype=torch.bool, device=run.device)
     mask[torch.randperm(n_latents, device=run.device)[: int(share * n_latents)]] = True
 
-    class HeldDead(Liveness):
+    class HeldDead(DeadLatents):
         @property
         def dead(self) -> Tensor:
             return mask
 
-    run.liveness = HeldDead(n_latents, run.liveness.window, run.device)
+    run.dead_latents = HeldDead(n_latents, run.dead_latents.window, run.device)
 
 
 def compare_precisions(bench: Bench) -> None:

@@ -48,7 +48,7 @@ from typing import TYPE_CHECKING
 
 from crosscoder.dashboard.records import DashboardConfig
 from crosscoder.names import CrosscoderChoice, choice_from_args
-from crosscoder.opening import ReadingConfig, add_reading_flags, open_reading_of
+from crosscoder.opening import AnalysisConfig, add_crosscoder_flags, open_crosscoder_of
 from finqa.runtime.command_line import add_flags, check_bounds, flag, from_args, script_parser, settings_of
 from finqa.runtime.errors import report_errors
 from finqa.runtime.journal import only_run_on
@@ -80,9 +80,9 @@ class Extras:
 
 def parse_args() -> argparse.Namespace:
     parser = script_parser(__doc__)
-    add_reading_flags(parser)
+    add_crosscoder_flags(parser)
     group = parser.add_argument_group("analysis")
-    for kind in (ReadingConfig, DashboardConfig, Extras):
+    for kind in (AnalysisConfig, DashboardConfig, Extras):
         add_flags(group, kind)
     return parser.parse_args()
 
@@ -90,22 +90,22 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     started = time.perf_counter()
-    extras, config = from_args(Extras, args), from_args(ReadingConfig, args)
+    extras, config = from_args(Extras, args), from_args(AnalysisConfig, args)
     dashboard, crosscoder = from_args(DashboardConfig, args), from_args(CrosscoderChoice, args)
     check_writable(crosscoder.results_dir)
     choice, folders = choice_from_args(args), Folders.from_args(args)
     with only_run_on(crosscoder.results_dir / crosscoder.name_on(choice, folders)):
-        reading = open_reading_of(args)
-        model, store = reading.model, reading.store
+        opened = open_crosscoder_of(args)
+        model, store = opened.model, opened.store
 
         from crosscoder.analysis.findings import find
-        from crosscoder.extra_readings import open_second
+        from crosscoder.extra_analyses import open_second
         from crosscoder.results import write_figures, write_numbers, write_page, write_tables
 
-        second = open_second(reading, extras.second_seed) if extras.second_seed else None
-        print(f"{reading.name}: {model.config.n_latents:,} latents on {len(store):,} tokens", flush=True)
-        found = find(reading, config)
-        folder = reading.results
+        second = open_second(opened, extras.second_seed) if extras.second_seed else None
+        print(f"{opened.name}: {model.config.n_latents:,} latents on {len(store):,} tokens", flush=True)
+        found = find(opened, config)
+        folder = opened.results
         settings = settings_of(choice, crosscoder, extras) | {"reading": config, "pages": dashboard}
 
         def manifest() -> None:
@@ -132,22 +132,24 @@ def extra_tables(
     args: argparse.Namespace, extras: Extras, found: Findings, second: BatchTopKCrosscoder | None
 ) -> Iterator[str]:
     """Make the tables of --second-seed, --splice and --causal, and name each once it is written."""
-    from crosscoder.extra_readings import causal_rows, cause, load_pair, splice, stability_table
-    from crosscoder.results import write_causal_figure, write_effects, write_extra
+    from crosscoder.analysis.figures import save_figure
+    from crosscoder.extra_analyses import causal_rows, cause, load_pair, splice, stability_table
+    from crosscoder.interventions.causal_figures import recovered_figure
+    from crosscoder.results import write_effects, write_extra
 
-    folder = found.reading.results
+    folder = found.opened.results
     if second is not None:
         write_extra("stability", stability_table(found, second), folder)
         yield "stability"
     if not extras.splice and extras.causal is None:
         return
-    pair = load_pair(found.reading.store, choice_from_args(args), Folders.from_args(args))
+    pair = load_pair(found.opened.store, choice_from_args(args), Folders.from_args(args))
     if extras.splice:
-        write_extra("splicing", splice(found.reading, pair), folder)
+        write_extra("splicing", splice(found.opened, pair), folder)
         yield "splicing"
     if extras.causal is not None:
         report, effects = cause(found, pair, extras.causal or None)
-        write_causal_figure(report, folder)
+        save_figure(recovered_figure(report), folder / "causal")
         write_effects(found, effects, folder)
         write_extra("causal", causal_rows(report), folder)
         yield "causal"

@@ -39,17 +39,18 @@ from crosscoder.names import (
     add_activation_flags,
     choices_from_args,
 )
-from crosscoder.own_pair import OwnPair, write_places
+from crosscoder.own_pair import PLACES, OwnPair, portable
 from crosscoder.repositories import add_push_flags, hub_id, require_push
 from finqa.models import hub, students
+from finqa.models.adapters import is_adapter
 from finqa.models.templates import template_facts
 from finqa.models.weights import check_base
 from finqa.runtime import parallel
 from finqa.runtime.command_line import add_flags, flag, from_args, script_parser, settings_of
 from finqa.runtime.errors import report_errors
 from finqa.runtime.journal import only_run_on
-from finqa.runtime.manifest import write_manifest
-from finqa.runtime.memory.free import memory_used
+from finqa.runtime.manifest import write_json, write_manifest
+from finqa.runtime.memory.free import free_memory, memory_used
 from finqa.runtime.paths import Folders
 from finqa.runtime.progress import Progress
 
@@ -106,7 +107,8 @@ def main() -> None:
         if parallel.is_first():
             for choice in choices:
                 if choice.pair:
-                    write_places(folders.activations(choice.name), choice.pair, choice.student)
+                    places = portable(choice.pair, choice.student)[1]
+                    write_json(folders.activations(choice.name) / PLACES, places)
                     print(f"next: {choice.command('train.py', folders)}")
                 repository = hub_id(choice.student, choice.name) if args.push else None
                 write_activations_card(folders.activations(choice.name), repository)
@@ -152,7 +154,7 @@ def make_plan(recording: Recording, choices: list[ActivationChoice], folders: Fo
     instruct = recorded_inputs.find_instruct(first, folders)
     shape = recording_plan.model_shape(base)
     shape.check_layers([choice.resolved_layer for choice in choices])
-    if not recorded_inputs.is_adapter(fine_tuned):
+    if not is_adapter(fine_tuned):
         shape.check_same(recording_plan.model_shape(str(fine_tuned)), fine_tuned)
     documents, tokenizer = source.tokenize(fine_tuned)
 
@@ -203,15 +205,18 @@ def say_what_it_takes(
 ) -> None:
     """Print the memory that the models and a batch take; UserError where they cannot fit."""
     from crosscoder.activations import recording_plan
-    from crosscoder.activations.recorded_inputs import adapter_bytes
     from finqa.runtime.memory.needs import read_config, sizes
+    from finqa.runtime.memory.plan import check_fits
 
     model = sizes(read_config(base))
     value_bytes = {"fp32": 4, "bf16": 2}[dtype]
-    extra = adapter_bytes(fine_tuned) or model.parameters * value_bytes
+    extra: float = model.parameters * value_bytes
+    if is_adapter(fine_tuned):
+        extra = (fine_tuned / "adapter_model.safetensors").stat().st_size
     in_4bit = choice.student.load_in_4bit
     need = recording_plan.recording_need(model, extra, in_4bit, value_bytes, batch_tokens, n_sets)
-    recording_plan.check_memory(need, device)
+    remedy = "a smaller --batch-tokens, fewer layers and sites at once, base + adapter in place of --merged"
+    check_fits("collecting activations", need, free_memory(device), device, f"what helps: {remedy}")
 
 
 def collect(recording: Recording, plan: Plan) -> None:
@@ -280,7 +285,6 @@ def load_readers(plan: Plan) -> tuple[Read, Read]:
 
     from crosscoder.activations.fused import fuse, fuse_adapter
     from crosscoder.activations.readers import adapter_readers, in_the_models_dtype, reader
-    from crosscoder.activations.recorded_inputs import is_adapter
 
     student = plan.choices[0].student
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[plan.dtype]

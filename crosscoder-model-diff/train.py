@@ -139,7 +139,7 @@ def main() -> None:
         if running.overwrite and run.ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)
             (results / "log.jsonl").unlink(missing_ok=True)
-        run.ranks.wait()
+        parallel.wait_for_all()
         with RunLog(results / "log.jsonl") as log:
             model = trained_already(run) or train(run, log)
         if not run.ranks.is_main:

@@ -14,7 +14,6 @@ URL/train.json, URL/dev.json and URL/test.json, and must still be the official o
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import http.client
 import os
@@ -22,13 +21,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from finqa.chat.config import check_address
 from finqa.runtime.command_line import script_parser
 from finqa.runtime.errors import NO_ROOM, UserError, report_errors
+from finqa.runtime.journal import only_run_on
 from finqa.runtime.paths import SPLITS, Folders, add_folder_flags, chosen_splits
 
 COMMIT = "0f16e2867befa6840783e58be38c9efb9229d742"
@@ -72,7 +70,8 @@ def download_file(url: str, path: Path, blob_id: str) -> str:
     part = path.with_name(f"{path.name}.part")
 
     start = time.monotonic()
-    with alone(part):
+    with only_run_on(part):  # else it could change between its check and its renaming
+        part.touch()
         resumed = part.stat().st_size > 0
         found = fetch(url, part, blob_id)
         if found != blob_id and resumed:  # What was there may have come from elsewhere: once more, from nothing.
@@ -84,17 +83,6 @@ def download_file(url: str, path: Path, blob_id: str) -> str:
         part.replace(path)
     megabytes = path.stat().st_size / 1e6
     return f"{path}: {megabytes:.1f} MB in {time.monotonic() - start:.1f} s, verified"
-
-
-@contextmanager
-def alone(part: Path) -> Iterator[None]:
-    """Nobody else writes to `part`, or it could change between its check and its renaming; makes it if need be."""
-    with part.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{part} is being written by another download; wait for it, or end it") from None
-        yield
 
 
 def git_blob_id(path: Path) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from finqa.runtime.progress import Progress
-from finqa.sandbox.results import Run
 from finqa.sandbox.running import Sandbox
 from finqa.task.records import TeacherRow
 
@@ -21,15 +20,15 @@ def with_answers(rows: Sequence[TeacherRow]) -> list[TeacherRow]:
         return list(rows)
     progress = Progress("programs run", len(programs))
     with Sandbox() as sandbox:
-        runs = iter(sandbox.run_many(programs, progress=lambda done, total: progress.advance()))
+        runs = sandbox.run_many(programs, progress=lambda done, total: progress.advance())
     progress.close()
-    return [with_run(row, next(runs)) if row.generated_code.strip() else row for row in rows]
-
-
-def with_run(row: TeacherRow, run: Run) -> TeacherRow:
-    return replace(
-        row, actual_answer=answer_text(run.answer), error_kind=run.error_kind or "", error_message=run.message
+    gave = iter(
+        [
+            {"actual_answer": answer_text(run.answer), "error_kind": run.error_kind or "", "error_message": run.message}
+            for run in runs
+        ]
     )
+    return [replace(row, **next(gave)) if row.generated_code.strip() else row for row in rows]
 
 
 def answer_text(answer: float | str | bool | None) -> str:

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosscoder.activations.readers import SITES, Target, site_module
+from crosscoder.activations.readers import SITES, Target, edited, site_module
 from crosscoder.interventions.causal import Cell, measure
-from crosscoder.interventions.halves import edited
 from crosscoder.interventions.sets import Reading, Whole
 
 

@@ -84,7 +84,7 @@ class AskedPair:
         self, args: argparse.Namespace, steering: Steering | None, max_new_tokens: int | None
     ) -> Iterator[tuple[Model, Generate, bool]]:
         """Each model as it is, and with a `steering` steered (True), each valid until the next; says what is added."""
-        from crosscoder.extra_readings import load_pair
+        from crosscoder.extra_analyses import load_pair
         from finqa.evaluation.engines.hugging_face_engine import hugging_face
 
         config = GenerationConfig(False, max_new_tokens or MAX_NEW_TOKENS, batch_size=1, stop=())

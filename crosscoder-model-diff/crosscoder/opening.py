@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Reading:
+class OpenedCrosscoder:
     """A trained crosscoder with everything that an analysis of it needs."""
 
     name: str
@@ -65,7 +65,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class ReadingConfig:
+class AnalysisConfig:
     """How a dictionary is analysed, and which latents are in the table of the most changed ones."""
 
     n_most_changed: int = flag(20, "--most-changed", metavar="LATENTS", least=1)
@@ -78,21 +78,21 @@ class ReadingConfig:
         check_bounds(self)
 
 
-def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+def add_crosscoder_flags(parser: argparse.ArgumentParser) -> None:
     """The names and flags of train.py that say which dictionary is read."""
     add_activation_flags(parser)
     add_flags(parser.add_argument_group("crosscoder"), CrosscoderChoice)
 
 
-def open_reading(arguments: Sequence[str] = ()) -> Reading:
-    """Open by the names and flags of train.py; without any, those of the 7B run. Errors as of `open_reading_of`."""
+def open_crosscoder(arguments: Sequence[str] = ()) -> OpenedCrosscoder:
+    """Open by the names and flags of train.py; without any, those of the 7B run. Errors as of `open_crosscoder_of`."""
     parser = argparse.ArgumentParser(prog="reading")
-    add_reading_flags(parser)
-    return open_reading_of(parser.parse_args(list(arguments)))
+    add_crosscoder_flags(parser)
+    return open_crosscoder_of(parser.parse_args(list(arguments)))
 
 
-def open_reading_of(args: argparse.Namespace) -> Reading:
-    """Open what the flags of `add_reading_flags` name.
+def open_crosscoder_of(args: argparse.Namespace) -> OpenedCrosscoder:
+    """Open what the flags of `add_crosscoder_flags` name.
 
     Crosscoder and activation set come from their local folders, else from the Hub. UserError where one is missing,
     or where the crosscoder was trained on other activations.
@@ -123,7 +123,7 @@ def open_reading_of(args: argparse.Namespace) -> Reading:
         tokenizer = base_tokenizer(choice.student, store.config.recorded)
     else:
         tokenizer = students.tokenizer_of(choice.student, trained)
-    return Reading(
+    return OpenedCrosscoder(
         name=name,
         model=load_dictionary(folder).to(students.default_device()),
         store=store,

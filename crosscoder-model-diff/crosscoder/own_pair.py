@@ -19,7 +19,7 @@ from finqa.models.templates import read_template, tokenizer_in
 from finqa.models.weights import check_model_folder, weights_hash
 from finqa.runtime.command_line import flag, given
 from finqa.runtime.errors import UserError
-from finqa.runtime.manifest import file_hash, portable_name, write_json
+from finqa.runtime.manifest import file_hash, portable_name
 from finqa.runtime.paths import Folders, check_name
 from finqa.task.datasets import DATASETS
 
@@ -191,11 +191,6 @@ def portable(pair: OwnPair, student: StudentRun) -> tuple[dict[str, Any], dict[s
         of_student["chat_template"] = student.chat_template.name
     recorded = {"models": models, "student": of_student, "local": sorted(places), "text_sha256": file_hash(pair.text)}
     return recorded, places
-
-
-def write_places(folder: Path, pair: OwnPair, student: StudentRun) -> None:
-    """Write the PLACES of the set in a folder."""
-    write_json(folder / PLACES, portable(pair, student)[1])
 
 
 def _placed(recorded: dict[str, Any], folder: Path, folders: Folders) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crosscoder.analysis import figures, findings, latent_figures, tables
+from crosscoder.analysis import figures, findings, tables
 from crosscoder.analysis.findings import Findings
 from crosscoder.analysis.measures import CLASSES
 from crosscoder.analysis.token_kinds import kind_rows
@@ -22,40 +22,19 @@ if TYPE_CHECKING:
     from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 
-def _by_kind(found: Findings) -> Figure | None:
-    return figures.explained_variance_by_kind_figure(found.by_kind) if len(found.by_kind) > 1 else None
-
-
-def _relative_norms(found: Findings) -> Figure | None:
-    return found.two_models and latent_figures.relative_norm_figure(found.two_models.norms[found.alive])
-
-
-def _cosines(found: Findings) -> Figure | None:
-    two, alive = found.two_models, found.alive
-    return two and latent_figures.cosine_figure(two.cosines[alive], two.norms[alive], found.classes)
-
-
-def _scaling(found: Findings) -> Figure | None:
-    two = found.two_models
-    return two and latent_figures.latent_scaling_figure(two.scaling, two.kinds, found.statistics.dead)
-
-
-def _frequencies(found: Findings) -> Figure:
-    statistics = found.statistics
-    shown = findings.frequencies(found)
-    return latent_figures.frequency_figure(shown, int(statistics.dead.sum()), statistics.n_tokens)
-
-
-FIGURES: Mapping[str, Callable[[Findings], Figure | None]] = {
-    "explained_variance": lambda found: figures.explained_variance_figure(found.explained),
-    "explained_variance_by_kind": _by_kind,
-    "relative_decoder_norms": _relative_norms,
-    "decoder_cosines": _cosines,
-    "latent_scaling": _scaling,
-    "firing_frequency": _frequencies,
-}
-"""Figures by the names of their files. One that does not apply is None: a comparison of two decoder vectors for a
-difference SAE and a stagewise SAE, a comparison of kinds of token for texts of one kind."""
+def figures_of(found: Findings) -> dict[str, Figure | None]:
+    """Figures by the names of their files. One that does not apply is None: a comparison of two decoder vectors for a
+    difference SAE and a stagewise SAE, a comparison of kinds of token for texts of one kind."""
+    two, alive, statistics = found.two_models, found.alive, found.statistics
+    by_kind, shown = found.by_kind, findings.frequencies(found)
+    return {
+        "explained_variance": figures.explained_variance_figure(found.explained),
+        "explained_variance_by_kind": figures.explained_variance_by_kind_figure(by_kind) if len(by_kind) > 1 else None,
+        "relative_decoder_norms": two and figures.relative_norm_figure(two.norms[alive]),
+        "decoder_cosines": two and figures.cosine_figure(two.cosines[alive], two.norms[alive], found.classes),
+        "latent_scaling": two and figures.latent_scaling_figure(two.scaling, two.kinds, statistics.dead),
+        "firing_frequency": figures.frequency_figure(shown, int(statistics.dead.sum()), statistics.n_tokens),
+    }
 
 
 def write_figures(found: Findings, folder: Path) -> list[Path]:
@@ -64,8 +43,7 @@ def write_figures(found: Findings, folder: Path) -> list[Path]:
     A figure of an earlier run that does not apply is deleted, so that none is taken for this dictionary's.
     """
     written = []
-    for name, draw in FIGURES.items():
-        figure = draw(found)
+    for name, figure in figures_of(found).items():
         if figure is not None:
             written += figures.save_figure(figure, folder / name)
         else:
@@ -79,7 +57,7 @@ def write_tables(found: Findings, folder: Path) -> list[Path]:
     confirmed.csv. The labels of this very dictionary (crosscoder.label) stay in latents.csv."""
     names = ("latents", "most_changed", "explained_variance", "classes", "confirmed")
     paths = {name: folder / f"{name}.csv" for name in names}
-    tables.write_latent_table(paths["latents"], found.rows, kept_labels(found.reading))
+    tables.write_latent_table(paths["latents"], found.rows, kept_labels(found.opened))
     tables.write_latent_table(paths["most_changed"], found.most_changed)
     tables.write_csv(paths["explained_variance"], kind_rows(found.by_kind))
     if found.two_models is None:
@@ -100,13 +78,6 @@ def write_extra(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> N
     tables.write_csv(folder / f"{name}.csv", rows)
     path = folder / "analysis.json"
     write_json(path, json.loads(path.read_text()) | {name: rows})
-
-
-def write_causal_figure(report: Mapping[str, Any], folder: Path) -> None:
-    """causal.png and .svg of a causal report."""
-    from crosscoder.interventions.causal_figures import recovered_figure
-
-    figures.save_figure(recovered_figure(report), folder / "causal")
 
 
 def class_rows(found: Findings) -> list[dict[str, Any]]:
@@ -159,17 +130,17 @@ def write_page(
     from crosscoder.dashboard.page import write_dashboard
     from crosscoder.dashboard.summary import summary_of
 
-    folder = found.reading.results
+    folder = found.opened.results
     path = path or folder / "dashboard.html"
     numbers = json.loads((folder / "analysis.json").read_text()) if (folder / "analysis.json").exists() else {}
-    own = found.reading.made(numbers.get("made_of", {}))
+    own = found.opened.made(numbers.get("made_of", {}))
     added = tables.read_added(folder / "latents.csv", found.rows) if own else {}
     causal = numbers.get("causal", []) if tables.EFFECT in added else []
     summary = summary_of(found, causal, added.get("label_score", ()))
     if second is not None:
         columns, sentence = matched(found, *second)
         summary, added = replace(summary, sentences=(*summary.sentences, sentence)), added | columns
-    dashboard = build_dashboard(found.reading, found.statistics, found.rows, summary, config, added)
+    dashboard = build_dashboard(found.opened, found.statistics, found.rows, summary, config, added)
     size = write_dashboard(path, dashboard)
     n = sum(page.examples is not None for page in dashboard.pages)
     return f"{path}: {size / 1e6:.1f} MB, {len(dashboard.pages):,} latents, {n:,} with examples"

@@ -141,17 +141,17 @@ def open_steered_pair(args: argparse.Namespace, steering: Steering) -> SteeredPa
     cannot be steered so (interventions.steering.check_steering)."""
     import torch
 
-    from crosscoder.extra_readings import load_pair
+    from crosscoder.extra_analyses import load_pair
     from crosscoder.interventions.splicing import target_of
     from crosscoder.interventions.steering import active_means, check_steering
-    from crosscoder.opening import open_reading_of
+    from crosscoder.opening import open_crosscoder_of
 
-    reading = open_reading_of(args)
-    latents = [i for i in (*steering.steer, *steering.ablate) if i in range(reading.model.config.n_latents)]
-    raw = (rows for _, rows in reading.store.batches(torch.arange(len(reading.store)), what="means of latents, tokens"))
-    means = active_means(reading.model, raw, latents)
-    check_steering(reading.model, means, steering.steer, steering.ablate, steering.half)
-    pair = load_pair(reading.store, choice_from_args(args), Folders.from_args(args))
+    opened = open_crosscoder_of(args)
+    latents = [i for i in (*steering.steer, *steering.ablate) if i in range(opened.model.config.n_latents)]
+    raw = (rows for _, rows in opened.store.batches(torch.arange(len(opened.store)), what="means of latents, tokens"))
+    means = active_means(opened.model, raw, latents)
+    check_steering(opened.model, means, steering.steer, steering.ablate, steering.half)
+    pair = load_pair(opened.store, choice_from_args(args), Folders.from_args(args))
     # c_m, what activations are scaled by, is sqrt(d_model) over their mean length.
-    lengths = tuple(reading.store.config.d_model**0.5 / scale for scale in reading.store.config.activation_scales)
-    return SteeredPair(steering, pair, target_of(reading.store), reading.model, means, lengths)
+    lengths = tuple(opened.store.config.d_model**0.5 / scale for scale in opened.store.config.activation_scales)
+    return SteeredPair(steering, pair, target_of(opened.store), opened.model, means, lengths)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -135,8 +135,3 @@ def _entry(fields: dict[str, Any]) -> Answer | Failure | Run:
     for name in [name for name in fields if name.endswith("_tokens")]:
         fields[name] = token_count(fields[name])
     return Answer(**fields)
-
-
-def answers_in(paths: Iterable[Path]) -> list[Answer]:
-    """Every answer in some journals, without touching them; a missing one is empty."""
-    return [answer for path in paths for answer in AnswerJournal(path).read().paid]

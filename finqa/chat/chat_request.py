@@ -190,20 +190,22 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 def answer_from(body: object, limit: int, asked: str, batch: str = "") -> Answer | Failure:
     """The answer in the body of a chat completion; a failure where it is none. Nothing about `body` is believed."""
-    choice = _first(_field(body, "choices"))
+    choices = _field(body, "choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
     message = _field(choice, "message")
     if not isinstance(message, dict):
         return Failure("teacher-malformed", f"the server sent no chat completion: {one_line(body)[:200]!r}")
     usage, refusal = _field(body, "usage"), message.get("refusal")
+    read, written = (_field(usage, f"{kind}_tokens_details") for kind in ("prompt", "completion"))
     return Answer(
         text=storable(_content(message.get("content")) or _content(refusal)),
         finish_reason="refusal" if refusal else _text(_field(choice, "finish_reason")),
         model=_text(_field(body, "model")),
-        prompt_tokens=_count(usage, "prompt_tokens"),
-        completion_tokens=_count(usage, "completion_tokens"),
+        prompt_tokens=token_count(_field(usage, "prompt_tokens")),
+        completion_tokens=token_count(_field(usage, "completion_tokens")),
         limit=limit,
-        cached_tokens=_count(_field(usage, "prompt_tokens_details"), "cached_tokens"),
-        reasoning_tokens=_count(_field(usage, "completion_tokens_details"), "reasoning_tokens"),
+        cached_tokens=token_count(_field(read, "cached_tokens")),
+        reasoning_tokens=token_count(_field(written, "reasoning_tokens")),
         batch=batch,
         asked=asked,
     )
@@ -259,10 +261,6 @@ def _field(value: object, name: str) -> Any:
     return value.get(name) if isinstance(value, dict) else None
 
 
-def _first(value: object) -> object:
-    return value[0] if isinstance(value, list) and value else None
-
-
 def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
@@ -276,7 +274,3 @@ def _content(value: object) -> str:
         parts = [value.get(name) for name in ("text", "value", "content", "refusal")]
         return "" if "think" in kind or "reason" in kind else _content(next(filter(None, parts), None))
     return _text(value)
-
-
-def _count(usage: object, name: str) -> int:
-    return token_count(_field(usage, name))

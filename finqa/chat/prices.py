@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from finqa.chat.answer_journal import Answer, answers_in
+from finqa.chat.answer_journal import Answer, AnswerJournal
 from finqa.chat.config import ChatConfig
 from finqa.runtime.errors import UserError
 
@@ -174,7 +174,7 @@ def spending_of(config: ChatConfig, journals: Iterable[Path]) -> Spending:
             "(finqa/chat/prices.json shows the form)"
         )
     prices: dict[str, Price | None] = {"": price}  # Journals of the first form do not name the model.
-    paid = answers_in(journals)
+    paid = [answer for path in journals for answer in AnswerJournal(path).read().paid]
     prices |= {name: price_of(name, config.prices) for name in {answer.asked for answer in paid} if name}
     return Spending(price, config.max_cost, [(prices[answer.asked], answer) for answer in paid])
 

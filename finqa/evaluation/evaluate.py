@@ -13,8 +13,8 @@ from finqa.evaluation.engines.serving import Model, Served, served_models
 from finqa.evaluation.generation import GenerationConfig
 from finqa.evaluation.judging import judge
 from finqa.evaluation.metrics import HEADLINES, METRIC_OF_RULE, metrics
-from finqa.evaluation.predictions import Prediction, write_predictions
-from finqa.evaluation.reply_journal import ReplyJournal, Slot, prompt_slots
+from finqa.evaluation.predictions import Prediction, prompt_hash, write_predictions
+from finqa.evaluation.reply_journal import ReplyJournal, Slot, slots_of
 from finqa.evaluation.report import write_report
 from finqa.evaluation.rows import EvalRow, read_rows
 from finqa.models.students import (
@@ -84,7 +84,7 @@ class Task:
     @property
     def slots(self) -> list[Slot]:
         """Slot of every reply: sample s of row r has the place r * samples + s."""
-        return prompt_slots(self.prompt_tokens, self.samples)
+        return slots_of(map(prompt_hash, self.prompt_tokens), self.samples)
 
     @property
     def complete(self) -> bool:

@@ -12,13 +12,13 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from finqa.evaluation.generation import Reply
-from finqa.evaluation.predictions import prompt_hash, read_predictions
+from finqa.evaluation.predictions import read_predictions
 from finqa.runtime.errors import UserError
 from finqa.runtime.journal import Journal
 
@@ -110,12 +110,7 @@ class ReplyJournal(Journal):
         return manifest
 
 
-def prompt_slots(prompts: Sequence[list[int]], samples: int) -> list[Slot]:
-    """The slots of all replies when each prompt has so many samples, one after the other."""
-    return slots_of([prompt_hash(prompt) for prompt in prompts], samples)
-
-
-def slots_of(hashes: Sequence[str], samples: int) -> list[Slot]:
+def slots_of(hashes: Iterable[str], samples: int) -> list[Slot]:
     """The slots of all replies, from the prompts' hashes. Replies to a prompt that stands twice are counted on."""
     counts: Counter[str] = Counter()
     slots = []

@@ -46,7 +46,8 @@ def put_template(tokenizer: Any, model: str, given: str | None, student: Path | 
         if given not in (None, preset, tokenizer.chat_template):
             raise UserError(f"the tokenizer of {model} has a chat template of its own; leave out --chat-template")
         return
-    trained = _template_in(student) if student else None
+    saved = student is not None and (student / "tokenizer_config.json").exists()
+    trained = tokenizer_in(student).chat_template if student and saved else None
     if given is not None and trained not in (None, given):
         raise UserError(
             f"{student} was trained with another chat template; leave out --chat-template, or give that one"
@@ -66,13 +67,6 @@ def template_facts(tokenizer: Any) -> dict[str, str]:
     text = json.dumps(tokenizer.chat_template)
     asks = {"template_date": TEMPLATE_DATE.isoformat()} if "strftime_now" in text else {}
     return {"chat_template_sha256": hashlib.sha256(text.encode()).hexdigest(), **asks}
-
-
-def _template_in(student: Path) -> Any:
-    """The chat template in a student's folder; None where it holds none."""
-    if not (student / "tokenizer_config.json").exists():
-        return None
-    return tokenizer_in(student).chat_template
 
 
 def _check(tokenizer: Any, model: str) -> None:

@@ -1,15 +1,24 @@
-"""The Trainer of the fine-tuning runs.
+"""The Trainer of the fine-tuning runs, and its callbacks: the log, and the order of rows where a run resumes inside an
+epoch.
 
-Imports transformers, which it is built on: import it where training starts.
+The log is a JSON line a record, the same to wandb, and a line or a bar to look at. Imports transformers, which all of
+it is built on: import it where training starts.
 """
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedDataParallelKwargs
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
+from finqa.runtime import parallel
+from finqa.runtime.journal import Journal
+from finqa.runtime.memory.free import memory_used
+from finqa.runtime.paths import json_text
+from finqa.runtime.progress import StepProgress
 from finqa.training.rows import LengthGrouped
 
 if TYPE_CHECKING:
@@ -60,3 +69,77 @@ class CompletionTrainer(Trainer):
             self.captured = CapturedSteps(trained, lambda batch, n: model(**batch, num_items_in_batch=n).loss)
         model.train()
         return self.captured(self._prepare_inputs(inputs), num_items_in_batch)
+
+
+class TrainingLog(TrainerCallback):
+    """Keeps the log of a run; of several processes the first one does, for all of them.
+
+    `tokens_per_second` is the rate since the record before: the first one has the compiling of the layers in it.
+    """
+
+    def __init__(self, path: Path, trainer: CompletionTrainer, wandb_run: Any = None):
+        self.path = path
+        self.trainer = trainer
+        self.wandb_run = wandb_run
+        self._progress: StepProgress | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self._started = self._recorded = time.monotonic()
+        self._tokens = 0
+        if not state.is_world_process_zero:
+            return
+        # A resumed run logs the steps after its checkpoint again; a line that a kill cut short goes as well.
+        journal = Journal(self.path).read()
+        journal.rewrite(record for record in journal.records if record["step"] <= state.global_step)
+        self._progress = StepProgress(state.max_steps, state.global_step)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
+        """The last updates are logged too where their number is no multiple of those between two records."""
+        control.should_log |= state.global_step == state.max_steps
+        return control
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        if "loss" not in logs:
+            return
+        tokens = int(parallel.total(self.trainer.tokens_seen))
+        if not state.is_world_process_zero:
+            return
+        now = time.monotonic()
+        rate = (tokens - self._tokens) / (now - self._recorded)
+        self._tokens, self._recorded = tokens, now
+        record = {
+            "step": state.global_step,
+            "epoch": round(logs["epoch"], 4),
+            "loss": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs["grad_norm"],
+            "tokens_seen": tokens,
+            "tokens_per_second": round(rate, 1),
+            "seconds": round(now - self._started, 2),
+            "memory_gb": round(memory_used() / 1e9, 3),
+        }
+        with self.path.open("a") as file:
+            file.write(json_text(record) + "\n")
+        if self.wandb_run is not None:
+            self.wandb_run.log(record, step=state.global_step)
+        if self._progress is not None:
+            speed = f"{rate:,.0f} tokens/s, {record['seconds']:.0f} s, {record['memory_gb']:.1f} GB"
+            self._progress.show(state.global_step, f"loss {record['loss']:.4f}, {speed}")
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        if self._progress is not None:
+            self._progress.close()
+
+
+class EpochOrder(TrainerCallback):
+    """Tells the sampler the epoch, whatever stands between it and the loader.
+
+    Where several processes go on from the middle of an epoch, two wrappers do, and the Trainer's own word for the
+    sampler gets no further than the second: the rest of every epoch would follow the order of the first.
+    """
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        batches = kwargs["train_dataloader"].batch_sampler
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        batches.sampler.set_epoch(int((state.epoch or 0) + 1e-6))

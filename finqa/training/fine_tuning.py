@@ -134,7 +134,7 @@ def _fine_tune(run: StudentRun, config: TrainingConfig, folders: Folders, folder
         if parallel.is_first():
             drop_damaged(folder)
 
-    from finqa.training.callbacks import TrainingLog
+    from finqa.training.completion_trainer import TrainingLog
 
     pad_id: Any = tokenizer.pad_token_id
     trainer = make_trainer(run, replace(config, speed=speed), examples, pad_id, folder)
@@ -192,8 +192,7 @@ def make_trainer(
     """The Trainer of a run, its model made ready; `base` is loaded where it is not given."""
     from transformers import PrinterCallback, set_seed
 
-    from finqa.training.callbacks import EpochOrder
-    from finqa.training.completion_trainer import CompletionTrainer
+    from finqa.training.completion_trainer import CompletionTrainer, EpochOrder
 
     device = parallel.own_device(default_device())
     bf16 = multiplies_bf16(device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import types
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,7 +111,12 @@ def made_trainable(base: PreTrainedModel, run: StudentRun, speed: Speed) -> PreT
 
         use_packed(base)
     loss_on_completion(base)
-    model = _with_adapter(base, run) if run.peft else base
+    model: Any = base
+    if run.peft:
+        from peft import get_peft_model
+
+        # A 4-bit base needs no other preparation: peft freezes it, the rest stays as for a bf16 one.
+        model = get_peft_model(base, lora_config(run))
     check_trainable(run, speed, device)
     if speed.fp8_base:
         from finqa.training.fp8_base import to_fp8
@@ -151,20 +155,6 @@ def decoder_layers(base: PreTrainedModel) -> Any:
     import torch
 
     return next(module for module in base.base_model.modules() if isinstance(module, torch.nn.ModuleList))
-
-
-def _with_adapter(base: PreTrainedModel, run: StudentRun) -> Any:
-    from peft import get_peft_model
-
-    # A 4-bit base needs no other preparation: peft freezes it, and norms, embeddings and head stay as for a bf16 one.
-    return get_peft_model(base, lora_config(run))
-
-
-def no_such_layers(run: StudentRun, names: Sequence[str], there: Sequence[str]) -> UserError:
-    """The error for names that no layer has; `there`: the names of the linear layers."""
-    return UserError(
-        f"{run.model} has no layers called {', '.join(names)}; name its own with --lora-modules: {', '.join(there)}"
-    )
 
 
 def lora_config(run: StudentRun) -> LoraConfig:

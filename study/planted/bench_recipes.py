@@ -103,7 +103,7 @@ def train_plainly(run: StudentRun, config: TrainingConfig, folders: Folders) -> 
     from finqa.models.weights import weights_hash
     from finqa.runtime.manifest import write_manifest
     from finqa.runtime.parallel import multiplies_bf16
-    from finqa.training.callbacks import TrainingLog
+    from finqa.training.completion_trainer import TrainingLog
     from finqa.training.rows import read_training_rows, tokenised
 
     folder, device = folders.model(run.dataset, run.model_id), default_device()

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crosscoder.activations.readers import Target
 from finqa.models import students
+from finqa.runtime.journal import KeyedJournal
 from finqa.runtime.manifest import write_json
 from study.pocket.ceilings import load_pair, test_rows
 from study.pocket.dictionaries import Dictionary, load
@@ -108,9 +109,7 @@ def measure_one(work: Work, experiment: Experiment) -> dict[str, Any]:
     """Nothing, the whole site, sets of rising size and their controls."""
     from crosscoder.interventions import causal_rows
     from crosscoder.interventions.causal import Cell, experiment_key, measure_missing
-    from crosscoder.interventions.causal_report import CausalConfig, generated
     from crosscoder.interventions.halves import pair_of
-    from finqa.runtime.journal import KeyedJournal
 
     started = time.perf_counter()
     dictionary = experiment.dictionary
@@ -128,9 +127,7 @@ def measure_one(work: Work, experiment: Experiment) -> dict[str, Any]:
         measured = measure_missing(pair, target, documents, cells, journal, key)
         replies: dict[int, dict[str, list[int]]] = {}
         if experiment.replies:
-            config = CausalConfig(generate_sizes=(CONTROL_SIZE,), max_new_tokens=MAX_NEW_TOKENS)
-            tokenizer = students.load_tokenizer(STUDENT)
-            replies = generated(pair, target, asked, cells, journal, key, config, tokenizer, lambda line: None)
+            replies = generated(pair, target, asked, cells, journal, key)
     report = causal_rows.rows_of(asked, cells, measured, replies, seed=0)
     write_json(experiment.file(work), {"n_questions": len(asked), "n_choosing": len(choose_on), **report})
     measure = "accuracy" if experiment.replies else "divergence"
@@ -139,6 +136,35 @@ def measure_one(work: Work, experiment: Experiment) -> dict[str, Any]:
     shares = [row["recovered"] for row in report["rows"] if tuple(row[name] for name in names) == place]
     shown = ", ".join("-" if value is None else f"{value:.0%}" for value in shares)
     return {"shown": f"recovered ({measure}): {shown}", "seconds": time.perf_counter() - started}
+
+
+def generated(
+    pair: Any, target: Target, asked: Sequence[Any], cells: Sequence[Any], journal: KeyedJournal, experiment: str
+) -> dict[int, dict[str, list[int]]]:
+    """`right` and `runs` of each question, by number of the cell; from the journal where they are there.
+
+    Nothing, the whole site, the sets of CONTROL_SIZE and their controls write replies; random ones do not.
+    """
+    from crosscoder.interventions.causal import cell_key
+    from crosscoder.interventions.patched_generation import answered, patched_replies
+    from finqa.sandbox.running import Sandbox
+
+    tokenizer = students.load_tokenizer(STUDENT)
+    prompts = [list(one.document.ids[: one.document.n_prompt]) for one in asked]
+    results = {}
+    for number, cell in enumerate(cells):
+        how = {**cell.label, "max_new_tokens": MAX_NEW_TOKENS}
+        if how["n"] not in (0, CONTROL_SIZE) or how["kind"].startswith("random"):
+            continue
+        key = cell_key(experiment, "generated", how)
+        if key not in journal.found:
+            replies = patched_replies(pair, target, cell, prompts, tokenizer, MAX_NEW_TOKENS)
+            with Sandbox() as sandbox:
+                verdicts = answered(replies, [one.expected for one in asked], sandbox)
+            as_numbers = {name: [int(v) for v in values] for name, values in asdict(verdicts).items()}
+            journal.add(key, {"what": "generated", **how, **as_numbers})
+        results[number] = {name: journal.found[key][name] for name in ("right", "runs")}
+    return results
 
 
 def _sets(
@@ -160,7 +186,7 @@ def _sets(
     target = experiment.dictionary.target
 
     def survey(of: Any) -> ranking.Survey:
-        return kept_survey(folder, of, pair, choose_on, target, lambda line: None)
+        return kept_survey(folder, of, pair, choose_on, target)
 
     dictionary = load(work, experiment.dictionary)
     found = survey(dictionary)

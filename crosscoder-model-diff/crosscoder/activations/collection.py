@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from crosscoder.activations.layout import layout, spelling
+from crosscoder.activations.layout import layout, mark_up, token_texts
 from crosscoder.activations.readers import Read, Target
 from crosscoder.activations.store import StoredDocument
 from crosscoder.activations.writer import BackgroundWriter, SetWriter
@@ -67,8 +67,11 @@ def documents_from_rows(
         else:
             ids, n_prompt = training_ids(tokenizer, row.prompt, row.generated_code)
         texts.append((row.id or str(number), ids, n_prompt))
-    spelled = spelling(tokenizer, {i for _, ids, _ in texts for i in ids})
-    return [Document(name, tuple(ids), n_prompt, kinds=layout(ids, n_prompt, spelled)) for name, ids, n_prompt in texts]
+    spelled, marks = token_texts(tokenizer, {i for _, ids, _ in texts for i in ids}), mark_up(tokenizer)
+    return [
+        Document(name, tuple(ids), n_prompt, kinds=layout(ids, n_prompt, spelled, marks))
+        for name, ids, n_prompt in texts
+    ]
 
 
 def assert_same_ids(instruct: Sequence[Document], fine_tuned: Sequence[Document], why: str = "") -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,88 +47,45 @@ class ShuffledOrder:
         return order
 
 
-class _Ready(NamedTuple):
-    indices: Tensor
-    activations: Tensor
-    copied: Any
-    """CUDA event after which the activations are there; None on the CPU."""
+@contextmanager
+def feed(
+    read: Callable[[Tensor, bool], Tensor], batches: Iterable[Tensor], device: torch.device | str = "cpu"
+) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    """In the block, an iterator over (indices [n], activations [n, 2, d_model] on `device`), read ahead by a thread.
 
+        with feed(store.read, map(order.batch, range(first_step, total_steps)), "cuda") as batches:
+            for indices, activations in batches: ...
 
-class Feed:
-    """An iterator over (indices [n], activations [n, 2, d_model] on `device`), read ahead by a thread of its own.
-
-    The thread ends with the batches, or with `close` (a `with` block calls it). What goes wrong in it is raised where
-    its batch is asked for. On a GPU the copies run on a stream of their own, from pinned memory.
+    `read` is a store's, asked for pinned memory where the device is a GPU. `batches` are [n] token indices, which the
+    thread goes through. What goes wrong in it is raised where its batch is asked for. On a GPU the copies run on a
+    stream of their own.
     """
+    device, left = torch.device(device), iter(batches)
+    stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __init__(
-        self,
-        read: Callable[[Tensor, bool], Tensor],
-        batches: Iterable[Tensor],
-        device: torch.device | str = "cpu",
-    ):
-        """`read` is a store's, asked for pinned memory where the device is a GPU; `batches` are [n] token indices."""
-        self._read = read
-        self._device = torch.device(device)
-        self._stream: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._ready: queue.SimpleQueue[_Ready | BaseException | None] = queue.SimpleQueue()
-        self._room = threading.Semaphore(BATCHES_AHEAD)
-        self._closed = threading.Event()
-        self._over = False
-        self._thread = threading.Thread(
-            target=self._read_ahead, args=(iter(batches),), name="activation feed", daemon=True
-        )
-        self._thread.start()
-
-    def __enter__(self) -> Feed:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __iter__(self) -> Feed:
-        return self
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        if self._over:
-            raise StopIteration
-        ready = self._ready.get()
-        if not isinstance(ready, _Ready):
-            self._over = True
-            raise StopIteration if ready is None else ready
-        self._room.release()
-        if ready.copied is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_event(ready.copied)
-            ready.activations.record_stream(current)
-        return ready.indices, ready.activations
-
-    def close(self) -> None:
-        """End the thread, whether all batches were taken or not."""
-        self._over = True
-        self._closed.set()
-        self._room.release()
-        self._thread.join()
-
-    def _read_ahead(self, batches: Iterator[Tensor]) -> None:
-        try:
-            while True:
-                self._room.acquire()
-                if self._closed.is_set():
-                    return
-                indices = next(batches, None)
-                if indices is None:
-                    break
-                self._ready.put(self._on_device(indices))
-        except BaseException as error:  # noqa: BLE001 - it is raised again by __next__
-            self._ready.put(error)
-        self._ready.put(None)
-
-    def _on_device(self, indices: Tensor) -> _Ready:
-        if self._stream is None:
-            return _Ready(indices, self._read(indices, False).to(self._device), None)
-        with torch.cuda.stream(self._stream):
-            activations = self._read(indices, True).to(self._device, non_blocking=True)
+    def read_next() -> tuple[Tensor, Tensor, Any] | None:
+        """Indices, activations, and the CUDA event after which these are there; None after the last batch."""
+        indices = next(left, None)
+        if indices is None:
+            return None
+        if stream is None:
+            return indices, read(indices, False).to(device), None
+        with torch.cuda.stream(stream):
+            activations = read(indices, True).to(device, non_blocking=True)
             copied = torch.cuda.Event()
-            copied.record(self._stream)
-        return _Ready(indices, activations, copied)
+            copied.record(stream)
+        return indices, activations, copied
+
+    def read_ahead() -> Generator[tuple[Tensor, Tensor], None, None]:
+        waiting = deque(thread.submit(read_next) for _ in range(BATCHES_AHEAD))
+        while (ready := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(read_next))
+            indices, activations, copied = ready
+            if copied is not None:
+                current = torch.cuda.current_stream(device)
+                current.wait_event(copied)
+                activations.record_stream(current)
+            yield indices, activations
+
+    with ThreadPoolExecutor(1, "activation feed") as thread, closing(read_ahead()) as ahead:
+        yield ahead

@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from finqa.task.prompts import END_PYTHON, PASSAGE, PYTHON, QUESTION, REQUEST, table_span
 
@@ -37,22 +37,11 @@ TEMPLATE: tuple[TokenKind, ...] = ("chat", "frame")
 ANCHOR = "a"
 
 
-class Spelling(NamedTuple):
-    """What ids stand for."""
+def layout(ids: Sequence[int], n_prompt: int, texts: dict[int, str], special: set[int]) -> tuple[int, ...]:
+    """The kind, as a place in KINDS, of every id of a document whose first `n_prompt` ids are the prompt.
 
-    texts: dict[int, str]
-    """What each id spells (`token_texts`)."""
-    special: set[int]
-    """Ids that are mark-up wherever they stand in a prompt."""
-
-
-def spelling(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> Spelling:
-    return Spelling(token_texts(tokenizer, ids), mark_up(tokenizer))
-
-
-def layout(ids: Sequence[int], n_prompt: int, spelled: Spelling) -> tuple[int, ...]:
-    """The kind, as a place in KINDS, of every id of a document whose first `n_prompt` ids are the prompt."""
-    texts, special = spelled
+    `texts` has what each id spells (`token_texts`), `special` the ids that are mark-up wherever they stand (`mark_up`).
+    """
     prompt = _cut(ids[:n_prompt], texts, _prompt_borders("".join(texts[i] for i in ids[:n_prompt])))
     kinds: list[TokenKind] = ["chat" if i in special else kind for i, kind in zip(ids, prompt, strict=False)]
     text = "".join(texts[i] for i in ids[n_prompt:])

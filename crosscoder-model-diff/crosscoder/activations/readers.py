@@ -10,7 +10,9 @@ attention can use its fastest kernels.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 Read = Callable[[Tensor], list[Tensor]]
 """Token ids [batch, time], padded on the right, to one activation [batch, time, d_model] for each target."""
+
+Edit = Callable[[Tensor], Tensor]
+"""[..., d_model] of a site to what it gives instead."""
 
 ReaderKind = Literal["nnsight", "hooks"]
 
@@ -104,32 +109,39 @@ class _EverythingRead(Exception):
 
 
 def _hook_reader(model: PreTrainedModel, targets: Sequence[Target]) -> Read:
-    layers = llama_layers(model)
-    last = max(targets, key=_when_it_runs)
+    layers, in_order = llama_layers(model), sorted(set(targets), key=_when_it_runs)
 
     def read(ids: Tensor) -> list[Tensor]:
         seen: dict[Target, Tensor] = {}
 
-        def keep(target: Target) -> Callable[..., None]:
-            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                seen[target] = hidden_of(output)
-                if target == last:
-                    raise _EverythingRead
+        def keep(hidden: Tensor, target: Target) -> Tensor:
+            seen[target] = hidden
+            if target == in_order[-1]:
+                raise _EverythingRead
+            return hidden
 
-            return hook
-
-        handles = [site_module(layers, target).register_forward_hook(keep(target)) for target in set(targets)]
-        try:
-            with torch.no_grad():
-                model(input_ids=ids, use_cache=False)
-        except _EverythingRead:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, suppress(_EverythingRead), torch.no_grad():
+            for target in in_order:
+                hooks.enter_context(edited(site_module(layers, target), partial(keep, target=target)))
+            model(input_ids=ids, use_cache=False)
         return [seen[target] for target in targets]
 
     return read
+
+
+@contextmanager
+def edited(module: nn.Module, edit: Edit) -> Iterator[None]:
+    """While open, what the module gives goes through `edit`."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        changed = edit(hidden_of(output))
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _nnsight_reader(model: PreTrainedModel, targets: Sequence[Target]) -> Read:

@@ -176,8 +176,3 @@ def is_collected(folder: Path, fingerprint: str, overwrite: bool) -> bool:
     if not same and not overwrite:
         raise UserError(f"{folder} was made from other inputs (model, rows or settings); replace it with --overwrite")
     return same
-
-
-def adapter_bytes(folder: Path) -> int | None:
-    """Size of the adapter in a folder; None where it holds a whole model."""
-    return (folder / "adapter_model.safetensors").stat().st_size if is_adapter(folder) else None

@@ -9,9 +9,8 @@ from typing import NamedTuple
 from crosscoder.activations.writer import BATCHES_BEHIND
 from crosscoder.dictionaries.config import N_MODELS
 from finqa.runtime.errors import UserError
-from finqa.runtime.memory.free import free_memory
 from finqa.runtime.memory.needs import NF4, Need, Sizes
-from finqa.runtime.memory.plan import amount, check_disk, print_need
+from finqa.runtime.memory.plan import check_disk
 
 
 class ModelShape(NamedTuple):
@@ -67,17 +66,6 @@ def recording_need(
             ("read, not yet written", under_way, f"{BATCHES_BEHIND + 1} batches of {n_sets} sets"),
         )
     )
-
-
-def check_memory(need: Need, device: str) -> None:
-    """Print what recording takes against what is free; UserError where it cannot fit."""
-    there = free_memory(device)
-    print_need("collecting activations", need, there, device)
-    if need.total > there:
-        raise UserError(
-            f"collecting activations needs {amount(need.total)} of memory and {amount(there)} are free; what helps: "
-            "a smaller --batch-tokens, fewer layers and sites at once, base + adapter in place of --merged"
-        )
 
 
 def print_plan(n_documents: int, n_tokens: int, shape: ModelShape, partial_folders: Sequence[Path]) -> None:

@@ -16,7 +16,7 @@ Index 0 is the instruct model, index 1 the fine-tuned one. Sets of version 1 hav
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -27,8 +27,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from crosscoder.activations.feed import Feed
-from crosscoder.activations.feed import ShuffledOrder as ShuffledOrder
 from crosscoder.dictionaries.checkpoint import check_files, tensors_hash
 from crosscoder.dictionaries.config import N_MODELS, READ_TOKENS, check_types
 from crosscoder.names import SITES
@@ -186,11 +184,6 @@ class ActivationStore:
         return len(self._rows)
 
     @property
-    def in_memory(self) -> bool:
-        """Whether the activations are held, in memory or on the GPU."""
-        return self.place != "disk"
-
-    @property
     def size_bytes(self) -> int:
         """Bytes that all activations take."""
         return 2 * N_MODELS * self.config.d_model * self.config.n_tokens
@@ -199,7 +192,7 @@ class ActivationStore:
         """Hold the activations elsewhere; arguments and errors as of the class. Nothing may be reading meanwhile."""
         self._held = None
         self.place = _chosen_place(place, self.size_bytes, torch.device(device), self.folder)
-        if self.in_memory:
+        if self.place != "disk":
             self._held = self._hold(torch.device(device if self.place == "gpu" else "cpu"))
 
     def read(self, indices: Tensor, pinned: bool = False) -> Tensor:
@@ -221,15 +214,6 @@ class ActivationStore:
             if first < last:
                 out[order[first:last]] = self._shard(shard).index_select(0, rising[first:last] - self._starts[shard])
         return out
-
-    def feed(self, batches: Iterable[Tensor], device: torch.device | str = "cpu") -> Feed:
-        """Batches of token indices with their activations on `device`, the next ones read while the current one is
-        computed with. `batches` is gone through in another thread.
-
-        with store.feed(map(order.batch, range(first_step, total_steps)), "cuda") as batches:
-            for indices, activations in batches: ...
-        """
-        return Feed(self.read, batches, device)
 
     def check(self) -> None:
         """Raises UserError where a shard is not as it was written."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import shutil
-import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -219,41 +219,29 @@ class SetWriter:
             return (file.metadata() or {}).get(HASH, "")
 
 
-class _Job(NamedTuple):
-    files: Sequence[ShardFile]
-    activations: list[Tensor]
-    norms: list[Tensor]
-    copied: Any
-    """CUDA event after the copies to the host; None on the CPU."""
-    last: bool
-
-
 class BackgroundWriter:
     """Writes in a thread what the models gave, while they compute the next batch.
 
     On a GPU the copies to pinned memory run on a stream of their own. An error of the thread is raised by the next
-    `put`, or at the end of the `with` block.
+    `put`, or at the end of the `with` block; nothing is written after it.
     """
 
     def __init__(self, device: torch.device | str):
         self._stream: Any = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
-        self._room = threading.Semaphore(BATCHES_BEHIND)
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._error: Exception | None = None
+        self._thread = ThreadPoolExecutor(1, "activation writer")
+        self._waiting: deque[Future[None]] = deque()
         self._open: dict[int, ShardFile] = {}
-        self._thread = threading.Thread(target=self._work, name="activation writer", daemon=True)
+        self._failed = False
 
     def __enter__(self) -> BackgroundWriter:
-        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._jobs.put(None)
-        self._thread.join()
+        self._thread.shutdown()
         for file in self._open.values():
             file.discard()
-        if self._error and kind is None:
-            raise self._error
+        for job in self._waiting if kind is None else ():
+            job.result()
 
     def put(self, files: Sequence[ShardFile], pairs: Sequence[Tensor], last: bool) -> None:
         """Append to each file its [n, 2, d_model] bf16 tensor; after the `last` of them the files are closed.
@@ -261,41 +249,36 @@ class BackgroundWriter:
         Waits while too many batches are on their way.
         """
         self._open.update((id(file), file) for file in files)
-        self._room.acquire()
-        if self._error:
-            raise self._error
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) == BATCHES_BEHIND):
+            self._waiting.popleft().result()
         norms = [torch.linalg.vector_norm(pair, dim=-1, dtype=torch.float64) for pair in pairs]
-        if self._stream is None:
-            self._jobs.put(_Job(files, list(pairs), norms, None, last))
+        copied = None
+        if self._stream is not None:
+            given = (*pairs, *norms)
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+            with torch.cuda.stream(self._stream):
+                pairs, norms = [_to_pinned(pair) for pair in pairs], [_to_pinned(norm) for norm in norms]
+                copied = torch.cuda.Event()
+                copied.record(self._stream)
+            for tensor in given:
+                tensor.record_stream(self._stream)
+        self._waiting.append(self._thread.submit(self._write, files, pairs, norms, copied, last))
+
+    def _write(
+        self, files: Sequence[ShardFile], pairs: Sequence[Tensor], norms: Sequence[Tensor], copied: Any, last: bool
+    ) -> None:
+        """`copied`: CUDA event after the copies to the host; None on the CPU."""
+        if self._failed:
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            on_host = [_to_pinned(pair) for pair in pairs]
-            norms_on_host = [_to_pinned(norm) for norm in norms]
-            copied = torch.cuda.Event()
-            copied.record(self._stream)
-        for tensor in (*pairs, *norms):
-            tensor.record_stream(self._stream)
-        self._jobs.put(_Job(files, on_host, norms_on_host, copied, last))
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                if self._error is None:
-                    self._write(job)
-            except Exception as error:  # noqa: BLE001 - it is raised again where the caller can see it
-                self._error = error
-            finally:
-                self._room.release()
-
-    def _write(self, job: _Job) -> None:
-        if job.copied is not None:
-            job.copied.synchronize()
-        for file, activations, norms in zip(job.files, job.activations, job.norms, strict=True):
-            file.add(activations, norms)
-            if job.last:
+        self._failed = True  # until all of it is written
+        if copied is not None:
+            copied.synchronize()
+        for file, activations, lengths in zip(files, pairs, norms, strict=True):
+            file.add(activations, lengths)
+            if last:
                 file.close()
                 del self._open[id(file)]
+        self._failed = False
 
 
 def _to_pinned(tensor: Tensor) -> Tensor:

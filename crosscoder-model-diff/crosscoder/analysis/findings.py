@@ -15,7 +15,7 @@ from crosscoder.analysis.latent_scaling import ExclusiveCounts, LatentScaling, e
 from crosscoder.analysis.measures import ExplainedVariance, LatentClass
 from crosscoder.analysis.statistics import LatentStatistics, latent_statistics
 from crosscoder.analysis.token_kinds import KindExplained, explained_variance_by_kind, kind_rows, token_kinds
-from crosscoder.opening import Reading, ReadingConfig
+from crosscoder.opening import AnalysisConfig, OpenedCrosscoder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +39,8 @@ class TwoModels:
 class Findings:
     """Results of the analysis of a dictionary on the activation set that it was trained on."""
 
-    reading: Reading
-    config: ReadingConfig
+    opened: OpenedCrosscoder
+    config: AnalysisConfig
     statistics: LatentStatistics
     """Over all tokens of the set; a latent is dead where it is active on none of them."""
     by_kind: list[KindExplained]
@@ -75,11 +75,11 @@ class Findings:
         return exclusive_counts(two.scaling, two.kinds, self.alive) if two else {}
 
 
-def find(reading: Reading, config: ReadingConfig | None = None) -> Findings:
+def find(opened: OpenedCrosscoder, config: AnalysisConfig | None = None) -> Findings:
     """Analyse a dictionary: one pass over all tokens of its set, two over the held-out ones."""
-    config = config or ReadingConfig()
-    model, store, held_out = reading.model, reading.store, reading.split.held_out
-    kinds = token_kinds(store, reading.tokenizer)
+    config = config or AnalysisConfig()
+    model, store, held_out = opened.model, opened.store, opened.split.held_out
+    kinds = token_kinds(store, opened.tokenizer)
     everything = torch.arange(len(store))
     statistics = latent_statistics(model, store, everything, batch_size=config.batch_size, kinds=kinds)
     by_kind = explained_variance_by_kind(model, store, held_out, kinds, config.batch_size)
@@ -94,27 +94,27 @@ def find(reading: Reading, config: ReadingConfig | None = None) -> Findings:
             scaling=latent_scaling(model, (raw for _, raw in batches)),
         )
     scaling = two_models.scaling if two_models else None
-    rows = tables.latent_table(model, statistics, store, reading.tokenizer, reading.unembedding, scaling)
+    rows = tables.latent_table(model, statistics, store, opened.tokenizer, opened.unembedding, scaling)
     most_changed = tables.most_changed(rows, config.n_most_changed, config.min_frequency)
-    return Findings(reading, config, statistics, by_kind, two_models, rows, most_changed)
+    return Findings(opened, config, statistics, by_kind, two_models, rows, most_changed)
 
 
 def in_numbers(found: Findings) -> dict[str, Any]:
     """The content of analysis.json: every number in the figures, with what it was counted over. What does not apply to
     this dictionary is left out."""
-    reading, statistics, model = found.reading, found.statistics, found.reading.model
+    opened, statistics, model = found.opened, found.statistics, found.opened.model
     n_alive = int(found.alive.sum())
     thresholds = {name: getattr(model, name) for name in ("threshold", "delta_threshold", "further_thresholds")}
     numbers: dict[str, Any] = {
-        "name": reading.name,
-        "made_of": reading.made_of,
+        "name": opened.name,
+        "made_of": opened.made_of,
         "dictionary": asdict(model.config) | thresholds,
-        "activations": reading.store.config.recorded,
+        "activations": opened.store.config.recorded,
         "n_tokens": statistics.n_tokens,
-        "n_outliers_left_out": reading.store.config.n_dropped,
-        "n_documents": len(reading.store.documents),
-        "n_held_out_tokens": len(reading.split.held_out),
-        "n_held_out_documents": len(reading.store.document[reading.split.held_out].unique()),
+        "n_outliers_left_out": opened.store.config.n_dropped,
+        "n_documents": len(opened.store.documents),
+        "n_held_out_tokens": len(opened.split.held_out),
+        "n_held_out_documents": len(opened.store.document[opened.split.held_out].unique()),
         "explained_variance": _without_none(found.explained._asdict()),
         "explained_variance_by_kind": [_without_none(row) for row in kind_rows(found.by_kind)],
         "latents": {"n": len(found.rows), "alive": n_alive, "dead": len(found.rows) - n_alive},

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crosscoder.activations.layout import KINDS, TEMPLATE, layout, spelling
+from crosscoder.activations.layout import KINDS, TEMPLATE, layout, mark_up, token_texts
 from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis.measures import ExplainedVariance, VarianceSums
 from crosscoder.dictionaries.config import READ_TOKENS
@@ -28,11 +28,11 @@ def recorded_kinds(store: ActivationStore, tokenizer: PreTrainedTokenizerBase) -
     recorded = store.recorded
     if recorded.kind is not None:
         return recorded.kind
-    spelled = spelling(tokenizer, recorded.token_id.unique().tolist())
+    spelled, marks = token_texts(tokenizer, recorded.token_id.unique().tolist()), mark_up(tokenizer)
     kinds: list[int] = []
     for its in recorded.by_document():
         n_prompt = int((recorded.position[its] < store.documents[int(recorded.document[its.start])].n_prompt).sum())
-        kinds += layout(recorded.token_id[its].tolist(), n_prompt, spelled)
+        kinds += layout(recorded.token_id[its].tolist(), n_prompt, spelled, marks)
     return torch.tensor(kinds)
 
 
@@ -41,8 +41,6 @@ class KindExplained(NamedTuple):
 
     kind: str
     """One of KINDS, or `template` for chat and frame together, or `all`."""
-    n_tokens: int
-    l0: float
     own_mean: ExplainedVariance
     """Distances are from the mean of these very tokens: `explained_variance` on them alone. What all tokens of the kind
     have in common counts for nothing."""
@@ -71,13 +69,10 @@ def explained_variance_by_kind(
     for name, members in {"all": KINDS, "template": TEMPLATE, **{kind: (kind,) for kind in KINDS}}.items():
         at = [KINDS.index(kind) for kind in members]
         if 0 < counts[at].sum() < counts.sum() or name == "all":
-            own_mean = sums.explained(at)
             found.append(
                 KindExplained(
                     kind=name,
-                    n_tokens=own_mean.n_tokens,
-                    l0=own_mean.l0,
-                    own_mean=own_mean,
+                    own_mean=sums.explained(at),
                     common_mean=sums.explained(at, common_mean=True),
                     share_of_variance=_part(difference.total(at, True), difference.total(every, True)),
                     share_of_error=_part(difference.error(at), difference.error(every)),
@@ -95,7 +90,7 @@ def kind_rows(found: Iterable[KindExplained]) -> list[dict[str, Any]]:
     figures = ("instruct", "fine_tuned", "joint", "difference")
     rows = []
     for each in found:
-        row: dict[str, Any] = {"kind": each.kind, "n_tokens": each.n_tokens, "l0": each.l0}
+        row: dict[str, Any] = {"kind": each.kind, "n_tokens": each.own_mean.n_tokens, "l0": each.own_mean.l0}
         row |= {name: getattr(each.own_mean, name) for name in figures}
         row |= {f"{name}_common_mean": getattr(each.common_mean, name) for name in figures}
         row |= {name: getattr(each, name) for name in ("share_of_variance", "share_of_error")}

@@ -41,13 +41,13 @@ FILES = ("model.safetensors", "model.pt")
 def parser_of(layout: str | None) -> argparse.ArgumentParser:
     """The flags beside --to."""
     from crosscoder.dashboard.records import DashboardConfig
-    from crosscoder.opening import add_reading_flags
+    from crosscoder.opening import add_crosscoder_flags
 
     parser = script_parser(__doc__)
     parser.prog = "python -m crosscoder.convert"
     parser.add_argument("--to", choices=LAYOUTS, help="(default: a checkpoint of this project)")
     if layout == "neuronpedia":
-        add_reading_flags(parser)
+        add_crosscoder_flags(parser)
         add_flags(parser, DashboardConfig)
         parser.add_argument("--out", type=Path, help="the folder (default: neuronpedia in the folder of the results)")
         return parser
@@ -125,13 +125,13 @@ def write_pages(args: argparse.Namespace) -> None:
     from crosscoder.dashboard.builder import build_dashboard
     from crosscoder.dashboard.records import DashboardConfig
     from crosscoder.dashboard.summary import summary_of
-    from crosscoder.opening import open_reading_of
+    from crosscoder.opening import open_crosscoder_of
 
-    config, reading = from_args(DashboardConfig, args), open_reading_of(args)
-    found = find(reading)
-    dashboard = build_dashboard(reading, found.statistics, found.rows, summary_of(found), config)
-    folder = args.out or reading.results / "neuronpedia"
-    n = write_neuronpedia(reading, dashboard, config, folder)
+    config, opened = from_args(DashboardConfig, args), open_crosscoder_of(args)
+    found = find(opened)
+    dashboard = build_dashboard(opened, found.statistics, found.rows, summary_of(found), config)
+    folder = args.out or opened.results / "neuronpedia"
+    n = write_neuronpedia(opened, dashboard, config, folder)
     print(f"{n:,} latents with examples in {folder}")
 
 

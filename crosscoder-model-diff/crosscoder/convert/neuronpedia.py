@@ -23,7 +23,7 @@ from finqa.runtime.paths import json_text, write_atomically
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from crosscoder.opening import Reading
+    from crosscoder.opening import OpenedCrosscoder
 
 FEATURES_IN_BATCH = 128
 LOGIT_BINS = 50
@@ -38,7 +38,7 @@ EMPTY = (
 )
 
 
-def write_neuronpedia(reading: Reading, dashboard: Dashboard, config: DashboardConfig, folder: Path) -> int:
+def write_neuronpedia(opened: OpenedCrosscoder, dashboard: Dashboard, config: DashboardConfig, folder: Path) -> int:
     """Write the batches of the latents that have examples in the dashboard; their number.
 
     Raises UserError where none has, or `folder` holds batches already.
@@ -51,19 +51,19 @@ def write_neuronpedia(reading: Reading, dashboard: Dashboard, config: DashboardC
         raise UserError("no latent has examples; raise --examples-for, or look at a dictionary whose latents fire")
     if any(folder.glob("batch-*.json")):
         raise UserError(f"{folder} has batches already, which would be mixed with these; give another --out")
-    recorded = reading.store.config.recorded
+    recorded = opened.store.config.recorded
     # Of two models the fine-tuned one's, in its own units.
-    vectors = list(decoder_directions(reading.model).values())[-1].detach().cpu()
-    vocabulary = token_texts(reading.tokenizer, range(len(reading.unembedding.weight)))
+    vectors = list(decoder_directions(opened.model).values())[-1].detach().cpu()
+    vocabulary = token_texts(opened.tokenizer, range(len(opened.unembedding.weight)))
     common = {
-        "n_prompts_total": len(reading.store.documents),
+        "n_prompts_total": len(opened.store.documents),
         "n_tokens_in_prompt": config.tokens_before + 1 + config.tokens_after,
         "dataset": str(recorded.get("dataset", "")),
         **{name: [] for name in EMPTY},
     }
     for number, start in enumerate(range(0, len(pages), FEATURES_IN_BATCH)):
         some = pages[start : start + FEATURES_IN_BATCH]
-        logits = _logits(reading, vectors[[page.latent for page in some]], vocabulary, config.n_promoted)
+        logits = _logits(opened, vectors[[page.latent for page in some]], vocabulary, config.n_promoted)
         features = [
             _feature(page, dashboard.vocabulary, vectors[page.latent]) | of_logits | common
             for page, of_logits in zip(some, logits, strict=True)
@@ -71,7 +71,7 @@ def write_neuronpedia(reading: Reading, dashboard: Dashboard, config: DashboardC
         batch = {
             "model_id": Path(str(recorded.get("model", ""))).name,
             "layer": recorded.get("layer", 1) - 1,
-            "sae_set": reading.name,
+            "sae_set": opened.name,
             "sae_id_suffix": None,
             "features": features,
         }
@@ -79,14 +79,14 @@ def write_neuronpedia(reading: Reading, dashboard: Dashboard, config: DashboardC
     return len(pages)
 
 
-def _logits(reading: Reading, vectors: Tensor, vocabulary: dict[int, str], n: int) -> Iterator[dict[str, Any]]:
+def _logits(opened: OpenedCrosscoder, vectors: Tensor, vocabulary: dict[int, str], n: int) -> Iterator[dict[str, Any]]:
     """For each of [latent, d_model] `vectors` the tokens whose logits it raises and lowers most, and the histogram of
     all."""
     import torch
 
     from crosscoder.analysis.lens import logits
 
-    for own in logits(vectors, reading.unembedding):
+    for own in logits(vectors, opened.unembedding):
         best, worst = torch.topk(own, n), torch.topk(-own, n)
         heights = torch.histc(own, LOGIT_BINS)
         yield {

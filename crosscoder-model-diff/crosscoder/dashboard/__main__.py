@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from crosscoder.dashboard.records import DashboardConfig
-from crosscoder.opening import add_reading_flags, open_reading_of
+from crosscoder.opening import add_crosscoder_flags, open_crosscoder_of
 from finqa.runtime.command_line import add_flags, from_args, script_parser
 from finqa.runtime.errors import report_errors
 from finqa.runtime.journal import only_run_on
@@ -26,7 +26,7 @@ from finqa.runtime.journal import only_run_on
 def parse_args() -> argparse.Namespace:
     parser = script_parser(__doc__)
     parser.prog = "python -m crosscoder.dashboard"
-    add_reading_flags(parser)
+    add_crosscoder_flags(parser)
     group = parser.add_argument_group("dashboard")
     add_flags(group, DashboardConfig)
     other = "Checkpoint of another dictionary of these activations, to match latents with"
@@ -40,16 +40,16 @@ def main() -> None:
     config = from_args(DashboardConfig, args)
 
     from crosscoder.analysis.findings import find
-    from crosscoder.extra_readings import open_second
+    from crosscoder.extra_analyses import open_second
     from crosscoder.results import write_page
 
-    reading = open_reading_of(args)
-    second = (Path(args.compare).name, open_second(reading, args.compare, any_method=True)) if args.compare else None
-    path = args.out or reading.results / "dashboard.html"
+    opened = open_crosscoder_of(args)
+    second = (Path(args.compare).name, open_second(opened, args.compare, any_method=True)) if args.compare else None
+    path = args.out or opened.results / "dashboard.html"
     with only_run_on(path):
-        n_latents = reading.model.config.n_latents
-        print(f"{reading.name}: {n_latents:,} latents on {len(reading.store):,} tokens", flush=True)
-        print(write_page(find(reading), config, path, second))
+        n_latents = opened.model.config.n_latents
+        print(f"{opened.name}: {n_latents:,} latents on {len(opened.store):,} tokens", flush=True)
+        print(write_page(find(opened), config, path, second))
 
 
 if __name__ == "__main__":

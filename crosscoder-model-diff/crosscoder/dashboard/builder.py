@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from crosscoder.analysis.statistics import LatentStatistics
     from crosscoder.analysis.tables import LatentRow
     from crosscoder.dictionaries.model import BatchTopKCrosscoder
-    from crosscoder.opening import Reading
+    from crosscoder.opening import OpenedCrosscoder
 
 COLUMNS = (
     Column("label", "label", "What a language model calls the latent, from its examples.", "text"),
@@ -96,7 +96,7 @@ COSINES_AT_ONCE = 2048
 
 
 def build_dashboard(
-    reading: Reading,
+    opened: OpenedCrosscoder,
     statistics: LatentStatistics,
     rows: Sequence[LatentRow],
     summary: Summary,
@@ -113,24 +113,24 @@ def build_dashboard(
     Reads the set once, or more often where config.max_firings_held says that memory does not allow it.
     """
     config = config or DashboardConfig()
-    model, tokenizer = reading.model, reading.tokenizer
+    model, tokenizer = opened.model, opened.tokenizer
     values = [_values(row, model, added or {}) for row in rows]
     alive = [row for row in rows if row.frequency > 0]
     first = dict.fromkeys([*summary.changed, *(row.latent for row in by_interest(alive, statistics))])
     chosen = list(first)[: config.n_with_examples]
     largest = statistics.top_values[:, 0]
-    examples, families, histograms = _examples(reading, torch.tensor(chosen, dtype=torch.int64), statistics, config)
+    examples, families, histograms = _examples(opened, torch.tensor(chosen, dtype=torch.int64), statistics, config)
     for latent, (name, times) in families.items():
         values[latent] |= {"family": name, "family_times": times}
     directions = decoder_directions(model)
-    promoted = [promoted_tokens(each, reading.unembedding, config.n_promoted) for each in directions.values()]
+    promoted = [promoted_tokens(each, opened.unembedding, config.n_promoted) for each in directions.values()]
     nearest = nearest_latents(model, statistics.dead, config.n_nearest)
     pages = tuple(
         LatentPage(
             latent=j,
             values=values[j],
             max_activation=float(largest[j]),
-            top_tokens=commonest_tokens(reading.store, statistics.top_tokens[j]),
+            top_tokens=commonest_tokens(opened.store, statistics.top_tokens[j]),
             promoted=tuple(tokens[j] for tokens in promoted),
             nearest=nearest[j],
             histogram=tuple(histograms[j].tolist()),
@@ -142,9 +142,9 @@ def build_dashboard(
     named = {token for page in pages for token in page.tokens()}
     token_ids = named | {token for page in pages for example in page.shown for token in example.token_ids}
     return Dashboard(
-        title=reading.name,
+        title=opened.name,
         summary=summary,
-        facts=tuple(_facts(reading, statistics)),
+        facts=tuple(_facts(opened, statistics)),
         columns=tuple(columns_of(values)),
         directions=tuple(directions),
         chosen_by=(
@@ -199,23 +199,22 @@ def nearest_latents(model: BatchTopKCrosscoder, dead: Tensor, n: int) -> list[tu
 
 
 def _examples(
-    reading: Reading, chosen: Tensor, statistics: LatentStatistics, config: DashboardConfig
+    opened: OpenedCrosscoder, chosen: Tensor, statistics: LatentStatistics, config: DashboardConfig
 ) -> tuple[dict[int, Examples], dict[int, Family], Tensor]:
     """Examples and question families of the chosen latents, and [latent, bin] histograms of all."""
-    maker = ExampleMaker(reading.store, config, token_kinds(reading.store, reading.tokenizer))
+    maker = ExampleMaker(opened.store, config, token_kinds(opened.store, opened.tokenizer))
     examples: dict[int, Examples] = {}
     families: dict[int, Family] = {}
     histograms = torch.empty(0)
     for group in groups_within(chosen, statistics.n_firings, config.max_firings_held):
         firings, histograms = gather_firings(
-            reading.model, reading.store, group, statistics.top_values[:, 0], config.n_bins, config.batch_size
+            opened.model, opened.store, group, statistics.top_values[:, 0], config.n_bins, config.batch_size
         )
-        for i, latent in enumerate(group.tolist()):
-            tokens, values = firings.of(i)
+        for latent, (tokens, values) in zip(group.tolist(), firings, strict=True):
             made = maker.examples(latent, tokens.numpy(), values.numpy())
             if made is not None:
                 examples[latent] = made
-                families[latent] = maker.family(reading.families, tokens.numpy(), values.numpy())
+                families[latent] = maker.family(opened.families, tokens.numpy(), values.numpy())
     return examples, families, histograms
 
 
@@ -234,9 +233,9 @@ def _values(row: LatentRow, model: BatchTopKCrosscoder, added: Mapping[str, Sequ
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
-def _facts(reading: Reading, statistics: LatentStatistics) -> Iterable[tuple[str, str]]:
+def _facts(opened: OpenedCrosscoder, statistics: LatentStatistics) -> Iterable[tuple[str, str]]:
     """What was analysed, as pairs of label and text. A model in a local folder is named by the folder alone."""
-    model, store = reading.model, reading.store
+    model, store = opened.model, opened.store
     recorded = store.config.recorded
     name = str(recorded.get("model", ""))
     if name:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -11,24 +9,8 @@ from crosscoder.activations.store import ActivationStore
 from crosscoder.dictionaries.config import READ_TOKENS
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
-
-@dataclass(frozen=True)
-class Firings:
-    """Every firing of some latents at the inference threshold, by latent, then in the order of the set. On the CPU."""
-
-    latents: Tensor
-    """[n] the latents' numbers."""
-    starts: Tensor
-    """[n + 1] where each latent's firings begin."""
-    tokens: Tensor
-    """[firing] int32: token indices of the set."""
-    values: Tensor
-    """[firing] fp32."""
-
-    def of(self, i: int) -> tuple[Tensor, Tensor]:
-        """Tokens and values of the i-th latent."""
-        span = slice(int(self.starts[i]), int(self.starts[i + 1]))
-        return self.tokens[span], self.values[span]
+Firings = tuple[Tensor, Tensor]
+"""Of one latent, on the CPU: [firing] int32 token indices of the set, ascending, and [firing] fp32 values."""
 
 
 @torch.no_grad()
@@ -39,7 +21,7 @@ def gather_firings(
     largest: Tensor,
     n_bins: int,
     batch_size: int = READ_TOKENS,
-) -> tuple[Firings, Tensor]:
+) -> tuple[list[Firings], Tensor]:
     """Run the whole set through the encoder once.
 
     Args:
@@ -47,8 +29,9 @@ def gather_firings(
         largest: [latent] every latent's largest activation, the end of its histogram.
         n_bins: Of a histogram, which starts at 0.
 
-    Returns the firings, and [latent, n_bins] int64 histograms of every latent. Memory grows with the firings of
-    `latents` (12 bytes each, three times that while they are put in order), not with the size of the set.
+    Returns every firing of `latents` at the inference threshold, latent by latent, and [latent, n_bins] int64
+    histograms of every latent. Memory grows with the firings of `latents` (12 bytes each, three times that while they
+    are put in order), not with the size of the set.
     """
     device, n_latents = model.b_dec.device, model.config.n_latents
     place = torch.full((n_latents,), -1, dtype=torch.int64, device=device)
@@ -68,10 +51,9 @@ def gather_firings(
         tokens.append(indices.to(device)[row][kept].int().cpu())
         values.append(value[kept].cpu())
     owner, order = torch.sort(torch.cat(owners), stable=True)
-    counts = torch.bincount(owner, minlength=len(latents))
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    firings = Firings(latents.cpu(), starts, torch.cat(tokens)[order], torch.cat(values)[order])
-    return firings, histograms.view(n_latents, n_bins).cpu()
+    counts = torch.bincount(owner, minlength=len(latents)).tolist()
+    by_latent = (torch.cat(parts)[order].split(counts) for parts in (tokens, values))
+    return list(zip(*by_latent, strict=True)), histograms.view(n_latents, n_bins).cpu()
 
 
 def groups_within(latents: Tensor, n_firings: Tensor, limit: int) -> list[Tensor]:

@@ -26,12 +26,12 @@ def matched(found: Findings, name: str, second: BatchTopKCrosscoder) -> tuple[di
     Latents are matched by the cosine of their decoder vectors, those of both models joined (stability.match); where one
     of the dictionaries is a difference SAE, by what a latent adds to the difference. Dead latents have no partner.
     """
-    reading = found.reading
-    statistics = latent_statistics(second, reading.store, torch.arange(len(reading.store)))
-    rows = tables.latent_table(second, statistics, reading.store, reading.tokenizer, reading.unembedding)
-    both = reading.model.config.n_inputs == second.config.n_inputs
+    opened = found.opened
+    statistics = latent_statistics(second, opened.store, torch.arange(len(opened.store)))
+    rows = tables.latent_table(second, statistics, opened.store, opened.tokenizer, opened.unembedding)
+    both = opened.model.config.n_inputs == second.config.n_inputs
     alive, others = found.alive.nonzero().squeeze(-1), (~statistics.dead).nonzero().squeeze(-1)
-    own, other = vectors(reading.model, both)[alive], vectors(second, both)[others]
+    own, other = vectors(opened.model, both)[alive], vectors(second, both)[others]
     pairs = match(own.flatten(1), other.flatten(1))
     names = ("match", "match_cosine", "match_kind", "match_frequency", "match_tokens")
     columns: dict[str, list[Any]] = {key: [None] * len(found.rows) for key in names}

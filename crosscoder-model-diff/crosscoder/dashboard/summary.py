@@ -33,7 +33,7 @@ ORDERS = {
 def summary_of(
     found: Findings, causal: Sequence[Mapping[str, Any]] = (), label_scores: Sequence[float | None] = ()
 ) -> Summary:
-    """Summary of an analysed dictionary; `causal` are the rows of its causal.csv (extra_readings.causal_rows), and
+    """Summary of an analysed dictionary; `causal` are the rows of its causal.csv (extra_analyses.causal_rows), and
     `label_scores` those of its latents."""
     changed = tables.most_changed(found.rows, N_CHANGED, found.config.min_frequency)
     shares = [row.completion_share for row in changed if row.completion_share is not None]

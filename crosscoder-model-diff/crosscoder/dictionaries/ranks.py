@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from finqa.runtime import parallel
-from finqa.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,6 @@ class Ranks:
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
         dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.world > 1:
-            import torch.distributed as dist
-
-            dist.barrier()
 
     def _note(self, tensor: Tensor) -> None:
         self.sent.update(bytes=tensor.nbytes, messages=1)
@@ -118,9 +110,3 @@ def ranks_from_environment(device: torch.device | str) -> Ranks:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=parallel.PATIENCE)
         atexit.register(dist.destroy_process_group)  # its threads, still there at the end, would abort the process
     return Ranks(dist.get_rank(), dist.get_world_size())
-
-
-def check_batch(batch_size: int, ranks: Ranks) -> None:
-    """UserError where a batch does not divide into equal shares."""
-    if batch_size % ranks.world:
-        raise UserError(f"a step of {batch_size} tokens does not divide among {ranks.world} processes: --step-tokens")

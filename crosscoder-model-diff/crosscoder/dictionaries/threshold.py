@@ -17,30 +17,23 @@ class RunningThreshold:
     def __init__(self, from_step: int, decay: float):
         self.from_step = from_step
         self.decay = decay
-        self._average: Tensor | None = None
+        self._average = torch.tensor(torch.inf)
 
     def update(self, step: int, smallest_score: Tensor) -> None:
         """Follow a training step, counted from 1; steps before `from_step`, and batches without a positive score,
         leave the average alone."""
-        if step < self.from_step:
-            return
-        if self._average is None:
-            self._average = smallest_score
-            return
-        smallest_score = torch.where(torch.isfinite(smallest_score), smallest_score, self._average)
-        self._average = torch.where(
-            torch.isfinite(self._average),
-            self.decay * self._average + (1 - self.decay) * smallest_score,
-            smallest_score,
-        )
+        if step >= self.from_step:
+            before = self._average.to(smallest_score.device)
+            score = torch.where(smallest_score.isfinite(), smallest_score, before)
+            self._average = torch.where(before.isfinite(), self.decay * before + (1 - self.decay) * score, score)
 
     @property
     def value(self) -> float | None:
-        return None if self._average is None or not torch.isfinite(self._average) else float(self._average)
+        return float(self._average) if self._average.isfinite() else None
 
     @value.setter
     def value(self, value: float | None) -> None:
-        self._average = None if value is None else torch.tensor(value, dtype=torch.float32)
+        self._average = torch.tensor(torch.inf if value is None else value)
 
 
 def calibrate(model: BatchTopKCrosscoder, store: ActivationStore, indices: Tensor, max_tokens: int, seed: int) -> None:

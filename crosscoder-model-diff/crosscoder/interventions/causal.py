@@ -36,7 +36,7 @@ from crosscoder.interventions.ranking import reading_of
 from crosscoder.interventions.sets import Addition, Whole, digest, weights_digest
 from finqa.runtime.errors import UserError
 from finqa.runtime.journal import KeyedJournal
-from finqa.runtime.time_left import Say, TimeLeft
+from finqa.runtime.progress import Progress, say
 
 
 class Cell(NamedTuple):
@@ -91,7 +91,7 @@ class _Part(NamedTuple):
 
 
 @torch.no_grad()
-def _measure_batch(pair: Pair, target: Target, batch: Batch, cells: Sequence[Cell], left: TimeLeft) -> _Part:
+def _measure_batch(pair: Pair, target: Target, batch: Batch, cells: Sequence[Cell], progress: Progress) -> _Part:
     """Nothing is brought to the CPU before the last cell, since a GPU would wait there for the next one."""
     halves = run_halves(pair, batch, [target.layer])
     reading = reading_of(halves, target)
@@ -104,7 +104,7 @@ def _measure_batch(pair: Pair, target: Target, batch: Batch, cells: Sequence[Cel
         logits = patched_logits(pair, halves, target, cell.direction, cell.carrier, value)
         found.append(agreement(logits, halves.reference, batch))
         squares.append(added.square().sum(dtype=torch.float64))
-        left.add(batch.ids.numel())
+        progress.advance(batch.ids.numel())
     divergence, exact = (torch.stack(each).tolist() for each in zip(*map(astuple, found), strict=True))
     rounded = [[float(f"{value:.9g}") for value in row] for row in divergence]
     whether = [[int(e) for e in row] for row in exact]
@@ -130,21 +130,21 @@ def measure(
     journal: KeyedJournal | None = None,
     experiment: str = "",
     batch_tokens: int | None = None,
-    say: Say = lambda line: None,
 ) -> list[Measured]:
     """Every cell over all documents. The lower halves run once for a batch, and a batch that is done in all cells is
-    written to the journal. `say` hears how long the others will take."""
+    written to the journal."""
     whole = list(batches(documents, pair.instruct.device, batch_tokens or batch_tokens_for(pair)))
     names = [cell_key(experiment, "teacher-forced", cell.label) for cell in cells]
     keys = [cell_key(experiment, "batch", {"documents": chosen.tolist()}) for chosen, _ in whole]
     found = {key: part for key in keys if journal and (part := _kept_part(journal.found.get(key), names))}
     work = sum(batch.ids.numel() for key, (_, batch) in zip(keys, whole, strict=True) if key not in found)
-    left = TimeLeft(f"{len(cells)} cells on {len(documents)} documents", work * len(cells), say)
+    progress = Progress(f"{len(cells)} cells on {len(documents)} documents, tokens", work * len(cells))
     for key, (_, batch) in zip(keys, whole, strict=True):
         if key not in found:
-            found[key] = _measure_batch(pair, target, batch, cells, left)
+            found[key] = _measure_batch(pair, target, batch, cells, progress)
             if journal:
                 journal.add(key, {"what": "batch", "cells": names, "part": found[key]._asdict()})
+    progress.close()
     place = torch.cat([chosen for chosen, _ in whole]).argsort()
     parts = [found[key] for key in keys]
     positions = max(1, sum(part.positions for part in parts))
@@ -178,9 +178,8 @@ def measure_missing(
     cells: Sequence[Cell],
     journal: KeyedJournal,
     experiment: str,
-    say: Say = lambda line: None,
 ) -> list[Measured]:
-    """Every cell, from the journal where it is there. `say` hears how long the others will take."""
+    """Every cell, from the journal where it is there."""
     keys = [cell_key(experiment, "teacher-forced", cell.label) for cell in cells]
     if len(set(keys)) < len(keys):
         raise UserError("two cells of a causal report are the same; name each set once")
@@ -188,7 +187,7 @@ def measure_missing(
     if 0 < len(missing) < len(cells):
         say(f"going on: {len(cells) - len(missing)} of {len(cells)} cells are there")
     new = [cells[i] for i in missing]
-    measured = measure(pair, target, documents, new, journal, experiment, say=say) if new else []
+    measured = measure(pair, target, documents, new, journal, experiment) if new else []
     for i, found in zip(missing, measured, strict=True):
         record = {**cells[i].label, **asdict(found), "exact": [int(e) for e in found.exact]}
         journal.add(keys[i], {"what": "teacher-forced", **record})

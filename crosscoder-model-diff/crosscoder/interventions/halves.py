@@ -20,11 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from crosscoder.activations.readers import Target, hidden_of, llama_layers, site_module
+from crosscoder.activations.readers import Edit, Target, edited, hidden_of, llama_layers, site_module
 from finqa.runtime.errors import UserError
-
-Edit = Callable[[Tensor], Tensor]
-"""[..., d_model] of a site to what it gives instead."""
 
 
 class Frame(NamedTuple):
@@ -156,10 +153,6 @@ class Pair(NamedTuple):
     instruct: Side
     fine_tuned: Side
 
-    @property
-    def depth(self) -> int:
-        return len(self.instruct.layers)
-
 
 def pair_of(instruct: Any, fine_tuned: Any = None) -> Pair:
     """A pair of two whole models, or of one with an adapter (a PeftModel). UserError where they cannot be paired."""
@@ -256,21 +249,6 @@ def after_patch(
     if ends is not None:
         return carrier.to_the_end(hidden, target.layer, frame, ends)
     return carrier.through(hidden, range(target.layer, len(carrier.layers)), frame)
-
-
-@contextlib.contextmanager
-def edited(module: nn.Module, edit: Edit) -> Iterator[None]:
-    """While open, what the module gives goes through `edit`."""
-
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        changed = edit(hidden_of(output))
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _kept(seen: dict[str, Tensor], name: str) -> Edit:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosscoder.activations.readers import Target, site_module
+from crosscoder.activations.readers import Edit, Target, edited, site_module
 from crosscoder.interventions.causal import Cell, patched_value
-from crosscoder.interventions.halves import Edit, Pair, Side, edited
+from crosscoder.interventions.halves import Pair, Side
 from crosscoder.interventions.patching import sides
 from crosscoder.interventions.sets import Reading
 from finqa.evaluation.engines.hugging_face_engine import hugging_face

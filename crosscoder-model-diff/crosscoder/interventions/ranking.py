@@ -5,8 +5,6 @@
                   positions that a patch changes, summed over documents. One backward pass a batch serves every latent
     exclusivity   1 - nu_err with the fine-tuned decoder vector as the probe; the latents whose slopes cannot be trusted
                   (analysis.latent_scaling) come after the others
-    delta         by decoder norms alone
-    injected      by the mean square that a latent adds; for a difference SAE, what it says there is
 
 Rank on other documents than those that the sets are scored on.
 """
@@ -24,9 +22,9 @@ from crosscoder.activations.readers import Target
 from crosscoder.analysis.latent_scaling import LatentScaling
 from crosscoder.dictionaries.model import BatchTopKCrosscoder, products_of
 from crosscoder.interventions.halves import Pair, after_patch
-from crosscoder.interventions.patching import BATCH_TOKENS, Halves, batches, run_halves
+from crosscoder.interventions.patching import Halves, batches, run_halves
 from crosscoder.interventions.sets import Reading, difference_parts
-from finqa.runtime.time_left import Say, TimeLeft
+from finqa.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -59,13 +57,8 @@ def survey(
     pair: Pair,
     documents: Sequence[Document],
     target: Target,
-    batch_tokens: int = BATCH_TOKENS,
-    say: Say = lambda line: None,
 ) -> Survey:
-    """One pass of both models over the documents, and one backward pass of the layers above the site.
-
-    `say` hears how long it will take.
-    """
+    """One pass of both models over the documents, and one backward pass of the layers above the site."""
     device, n_latents = pair.instruct.device, dictionary.config.n_latents
     firings, effect = (torch.zeros(n_latents, dtype=torch.float64, device=device) for _ in range(2))
     products = torch.zeros((), dtype=torch.float64, device=device)
@@ -74,8 +67,9 @@ def survey(
     moments = torch.zeros(width, width, dtype=torch.float64, device=device)
     vectors = difference_parts(dictionary)
     n_tokens = 0
-    left = TimeLeft(f"ranking latents on {len(documents)} documents", sum(len(d.ids) for d in documents), say)
-    for _, batch in batches(documents, device, batch_tokens):
+    total_ids = sum(len(document.ids) for document in documents)
+    progress = Progress(f"ranking latents on {len(documents)} documents, tokens", total_ids)
+    for _, batch in batches(documents, device):
         halves = run_halves(pair, batch, [target.layer])
         reading = reading_of(halves, target)
         f = reading.parts(dictionary).float()
@@ -87,7 +81,8 @@ def survey(
         difference = reading.difference.double()
         total += difference.sum(dim=0)
         moments += difference.T @ difference
-        left.add(int(batch.length.sum()))
+        progress.advance(int(batch.length.sum()))
+    progress.close()
     return Survey(
         n_tokens=n_tokens,
         frequency=(firings / n_tokens).cpu(),

@@ -157,9 +157,9 @@ class Components:
 
     reads = True
 
-    def __init__(self, basis: Tensor, kind: str = "components"):
+    def __init__(self, basis: Tensor):
         self.basis = basis
-        self.label = {"kind": kind, "n": len(basis), "digest": digest(basis)}
+        self.label = {"kind": "components", "n": len(basis), "digest": digest(basis)}
 
     def __call__(self, reading: Reading) -> Tensor:
         basis = self.basis.to(reading.pairs)

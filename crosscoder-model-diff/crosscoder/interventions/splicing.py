@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ from crosscoder.interventions.patching import BATCH_TOKENS, Batch, batches
 from crosscoder.interventions.sets import dictionary_digest, digest
 from finqa.runtime.errors import UserError
 from finqa.runtime.journal import KeyedJournal
-from finqa.runtime.time_left import Say, TimeLeft
+from finqa.runtime.progress import Progress
 
 Ablation = Literal["zero", "mean", "other"]
 ABLATIONS: tuple[Ablation, ...] = get_args(Ablation)
@@ -150,7 +150,6 @@ def splice_losses(
     means: Tensor,
     journal: KeyedJournal,
     batch_tokens: int = BATCH_TOKENS,
-    say: Say = lambda line: None,
 ) -> SpliceLosses:
     """Losses of both models on `texts`, under every condition.
 
@@ -160,7 +159,6 @@ def splice_losses(
         means: [2, d_model] for the mean ablation, raw (`mean_activations`).
         journal: Has the batches that are done already; those that are not are added.
         batch_tokens: Padded, of a batch.
-        say: Hears how long it will take.
     """
     sums = torch.zeros(2, len(texts), N_MODELS, len(CONDITIONS), len(TOKENS), dtype=torch.float64)
     counts = torch.zeros(len(texts), len(TOKENS), dtype=torch.int64)
@@ -168,16 +166,18 @@ def splice_losses(
     whole = list(batches(texts, pair.instruct.device, batch_tokens))
     keys = [cell_key(experiment, "spliced", {"documents": chosen.tolist()}) for chosen, _ in whole]
     missing = [batch for key, (_, batch) in zip(keys, whole, strict=True) if key not in journal.found]
-    left = TimeLeft(f"splicing into {len(texts)} documents", sum(batch.ids.numel() for batch in missing), say)
+    n_missing = sum(batch.ids.numel() for batch in missing)
+    progress = Progress(f"splicing into {len(texts)} documents, tokens", n_missing)
     for key, (chosen, batch) in zip(keys, whole, strict=True):
         if key not in journal.found:
             own_sums, own_counts = _losses_of_batch(model, pair, batch, target, means)
             journal.add(key, {"what": "spliced", "sums": own_sums.tolist(), "counts": own_counts.tolist()})
-            left.add(batch.ids.numel())
+            progress.advance(batch.ids.numel())
         found = journal.found[key]
         # The journal has null for what is not a number, as of a model that was not spliced.
         sums[:, chosen] = torch.from_numpy(np.array(found["sums"], dtype=np.float64))
         counts[chosen] = torch.tensor(found["counts"])
+    progress.close()
     return SpliceLosses(sums[0], sums[1], counts)
 
 
@@ -285,8 +285,3 @@ def _recovered(clean: Tensor, spliced: Tensor, ablated: Tensor) -> tuple[float, 
     share = torch.where(ablated != clean, (ablated - spliced) / (ablated - clean), torch.nan)
     low, high = torch.nanquantile(share[1:], torch.tensor(INTERVAL, dtype=share.dtype)).tolist()
     return float(share[0]), low, high
-
-
-def splice_rows(found: Iterable[LossRecovered]) -> list[dict[str, Any]]:
-    """A flat row each, to be written as CSV or JSON; what is not a number is None."""
-    return [{name: None if value != value else value for name, value in each._asdict().items()} for each in found]

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from crosscoder.names import CrosscoderChoice, choice_from_args
-from crosscoder.opening import ReadingConfig, add_reading_flags, open_reading_of
+from crosscoder.opening import AnalysisConfig, add_crosscoder_flags, open_crosscoder_of
 from finqa.chat.answer_journal import AnswerJournal
 from finqa.chat.asking import ask_all
 from finqa.chat.chat_request import shown
@@ -69,7 +69,7 @@ class LabelConfig:
 
 def parse_args() -> argparse.Namespace:
     parser = script_parser(__doc__)
-    add_reading_flags(parser)
+    add_crosscoder_flags(parser)
     add_flags(parser.add_argument_group("labels"), LabelConfig)
     add_flags(parser.add_argument_group("the model that is asked"), ChatConfig)
     return parser.parse_args()
@@ -89,10 +89,10 @@ def main() -> None:
         from crosscoder.label.passages import choose_passages
         from crosscoder.label.table import analysed_rows, label_table
 
-        reading = open_reading_of(args)
-        rows = analysed_rows(reading, choice.command("analyse.py", folders, *words))
-        chosen = most_changed(rows, config.latents, ReadingConfig.min_frequency)
-        passages = choose_passages(reading, chosen, config.explaining, config.scoring, config.seed)
+        opened = open_crosscoder_of(args)
+        rows = analysed_rows(opened, choice.command("analyse.py", folders, *words))
+        chosen = most_changed(rows, config.latents, AnalysisConfig.min_frequency)
+        passages = choose_passages(opened, chosen, config.explaining, config.scoring, config.seed)
         path = results / "labels.journal.jsonl"
         spending = spending_of(chat, [path])
         with nullcontext(AnswerJournal(path).read()) if config.dry_run else AnswerJournal(path) as journal:
@@ -102,7 +102,7 @@ def main() -> None:
                 return
             stopped = ask(namer, passages, spending)
             named = [namer.outcome(each) for each in passages]
-        label_table(reading, named, settings_of(choice, crosscoder, config, chat), **spending.facts())
+        label_table(opened, named, settings_of(choice, crosscoder, config, chat), **spending.facts())
     print(summary(named, passages), spending, sep="\n")
     print(f"{results / 'latents.csv'} has the labels; the dashboard shows them once it is built again:")
     print(choice.command("-m crosscoder.dashboard", folders, *words), flush=True)

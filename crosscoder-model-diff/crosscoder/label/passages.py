@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from crosscoder.analysis.tables import LatentRow
-    from crosscoder.opening import Reading
+    from crosscoder.opening import OpenedCrosscoder
 
 STRONG = 0.3
 """Share of a passage's largest activation, from which a token is marked in it; delphi's value."""
@@ -59,22 +59,22 @@ class Passages:
 
 
 def choose_passages(
-    reading: Reading, rows: Sequence[LatentRow], n_explaining: int, n_scoring: int, seed: int
+    opened: OpenedCrosscoder, rows: Sequence[LatentRow], n_explaining: int, n_scoring: int, seed: int
 ) -> list[Passages]:
     """The passages of the latents of `rows`, in their order; at most `n_scoring` of either sort for the score."""
-    store, n_latents = reading.store, reading.model.config.n_latents
+    store, n_latents = opened.store, opened.model.config.n_latents
     config = DashboardConfig(n_strongest=len(store.documents), n_per_band=0, n_fires_on=0)
-    maker = ExampleMaker(store, config, token_kinds(store, reading.tokenizer))
+    maker = ExampleMaker(store, config, token_kinds(store, opened.tokenizer))
     latents = torch.tensor([row.latent for row in rows], dtype=torch.int64)
     n_firings = torch.zeros(n_latents)
     n_firings[latents] = torch.tensor([row.frequency for row in rows]) * len(store)
-    passage = partial(_passage, maker, reading.tokenizer)
+    passage = partial(_passage, maker, opened.tokenizer)
     found: list[Passages] = []
     for group in groups_within(latents, n_firings, config.max_firings_held):
-        firings, _ = gather_firings(reading.model, store, group, torch.zeros(n_latents), n_bins=1)
-        for i, latent in enumerate(group.tolist()):
+        firings, _ = gather_firings(opened.model, store, group, torch.zeros(n_latents), n_bins=1)
+        for latent, columns in zip(group.tolist(), firings, strict=True):
             random = np.random.default_rng((seed, latent))
-            tokens, values = (column.numpy() for column in firings.of(i))
+            tokens, values = (column.numpy() for column in columns)
             examples = maker.examples(latent, tokens, values)
             ranked = list(examples.strongest if examples else ())
             if len(ranked) < 2 * FEWEST:

@@ -13,7 +13,7 @@ from finqa.runtime.manifest import write_manifest
 
 if TYPE_CHECKING:
     from crosscoder.label.naming import Named
-    from crosscoder.opening import Reading
+    from crosscoder.opening import OpenedCrosscoder
 
 FILE = "labels.json"
 COLUMNS = ("label", "label_score")
@@ -30,37 +30,37 @@ def mean_score(scores: Sequence[float]) -> tuple[float, float, float]:
     return float(table.mean()), low, high
 
 
-def analysed_rows(reading: Reading, analyse: str) -> list[LatentRow]:
+def analysed_rows(opened: OpenedCrosscoder, analyse: str) -> list[LatentRow]:
     """The rows of latents.csv; UserError where there is none of this dictionary, with the command that makes it."""
-    path, numbers = reading.results / "latents.csv", reading.results / "analysis.json"
+    path, numbers = opened.results / "latents.csv", opened.results / "analysis.json"
     if not path.exists() or not numbers.exists():
         raise UserError(f"{path} is missing; make it with: {analyse}")
-    if not reading.made(json.loads(numbers.read_text()).get("made_of", {})):
+    if not opened.made(json.loads(numbers.read_text()).get("made_of", {})):
         raise UserError(
             f"{path} is of another dictionary than the one that is there now; make it again with: {analyse}"
         )
     return read_latent_table(path)
 
 
-def label_table(reading: Reading, named: Sequence[Named], config: Any, **facts: Any) -> None:
+def label_table(opened: OpenedCrosscoder, named: Sequence[Named], config: Any, **facts: Any) -> None:
     """Write labels.json, a manifest that holds every latent that was asked about, and its labels into latents.csv.
 
     Both hold the labels of this run alone.
     """
     labels = [vars(each) for each in named]
-    write_manifest(reading.results / FILE, config, **facts, **reading.made_of, labels=labels)
-    path = reading.results / "latents.csv"
+    write_manifest(opened.results / FILE, config, **facts, **opened.made_of, labels=labels)
+    path = opened.results / "latents.csv"
     with path.open(newline="") as file:
         rows = [{name: row[name] for name in row if name not in COLUMNS} for row in csv.DictReader(file)]
-    kept = kept_labels(reading)
+    kept = kept_labels(opened)
     write_csv(path, [row | kept.get(int(row["latent"]), {}) for row in rows], list(rows[0]))
 
 
-def kept_labels(reading: Reading) -> dict[int, dict[str, Any]]:
+def kept_labels(opened: OpenedCrosscoder) -> dict[int, dict[str, Any]]:
     """The columns of the latents that have a label; labels.json of another dictionary is deleted."""
-    path = reading.results / FILE
+    path = opened.results / FILE
     found = json.loads(path.read_text()) if path.exists() else {}
-    if not reading.made(found):
+    if not opened.made(found):
         path.unlink(missing_ok=True)
         return {}
     return {row["latent"]: {name: row[name] for name in COLUMNS} for row in found["labels"] if row["label"]}

@@ -9,7 +9,7 @@ from crosscoder.dictionaries.config import READ_TOKENS, CrosscoderConfig, Traini
 from finqa.runtime.errors import UserError
 from finqa.runtime.memory.free import free_memory
 from finqa.runtime.memory.needs import Need
-from finqa.runtime.memory.plan import USABLE, amount, print_need
+from finqa.runtime.memory.plan import USABLE, amount, check_fits
 
 if TYPE_CHECKING:
     import torch
@@ -58,12 +58,8 @@ def plan_training(
     on_gpu = kind.startswith("cuda")
     memory = free_memory("cpu") / processes
     there = free_memory(kind) if on_gpu else memory
-    print_need("training", need, there, kind if on_gpu else "cpu")
-    if need.total > USABLE * there:
-        raise UserError(
-            f"training needs {amount(need.total)} of memory and {amount(there)} are free; what helps: a smaller "
-            "--latents or --step-tokens" + (", or --device cpu" if on_gpu else "")
-        )
+    remedy = "what helps: a smaller --latents or --step-tokens" + (", or --device cpu" if on_gpu else "")
+    check_fits("training", need, there, kind if on_gpu else "cpu", remedy, USABLE)
     left: dict[Place, float] = {"gpu": USABLE * there - need.total} if on_gpu else {}
     left["memory"] = USABLE * memory - (0 if on_gpu else need.total)
     chosen: Place = place

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from crosscoder.dictionaries.config import TrainingConfig
+from crosscoder.dictionaries.losses import Weights, objective
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
-from crosscoder.dictionaries.objective import Weights, objective
 from crosscoder.dictionaries.ranks import ALONE, Ranks
 
 StepKind = Literal["auto", "autograd", "by-hand"]
@@ -41,21 +41,8 @@ class Step(NamedTuple):
     """[batch, 2, d_model]: their reconstruction less `x`."""
 
 
-class TakeStep(Protocol):
-    """Takes one step of the model and the optimiser that it was made for."""
-
-    def __call__(self, raw: Tensor, learning_rate: float, weights: Weights, dead: Tensor) -> Step:
-        """On [batch, 2, d_model] activations as the models gave them; `dead` is the [latent] mask of the auxiliary
-        loss."""
-        ...
-
-    def refresh(self) -> None:
-        """To be called after weights were changed from outside."""
-        ...
-
-
 class AutogradStep:
-    """The loss of objective.py, its gradients by autograd, the optimiser as it is.
+    """The loss of losses.py, its gradients by autograd, the optimiser as it is.
 
     With several processes a gradient is on its way to the others while the next one is computed.
     """
@@ -74,6 +61,8 @@ class AutogradStep:
                 parameter.register_post_accumulate_grad_hook(self._send)
 
     def __call__(self, raw: Tensor, learning_rate: float, weights: Weights, dead: Tensor) -> Step:
+        """Take one step on [batch, 2, d_model] activations as the models gave them; `dead` is the [latent] mask of the
+        auxiliary loss."""
         x = self.model.scale(raw)
         with self._products(raw.device):
             terms = objective(self.model, x, self.config, weights, dead, self.ranks)
@@ -118,7 +107,7 @@ class AutogradStep:
         return summed[:5] / self.ranks.world, summed[6:].view_as(alive) > 0, summed[5]
 
     def refresh(self) -> None:
-        """The optimiser and the model are all there is."""
+        """To be called after weights were changed from outside; here the model is all there is."""
 
     def _products(self, device: torch.device) -> AbstractContextManager[Any]:
         if product_dtype(self.config, device) == torch.bfloat16:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 
 from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.dictionaries.ranks import ALONE, Ranks
-from crosscoder.training.step import AutogradStep, StepKind, TakeStep, product_dtype
+from crosscoder.training.step import AutogradStep, StepKind, product_dtype
 from finqa.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from crosscoder.training.gpu.step import GpuStep
 
 
 def not_by_hand(
@@ -35,7 +39,7 @@ def new_step(
     optimizer: torch.optim.Optimizer,
     config: TrainingConfig,
     ranks: Ranks = ALONE,
-) -> TakeStep:
+) -> AutogradStep | GpuStep:
     """The step of a model whose parameters and optimiser state are those to go on from.
 
     Raises UserError where `by-hand` is asked for and the settings have no such step.

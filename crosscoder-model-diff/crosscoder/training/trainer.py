@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosscoder.activations.feed import Feed, ShuffledOrder
+from crosscoder.activations.feed import ShuffledOrder, feed
 from crosscoder.activations.store import ActivationStore, Split
 from crosscoder.dictionaries import checkpoint, losses
 from crosscoder.dictionaries.config import N_MODELS, TrainingConfig, check_together
+from crosscoder.dictionaries.losses import Weights
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
-from crosscoder.dictionaries.objective import Weights
-from crosscoder.dictionaries.ranks import ALONE, Ranks, check_batch
+from crosscoder.dictionaries.ranks import ALONE, Ranks
 from crosscoder.dictionaries.scaling import equal_difference_weight, fit_scaling, sample_of
 from crosscoder.dictionaries.threshold import RunningThreshold, calibrate
 from crosscoder.training import schedule
-from crosscoder.training.liveness import Liveness, draw_anew
+from crosscoder.training.dead_latents import DeadLatents, resample_latents
 from crosscoder.training.run_log import StepRecord
-from crosscoder.training.step import Step, StepKind, TakeStep
+from crosscoder.training.step import Step, StepKind
 from crosscoder.training.step_choice import new_step
 from finqa.runtime import parallel
 from finqa.runtime.errors import UserError
@@ -53,7 +54,10 @@ class Trainer:
         """`folder` gets the training state while it runs and the checkpoint at the end. The model is moved to
         `device` and given its activation scales. Of several `ranks` the first alone logs and writes."""
         check_together(model.config, config)
-        check_batch(config.batch_size, ranks)
+        if config.batch_size % ranks.world:
+            raise UserError(
+                f"a step of {config.batch_size} tokens does not divide among {ranks.world} processes: --step-tokens"
+            )
         self.device = torch.device(device)
         self.model = model.to(self.device)
         self.model.W_dec.requires_grad_(not config.freeze_decoder)
@@ -74,7 +78,7 @@ class Trainer:
         self.order = ShuffledOrder(self.split.train, config.batch_size, config.seed)
         self.steps_a_stage = config.total_steps(n_tokens)
         self.total_steps = len(model.stages) * self.steps_a_stage
-        self.liveness = Liveness(model.config.n_latents, config.dead_window(n_tokens), self.device)
+        self.dead_latents = DeadLatents(model.config.n_latents, config.dead_window(n_tokens), self.device)
         self.threshold = RunningThreshold(config.threshold_from_step, config.threshold_decay)
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=config.learning_rate, betas=config.betas, fused=True
@@ -84,7 +88,6 @@ class Trainer:
         self.first_reconstruction = torch.tensor(torch.inf, device=self.device)
         self._failed_step = torch.zeros((), dtype=torch.int64, device=self.device)
         self._step_kind: StepKind = step
-        self._take_step: TakeStep
 
     def fit(self) -> BatchTopKCrosscoder:
         """Train to the end, set the threshold, write the checkpoint; returns the model. Of several processes only the
@@ -120,10 +123,10 @@ class Trainer:
         # Only now: a step by hand holds copies of the weights, and the optimiser's moments.
         self._take_step = new_step(self._step_kind, self.model, self.optimizer, self.config, self.ranks)
 
-    def batches(self) -> Feed:
+    def batches(self) -> AbstractContextManager[Iterator[tuple[Tensor, Tensor]]]:
         """This process's rows of the steps that are left, read ahead; a context manager."""
         left = range(self.steps_done, self.total_steps)
-        return self.store.feed((self.ranks.rows(self.order.batch(step)) for step in left), self.device)
+        return feed(self.store.read, (self.ranks.rows(self.order.batch(step)) for step in left), self.device)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step counted from 0."""
@@ -149,8 +152,8 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             tensors |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
         tensors |= {
-            "since_selected": self.liveness.since_selected,
-            "since_positive": self.liveness.since_positive,
+            "since_selected": self.dead_latents.since_selected,
+            "since_positive": self.dead_latents.since_positive,
             "generator": self.generator.get_state(),
             "first_reconstruction": self.first_reconstruction,
         }
@@ -179,8 +182,8 @@ class Trainer:
                 for key, value in tensors.items()
                 if key.startswith(prefix)
             }
-        self.liveness.since_selected = tensors["since_selected"].to(self.device)
-        self.liveness.since_positive = tensors["since_positive"].to(self.device)
+        self.dead_latents.since_selected = tensors["since_selected"].to(self.device)
+        self.dead_latents.since_positive = tensors["since_positive"].to(self.device)
         self.first_reconstruction = tensors["first_reconstruction"].to(self.device)
         self.generator.set_state(tensors["generator"].to(torch.uint8))
         self.steps_done, self.stages_done = progress["steps_done"], progress.get("stages_done", 0)
@@ -210,11 +213,11 @@ class Trainer:
         if self.steps_done == (self.stages_done + 1) * self.steps_a_stage:
             self._next_stage()
         rate = self.learning_rate(self.steps_done)
-        step = self._take_step(raw, rate, self.weights(self.steps_done), self.liveness.dead)
+        step = self._take_step(raw, rate, self.weights(self.steps_done), self.dead_latents.dead)
         self.steps_done += 1
         self._watch(step)
         self.threshold.update(self.steps_done, step.smallest_score)
-        self._update_liveness(step)
+        self._resample_dead(step)
         if self.steps_done % self.log_every == 0 or self.steps_done in (1, self.total_steps):
             self._log(step)
 
@@ -223,7 +226,7 @@ class Trainer:
         self.stages_done += 1
         self.model.enter_stage(self.model.stages[self.stages_done])
         self.optimizer.state.clear()
-        self.liveness.reset(torch.ones_like(self.liveness.dead))
+        self.dead_latents.reset(torch.ones_like(self.dead_latents.dead))
         self.threshold.value = None
 
     def _watch(self, step: Step) -> None:
@@ -241,17 +244,17 @@ class Trainer:
             last = f"the last good state is {state}" if state.exists() else "no state was saved before it"
             raise UserError(f"the loss diverged or was no number at step {failed}; {last}; try a lower learning rate")
 
-    def _update_liveness(self, step: Step) -> None:
-        self.liveness.update(step.positive, step.selected, self.config.batch_size)
-        every = max(1, self.liveness.window // self.config.batch_size)
+    def _resample_dead(self, step: Step) -> None:
+        self.dead_latents.update(step.positive, step.selected, self.config.batch_size)
+        every = max(1, self.dead_latents.window // self.config.batch_size)
         in_first = self.steps_done < (1 - self.config.decay_fraction) * self.steps_a_stage
-        # In a later stage what is drawn anew would have nothing to do with what it was before.
+        # In a later stage what is resampled would have nothing to do with what it was before.
         if self.config.draw_anew and self.steps_done % every == 0 and in_first:
-            lost = self.liveness.never_positive
+            lost = self.dead_latents.never_positive
             mean_x = self.ranks.mean(step.x.float().mean(dim=0))
-            n_drawn = draw_anew(self.model, self.optimizer, lost, mean_x, self.config, self.generator)
+            n_drawn = resample_latents(self.model, self.optimizer, lost, mean_x, self.config, self.generator)
             self.drawn_anew += n_drawn
-            self.liveness.reset(lost)
+            self.dead_latents.reset(lost)
             if n_drawn:
                 self._take_step.refresh()
 
@@ -279,8 +282,8 @@ class Trainer:
                 auxiliary=auxiliary,
                 explained_variance=tuple(explained.tolist()),
                 explained_variance_published=tuple(published.tolist()),
-                dead_share=float(self.liveness.dead.float().mean()),
-                never_positive_share=float(self.liveness.never_positive.float().mean()),
+                dead_share=float(self.dead_latents.dead.float().mean()),
+                never_positive_share=float(self.dead_latents.never_positive.float().mean()),
                 drawn_anew=self.drawn_anew,
                 threshold=self.threshold.value,
                 gradient_norm=step.gradient_norm.item(),

@@ -1,8 +1,7 @@
-"""What is free now, and what this process uses: bytes of memory, of a GPU or of the machine, and of disk."""
+"""What is free now, and what this process uses: bytes of memory, of a GPU or of the machine."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -37,9 +36,3 @@ def memory_used() -> int:
     import psutil
 
     return psutil.Process().memory_info().rss
-
-
-def free_disk(folder: Path) -> int:
-    """Bytes that are free where a folder is, or will be."""
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    return shutil.disk_usage(existing).free

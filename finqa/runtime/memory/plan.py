@@ -5,6 +5,7 @@ A stage that cannot fit stops here, with one line that names the flag that helps
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from finqa.runtime import parallel
 from finqa.runtime.errors import UserError
-from finqa.runtime.memory.free import free_disk, free_memory
+from finqa.runtime.memory.free import free_memory
 from finqa.runtime.memory.needs import (
     GB,
     MERGED_FILE_GB,
@@ -27,7 +28,7 @@ from finqa.runtime.memory.needs import (
     training_need,
 )
 from finqa.training import packing
-from finqa.training.trainable import Speed, no_such_layers, seconds_of_compiling
+from finqa.training.trainable import Speed, seconds_of_compiling
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,7 +82,10 @@ def plan_training(
     config = read_config(run.model, run.revision)
     model = sizes(config, settings.lora_modules if run.peft else (), settings.lora_r)
     if run.peft and model.missing:
-        raise no_such_layers(run, model.missing, model.linear)
+        raise UserError(
+            f"{run.model} has no layers called {', '.join(model.missing)}; name its own with --lora-modules: "
+            f"{', '.join(model.linear)}"
+        )
     on_gpu, processes = device != "cpu", parallel.world_size()
     packed = on_gpu and speed.packed and config.model_type in packing.FAMILIES
     load = Load.of(rows, settings.batch_size, settings.num_epochs, seed, packed)
@@ -158,15 +162,9 @@ def plan_evaluation(run: StudentRun, config: GenerationConfig) -> None:
     there = free_memory(device)
     if config.vllm and device != "cpu":
         there = min(there, config.gpu_memory_utilization * there * config.tensor_parallel)
-    print_need("evaluation", need, there, device)
-    if need.total > there:
-        flags = (["--gpu-memory-utilization", "--tensor-parallel"] if config.vllm else ["a smaller -EBS"]) + (
-            [] if run.load_in_4bit else ["-F"]
-        )
-        remedy = ", ".join([*flags, "a smaller --max-model-len"])
-        raise UserError(
-            f"evaluation needs {amount(need.total)} of memory and {amount(there)} are free; what helps: {remedy}"
-        )
+    helps = ["--gpu-memory-utilization", "--tensor-parallel"] if config.vllm else ["a smaller -EBS"]
+    helps += [*([] if run.load_in_4bit else ["-F"]), "a smaller --max-model-len"]
+    check_fits("evaluation", need, there, device, f"what helps: {', '.join(helps)}")
 
 
 def plan_merging(base: Path, adapter: Path, folder: Path) -> None:
@@ -187,10 +185,7 @@ def plan_merging(base: Path, adapter: Path, folder: Path) -> None:
             ("workspace", WORKSPACE, "a matrix in fp32"),
         )
     )
-    there = free_memory("cpu")
-    print_need("merging", need, there, "cpu")
-    if need.total > there:
-        raise UserError(f"merging needs {amount(need.total)} of the machine's memory and {amount(there)} are free")
+    check_fits("merging", need, free_memory("cpu"), "cpu", "merge on a machine that has more")
     check_disk(folder, weights, "the merged model", "make room there")
 
 
@@ -202,6 +197,14 @@ def print_need(stage: str, need: Need, there: float, device: str) -> None:
         print(f"  {name:<23}{amount(size):>9}  {why}".rstrip(), flush=True)
 
 
+def check_fits(stage: str, need: Need, there: float, device: str, remedy: str, usable: float = 1.0) -> None:
+    """Print what a stage needs and what is free; UserError, which ends with `remedy`, where it takes more than the
+    share `usable` of that."""
+    print_need(stage, need, there, device)
+    if need.total > usable * there:
+        raise UserError(f"{stage} needs {amount(need.total)} of memory and {amount(there)} are free; {remedy}")
+
+
 def amount(size: float) -> str:
     """Bytes in GB or, below one, in MB."""
     return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.0f} MB"
@@ -209,7 +212,8 @@ def amount(size: float) -> str:
 
 def check_disk(folder: Path, need: float, what: str, remedy: str) -> None:
     """Print what a stage writes and what is free; UserError, which ends with `remedy`, where that is too little."""
-    free = free_disk(folder)
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     print(f"  {'disk':<23}{amount(need):>9}  {what}; {amount(free)} are free", flush=True)
     if need > free:
         raise UserError(f"{folder} needs {amount(need)} of disk and {amount(free)} are free; {remedy}")

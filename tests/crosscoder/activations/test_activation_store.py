@@ -13,9 +13,9 @@ import torch
 from made_up_activations import D_MODEL, DOCUMENT_TOKENS, N_DOCUMENTS, planted_activations, write_store
 from safetensors.torch import load_file
 
-from crosscoder.activations.feed import Feed
+from crosscoder.activations.feed import ShuffledOrder, feed
 from crosscoder.activations.recorded_inputs import is_collected
-from crosscoder.activations.store import ActivationStore, Place, ShuffledOrder
+from crosscoder.activations.store import ActivationStore, Place
 from crosscoder.activations.writer import SetWriter
 from finqa.runtime.errors import UserError
 
@@ -41,14 +41,14 @@ def test_memory_mapped_shards_read_the_same_as_memory(store):
 def test_a_set_is_held_where_it_takes_at_most_half_of_what_is_free_and_else_left_on_disk(store, monkeypatch):
     size = 2 * 2 * D_MODEL * len(store)
     monkeypatch.setattr("crosscoder.activations.store.free_memory", lambda device: 2 * size)
-    assert ActivationStore(store.folder).in_memory
+    assert ActivationStore(store.folder).place == "memory"
     monkeypatch.setattr("crosscoder.activations.store.free_memory", lambda device: 2 * size - 1)
-    assert not ActivationStore(store.folder).in_memory
+    assert ActivationStore(store.folder).place == "disk"
     held = ActivationStore(store.folder, place="memory")
-    assert held.in_memory
+    assert held.place == "memory"
     before = held.read(torch.arange(900))
     held.move("disk")
-    assert not held.in_memory
+    assert held.place == "disk"
     assert torch.equal(held.read(torch.arange(900)), before)
 
 
@@ -65,7 +65,7 @@ def test_a_gpu_reads_the_same(store):
     held = ActivationStore(store.folder, device="cuda")
     assert held.place == "gpu"
     for on_gpu in (held, store):
-        with on_gpu.feed(map(order.batch, range(40)), "cuda") as batches:
+        with feed(on_gpu.read, map(order.batch, range(40)), "cuda") as batches:
             for indices, activations in batches:
                 assert activations.is_cuda
                 assert torch.equal(activations.cpu(), store.read(indices))
@@ -253,7 +253,7 @@ def test_reading_ahead_gives_the_batches_of_the_order_from_any_step_on(store, pl
     order = ShuffledOrder(store.split(0.2, 0).train, batch_size=96, seed=5)
     here = ActivationStore(store.folder, place=place)
     for first in (0, 7, 30):
-        with here.feed(map(order.batch, range(first, 40))) as batches:
+        with feed(here.read, map(order.batch, range(first, 40))) as batches:
             fed = list(batches)
         assert len(fed) == 40 - first
         for step, (indices, activations) in enumerate(fed, first):
@@ -262,19 +262,19 @@ def test_reading_ahead_gives_the_batches_of_the_order_from_any_step_on(store, pl
 
 
 def feeding_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "activation feed"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("activation feed")]
 
 
 def test_no_thread_is_left_when_reading_ends_early_or_late(store):
     order = ShuffledOrder(torch.arange(len(store)), 50, seed=1)
-    with store.feed(map(order.batch, range(100))) as batches:
+    with feed(store.read, map(order.batch, range(100))) as batches:
         next(batches)
         assert len(feeding_threads()) == 1
     assert not feeding_threads()
     assert next(batches, None) is None
-    with store.feed(map(order.batch, range(3))) as batches:
+    with feed(store.read, map(order.batch, range(3))) as batches:
         assert len(list(batches)) == 3
-    with pytest.raises(KeyError), store.feed(map(order.batch, range(100))) as batches:
+    with pytest.raises(KeyError), feed(store.read, map(order.batch, range(100))) as batches:
         raise KeyError
     assert not feeding_threads()
 
@@ -290,19 +290,19 @@ def test_only_so_many_batches_are_read_ahead(store):
                 asked.set()
             yield torch.arange(step, step + 2)
 
-    with Feed(store.read, batches()) as feed:
+    with feed(store.read, batches()) as ahead:
         for _ in range(3):
-            next(feed)
+            next(ahead)
         assert asked.wait(10)
         assert len(read) == 5
 
 
 def test_what_goes_wrong_while_reading_ahead_is_raised_where_the_batch_is_asked_for(store):
-    with Feed(store.read, iter([torch.tensor([3]), torch.tensor([len(store)]), torch.tensor([4])])) as feed:
-        assert next(feed)[0].item() == 3
+    with feed(store.read, iter([torch.tensor([3]), torch.tensor([len(store)]), torch.tensor([4])])) as ahead:
+        assert next(ahead)[0].item() == 3
         with pytest.raises(IndexError):
-            next(feed)
-        assert next(feed, None) is None
+            next(ahead)
+        assert next(ahead, None) is None
 
 
 def test_completion_tokens_are_those_after_the_prompt(store):

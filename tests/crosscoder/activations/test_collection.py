@@ -25,12 +25,13 @@ from crosscoder.activations.collection import (
     token_table,
 )
 from crosscoder.activations.readers import Read, Target, adapter_readers
-from crosscoder.activations.recording_plan import check_memory, recording_need
+from crosscoder.activations.recording_plan import recording_need
 from crosscoder.activations.store import ActivationStore
 from crosscoder.activations.writer import SetWriter
 from finqa.models import students
 from finqa.runtime.errors import REMEDIES, UserError
 from finqa.runtime.memory.needs import read_config, sizes
+from finqa.runtime.memory.plan import check_fits
 from finqa.runtime.paths import Folders
 
 MLP_2 = Target(2, "mlp")
@@ -270,15 +271,14 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(adapted,
     assert all(writer.has(shard.number) for shard in shards)
 
 
-def test_models_that_cannot_fit_are_refused_before_they_are_loaded(tiny_student, capsys, monkeypatch):
+def test_models_that_cannot_fit_are_refused_before_they_are_loaded(tiny_student, capsys):
     model = sizes(read_config(str(tiny_student)))
     small, large = (recording_need(model, 1e6, False, 4, tokens, n_sets=1) for tokens in (4096, 8192))
     assert 4 * model.parameters + 1e6 < small.total < large.total < 2 * small.total
-    monkeypatch.setattr("crosscoder.activations.recording_plan.free_memory", lambda device: small.total)
-    check_memory(small, "cpu")
+    check_fits("collecting activations", small, small.total, "cpu", "give less")
     assert "plan: collecting activations needs" in capsys.readouterr().out
-    with pytest.raises(UserError, match="what helps: a smaller --batch-tokens"):
-        check_memory(large, "cpu")
+    with pytest.raises(UserError, match=r"collecting activations needs .* of memory and .* are free; give less"):
+        check_fits("collecting activations", large, small.total, "cpu", "give less")
     assert recording_need(model, 1e6, True, 4, 4096, n_sets=1).total < small.total
 
 

@@ -37,9 +37,9 @@ from crosscoder.dictionaries.checkpoint import load_dictionary, save_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig
 from crosscoder.dictionaries.methods import StagewiseSAE, new_dictionary
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
-from crosscoder.extra_readings import load_pair, open_second
+from crosscoder.extra_analyses import load_pair, open_second
 from crosscoder.names import ActivationChoice, crosscoder_folder, name_of_method
-from crosscoder.opening import ReadingConfig, open_reading
+from crosscoder.opening import AnalysisConfig, open_crosscoder
 from crosscoder.results import write_page
 from finqa.models import students
 from finqa.runtime.errors import UserError
@@ -243,7 +243,7 @@ def test_the_first_screen_of_the_dashboard_says_what_the_tables_say(analysed, ch
 def test_the_dashboard_has_the_labels_of_latents_csv_unless_it_is_of_another_dictionary(made, analysed, tmp_path):
     words = [*made.words()[:-3], str(tmp_path), "--method", "batchtopk"]
     folder = shutil.copytree(analysed("batchtopk"), tmp_path / made.name("batchtopk"))
-    found = find(open_reading(words))
+    found = find(open_crosscoder(words))
     labelled = [
         row | {"label": f"label {row['latent']}", "label_score": "0.75"} for row in table(folder / "latents.csv")
     ]
@@ -476,10 +476,10 @@ def test_a_killed_run_has_all_that_is_cheap_and_goes_on_to_the_report_of_an_unin
 ):
     made = with_adapter
     whole, killed = (tmp_path / name / made.name("batchtopk") for name in ("whole", "killed"))
-    monkeypatch.setattr("finqa.runtime.time_left.FIRST_S", 0)
+    monkeypatch.setattr("finqa.runtime.progress.PLAIN_EVERY_S", 0)
     assert run_here(*made.words(), "--results-dir", whole.parent, *EXTRAS) == 0
     n_cells = len((whole / "causal" / "cells.jsonl").read_text().splitlines()) - 1  # and one batch
-    assert re.search(rf"\n[\d:]{{8}} about \d+ seconds? for {n_cells} cells on 1 documents\n", capsys.readouterr().out)
+    assert re.search(rf"\n[\d:]{{8}} {n_cells} cells on 1 documents, tokens: .* s left\n", capsys.readouterr().err)
     words = [*made.words(), "--results-dir", killed.parent, *EXTRAS]
 
     def lines(name: str) -> int:
@@ -495,7 +495,7 @@ def test_a_killed_run_has_all_that_is_cheap_and_goes_on_to_the_report_of_an_unin
     (survey,) = (killed / "causal").glob("survey-*.safetensors")
     surveyed = survey.stat().st_mtime_ns
     assert run_here(*words) == 0
-    assert "cells on 1 documents" not in capsys.readouterr().out
+    assert "cells on 1 documents" not in capsys.readouterr().err
     assert survey.stat().st_mtime_ns == surveyed
     assert len(KeyedJournal(killed / "causal" / "cells.jsonl").read().found) == n_cells + 1
     for name in ("analysis.json", "causal/causal.json", "causal.csv", "splicing.csv", "causal.svg"):
@@ -542,7 +542,7 @@ def test_sets_of_latents_are_patched_into_the_models(with_adapter, method, tmp_p
 
 
 def test_a_dictionary_of_another_kind_or_of_other_activations_is_no_second_seed(made, tmp_path: Path):
-    reading = open_reading(made.words())
+    reading = open_crosscoder(made.words())
     with pytest.raises(UserError, match="is a partition of width 64, and cannot be matched with a batchtopk"):
         open_second(reading, made.checkpoint("partition"))
     save_dictionary(dictionary("batchtopk"), tmp_path / "other", activations={"fingerprint": "another set"})
@@ -553,7 +553,7 @@ def test_a_dictionary_of_another_kind_or_of_other_activations_is_no_second_seed(
 
 
 def test_a_fine_tune_that_changed_since_its_activations_were_recorded_is_not_spliced(with_adapter):
-    reading = open_reading(with_adapter.words())
+    reading = open_crosscoder(with_adapter.words())
     reading.store.config.recorded["fine_tuned_hash"] = "of another one"
     with pytest.raises(UserError, match=r"has changed since the activations were recorded"):
         load_pair(reading.store, with_adapter.choice, with_adapter.folders)
@@ -612,4 +612,4 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_read(flags, 
 
 def test_a_reading_config_checks_itself():
     with pytest.raises(UserError, match="--min-frequency must be at least 0 and below 1"):
-        ReadingConfig(min_frequency=-0.1)
+        AnalysisConfig(min_frequency=-0.1)

@@ -12,7 +12,7 @@ import torch
 from made_up_activations import D_MODEL
 
 from crosscoder.activations.layout import KINDS, TEMPLATE, token_texts
-from crosscoder.analysis import figure_data, figures, latent_figures, tables
+from crosscoder.analysis import figure_data, figures, tables
 from crosscoder.analysis import measures as analysis
 from crosscoder.analysis.latent_scaling import LatentScaling
 from crosscoder.analysis.lens import Unembedding, promoted_tokens, read_unembedding
@@ -276,7 +276,7 @@ def texts_of(axes: Any) -> list[str]:
 
 
 def test_the_norm_figure_counts_each_class(model):
-    (axes,) = latent_figures.relative_norm_figure(analysis.decoder_norms(model)).axes
+    (axes,) = figures.relative_norm_figure(analysis.decoder_norms(model)).axes
     assert texts_of(axes) == ["instruct only 0", "between 0", "shared 7", "between 0", "fine-tuned only 1"]
     drawn = next(patch for patch in axes.patches if hasattr(patch, "get_data"))
     assert drawn.get_data().values.tolist() == figure_data.relative_norms(analysis.decoder_norms(model)).counts
@@ -285,7 +285,7 @@ def test_the_norm_figure_counts_each_class(model):
 def test_the_cosine_figure_has_a_point_for_every_latent_that_has_a_cosine(model):
     model.W_dec.data[2, 0] = 0
     norms, cosines = analysis.decoder_norms(model), analysis.decoder_cosines(model)
-    figure = latent_figures.cosine_figure(cosines, norms)
+    figure = figures.cosine_figure(cosines, norms)
     (axes,) = figure.axes
     points = [tuple(point) for scatter in axes.collections for point in scatter.get_offsets().tolist()]
     relative = analysis.relative_decoder_norm(norms)
@@ -299,7 +299,7 @@ def test_the_cosine_figure_has_a_point_for_every_latent_that_has_a_cosine(model)
 def test_the_scaling_figure_draws_the_points_and_says_what_it_leaves_out():
     scaling = scaling_of((100, 1.0, 0.1, 0.3), (100, 1.0, 0.9, 1.1), (3, 1.0, 1.0, 1.0))
     kinds: list[analysis.LatentClass] = ["fine-tuned-only", "shared", "shared"]
-    figure = latent_figures.latent_scaling_figure(scaling, kinds, torch.zeros(3, dtype=torch.bool))
+    figure = figures.latent_scaling_figure(scaling, kinds, torch.zeros(3, dtype=torch.bool))
     (axes,) = figure.axes
     points = [point for scatter in axes.collections for point in scatter.get_offsets().tolist()]
     assert sorted(points) == [pytest.approx([0.1, 0.3]), pytest.approx([0.9, 1.1])]
@@ -314,7 +314,7 @@ def test_a_large_scatter_is_an_image_within_the_svg(tmp_path: Path):
     sizes = {}
     for n in (100, 20_000):
         generator = torch.Generator().manual_seed(0)
-        figure = latent_figures.cosine_figure(torch.rand(n, generator=generator), torch.ones(n, 2))
+        figure = figures.cosine_figure(torch.rand(n, generator=generator), torch.ones(n, 2))
         _, svg = figures.save_figure(figure, tmp_path / str(n))
         sizes[n] = svg.stat().st_size, "<image" in svg.read_text()
     assert [embedded for _, embedded in sizes.values()] == [False, True]
@@ -323,7 +323,7 @@ def test_a_large_scatter_is_an_image_within_the_svg(tmp_path: Path):
 
 def test_the_frequency_figure_says_how_many_latents_are_dead():
     shown = figure_data.frequencies(torch.tensor([0.5, 0.0, 0.25]), 100)
-    (axes,) = latent_figures.frequency_figure(shown, 1, 100).axes
+    (axes,) = figures.frequency_figure(shown, 1, 100).axes
     assert axes.get_title(loc="left") == "100 tokens; 1 latents are active on none"
     assert sum(axes.patches[0].get_data().values) == 2
 
@@ -338,7 +338,7 @@ def test_the_bars_are_the_explained_variances():
 def kind_explained(kind: str, *explained: float | None) -> KindExplained:
     instruct, fine_tuned, difference = explained
     of = analysis.ExplainedVariance(instruct, fine_tuned, instruct, difference or 0.0, 5.0, 1234)
-    return KindExplained(kind, 1234, 5.0, of, of, 0.5, 0.5)
+    return KindExplained(kind, of, of, 0.5, 0.5)
 
 
 def test_the_figure_by_kind_shows_every_value_and_says_those_that_are_off_the_axis():
@@ -390,13 +390,13 @@ def test_the_training_figure_of_stages_shows_the_model_that_each_reads():
 def test_figures_are_written_as_png_and_as_the_same_svg_for_the_same_data(model, tmp_path: Path):
     for name in ("first", "second"):
         norms = analysis.decoder_norms(model)
-        png, _ = figures.save_figure(latent_figures.relative_norm_figure(norms), tmp_path / name)
+        png, _ = figures.save_figure(figures.relative_norm_figure(norms), tmp_path / name)
         assert png.read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "second.svg").read_bytes()
 
 
 def test_a_figure_is_as_wide_as_a_column_and_its_type_is_not_below_six_points(model, tmp_path: Path):
-    figure = latent_figures.relative_norm_figure(analysis.decoder_norms(model))
+    figure = figures.relative_norm_figure(analysis.decoder_norms(model))
     assert figure.get_size_inches()[0] == figures.WIDTH
     figures.save_figure(figure, tmp_path / "norms")
     (axes,) = figure.axes

@@ -213,7 +213,7 @@ def test_explained_variance_by_kind_is_that_of_a_float64_reference(two_pages, me
     for name, members in names.items():
         at = torch.isin(kinds[indices], torch.tensor([KINDS.index(kind) for kind in members]))
         each = found[name]
-        assert each.n_tokens == each.own_mean.n_tokens == int(at.sum())
+        assert each.own_mean.n_tokens == int(at.sum())
         for explained, over in ((each.own_mean, at), (each.common_mean, torch.ones_like(at))):
             d, dhat = (v[at] for v in difference)
             assert explained.difference == pytest.approx(reference(d, dhat, difference[0][over].mean(0)), rel=1e-6)
@@ -238,7 +238,7 @@ def test_all_kinds_together_are_the_figure_of_the_report_and_the_average_of_the_
     average = sum(each.share_of_variance * each.common_mean.difference for each in parts)
     assert average == pytest.approx(whole.difference)
     assert sum(each.share_of_error for each in parts) == pytest.approx(1)
-    assert sum(each.n_tokens for each in parts) == len(store)
+    assert sum(each.own_mean.n_tokens for each in parts) == len(store)
 
 
 def test_that_a_token_is_of_its_kind_explains_nothing_by_the_kinds_own_mean(two_pages):

@@ -20,7 +20,7 @@ from crosscoder.dashboard.records import Dashboard, DashboardConfig
 from crosscoder.dashboard.summary import summary_of
 from crosscoder.dictionaries.config import CrosscoderConfig
 from crosscoder.dictionaries.methods import new_dictionary
-from crosscoder.opening import Reading
+from crosscoder.opening import OpenedCrosscoder
 from finqa.models import students
 from finqa.runtime.errors import UserError
 
@@ -38,7 +38,7 @@ ACTIVATION = {"bin_min", "bin_max", "bin_contains", "tokens", "values", "qualify
 
 
 @pytest.fixture
-def reading(store, tiny_student) -> Reading:
+def reading(store, tiny_student) -> OpenedCrosscoder:
     """An untrained crosscoder of eight latents, one of them dead."""
     tokenizer = students.load_tokenizer(str(tiny_student))
     store.token_id = store.token_id % len(tokenizer)
@@ -50,7 +50,7 @@ def reading(store, tiny_student) -> Reading:
     model.threshold = 0.05
     model.b_enc.data[DEAD] = -1e6
     unembedding = Unembedding(torch.rand(D_MODEL), torch.randn(len(tokenizer), D_MODEL, generator=generator))
-    return Reading("made-up", model, store, store.split(0.1, 0), tokenizer, unembedding, Path("results"))
+    return OpenedCrosscoder("made-up", model, store, store.split(0.1, 0), tokenizer, unembedding, Path("results"))
 
 
 @pytest.fixture

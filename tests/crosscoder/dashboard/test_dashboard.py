@@ -42,7 +42,7 @@ from crosscoder.dictionaries.checkpoint import save_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig
 from crosscoder.dictionaries.methods import new_dictionary
 from crosscoder.names import ActivationChoice, crosscoder_folder
-from crosscoder.opening import Reading
+from crosscoder.opening import OpenedCrosscoder
 from finqa.models import students
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import Folders
@@ -52,7 +52,7 @@ DEAD = 5
 SUMMARY = Summary((), (), "frequency")
 
 
-def reading_of(store: ActivationStore, student: Path, method: str = "batchtopk") -> Reading:
+def reading_of(store: ActivationStore, student: Path, method: str = "batchtopk") -> OpenedCrosscoder:
     """An untrained dictionary of 8 latents, one of them dead, over the tokens of a real tokenizer."""
     tokenizer = students.load_tokenizer(str(student))
     store.token_id = store.token_id % len(tokenizer)
@@ -66,25 +66,25 @@ def reading_of(store: ActivationStore, student: Path, method: str = "batchtopk")
     model.further_thresholds = {"dedicated": (0.05, 0.05), "stagewise-sae": (0.05,)}.get(method, ())
     model.b_enc.data[DEAD] = -1e6
     unembedding = Unembedding(torch.ones(D_MODEL), torch.randn(len(tokenizer), D_MODEL, generator=generator(1)))
-    return Reading("made-up", model, store, store.split(0.1, 0), tokenizer, unembedding, Path("results"))
+    return OpenedCrosscoder("made-up", model, store, store.split(0.1, 0), tokenizer, unembedding, Path("results"))
 
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def built(reading: Reading, **settings: Any) -> Dashboard:
+def built(reading: OpenedCrosscoder, **settings: Any) -> Dashboard:
     statistics = statistics_of(reading)
     rows = tables.latent_table(reading.model, statistics, reading.store, reading.tokenizer, reading.unembedding)
     return build_dashboard(reading, statistics, rows, SUMMARY, DashboardConfig(**settings))
 
 
-def statistics_of(reading: Reading) -> LatentStatistics:
+def statistics_of(reading: OpenedCrosscoder) -> LatentStatistics:
     return latent_statistics(reading.model, reading.store, torch.arange(len(reading.store)))
 
 
 @pytest.fixture
-def reading(store, tiny_student) -> Reading:
+def reading(store, tiny_student) -> OpenedCrosscoder:
     return reading_of(store, tiny_student)
 
 
@@ -104,7 +104,7 @@ def test_the_firings_are_all_of_them_in_the_order_of_the_set(reading, f):
     largest = torch.from_numpy(f.max(axis=0))
     firings, histograms = gather_firings(reading.model, reading.store, chosen, largest, n_bins=7, batch_size=97)
     for i, latent in enumerate(chosen.tolist()):
-        tokens, values = firings.of(i)
+        tokens, values = firings[i]
         assert tokens.tolist() == np.flatnonzero(f[:, latent]).tolist()
         np.testing.assert_allclose(values, f[f[:, latent] > 0, latent], rtol=1e-5)
     assert histograms.sum(dim=1).tolist() == (f > 0).sum(axis=0).tolist()

@@ -14,9 +14,9 @@ from crosscoder.activations.store import ActivationStore
 from crosscoder.dictionaries import losses
 from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig, Method, TrainingConfig, check_together
+from crosscoder.dictionaries.losses import Weights, objective
 from crosscoder.dictionaries.methods import DifferenceSAE, L1Crosscoder, PartitionCrosscoder, new_dictionary
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
-from crosscoder.dictionaries.objective import Weights, objective
 from crosscoder.dictionaries.scaling import equal_difference_weight, fit_scaling
 from crosscoder.training import schedule
 from crosscoder.training.sizing import PUBLISHED, sized_configs

@@ -13,9 +13,9 @@ from test_crosscoder_methods import METHODS, SHAPES, B, D, F, K, random_model, r
 from crosscoder.analysis import measures as analysis
 from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.dictionaries.config import Method, TrainingConfig
+from crosscoder.dictionaries.losses import Weights, objective
 from crosscoder.dictionaries.methods import DedicatedCrosscoder, StagewiseSAE, new_dictionary
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
-from crosscoder.dictionaries.objective import Weights, objective
 from crosscoder.interventions.sets import Latents, Reading, dictionary_digest
 from crosscoder.training.sizing import sized_configs
 from finqa.runtime.errors import UserError

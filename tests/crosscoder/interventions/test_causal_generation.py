@@ -12,8 +12,6 @@ from patched_models import SITE, planted_crosscoder, planted_pair
 from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
 from crosscoder.interventions.causal import Cell, measure
-from crosscoder.interventions.causal_report import CausalConfig, causal_report
-from crosscoder.interventions.causal_rows import Asked
 from crosscoder.interventions.halves import Pair, pair_of
 from crosscoder.interventions.patched_generation import answered, patched, patched_replies
 from crosscoder.interventions.sets import Latents, Nothing, Whole
@@ -156,22 +154,3 @@ def test_programs_are_run_and_their_answers_held_against_the_labels():
         found = answered(replies, ["42", "43", "42", "42"], sandbox)
     assert found.right == [True, False, False, False]
     assert found.runs == [True, True, False, False]
-
-
-def test_a_report_writes_and_runs_replies_once(planted, tokenizer, prompts, tmp_path):
-    pair, direction = planted
-    asked = [Asked(Document(str(i), (*p, 9, 2), len(p)), "ratio", "new", "1") for i, p in enumerate(prompts)]
-    others = [Document(f"other-{i}", (*p[:-1], 8, 9, 2), len(p)) for i, p in enumerate(prompts)]
-    config = CausalConfig(n_random=2, directions=("sufficiency",), carriers=("own",), generate_sizes=(1,),
-                          generate_random=1, max_new_tokens=8)  # fmt: skip
-    said: list[str] = []
-    arguments = (planted_crosscoder(direction), pair, asked, others, SITE, tmp_path, config)
-    report = causal_report(*arguments, tokenizer=tokenizer, say=said.append)
-    rows = [r for r in report["rows"] if r["measure"] == "share_runs" and r["group"] == "all"]
-    kinds = sorted(row["kind"] for row in rows)
-    assert kinds == sorted(["none", "ceiling", "bias", "mean difference", "ranked", "worst", "components",
-                            "random sets", "random directions"])  # fmt: skip
-    assert {row["n_latents"] for row in rows} == {0, 1} and sum("generated" in line for line in said) == len(rows)
-    said.clear()
-    assert causal_report(*arguments, tokenizer=tokenizer, say=said.append)["rows"] == report["rows"]
-    assert not said

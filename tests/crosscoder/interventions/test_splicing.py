@@ -31,7 +31,6 @@ from crosscoder.interventions.splicing import (
     loss_recovered,
     mean_activations,
     splice_losses,
-    splice_rows,
     stored_texts,
     target_of,
 )
@@ -270,4 +269,3 @@ def test_intervals_get_narrower_with_documents():
 def test_an_ablation_that_costs_nothing_has_no_figure():
     found = loss_recovered(losses_of([2, 30], [4, 30], [2, 30], [2, 10]))[0]
     assert math.isnan(found.recovered)
-    assert splice_rows([found])[0]["recovered"] is None

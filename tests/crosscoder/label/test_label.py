@@ -32,7 +32,7 @@ from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.label.naming import balanced_accuracy, read_label, read_verdicts
 from crosscoder.label.passages import Passages, choose_passages, spelt
 from crosscoder.names import ActivationChoice, crosscoder_folder
-from crosscoder.opening import open_reading
+from crosscoder.opening import open_crosscoder
 from finqa.models import students
 from finqa.runtime.paths import REPOSITORY, Folders
 
@@ -158,7 +158,7 @@ def server(made: Made) -> Iterator[LabelServer]:
 
 def chosen(made: Made, n_explaining: int = 10, n_scoring: int = 10) -> list[Passages]:
     rows = read_latent_table(made.results / "latents.csv")[:3]
-    return choose_passages(open_reading(made.words), rows, n_explaining, n_scoring, 0)
+    return choose_passages(open_crosscoder(made.words), rows, n_explaining, n_scoring, 0)
 
 
 # Passages

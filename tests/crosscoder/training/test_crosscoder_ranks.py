@@ -17,7 +17,6 @@ from made_up_activations import planted_activations, write_store
 
 from crosscoder.dictionaries.ranks import Ranks
 from crosscoder.dictionaries.selection import batch_topk
-from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY
 
 METHODS = ("batchtopk", "l1", "partition", "dedicated", "difference-sae", "stagewise-sae")
@@ -228,10 +227,3 @@ def test_a_selection_over_two_processes_is_that_over_all_rows(n_keep: int, ties:
     assert torch.equal(together[together > 0].sort().values, alone[alone > 0].sort().values)
     if not ties:
         assert torch.equal(together, alone)
-
-
-def test_a_batch_that_does_not_divide_is_refused(worker, tmp_path: Path):
-    from crosscoder.dictionaries.ranks import check_batch
-
-    with pytest.raises(UserError, match="does not divide among 3 processes"):
-        check_batch(100, Ranks(0, 3))

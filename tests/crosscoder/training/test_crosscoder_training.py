@@ -15,12 +15,12 @@ from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis import measures as analysis
 from crosscoder.dictionaries.checkpoint import STATE_FILE, load_dictionary, read_config
 from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
+from crosscoder.dictionaries.losses import objective
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
-from crosscoder.dictionaries.objective import objective
 from crosscoder.dictionaries.ranks import ALONE, Ranks
 from crosscoder.dictionaries.threshold import RunningThreshold, calibrated_threshold
 from crosscoder.training import plan
-from crosscoder.training.liveness import Liveness, draw_anew
+from crosscoder.training.dead_latents import DeadLatents, resample_latents
 from crosscoder.training.run_log import StepRecord
 from crosscoder.training.step_choice import not_by_hand
 from crosscoder.training.trainer import Trainer
@@ -148,10 +148,10 @@ def test_parameters_stay_fp32(store, tmp_path: Path):
 
 def test_only_dead_latents_get_the_auxiliary_gradient(store, tmp_path: Path):
     run = trainer(store, tmp_path)
-    run.liveness.since_selected[[2, 5]] = run.liveness.window
+    run.dead_latents.since_selected[[2, 5]] = run.dead_latents.window
     x = run.model.scale(store.read(torch.arange(100)))
     values = run.model.activations(x)
-    losses_of = objective(run.model, x, run.config, run.weights(0), run.liveness.dead)
+    losses_of = objective(run.model, x, run.config, run.weights(0), run.dead_latents.dead)
     assert torch.equal(losses_of.values, values)
     losses_of.auxiliary.backward()
     assert run.model.W_dec.grad is not None
@@ -161,12 +161,12 @@ def test_only_dead_latents_get_the_auxiliary_gradient(store, tmp_path: Path):
 
 
 def test_never_selected_and_never_positive_are_counted_apart():
-    liveness = Liveness(3, window=20, device=torch.device("cpu"))
+    dead_latents = DeadLatents(3, window=20, device=torch.device("cpu"))
     positive, selected = torch.tensor([True, True, False]), torch.tensor([True, False, False])
     for _ in range(2):
-        liveness.update(positive, selected, n_tokens=10)
-    assert liveness.dead.tolist() == [False, True, True]
-    assert liveness.never_positive.tolist() == [False, False, True]
+        dead_latents.update(positive, selected, n_tokens=10)
+    assert dead_latents.dead.tolist() == [False, True, True]
+    assert dead_latents.never_positive.tolist() == [False, False, True]
 
 
 def test_a_latent_that_is_never_positive_is_drawn_anew_and_becomes_positive(store, tmp_path: Path):
@@ -178,7 +178,7 @@ def test_a_latent_that_is_never_positive_is_drawn_anew_and_becomes_positive(stor
     before = parameters(run.model)
     lost = torch.zeros(24, dtype=torch.bool)
     lost[7] = True
-    assert draw_anew(run.model, run.optimizer, lost, x.mean(dim=0), SETTINGS, run.generator) == 1
+    assert resample_latents(run.model, run.optimizer, lost, x.mean(dim=0), SETTINGS, run.generator) == 1
     share = (run.model.activations(x)[:, 7] > 0).float().mean().item()
     assert 0.2 < share < 0.8
     others = ~lost
@@ -218,6 +218,11 @@ def test_a_run_that_diverges_stops_at_its_step_and_never_saves_over_the_last_goo
     assert (tmp_path / STATE_FILE).read_bytes() == good
 
 
+def test_a_batch_that_does_not_divide_among_the_processes_is_refused(store, tmp_path: Path):
+    with pytest.raises(UserError, match="does not divide among 3 processes"):
+        trainer(store, tmp_path, replace(SETTINGS, batch_size=100), ranks=Ranks(0, 3))
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_the_thread_that_reads_ahead_ends_with_the_run_whatever_ends_it(store, tmp_path: Path, error):
     def stop(record: StepRecord) -> None:
@@ -225,7 +230,7 @@ def test_the_thread_that_reads_ahead_ends_with_the_run_whatever_ends_it(store, t
         raise error
 
     def feeds() -> list[str]:
-        return [thread.name for thread in threading.enumerate() if thread.name == "activation feed"]
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("activation feed")]
 
     with pytest.raises(error):
         trainer(store, tmp_path / "stopped", on_log=stop).fit()

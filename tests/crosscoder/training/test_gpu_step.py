@@ -16,8 +16,8 @@ from made_up_activations import take_steps
 from crosscoder.activations.store import ActivationStore
 from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
+from crosscoder.dictionaries.losses import Weights
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
-from crosscoder.dictionaries.objective import Weights
 from crosscoder.training import step_choice
 from crosscoder.training.run_log import StepRecord
 from crosscoder.training.step import AutogradStep, StepKind

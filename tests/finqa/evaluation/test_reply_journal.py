@@ -9,14 +9,15 @@ import pytest
 from finqa.evaluation.evaluate import write_results
 from finqa.evaluation.generation import Reply
 from finqa.evaluation.judging import judge
-from finqa.evaluation.reply_journal import ReplyJournal, prompt_slots, settings_key
+from finqa.evaluation.predictions import prompt_hash
+from finqa.evaluation.reply_journal import ReplyJournal, settings_key, slots_of
 from finqa.evaluation.rows import EvalRow
 from finqa.runtime.manifest import write_json
 from finqa.sandbox.running import Sandbox
 
 SETTINGS = {"max_new_tokens": 16, "base_hash": "abc", "temperature": 0.0}
 PROMPTS = [[1, 2], [3], [1, 2]]
-SLOTS = prompt_slots(PROMPTS, 2)
+SLOTS = slots_of(map(prompt_hash, PROMPTS), 2)
 REPLIES = [Reply(f"ans = {n} # half \ud800 a pair", 2, n, "stop") for n in range(6)]
 
 

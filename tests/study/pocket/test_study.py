@@ -6,17 +6,22 @@ import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
 from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.dictionaries.methods import new_dictionary
+from crosscoder.interventions.causal_rows import Asked
 from crosscoder.interventions.sets import Constant, Reading
 from crosscoder.training.trainer import Trainer
+from finqa.evaluation.generation import Reply
 from finqa.runtime.errors import UserError
+from finqa.runtime.journal import KeyedJournal
 from finqa.runtime.paths import Folders
 from finqa.task.records import TeacherRow, write_teacher_rows
 from study import work
@@ -232,6 +237,25 @@ def test_a_fine_tune_of_other_rows_or_settings_is_not_taken(rehearsal: Work, tra
     config = json.loads((trained / "training_config.json").read_text())
     (trained / "training_config.json").write_text(json.dumps(config | {name: value}))
     assert not models._holds(trained, models._identity(rehearsal, FINE_TUNED))
+
+
+def test_replies_are_written_once_for_the_sets_that_ask_for_them(monkeypatch, tmp_path):
+    kinds = {"none": 0, "ranked": causes.CONTROL_SIZE, "components": 4, "random sets": causes.CONTROL_SIZE}
+    cells = [SimpleNamespace(label={"kind": kind, "n": n, "direction": "sufficiency"}) for kind, n in kinds.items()]
+    asked = [Asked(Document("a", (1, 5, 9), 2), expected="42"), Asked(Document("b", (1, 6, 9), 2), expected="43")]
+    written: list[str] = []
+
+    def replies(pair, target, cell, prompts, tokenizer, max_new_tokens):
+        written.append(cell.label["kind"])
+        assert prompts == [[1, 5], [1, 6]]
+        return [Reply("\nans = 6 * 7\n###End Python", 2, 9, "stop")] * 2
+
+    monkeypatch.setattr("crosscoder.interventions.patched_generation.patched_replies", replies)
+    for _ in range(2):
+        with KeyedJournal(tmp_path / "cells.jsonl") as journal:
+            found = causes.generated(None, Target(17, "mlp"), asked, cells, journal, "key")
+        assert found == {number: {"right": [1, 0], "runs": [1, 1]} for number in (0, 1)}
+    assert written == ["none", "ranked"]
 
 
 def test_the_causal_reports_hold_a_dictionary_against_its_untrained_forms_and_the_sham(rehearsal: Work):

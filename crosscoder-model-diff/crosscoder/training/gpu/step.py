@@ -16,8 +16,8 @@ import triton  # pyright: ignore[reportMissingImports]  not installed without a 
 from torch import Tensor
 
 from crosscoder.dictionaries.config import N_MODELS, TrainingConfig
+from crosscoder.dictionaries.losses import Weights, auxiliary_latents
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
-from crosscoder.dictionaries.objective import Weights, auxiliary_latents
 from crosscoder.training.gpu import kernels
 from crosscoder.training.gpu.pairs import (
     Pairs,
@@ -97,7 +97,7 @@ class GpuStep:
 
     @torch.no_grad()
     def __call__(self, raw: Tensor, learning_rate: float, weights: Weights, dead: Tensor) -> Step:
-        """Take one step; see TakeStep."""
+        """Take one step; arguments as of AutogradStep."""
         batch = len(raw)
         # Waited for before anything of this step is asked of the GPU: the product behind it is long enough to catch up.
         candidates = dead.nonzero().squeeze(-1) if self.config.aux_weight else dead[:0]

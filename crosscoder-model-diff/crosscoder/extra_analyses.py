@@ -20,11 +20,10 @@ from crosscoder.interventions.splicing import (
     loss_recovered,
     mean_activations,
     splice_losses,
-    splice_rows,
     stored_texts,
     target_of,
 )
-from crosscoder.opening import Reading
+from crosscoder.opening import OpenedCrosscoder
 from crosscoder.own_pair import check_there, check_unchanged
 from finqa.models import students
 from finqa.models.adapters import is_adapter
@@ -44,18 +43,18 @@ CONFIRMED = "fine-tuned-only, confirmed"
 """Name of the set of latents that latent scaling confirms."""
 
 
-def open_second(reading: Reading, name: Path | str, any_method: bool = False) -> BatchTopKCrosscoder:
+def open_second(opened: OpenedCrosscoder, name: Path | str, any_method: bool = False) -> BatchTopKCrosscoder:
     """The dictionary that stability is measured against; UserError where it cannot be compared with the one read."""
     folder = find_checkpoint(name)
-    config, own = read_config(folder), reading.model.config
-    fingerprint = reading.store.config.recorded.get("fingerprint")
+    config, own = read_config(folder), opened.model.config
+    fingerprint = opened.store.config.recorded.get("fingerprint")
     if config.activations and config.activations["fingerprint"] != fingerprint:
-        raise UserError(f"{folder} was trained on other activations than those in {reading.store.folder}")
+        raise UserError(f"{folder} was trained on other activations than those in {opened.store.folder}")
     same = any_method or config.crosscoder.method == own.method
     if not same or config.crosscoder.d_model != own.d_model:
         other = f"{config.crosscoder.method} of width {config.crosscoder.d_model}"
         raise UserError(f"{folder} is a {other}, and cannot be matched with a {own.method} of width {own.d_model}")
-    return load_dictionary(folder).to(reading.model.b_dec.device)
+    return load_dictionary(folder).to(opened.model.b_dec.device)
 
 
 def stability_table(found: Findings, second: BatchTopKCrosscoder) -> list[dict[str, Any]]:
@@ -64,25 +63,25 @@ def stability_table(found: Findings, second: BatchTopKCrosscoder) -> list[dict[s
     The latents that latent scaling confirms as fine-tuned-only, in either dictionary on held-out documents, are a set
     of their own. Kept in the results' stability.jsonl, so that it is measured once.
     """
-    reading, two = found.reading, found.two_models
-    store, split = reading.store, reading.split
+    opened, two = found.opened, found.two_models
+    store, split = opened.store, opened.split
     made_of = [
-        dictionary_digest(reading.model),
+        dictionary_digest(opened.model),
         dictionary_digest(second),
         store.config.recorded["fingerprint"],
         digest(split.train),
     ]
     key = cell_key(str(made_of), "stability", {})
-    with KeyedJournal(reading.results / "stability.jsonl") as journal:
+    with KeyedJournal(opened.results / "stability.jsonl") as journal:
         if key not in journal.found:
             say("matching the latents of two dictionaries one to one: minutes where there are more than 8,000")
             own: dict[str, Tensor] = {}
             other: dict[str, Tensor] = {}
             if two is not None:
                 held_out = (raw for _, raw in store.batches(split.held_out, found.config.batch_size))
-                own[CONFIRMED] = _confirmed(reading.model, two.scaling)
+                own[CONFIRMED] = _confirmed(opened.model, two.scaling)
                 other[CONFIRMED] = _confirmed(second, latent_scaling(second, held_out))
-            first = features(reading.model, store, split.train, own)
+            first = features(opened.model, store, split.train, own)
             another = features(second, store, split.train, other)
             journal.add(key, {"what": "stability", "rows": stability_rows(first, another)})
         return journal.found[key]["rows"]
@@ -94,19 +93,19 @@ def _confirmed(model: BatchTopKCrosscoder, scaling: LatentScaling) -> Tensor:
     return analysis.class_masks(kinds, scaling.exclusive[:, 1])["fine-tuned-only"]
 
 
-def splice(reading: Reading, pair: Pair) -> list[dict[str, Any]]:
-    """splicing.splice_rows over the held-out documents; the mean ablation is the mean of the training tokens.
+def splice(opened: OpenedCrosscoder, pair: Pair) -> list[dict[str, Any]]:
+    """Rows of splicing.loss_recovered over the held-out documents; the mean ablation is that of the training tokens.
 
     Goes on where it was killed, by the results' splicing.jsonl.
     """
-    store, split = reading.store, reading.split
+    store, split = opened.store, opened.split
     numbers = store.document[split.held_out].unique().tolist()
-    bos_id: Any = reading.tokenizer.bos_token_id
+    bos_id: Any = opened.tokenizer.bos_token_id
     texts = stored_texts(store, numbers, bos_id)
     means = mean_activations(store, split.train)
-    with KeyedJournal(reading.results / "splicing.jsonl") as journal:
-        losses = splice_losses(reading.model, pair, texts, target_of(store), means, journal, say=say)
-    return splice_rows(loss_recovered(losses))
+    with KeyedJournal(opened.results / "splicing.jsonl") as journal:
+        losses = splice_losses(opened.model, pair, texts, target_of(store), means, journal)
+    return [each._asdict() for each in loss_recovered(losses)]
 
 
 def cause(found: Findings, pair: Pair, n_documents: int | None = None) -> tuple[dict[str, Any], list[float]]:
@@ -119,25 +118,24 @@ def cause(found: Findings, pair: Pair, n_documents: int | None = None) -> tuple[
     from crosscoder.interventions.causal_report import causal_report, kept_survey
     from crosscoder.interventions.causal_rows import Asked
 
-    reading, two = found.reading, found.two_models
-    store, split = reading.store, reading.split
-    bos_id: Any = reading.tokenizer.bos_token_id
+    opened, two = found.opened, found.two_models
+    store, split = opened.store, opened.split
+    bos_id: Any = opened.tokenizer.bos_token_id
     held_out = store.document[split.held_out].unique().tolist()[:n_documents]
     choosing = store.document[split.train].unique().tolist()[: len(held_out)]
     asked, choose_on = (stored_texts(store, numbers, bos_id) for numbers in (held_out, choosing))
     say(f"patching sets of latents on {len(asked)} held-out documents")
-    target, folder = target_of(store), reading.results / "causal"
+    target, folder = target_of(store), opened.results / "causal"
     report = causal_report(
-        reading.model,
+        opened.model,
         pair,
         [Asked(document) for document in asked],
         choose_on,
         target,
         folder,
         scaling=two.scaling if two else None,
-        say=say,
     )
-    effect = kept_survey(folder, reading.model, pair, choose_on, target, say).effect
+    effect = kept_survey(folder, opened.model, pair, choose_on, target).effect
     return report, (effect / len(choose_on)).tolist()
 
 

@@ -1,4 +1,4 @@
-"""Which latents are alive: counts in tokens, and drawing anew those that can never learn."""
+"""Which latents are dead, counted in tokens, and resampling of those that can never learn."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from crosscoder.dictionaries.config import TrainingConfig
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 
 FRESH_ENCODER_SCALE = 0.2
-"""Length of a fresh latent's encoder over its decoder's, so that its first scores do not push working latents out."""
+"""Length of a resampled latent's encoder over its decoder's, so that its first scores push no working latent out."""
 
 
-class Liveness:
+class DeadLatents:
     """Tokens since each latent was last selected, and since it was last positive at all.
 
     Both matter: values are taken after ReLU, so a latent that is positive for no token gets no gradient from any
@@ -47,7 +47,7 @@ class Liveness:
 
 
 @torch.no_grad()
-def draw_anew(
+def resample_latents(
     model: BatchTopKCrosscoder,
     optimizer: torch.optim.Optimizer,
     latents: Tensor,
@@ -57,10 +57,10 @@ def draw_anew(
 ) -> int:
     """Give the masked latents the directions that a new dictionary would have, and no optimiser history.
 
-    The encoder's bias is set so that the fresh latent's pre-activation is 0 for `mean_x` [2, d_model], the batch's mean
-    input (of one model in a stage that reads one): it is positive for about half of the tokens whatever the mean
+    The encoder's bias is set so that the resampled latent's pre-activation is 0 for `mean_x` [2, d_model], the batch's
+    mean input (of one model in a stage that reads one): it is positive for about half of the tokens whatever the mean
     activation is. A frozen decoder's vectors stay, and the encoder's begin anew beside them. Returns how many were
-    drawn.
+    resampled.
     """
     which = latents.nonzero().squeeze(-1)
     if not len(which):
