@@ -14,8 +14,6 @@ stagewise-sae    a BatchTopK autoencoder of x[0] that is then trained on with x[
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -186,8 +184,14 @@ class StagewiseSAE(UnitNormSAE):
 
     stages = (0, 1)
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+    def __init__(
+        self,
+        config: CrosscoderConfig,
+        decoder_norm: float = 1.0,
+        generator: torch.Generator | None = None,
+        directions: Directions = "alike",
+    ):
+        super().__init__(config, decoder_norm, generator, directions)
         self.b_enc_before = torch.nn.Parameter(torch.zeros_like(self.b_enc))
         """The first one's b_enc."""
 
