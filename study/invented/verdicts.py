@@ -72,8 +72,9 @@ def findings(items: Iterable[Row], carried: Iterable[Row], dictionaries: Iterabl
     others = [kind for kind in dict.fromkeys((row["method"], row["form"]) for row in items)
               if not (kind[0] in judged and kind[1] == "trained")]  # fmt: skip
     rates = {kind: Rates.of(items, *kind) for kind in kinds}
-    ps = {m: p for m in judged if (p := rates[m, "trained"].p) is not None}
-    adjusted = holm(ps)
+    ps = {m: rates[m, "trained"].p for m in judged}
+    corrected = holm({m: 1.0 if p is None else p for m, p in ps.items()})  # a method that lacks its p is a test too
+    adjusted = {m: corrected[m] for m, p in ps.items() if p is not None}
     found: list[Finding] = []
     for method in judged:
         done = has_converged(dictionaries, method)
@@ -82,8 +83,12 @@ def findings(items: Iterable[Row], carried: Iterable[Row], dictionaries: Iterabl
             *d2(method, carried, done),
             *d3(method, items),
         ]
-        whole = {rule for rule, rows in (("D1", items), ("D2", carried), ("D3", items)) if _of_all(rows, method)}
-        found += [one if one.rule in whole else replace(one, verdict="unresolved") for one in own]
+        needed = {
+            "D1": (_of_all(items, method), _of_all(items, method, "untrained")),
+            "D2": (_of_all(carried, method), _of_all(carried, "whole site", "baseline")),
+            "D3": (_of_all(items, method),),
+        }
+        found += [one if all(needed[one.rule]) else replace(one, verdict="unresolved") for one in own]
     for method, form in others:
         rate = rates[method, form]
         low, high = rate.interval or (None, None)
@@ -94,9 +99,9 @@ def findings(items: Iterable[Row], carried: Iterable[Row], dictionaries: Iterabl
     return found
 
 
-def _of_all(rows: Iterable[Row], method: str) -> bool:
-    """Whether a method's trained form was measured in all FINE_TUNES."""
-    own = (row for row in rows if (row["method"], row["form"]) == (method, "trained"))
+def _of_all(rows: Iterable[Row], method: str, form: str = "trained") -> bool:
+    """Whether a method's form was measured in all FINE_TUNES."""
+    own = (row for row in rows if (row["method"], row["form"]) == (method, form))
     return {(row["arm"], int(row["seed"])) for row in own} >= FINE_TUNES
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finqa.runtime.figures import GREY, save_figure, styled
-from study.invented.diff.plan import COMPONENTS, ENDS, METHODS, RANDOM
+from study.invented.diff.plan import ADDED, COMPONENTS, ENDS, METHODS, RANDOM
 from study.invented.verdicts import Rates
 
 Row = Mapping[str, Any]
@@ -59,6 +59,7 @@ def _figure(items: Sequence[Row], carried: Sequence[Row]) -> Any:
     left.set_ylim(-0.02, 1.02)
     if left.lines:
         left.legend(fontsize=5.5)
+    items = [row for row in items if row["form"] == "trained" and row["arm"] in ADDED]
     methods = [method for method in METHODS if any(row["method"] == method for row in items)]
     metrics = sorted({(row["kind"], row["metric"]) for row in items})
     values: list[list[float]] = [[] for _ in metrics]

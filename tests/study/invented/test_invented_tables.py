@@ -132,6 +132,16 @@ def test_the_curves_have_every_set_at_its_norm_and_not_those_at_anothers(plan: P
     assert drawn[COMPONENTS] == [(3.0, pytest.approx(2 / 60))] and drawn[ENDS] == [(3.0, pytest.approx(50 / 60))]
 
 
+def test_a_method_that_is_not_trained_yet_is_not_in_the_figure(plan: Plan):
+    for pair in PAIRS:
+        for subject in [one for part in tables.AT_THE_PRIMARY for one in subjects(plan, pair, part)]:
+            if (subject.method, subject.form) == ("L1", "trained"):
+                results_of(plan, pair, sites(plan)["residual2"], subject).unlink()
+    output, found = tables.write_tables(plan, [])
+    assert (output / "headline.png").exists()
+    assert {one.verdict for one in found if one.method == "L1"} == {"no verdict"}
+
+
 def test_verdicts_come_from_the_tables_alone(plan: Plan):
     output, found = tables.write_tables(plan, [])
     read = {name: tables.read_table(output / f"{name}.csv") for name in ("items", "causal_norm", "dictionaries")}

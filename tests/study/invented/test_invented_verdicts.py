@@ -180,6 +180,26 @@ def test_one_fine_tuning_seed_gives_figures_and_no_verdict():
     assert [one.value for one in first] == [one.value for one in findings(*whole)]
 
 
+@pytest.mark.parametrize(
+    ("method", "form", "rule"),
+    [(METHOD, "untrained", "D1"), (METHOD, "trained", "D2"), ("whole site", "baseline", "D2")],
+)
+def test_what_a_method_is_held_against_is_measured_in_all_fine_tunes_too(method: str, form: str, rule: str):
+    rows, patched = (
+        [row for row in table if (row["method"], row["form"], int(row["seed"])) != (method, form, 4)]
+        for table in (judged_rows(where_added), carried(CARRIES))
+    )
+    assert verdict(findings(rows, patched, dictionaries()), rule) == "unresolved"
+
+
+def test_holm_counts_a_method_that_is_not_measured_in_both_arms_yet():
+    half = in_first(4)
+    other = items(half, method="plain") + items(never, "untrained", "plain")
+    found = findings(judged_rows(half) + [row for row in other if row["arm"] == "A"], [], dictionaries())
+    assert verdict(found, "D1") == "unresolved"
+    assert [one.value for one in found if one.condition.startswith("sign-flip")] == [pytest.approx(2 * 2 / 256), None]
+
+
 def test_holm_counts_every_method_that_is_judged():
     """0.0078 passes for one method, and for two whose other one is sure; not for two that need it both."""
     half = in_first(4)
