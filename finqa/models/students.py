@@ -240,16 +240,13 @@ def load_base(
     quiet_libraries()
     device = device or default_device()
     dtype = dtype or (torch.bfloat16 if multiplies_bf16(device) else torch.float32)
-    quantization = None
-    if load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
+    # cuDNN's attention plans anew for every shape, and hardly two batches or steps of generation are alike.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    of_4_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **of_4_bits)
+    quantization, path = nf4 if load_in_4bit else None, resolve_model(model, revision)
     loaded = AutoModelForCausalLM.from_pretrained(
-        resolve_model(model, revision), dtype=dtype, device_map=device, quantization_config=quantization
+        path, dtype=dtype, device_map=device, quantization_config=quantization
     )
     return loaded.eval()
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crosscoder.activations.layout import layout, mark_up, token_texts
 from crosscoder.activations.readers import Read, Target
@@ -27,10 +26,6 @@ from finqa.task.records import TeacherRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""All but cuDNN's, which plans anew for every shape of batch, and hardly two are alike."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +152,7 @@ def record(
     the first batch, as they do when an adapter is not active, unless `allow_identical`.
     """
     checked = allow_identical
-    with sdpa_kernel(ATTENTION), BackgroundWriter(device) as background:
+    with BackgroundWriter(device) as background:
         for shard in shards:
             files = None
             for number, batch in enumerate(shard.batches):

@@ -207,12 +207,15 @@ class ActivationStore:
         out = torch.empty(len(rows), N_MODELS, self.config.d_model, dtype=torch.bfloat16, pin_memory=pinned)
         if self._held is not None:
             return torch.index_select(self._held, 0, rows, out=out)
-        # In the order of the file: tokens that share a page are read together.
+        # In the order of the file: tokens that share a page are read together. By numpy: torch would wake its threads
+        # for the few rows of every shard, which takes many times as long where several processes share the cores.
         rising, order = rows.sort()
         cuts = torch.searchsorted(rising, self._starts).tolist()
+        into, places, rising = _as_numpy(out), order.numpy(), rising.numpy()
         for shard, (first, last) in enumerate(pairwise(cuts)):
             if first < last:
-                out[order[first:last]] = self._shard(shard).index_select(0, rising[first:last] - self._starts[shard])
+                its = _as_numpy(self._shard(shard))
+                into[places[first:last]] = its[rising[first:last] - int(self._starts[shard])]
         return out
 
     def check(self) -> None:
@@ -296,6 +299,11 @@ def _map_shard(path: Path, shape: tuple[int, int, int]) -> Tensor:
             f"{path} has {found.dtype} {list(found.shape)}, not bf16 {list(shape)}; collect it again with --overwrite"
         )
     return found
+
+
+def _as_numpy(activations: Tensor) -> Any:
+    """The same memory as an array, which knows no bf16."""
+    return activations.view(torch.int16).numpy()
 
 
 def _chosen_place(place: Place, size: int, device: torch.device, folder: Path) -> Place:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finqa.evaluation.generation import (
     Generate,
@@ -20,6 +20,9 @@ from finqa.evaluation.generation import (
     prompt_too_long,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def hugging_face(model: Any, tokenizer: Any, config: GenerationConfig) -> Generate:
     """Replies by Hugging Face generate, prompts of like length in one batch, padded on the left.
@@ -29,6 +32,7 @@ def hugging_face(model: Any, tokenizer: Any, config: GenerationConfig) -> Genera
     """
     from transformers import GenerationConfig as Decoding
 
+    decode_by_groups(model)
     ends = end_ids(model.generation_config.eos_token_id, tokenizer.eos_token_id)
     model.generation_config = Decoding(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
 
@@ -51,6 +55,45 @@ def hugging_face(model: Any, tokenizer: Any, config: GenerationConfig) -> Genera
                     yield places[row], reply
 
     return generate
+
+
+GROUPED = "sdpa_by_groups"
+
+
+def decode_by_groups(model: Any) -> None:
+    """Have a model whose attention is `sdpa` attend by `grouped_attention`, for good: it gives the same."""
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.modeling_utils import AttentionInterface
+
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(GROUPED, grouped_attention)
+        AttentionMaskInterface.register(GROUPED, sdpa_mask)
+        model.set_attn_implementation(GROUPED)
+
+
+def grouped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """Attention in the form that transformers calls: its own `sdpa`, but for one new token a row under a mask.
+
+    There transformers copies keys and values for every query head that shares them, at each token anew. The query
+    heads of a group can as well stand beside each other as tokens, which see the same keys.
+
+    query [batch, H, 1, d], key and value [batch, H_kv, time, d]; returns [batch, 1, H, d].
+    """
+    from torch.nn.functional import scaled_dot_product_attention
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    batch, heads, tokens, width = query.shape
+    one_mask = attention_mask is not None and attention_mask.shape[1] == 1
+    if tokens > 1 or heads == key.shape[1] or not one_mask or settings.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    grouped = query.view(batch, key.shape[1], -1, width)
+    out = scaled_dot_product_attention(
+        grouped, key, value, attention_mask, dropout_p=settings.get("dropout", 0.0), scale=settings.get("scaling")
+    )
+    return out.reshape(batch, 1, heads, width), None
 
 
 class GumbelNoise:

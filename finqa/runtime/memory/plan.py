@@ -96,9 +96,9 @@ def plan_training(
 
     speed = replace(speed, packed=packed, captured=packed and speed.captured and processes == 1)
     chosen, planned = fitting_speed(need, speed, there, speed.checkpointing)
-    takes, saves = seconds_of_compiling(
-        model.parameters, sum(rows["n_tokens"]) * settings.num_epochs // processes, compiled_before
-    )
+    tokens, n_rows = (n * settings.num_epochs // processes for n in (sum(rows["n_tokens"]), len(rows)))
+    batches = -(-n_rows // settings.batch_size)
+    takes, saves = seconds_of_compiling(model.parameters, model.layers, tokens, batches, compiled_before)
     # What is not compiled holds more. CUDA graphs were seen with compiled layers alone.
     plain = replace(chosen, compiled=False, captured=False)
     if on_gpu and speed.compiled is None and saves < takes and need(plain).total <= USABLE * there:

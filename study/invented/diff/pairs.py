@@ -113,6 +113,8 @@ class Comparison:
         self.plan, self.compared, self.target, self.part = plan, compared, target, part
         self.scores: dict[str, Any] = {}
         """Of the subject at hand, by ranking and arm."""
+        self.orders: dict[str, list[int]] = {}
+        """The top items of every source that was ranked; each takes a pass over all activations."""
         self.carries = part == "diff" and compared.arm in ADDED
         self.lengths, self.device = lengths(plan), students.default_device()
         self.folder = dicts.folder_of(plan, compared, target)
@@ -137,7 +139,7 @@ class Comparison:
         source, reads = self._directions(subject.method)
         if source is None:
             return {"items": []}
-        order = self._by_energy(source)
+        order = self._by_energy(subject.method, source)
         found = {"items": list(self._rows(source, order, "energy", [reads[i] if reads else i for i in order]))}
         if self.carries:
             own = source.addition(order)
@@ -149,7 +151,7 @@ class Comparison:
     def _of_dictionary(self, subject: Subject) -> dict[str, Any]:
         made = self._dictionary(subject)
         source = sources.OfDictionary(made.model)
-        order = self._by_energy(source)
+        order = self._by_energy(subject.name, source)
         rows = list(self._rows(source, order, "energy", order))
         exclusive = sources.exclusivity(made.model, self.store, self.store.split(0.1, 0).held_out)
         if exclusive is not None:
@@ -189,8 +191,10 @@ class Comparison:
 
     # Items
 
-    def _by_energy(self, source: sources.Source) -> list[int]:
-        return sources.top(sources.energies(source, self.store, self.device), TOP)
+    def _by_energy(self, name: str, source: sources.Source) -> list[int]:
+        if name not in self.orders:
+            self.orders[name] = sources.top(sources.energies(source, self.store, self.device), TOP)
+        return self.orders[name]
 
     def _rows(
         self, source: sources.Source, order: Sequence[int], ranking: str, names: Sequence[Any]
@@ -274,13 +278,14 @@ class Comparison:
         carrier, own = self.carrier, source.addition(order)
         yield from carrier.rows(own, subject.method, subject.form, others=True)
         norm = carrier.norm(own)
-        untrained = sources.OfDictionary(self._dictionary(replace(subject, form="untrained")).model)
-        rivals: list[tuple[str, Form, sources.Source]] = [
-            (COMPONENTS, "baseline", self.components),
-            (subject.method, "untrained", untrained),
+        its = replace(subject, form="untrained")
+        untrained = sources.OfDictionary(self._dictionary(its).model)
+        rivals: list[tuple[str, Form, str, sources.Source]] = [
+            (COMPONENTS, "baseline", COMPONENTS, self.components),
+            (subject.method, "untrained", its.name, untrained),
         ]
-        for method, form, rival in rivals:
-            scaled, factor = carrier.scaled_to(rival.addition(self._by_energy(rival)), norm)
+        for method, form, name, rival in rivals:
+            scaled, factor = carrier.scaled_to(rival.addition(self._by_energy(name, rival)), norm)
             yield from carrier.rows(scaled, method, form, scaled_to=subject.method, factor=factor)
         yield from self._sweep(own, subject)
 

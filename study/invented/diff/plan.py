@@ -4,8 +4,8 @@ Job names: `ceilings-A-seed3` for the arms whose metrics were added, `record-K-s
 that control), `diff-K-seed3` for a pair at the primary site with dictionaries of the first seed, `seeds-A-seed3` with
 the further ones and with frozen decoders, `sites-A-seed3` for the pair at the other sites. Where metrics were added, a
 pair is recorded by a job of its own, `record-A-seed3`, its dictionaries are trained by a job a method,
-`dictionaries-A-seed3-<method>`, and what reads them is shared among SHARES jobs, `diff-A-seed3-1` and so on, the first
-of which needs no dictionary. What the verdicts need comes first.
+`dictionaries-A-seed3-<method>`, and what reads them is shared among SHARES jobs, `diff-A-seed3-1` and so on. What the
+verdicts need comes first.
 """
 
 from __future__ import annotations
@@ -245,20 +245,19 @@ def diff_jobs(plan: Plan, folders: str) -> list[Job]:
     def needed(pair: Compared) -> list[str]:
         return [f"train-{run}" for run in (pair.run, *(run_name(arm, pair.seed) for arm in READ_TOO.get(pair.arm, ())))]
 
-    earlier: list[str] = []
-    for pair in added:  # one after the other: the first is read before the next takes the memory
-        jobs.append(job("record", pair.run, GENERATION_GB, [*before, *earlier]))
+    trained_before: list[str] = []
+    read_before: list[str] = []
+    for pair in added:
+        # Programs are written in small steps, each of which would wait for a step of every dictionary under way.
+        jobs.append(job("record", pair.run, GENERATION_GB, [*before, *trained_before]))
         trained = [
-            job("dictionaries", pair.run, DICTIONARY_GB, [f"record-{pair.run}", f"settings-{slug(method)}"], method)
-            for method in METHODS
-        ]
-        earlier = [job.name for job in trained]
-        reading = [
-            job("diff", pair.run, CARRY_GB, [f"record-{pair.run}", *needed(pair), *(
-                name for name, method in zip(earlier, METHODS, strict=True) if in_share(method, share)
-            )], share=share) for share in shares
+            job("dictionaries", pair.run, DICTIONARY_GB,
+                [f"record-{pair.run}", f"settings-{slug(method)}", *read_before], method) for method in METHODS
         ]  # fmt: skip
-        jobs += [reading[0], *trained, *reading[1:]]
+        trained_before = [job.name for job in trained]
+        reading = [job("diff", pair.run, CARRY_GB, [*trained_before, *needed(pair)], share=share) for share in shares]
+        read_before = [job.name for job in reading]
+        jobs += [*trained, *reading]
     for pair in (pair for pair in added if subjects(plan, pair, "seeds")):
         jobs += [job("seeds", pair.run, ALL_ROWS_GB, [f"diff-{pair.run}-{share}"], share=share) for share in shares[1:]]
     others = [pair for pair in compared if how_long.controls and pair not in added]

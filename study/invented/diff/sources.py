@@ -25,8 +25,12 @@ class Source(Protocol):
         """[tokens, items]."""
         ...
 
-    def squares(self, reading: Reading) -> Tensor:
-        """[items] fp64: squared length of what each item adds, summed over the tokens."""
+    def products(self, reading: Reading) -> Tensor:
+        """[..., items] fp64: products of an item's values, summed over the tokens."""
+        ...
+
+    def squares(self, products: Tensor) -> Tensor:
+        """[items] fp64: squared length of what each item adds, from its `products`."""
         ...
 
     def addition(self, items: Sequence[int]) -> Addition:
@@ -45,13 +49,16 @@ class OfDictionary:
     def values(self, reading: Reading) -> Tensor:
         return reading.values(self.model)
 
-    def squares(self, reading: Reading) -> Tensor:
+    def products(self, reading: Reading) -> Tensor:
         from crosscoder.dictionaries.model import products_of
 
-        return self.model.written_squares(products_of(reading.parts(self.model).double()))
+        return products_of(reading.parts(self.model))
+
+    def squares(self, products: Tensor) -> Tensor:
+        return self.model.written_squares(products)
 
     def addition(self, items: Sequence[int]) -> Addition:
-        return Latents(self.model, items)
+        return Latents(self.model.only(items), range(len(items)))
 
 
 class Directions:
@@ -66,8 +73,11 @@ class Directions:
     def values(self, reading: Reading) -> Tensor:
         return reading.difference @ self.basis.to(reading.difference).T
 
-    def squares(self, reading: Reading) -> Tensor:
+    def products(self, reading: Reading) -> Tensor:
         return self.values(reading).double().square().sum(dim=0)
+
+    def squares(self, products: Tensor) -> Tensor:
+        return products
 
     def addition(self, items: Sequence[int]) -> Addition:
         return Components(orthonormal(self.basis[list(items)]))
@@ -78,8 +88,8 @@ def energies(source: Source, store: ActivationStore, device: Any) -> Tensor:
     """[items] fp64, on the CPU: mean square of what each item adds, over all tokens of the documents."""
     total: Any = 0.0
     for _, raw in store.batches(torch.arange(len(store))):
-        total = total + source.squares(Reading(raw.to(device)))
-    return total.cpu() / len(store)
+        total = total + source.products(Reading(raw.to(device)))
+    return source.squares(total).cpu() / len(store)
 
 
 def top(scores: Tensor, n: int) -> list[int]:

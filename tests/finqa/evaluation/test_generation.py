@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finqa.evaluation.adapter_check import compare
-from finqa.evaluation.engines.hugging_face_engine import GumbelNoise, hugging_face
+from finqa.evaluation.engines.hugging_face_engine import GROUPED, GumbelNoise, decode_by_groups, hugging_face
 from finqa.evaluation.engines.serving import MODELS, check_backend, served_models
 from finqa.evaluation.engines.vllm_engine import EngineArguments, vllm_engine
 from finqa.evaluation.evaluate import EvaluationConfig
@@ -78,6 +78,25 @@ def test_batched_and_padded_replies_are_those_of_prompts_asked_one_by_one(tiny_s
     alone = [all_replies(hugging_face(model, tokenizer, CONFIG), [prompt])[0] for prompt in prompts]
     assert together == alone
     assert [reply.n_prompt_tokens for reply in together] == [len(prompt) for prompt in prompts]
+
+
+def test_query_heads_that_share_keys_give_the_logits_of_sdpa(tiny_student: Path, prompts: list[list[int]]):
+    import torch
+
+    model = load_base(str(tiny_student), torch.float32)
+    assert model.config.num_attention_heads > model.config.num_key_value_heads
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    settings: Any = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+
+    def logits() -> torch.Tensor:
+        return torch.stack(model.generate(input_ids=ids, attention_mask=mask, pad_token_id=0, **settings).logits)
+
+    by_sdpa = logits()
+    decode_by_groups(model)
+    assert model.config._attn_implementation == GROUPED
+    torch.testing.assert_close(logits(), by_sdpa, rtol=0, atol=1e-5)
 
 
 def talkative(generate: Generate, prompts: list[list[int]]) -> tuple[list[int], Reply]:
