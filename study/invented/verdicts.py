@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from study.invented.inference import clustered_interval, holm, sign_flip_p
+from study.inference import clustered_interval, holm, sign_flip_p
 from study.invented.plan import SEEDS
 
 Row = Mapping[str, Any]

@@ -71,7 +71,9 @@ def recall_at(scores: Tensor, false_alarms: float = FALSE_ALARMS) -> Tensor:
     return torch.stack(found)
 
 
-def item_rows(found: Board, signed: bool, names: Sequence[Any]) -> list[dict[str, Any]]:
+def item_rows(
+    found: Board, signed: bool, names: Sequence[Any], false_alarms: float = FALSE_ALARMS
+) -> list[dict[str, Any]]:
     """A row a metric: the item that tells it best on the pages that choose, and how well it does on the others.
 
     Args:
@@ -84,7 +86,7 @@ def item_rows(found: Board, signed: bool, names: Sequence[Any]) -> list[dict[str
     chosen_on = within_page_auroc(found.half(choose=True))
     both = torch.stack([chosen_on, 1 - chosen_on]) if signed else chosen_on[None]
     upright = within_page_auroc(found.half(choose=False))
-    recalls = torch.stack([recall_at(sign * found.half(choose=False)) for sign in (1, -1)[: len(both)]])
+    recalls = torch.stack([recall_at(sign * found.half(choose=False), false_alarms) for sign in (1, -1)[: len(both)]])
     for place, metric in enumerate(found.metrics):
         side, item = divmod(int(both[:, place].flatten().argmax()), len(names))
         area = float(upright[place, item])

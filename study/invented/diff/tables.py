@@ -1,5 +1,5 @@
-"""The study's tables from what is there: models, gates, ceilings, settings, dictionaries, items, causal_norm, findings,
-and run.json.
+"""The study's tables from what is there: models, gates, ceilings, settings, dictionaries, items, causal_norm,
+objections, findings, and run.json.
 
 Verdicts come from the tables as they are written: findings.csv can be made again from the others alone.
 """
@@ -23,6 +23,7 @@ from study.invented.diff.dictionaries import settings_path
 from study.invented.diff.plan import METHODS, PAIRS, Part, lengths, results_of, site_name, sites, slug, subjects
 from study.invented.files import read_items, write_table
 from study.invented.gates import Gate, read_answers, share_right
+from study.invented.objections import objection_rows
 from study.invented.plan import Plan
 from study.invented.verdicts import Finding, as_rows, findings
 from study.students.plan import MAIN, short
@@ -86,7 +87,7 @@ def found_of(plan: Plan, target: Target, is_primary: bool) -> Iterator[tuple[Row
 
 
 def diff_rows(plan: Plan) -> dict[str, list[Row]]:
-    """The lines of dictionaries.csv, items.csv and causal_norm.csv, the primary site first."""
+    """The lines of dictionaries.csv, items.csv, causal_norm.csv and objections.csv, the primary site first."""
     primary = primary_site(plan)
     targets = [primary, *(target for target in sites(plan).values() if target != primary)]
     tables: dict[str, list[Row]] = {"dictionaries": [], "items": [], "causal_norm": []}
@@ -98,7 +99,7 @@ def diff_rows(plan: Plan) -> dict[str, list[Row]]:
             tables["items"] += [named | row for row in found.get("items", ())]
             own = {name: named[name] for name in ("arm", "seed", "site", "dictionary_seed")}
             tables["causal_norm"] += [own | row for row in found.get("carried", ())]
-    return tables
+    return tables | {"objections": objection_rows(plan, primary)}
 
 
 def judged(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Finding]:

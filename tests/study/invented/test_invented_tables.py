@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from finqa.runtime.manifest import write_json
@@ -28,9 +29,11 @@ from study.invented.diff.plan import (
     subjects,
 )
 from study.invented.files import TEST, Place, write_table
+from study.invented.objections import CUTS
 from study.invented.plan import Plan
 
 FINDS = "difference SAE"
+TRAINED = (FINDS, "trained")
 NAMES = {"A": [f"a{i}" for i in range(8)], "B": [f"b{i}" for i in range(8)]}
 
 
@@ -140,6 +143,34 @@ def test_a_method_that_is_not_trained_yet_is_not_in_the_figure(plan: Plan):
     output, found = tables.write_tables(plan, [])
     assert (output / "headline.png").exists()
     assert {one.verdict for one in found if one.method == "L1"} == {"no verdict"}
+
+
+def test_other_cuts_are_tried_on_the_scores_that_are_there(plan: Plan):
+    """One item tells each of the eight metrics of A, by 2 on even pages and 1 on odd ones, where all else is 0; on the
+    odd pages every question has 1.5 more."""
+    kinds = [(name, kind) for kind, names in NAMES.items() for name in names]
+    asked = [
+        {"id": f"{page}-{name}", "split": "test", "page": page, "half": ("choose", "score")[page // 2 % 2],
+         "phrasing": 6, "family": name, "kind": kind, "answer": "1", "permuted": ""}
+        for page in range(8) for name, kind in kinds
+    ]  # fmt: skip
+    write_table(plan.place.root / TEST / "items.csv", asked)
+    scores = np.zeros((8, 16, 20), dtype=np.float32)
+    for metric in range(8):
+        scores[::2, metric, metric + 8], scores[1::2, metric, metric + 8] = 2, 1
+    scores[1::2] += 1.5
+    pair = PAIRS[0]
+    (subject,) = [one for one in subjects(plan, pair, "diff") if (one.method, one.form) == TRAINED]
+    path = results_of(plan, pair, sites(plan)["residual2"], subject).with_suffix(".npz")
+    np.savez_compressed(path, **{f"energy, {pair.arm}": scores})
+    output, _ = tables.write_tables(plan, [])
+    lines = tables.read_table(output / "objections.csv")
+    assert {(line["method"], line["form"], line["fine_tunes"]) for line in lines} == {(*TRAINED, "1")}
+    assert [line["rule"] for line in lines] == [cut.name for cut in CUTS]
+    added = {line["rule"]: float(line["added"]) for line in lines}
+    assert added.pop("as fixed") == 1 and (added.pop("first 5 items"), added.pop("first 10 items")) == (0, 2 / 8)
+    assert set(added.values()) == {1.0}
+    assert {line["absent"] for line in lines} == {"0.0"}
 
 
 def test_verdicts_come_from_the_tables_alone(plan: Plan):

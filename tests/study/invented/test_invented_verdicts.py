@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from finqa.runtime.paths import REPOSITORY
+from study.inference import clustered_interval, holm, sign_flip_p
 from study.invented import verdicts
-from study.invented.inference import clustered_interval, holm, sign_flip_p
 from study.invented.verdicts import Finding, findings, is_hit, summary
 
 A, B = [f"a{i}" for i in range(8)], [f"b{i}" for i in range(8)]
