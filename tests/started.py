@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,8 +21,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-READ_WHEN_IMPORTED = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_DISABLE_XET", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTHONPATH")
-"""Variables that the libraries or Python look at once, when they start."""
+READ_WHEN_IMPORTED = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_DISABLE_XET", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
+"""Variables that the libraries look at once, when they start."""
 LIBRARIES = (
     "datasets",
     "matplotlib.pyplot",
@@ -68,6 +69,24 @@ def run(
         return subprocess.CompletedProcess(said, code, *(path.read_text() for path in outputs))
 
 
+def paste(block: str, cwd: Path, env: Mapping[str, str]) -> str:
+    """Run a block in a shell that stops at the first error and whose `python` is `run`; gives what `python` printed."""
+    asking, asked = os.pipe()
+    python = f'python() {{ echo "${{PWD@Q}} ${{*@Q}}" >&{asked}; read -r code; return $code; }}\n'
+    with subprocess.Popen(
+        ["bash", "-ec", python + block], cwd=cwd, env=env, stdin=subprocess.PIPE, pass_fds=[asked], text=True
+    ) as shell:
+        os.close(asked)
+        assert shell.stdin
+        done: list[subprocess.CompletedProcess[str]] = []
+        for line in open(asking):
+            folder, *words = shlex.split(line)
+            done.append(run(words, Path(folder), env))
+            print(done[-1].returncode, file=shell.stdin, flush=True)
+    assert shell.returncode == 0, done[-1].stdout[-2000:] + done[-1].stderr[-2000:]
+    return "".join(one.stdout for one in done)
+
+
 def kill_one_of_two(words: Sequence[object], cwd: Path, rank: int, there: Callable[[], object]) -> tuple[float, str]:
     """Start two processes by torchrun and kill one of them once `there()`; seconds until all had ended, and stderr."""
     import psutil
@@ -96,6 +115,7 @@ def _starter(env: Mapping[str, str]) -> subprocess.Popen[str]:
         with _STARTERS.pop(next(iter(_STARTERS))):
             pass
     alone = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # a thread would not come along
+    alone["PYTHONPATH"] = ""  # of every run its own
     _STARTERS[key] = _STARTERS.pop(key, None) or subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**env, **alone},
         start_new_session=True,
@@ -132,6 +152,7 @@ def _become(cwd: str, env: Mapping[str, str], outputs: Sequence[str]) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    sys.path[1:1] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
     for number, path in enumerate([os.devnull, *outputs]):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY)
         os.dup2(opened, number)

@@ -7,11 +7,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import started
 
 from finqa.runtime.paths import REPOSITORY
 
@@ -63,12 +63,8 @@ def clone(tmp_path: Path) -> Path:
 
 
 def paste(block: str, folder: Path) -> str:
-    """Run a block as it is pasted into a shell that stops at the first error; gives what it printed."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": f"{folder}:{folder / 'crosscoder-model-diff'}"}
-    done = subprocess.run(["bash", "-ec", block], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
+    """Run a block as it is pasted into a shell in this copy of the tree; gives what its commands printed."""
+    return started.paste(block, folder, os.environ | {"PYTHONPATH": f"{folder}:{folder / 'crosscoder-model-diff'}"})
 
 
 @pytest.mark.slow
