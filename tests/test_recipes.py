@@ -56,7 +56,7 @@ def clone(tmp_path: Path) -> Path:
         if not name.startswith(("tests/", "docs/", "benchmarks/")) and (REPOSITORY / name).exists():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, tmp_path / name)
-    for split, rows in (("train", 32), ("dev", 4), ("test", 24)):
+    for split, rows in (("train", 16), ("dev", 2), ("test", 12)):
         path = tmp_path / "data" / "FinQA-mini" / f"{split}.json"
         path.write_text(json.dumps(json.loads(path.read_text())[:rows]))
     return tmp_path
