@@ -3,7 +3,7 @@
 Importing these takes longer than most of what a test runs afterwards. One process for each of pytest's imports them,
 and forks for every run: the script starts at its first line in a new process, with its own arguments, folder,
 environment and output, and none of the project's modules is imported before. What is about a start itself (imports,
-help, a kill, several processes, an engine) starts a Python of its own.
+help, several processes, an engine) starts a Python of its own.
 """
 
 from __future__ import annotations
@@ -49,18 +49,37 @@ def run(
     words: Sequence[object], cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a script's path, or -m and a module, with what follows it; as subprocess.run does, with its output kept."""
+    return killed_when(None, words, cwd, env)
+
+
+def killed_when(
+    happened: Callable[[], object] | None,
+    words: Sequence[object],
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """`run` a script, and kill it once something has happened, unless it ends before."""
     env = dict(os.environ if env is None else env)
     said = [str(word) for word in words]
     if not FORKS or "--VLLM" in said:  # vLLM sets torch up before it is imported
-        return subprocess.run([sys.executable, *said], cwd=cwd, env=env, capture_output=True, text=True)
+        said.insert(0, sys.executable)
+        pipe = subprocess.PIPE
+        with subprocess.Popen(said, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True) as process:
+            _kill(process.pid, happened, lambda: process.poll() is not None)
+            outputs = process.communicate()
+        return subprocess.CompletedProcess(said, process.returncode, *outputs)
     starter = _starter(env)
     assert starter.stdin and starter.stdout
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        for path in outputs:
+            path.touch()  # a run may be killed before it has
         asked = {"words": said, "cwd": str(cwd or Path.cwd()), "env": env, "outputs": list(map(str, outputs))}
         try:
             starter.stdin.write(json.dumps(asked) + "\n")
             starter.stdin.flush()
+            pid = int(starter.stdout.readline())
+            _kill(pid, happened, lambda: not Path(f"/proc/{pid}").exists())
             code = int(starter.stdout.readline())
         except BaseException:  # the test was told to end: no later one shall read this one's exit code
             os.killpg(starter.pid, signal.SIGKILL)
@@ -69,17 +88,23 @@ def run(
         return subprocess.CompletedProcess(said, code, *(path.read_text() for path in outputs))
 
 
+def _kill(pid: int, happened: Callable[[], object] | None, ended: Callable[[], bool]) -> None:
+    while happened and not ended():
+        if happened():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.002)
+
+
 def paste(block: str, cwd: Path, env: Mapping[str, str]) -> str:
     """Run a block in a shell that stops at the first error and whose `python` is `run`; gives what `python` printed."""
-    asking, asked = os.pipe()
-    python = f'python() {{ echo "${{PWD@Q}} ${{*@Q}}" >&{asked}; read -r code; return $code; }}\n'
-    with subprocess.Popen(
-        ["bash", "-ec", python + block], cwd=cwd, env=env, stdin=subprocess.PIPE, pass_fds=[asked], text=True
-    ) as shell:
-        os.close(asked)
-        assert shell.stdin
+    python = 'python() { echo "${PWD@Q} ${*@Q}"; read -r code; return $code; }\n'
+    words, pipe = ["bash", "-ec", python + block], subprocess.PIPE
+    with subprocess.Popen(words, cwd=cwd, env=env, stdin=pipe, stdout=pipe, text=True) as shell:
+        assert shell.stdin and shell.stdout
         done: list[subprocess.CompletedProcess[str]] = []
-        for line in open(asking):
+        for line in shell.stdout:
             folder, *words = shlex.split(line)
             done.append(run(words, Path(folder), env))
             print(done[-1].returncode, file=shell.stdin, flush=True)
@@ -124,7 +149,7 @@ def _starter(env: Mapping[str, str]) -> subprocess.Popen[str]:
 
 
 def _serve() -> list[str]:
-    """Fork for every line of the input, and write the exit code; returns in the new process: the words that it runs."""
+    """Fork for every line of the input, and write process id and exit code; returns in the new process what it runs."""
     import gc
     from importlib import import_module
 
@@ -143,6 +168,7 @@ def _serve() -> list[str]:
             asked = json.loads(line)
             _become(asked["cwd"], asked["env"], asked["outputs"])
             return asked["words"]
+        print(pid, file=answers, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
     sys.exit()
 
