@@ -33,7 +33,6 @@ LIBRARIES = (
     "transformers.integrations.mistral.tokenizer",
     "transformers.models.mistral.modeling_mistral",
     "transformers.trainer",
-    "wandb.sdk.launch.inputs.internal",
 )
 """What the scripts import of others, once they have something to do."""
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -156,6 +155,7 @@ def _serve() -> list[str]:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the libraries print when they are imported
 
+    sys.modules["rfc3987_syntax"] = None  # pyright: ignore[reportArgumentType]  # as finqa.models.templates has it
     for name in LIBRARIES:
         with contextlib.suppress(ImportError):  # another version has it elsewhere: the script imports it then
             import_module(name)

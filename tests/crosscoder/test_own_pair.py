@@ -278,7 +278,7 @@ def test_a_pushed_set_is_a_data_set_that_another_machine_works_with(models: Path
         assert card["base_model"] == ["writer/base", "writer/adapter"] and card["viewer"] is False
 
         places = ("--data-dir", tmp_path / "two", "--results-dir", tmp_path / "results")
-        online |= {"HF_HOME": str(tmp_path / "another home")}
+        shutil.rmtree(tmp_path / "home")  # another machine has downloaded nothing
         small = ("--latents", "32", "--k", "2", "--epochs", "1")
         for words in (("train.py", "mine-layer2-mlp-1024", *small), ("analyse.py", "mine-layer2-mlp-1024", "--splice")):
             output = run(words[0], *words[1:], *places, **online)
