@@ -177,7 +177,7 @@ def test_an_evaluation_that_was_killed_goes_on_and_ends_with_the_same_files(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    n = 300
+    n = 120
     write_teacher_rows(folders.generated("FinQA-mini", "dev"), [teacher_row(number) for number in range(n)])
     words = ["FinQA-mini", tiny_student, "-P", "-NT", "-D", "-ET", "zero-shot", "--max-new-tokens", 24, "-EBS", 4]
     whole = Folders(data=folders.data, results=tmp_path / "whole")
