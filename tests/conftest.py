@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from mini.tokenizer import CHAT_TEMPLATE
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_MODE"] = "disabled"  # every run would start a server of its own; one test asks for it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.pop("HF_NAME", None)
 
@@ -23,16 +23,17 @@ settings.load_profile("any machine")
 
 LONGEST = (
     "test_study_whole.py",
-    "test_recipes.py",
     "test_training_parallel.py",
-    "test_hub_round_trip.py",
-    "test_analyse.py",
-    "test_collect_activations.py",
-    "test_crosscoder_scripts.py",
-    "test_remedies.py",
+    "test_recipes.py",
     "test_bench_processes.py",
+    "test_own_pair.py",
+    "test_crosscoder_scripts.py",
+    "test_analyse.py",
+    "test_generation.py",
+    "test_collect_activations.py",
+    "test_remedies.py",
 )
-"""Files that take a minute and more. They come first: no process is left with one when the others have ended."""
+"""Files that take about a minute and more. They come first: no process is left with one when the others have ended."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -176,7 +177,7 @@ def test_an_evaluation_that_was_killed_goes_on_and_ends_with_the_same_files(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    n = 300
+    n = 120
     write_teacher_rows(folders.generated("FinQA-mini", "dev"), [teacher_row(number) for number in range(n)])
     words = ["FinQA-mini", tiny_student, "-P", "-NT", "-D", "-ET", "zero-shot", "--max-new-tokens", 24, "-EBS", 4]
     whole = Folders(data=folders.data, results=tmp_path / "whole")
@@ -184,15 +185,13 @@ def test_an_evaluation_that_was_killed_goes_on_and_ends_with_the_same_files(
     expected = folder_of(whole)
 
     folder = folder_of(folders)
-    process = subprocess.Popen([sys.executable, str(REPOSITORY / "main.py"), *map(str, [*words, *where(folders)])])
-    try:
-        while len(replies := "".join(path.read_text() for path in folder.glob("replies-*")).splitlines()) < 20:
-            assert process.poll() is None, "done before it could be killed"
-            time.sleep(0.02)
-    finally:
-        process.kill()
-        process.wait()
-    assert len(replies) < n and not (folder / "predictions.jsonl").exists()
+
+    def n_replies() -> int:
+        return sum(path.read_text().count("\n") for path in folder.glob("replies-*"))
+
+    command = [REPOSITORY / "main.py", *words, *where(folders)]
+    assert started.killed_when(lambda: n_replies() >= 20, command).returncode == -signal.SIGKILL
+    assert n_replies() < n and not (folder / "predictions.jsonl").exists()
 
     capsys.readouterr()
     assert run_here(*words, *where(folders)) == 0

@@ -7,11 +7,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import started
 
 from finqa.runtime.paths import REPOSITORY
 
@@ -56,19 +56,15 @@ def clone(tmp_path: Path) -> Path:
         if not name.startswith(("tests/", "docs/", "benchmarks/")) and (REPOSITORY / name).exists():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, tmp_path / name)
-    for split, rows in (("train", 32), ("dev", 4), ("test", 24)):
+    for split, rows in (("train", 16), ("dev", 2), ("test", 12)):
         path = tmp_path / "data" / "FinQA-mini" / f"{split}.json"
         path.write_text(json.dumps(json.loads(path.read_text())[:rows]))
     return tmp_path
 
 
 def paste(block: str, folder: Path) -> str:
-    """Run a block as it is pasted into a shell that stops at the first error; gives what it printed."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": f"{folder}:{folder / 'crosscoder-model-diff'}"}
-    done = subprocess.run(["bash", "-ec", block], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
+    """Run a block as it is pasted into a shell in this copy of the tree; gives what its commands printed."""
+    return started.paste(block, folder, os.environ | {"PYTHONPATH": f"{folder}:{folder / 'crosscoder-model-diff'}"})
 
 
 @pytest.mark.slow

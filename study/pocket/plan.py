@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from finqa.training.rows import Families
 
-MINUTES = {"study": 90, "study-quick": 6}
+MINUTES = {"study": 90, "study-quick": 3}
 """What a study takes where nothing is there yet, estimated from its parts."""
 DATASET, STUDENT = "FinQA-mini", "pocket-mistral"
 
@@ -182,16 +182,16 @@ QUICK = Plan(
         Pair(SHAM, FINE_TUNED, ("difference SAE",)),
         Pair(FINE_TUNED, FINE_TUNED, ("plain",)),
     ),
-    test_questions=72,
-    other_questions=12,
-    pair_pages=12,
-    ceiling_questions=6,
+    test_questions=24,
+    other_questions=6,
+    pair_pages=6,
+    ceiling_questions=3,
     causal_questions=8,
-    reply_questions=2,
+    reply_questions=1,
     random_sets=2,
     permutations=20,
-    steps=60,
-    max_rows=96,
+    steps=30,
+    max_rows=48,
 )
 
 

@@ -260,10 +260,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(diff, data_folder
     command = ["train.py", "FinQA-mini", tiny_student, "--data-dir", data_folder, "--layer", "2", "--epochs", "20"]
     command += ["--name", "killed", "--results-dir", tmp_path, "--checkpoint-every", "0", "--log-every", "1"]
     checkpoint = data_folder / "models" / "crosscoders" / "killed"
-    with subprocess.Popen([sys.executable, *map(str, command)], cwd=FOLDER, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (checkpoint / "training_state.safetensors").exists():
-            time.sleep(0.005)
-        process.kill()
+    started.killed_when((checkpoint / "training_state.safetensors").exists, command, FOLDER)
     assert not (checkpoint / "config.json").exists()
     assert run(*command).returncode == 0
     whole = data_folder / "models" / "crosscoders" / results.name
@@ -286,8 +283,7 @@ def test_where_one_process_is_killed_the_other_ends_and_the_same_command_goes_on
     seconds, said = started.kill_one_of_two(command, FOLDER, 0, state.exists)
     assert seconds < 60 and said.count("error: ") == 1 and "the same command goes on" in said
     assert state.exists() and not (checkpoint / "config.json").exists()
-    words = [sys.executable, *started.TORCHRUN, *map(str, command)]
-    output = subprocess.run(words, cwd=FOLDER, capture_output=True, text=True, check=False)
+    output = run(*started.TORCHRUN, *command)
     assert output.returncode == 0, output.stderr
     # The first process alone speaks, of the plan too.
     assert [output.stdout.count(part) for part in (" documents from ", "plan: ", ", 2 processes", "held-out")] == [
@@ -300,8 +296,7 @@ def test_where_one_process_is_killed_the_other_ends_and_the_same_command_goes_on
 @pytest.mark.slow
 def test_what_is_wrong_for_all_processes_is_said_by_one(data_folder, tiny_student):
     command = ["train.py", "FinQA-mini", tiny_student, "--data-dir", data_folder, "--layer", "1", "--no-push"]
-    words = [sys.executable, *started.TORCHRUN, *map(str, command)]
-    output = subprocess.run(words, cwd=FOLDER, capture_output=True, text=True, check=False)
+    output = run(*started.TORCHRUN, *command)
     assert output.returncode != 0
     assert output.stderr.count("error: no activation set in ") == 1
 

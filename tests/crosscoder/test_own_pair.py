@@ -10,10 +10,7 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -173,13 +170,10 @@ def test_an_adapter_and_the_model_it_makes_are_recorded_alike(models: Path, tmp_
 def test_a_killed_collection_goes_on_and_sets_of_several_layers_are_told_apart(models: Path, tmp_path: Path):
     file = write_rows(tmp_path / "texts.jsonl", 10 * ROWS["text"])  # so that it is killed before it has ended
     words = (*pair(models, "adapter", file, tmp_path), "--name", "mine", "--layer", "1", "2", "--shard-tokens", "40")
-    command = [sys.executable, "collect_activations.py", *map(str, words), "--batch-tokens", "40"]
-    with subprocess.Popen(command, cwd=FOLDER, stdout=subprocess.DEVNULL) as process:
-        # Of the first shards one may be half written, or of one layer alone.
-        while process.poll() is None and len(list((tmp_path / "activations").glob(".*/shard-*"))) < 6:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-    output = run("collect_activations.py", *words, "--batch-tokens", "40")
+    command = ["collect_activations.py", *words, "--batch-tokens", "40"]
+    # Of the first shards one may be half written, or of one layer alone.
+    started.killed_when(lambda: len(list((tmp_path / "activations").glob(".*/shard-*"))) >= 6, command, FOLDER)
+    output = run(*command)
     assert output.returncode == 0 and "going on: " in output.stdout, output.stderr
     assert {path.name for path in (tmp_path / "activations").iterdir()} == {f"mine-layer{i}-mlp-1024" for i in (1, 2)}
     output = run("train.py", "mine", "--data-dir", tmp_path)
@@ -284,7 +278,7 @@ def test_a_pushed_set_is_a_data_set_that_another_machine_works_with(models: Path
         assert card["base_model"] == ["writer/base", "writer/adapter"] and card["viewer"] is False
 
         places = ("--data-dir", tmp_path / "two", "--results-dir", tmp_path / "results")
-        online |= {"HF_HOME": str(tmp_path / "another home")}
+        shutil.rmtree(tmp_path / "home")  # another machine has downloaded nothing
         small = ("--latents", "32", "--k", "2", "--epochs", "1")
         for words in (("train.py", "mine-layer2-mlp-1024", *small), ("analyse.py", "mine-layer2-mlp-1024", "--splice")):
             output = run(words[0], *words[1:], *places, **online)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,16 +32,7 @@ SMALL_SHARDS = ("--shard-tokens", "300", "--batch-tokens", "200")
 
 
 def run(*words: str | Path, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
-    if not launcher:
-        return started.run([SCRIPT, *words], FOLDER, os.environ | {"OMP_NUM_THREADS": "1"} | environment)
-    return subprocess.run(
-        [sys.executable, *launcher, SCRIPT, *map(str, words)],
-        cwd=FOLDER,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return started.run([*launcher, SCRIPT, *words], FOLDER, os.environ | {"OMP_NUM_THREADS": "1"} | environment)
 
 
 @pytest.fixture
@@ -102,18 +92,15 @@ def test_one_set_at_a_time_and_by_plain_hooks_gives_the_same_bytes(whole, data, 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_gives_the_bytes_of_an_undisturbed_one(whole, data, tiny_student):
     command = (*names(tiny_student, data), "--layer", "1", "2", "--site", "mlp", "residual", *SMALL_SHARDS)
+
+    def n_shards() -> int:
+        return len(list((data / "activations").glob(".*/shard-*")))
+
     killed = 0
     # Killed at the first shard, then later and later, until a run comes through.
-    for shards in (1, 3, 5):
-        with subprocess.Popen(
-            [sys.executable, SCRIPT, *map(str, command)],
-            cwd=FOLDER,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-        ) as process:
-            while process.poll() is None and len(list((data / "activations").glob(".*/shard-*"))) < shards:
-                time.sleep(0.001)
-            process.send_signal(signal.SIGKILL)
+    for _ in range(3):
+        n = n_shards()
+        process = started.killed_when(lambda n=n: n_shards() > n, [SCRIPT, *command], FOLDER)
         killed += process.returncode == -signal.SIGKILL
     assert killed > 0
     assert list((data / "activations").glob(".*.partial/shard-*"))
@@ -126,20 +113,9 @@ def test_a_killed_run_goes_on_and_gives_the_bytes_of_an_undisturbed_one(whole, d
 
 
 @pytest.mark.slow
-def test_several_processes_make_the_set_that_one_makes(whole, data, tiny_student, processes=2):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-    command = (*names(tiny_student, data), "--layer", "1", "2", "--site", "mlp", "residual", *SMALL_SHARDS)
-    output = run(*command, launcher=launcher)
-    assert output.returncode == 0, output.stderr
-    for folder in whole.iterdir():
-        made = data / "activations" / folder.name
-        assert contents(made) == contents(folder)
-        assert json.loads((made / "run.json").read_text())["processes"] == processes
-    assert output.stdout.count("documents at layer") == 4  # one process speaks
-
-
-@pytest.mark.slow
-def test_where_one_process_is_killed_the_others_end_and_the_same_command_goes_on(whole, data, tiny_student):
+def test_where_one_of_two_processes_is_killed_the_same_command_goes_on_to_the_set_that_one_makes(
+    whole, data, tiny_student
+):
     command = (*names(tiny_student, data), "--layer", "1", "2", "--site", "mlp", "residual", *SMALL_SHARDS)
     seconds, said = started.kill_one_of_two(
         [SCRIPT, *command], FOLDER, 1, lambda: list((data / "activations").glob(".*/shard-*"))
@@ -149,13 +125,15 @@ def test_where_one_process_is_killed_the_others_end_and_the_same_command_goes_on
     assert output.returncode == 0, output.stderr
     assert "going on: " in output.stdout
     for folder in whole.iterdir():
-        assert contents(data / "activations" / folder.name) == contents(folder)
+        made = data / "activations" / folder.name
+        assert contents(made) == contents(folder)
+        assert json.loads((made / "run.json").read_text())["processes"] == 2
+    assert output.stdout.count("documents at layer") == 4  # one process speaks
 
 
 @pytest.mark.slow
 def test_an_error_of_several_processes_is_said_once(data, tiny_student):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    output = run(*names(tiny_student, data), "--layer", "7", launcher=launcher)
+    output = run(*names(tiny_student, data), "--layer", "7", launcher=started.TORCHRUN)
     assert output.returncode != 0
     assert output.stderr.count("error: --layer 7: the model has layers 1 to 2") == 1
 

@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -461,13 +460,7 @@ EXTRAS = ("--no-dashboard", "--splice", "--causal", "2")
 
 def killed_when(words: Sequence[object], happened: Callable[[], bool]) -> None:
     """Run analyse.py, and kill it once something has happened."""
-    with subprocess.Popen(
-        [sys.executable, "analyse.py", *map(str, words)], cwd=FOLDER, stdout=subprocess.DEVNULL
-    ) as process:
-        while process.poll() is None and not happened():
-            time.sleep(0.002)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
+    assert started.killed_when(happened, ["analyse.py", *words], FOLDER).returncode == -signal.SIGKILL
 
 
 @pytest.mark.slow

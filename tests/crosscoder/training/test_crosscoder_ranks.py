@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import started
 import torch
 from made_up_activations import planted_activations, write_store
 
@@ -93,20 +91,12 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "worker.py", folder / "store"
 
 
-def command(
-    worker: tuple[Path, Path], folder: Path, epochs: float, methods: Sequence[str] = METHODS, processes: int = 1
-) -> list[str]:
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [
-        sys.executable,
-        *(several if processes > 1 else []),
-        *map(str, (worker[0], worker[1], folder, epochs, *methods)),
-    ]
+def command(worker: tuple[Path, Path], folder: Path, epochs: float, methods: Sequence[str] = METHODS) -> list[object]:
+    return [worker[0], worker[1], folder, epochs, *methods]
 
 
-def run(words: list[str]) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    output = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+def run(words: list[object]) -> None:
+    output = started.run(words, REPOSITORY, os.environ | {"OMP_NUM_THREADS": "1"})
     assert output.returncode == 0, output.stderr
 
 
@@ -119,7 +109,7 @@ def one_and_two(worker, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """Folders of runs of every method, by one process and by two."""
     root = tmp_path_factory.mktemp("processes")
     run(command(worker, root / "one", epochs=0.5))
-    run(command(worker, root / "two", epochs=0.5, processes=2))
+    run([*started.TORCHRUN, *command(worker, root / "two", epochs=0.5)])
     return root / "one", root / "two"
 
 
@@ -183,13 +173,10 @@ def test_a_run_of_every_method_killed_at_any_moment_ends_bitwise_as_a_whole_one(
         assert [steps[record["step"]] for record in log(whole / method)] == log(whole / method)
 
 
-def kill_under_way(words: list[str], folder: Path) -> None:
+def kill_under_way(words: list[object], folder: Path) -> None:
     """Start a run and kill it once it has written a state."""
-    with subprocess.Popen(words, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
-        while process.poll() is None and not (folder / "training_state.safetensors").exists():
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    written, environment = folder / "training_state.safetensors", os.environ | {"OMP_NUM_THREADS": "1"}
+    assert started.killed_when(written.exists, words, REPOSITORY, environment).returncode == -signal.SIGKILL
     assert not (folder / "config.json").exists()
 
 

@@ -45,11 +45,10 @@ class Commands:
         *words: object,
         token: str | None = WRITER,
         elsewhere: str = "data",
-        home: str = "home",
     ) -> subprocess.CompletedProcess[str]:
         """Run a script with the data folder `elsewhere`. What it says never holds a token, nor a bar."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-        environment |= {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.folder / home), "NO_PROXY": "*"}
+        environment |= {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.folder / "home"), "NO_PROXY": "*"}
         environment |= {"HF_HUB_DISABLE_XET": "1"} | ({"HF_TOKEN": token} if token else {})
         where = ["--data-dir", self.folder / elsewhere]
         where += ["--results-dir", self.folder / "results"] if script == "main.py" else []
@@ -62,6 +61,9 @@ class Commands:
         """A data folder that has the rows and no model."""
         shutil.copytree(self.folder / "data" / "clean_with_code", self.folder / name / "clean_with_code")
         return name
+
+    def forget_downloads(self) -> None:
+        shutil.rmtree(self.folder / "home" / "hub")
 
     def error(self, done: subprocess.CompletedProcess[str]) -> str:
         """The one line of a command that failed as it should."""
@@ -230,7 +232,8 @@ def test_a_token_that_may_not_write_is_told_before_the_training(commands: Comman
 
 def test_a_private_adapter_without_a_token_is_looked_for_in_both_places(commands: Commands):
     empty = commands.rows_alone("nobody")
-    done = commands("main.py", *STUDENT, "writer", *TRAIN, "-NT", "-T", token=None, elsewhere=empty, home="own")
+    commands.forget_downloads()
+    done = commands("main.py", *STUDENT, "writer", *TRAIN, "-NT", "-T", token=None, elsewhere=empty)
     error = commands.error(done)
     assert str(commands.folder / empty / "models") in error and f"on the Hub as writer/{MODEL_ID}" in error
     assert "if it is private, log in with: hf auth login" in error and "make it with: python main.py" in error
@@ -268,5 +271,6 @@ def test_a_revision_pins_the_base(commands: Commands, tiny_student: Path):
 def test_a_connection_that_keeps_breaking_is_one_line(commands: Commands):
     empty = commands.rows_alone("broken")
     commands.hub.faults = [Fault("GET", "*/revision/main", times=None)]
-    done = commands("main.py", *STUDENT, "writer", *TRAIN, "-NT", "-T", elsewhere=empty, home="fresh")
+    commands.forget_downloads()
+    done = commands("main.py", *STUDENT, "writer", *TRAIN, "-NT", "-T", elsewhere=empty)
     assert f"the connection to the Hub broke while working on writer/{MODEL_ID}" in commands.error(done)

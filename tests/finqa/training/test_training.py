@@ -114,14 +114,17 @@ def test_the_sham_learns_as_many_rows_as_the_real_run_but_of_known_families_alon
 
 @pytest.mark.slow
 def test_fine_tuning_lowers_the_loss_and_leaves_adapter_tokenizer_log_and_manifest(
-    run: StudentRun, folders: Folders, tiny_student: Path
+    run: StudentRun, folders: Folders, tiny_student: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setenv("WANDB_MODE", "offline")
     run = replace(run, settings=replace(SETTINGS, num_epochs=6))
     folder = fine_tune(run, TrainingConfig(max_rows=36), folders)
     assert folder == folders.model("FinQA-mini", run.model_id)
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in log] == [1, 10, 20, 30, 40, 50, 54]
     assert log[-1]["loss"] < log[0]["loss"] - 1
+    [tracked] = folder.glob("wandb/offline-run-*/run-*.wandb")
+    assert tracked.read_bytes().count(b"tokens_per_second") >= len(log)
     assert {"learning_rate", "grad_norm", "tokens_per_second"} <= log[0].keys()
     for before, after in pairwise(log):
         seconds = (after["tokens_seen"] - before["tokens_seen"]) / after["tokens_per_second"]

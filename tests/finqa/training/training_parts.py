@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +81,5 @@ def launch(
     script: Path, *words: object, processes: int = 1, launcher: str = "torchrun"
 ) -> subprocess.CompletedProcess[str]:
     """Run a script by itself, or in several processes by a launcher."""
-    if processes == 1:
-        return started.run([script, *words], REPOSITORY)
-    launched = LAUNCHERS[launcher].format(processes=processes).split()
-    command = [sys.executable, *launched, str(script), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    launched = LAUNCHERS[launcher].format(processes=processes).split() if processes > 1 else []
+    return started.run([*launched, script, *words], REPOSITORY)
