@@ -11,7 +11,7 @@ from made_up_activations import D_MODEL, planted_activations, write_store
 
 from crosscoder.activations.store import ActivationStore
 from crosscoder.dictionaries.methods import new_dictionary
-from crosscoder.interventions.sets import Reading
+from crosscoder.interventions.sets import Latents, Reading
 from finqa.models import students
 from finqa.runtime.manifest import write_json
 from finqa.runtime.paths import Folders
@@ -53,6 +53,7 @@ def test_every_method_is_read_with_equally_many_latents_active(
     reading = Reading(store.read(torch.arange(100)))
     added = OfDictionary(made.model).addition(chosen)(reading)
     assert added.shape == (100, D_MODEL) and energy.shape == (32,)
+    torch.testing.assert_close(added, Latents(made.model, chosen)(reading))  # of the whole dictionary
     told = exclusivity(made.model, store, store.split(0.1, 0).held_out)
     assert (told is None) == (method in ("difference SAE", "stage-wise SAE"))
 
