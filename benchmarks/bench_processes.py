@@ -11,8 +11,8 @@ user would, by torchrun, and the rates are those that the commands write down:
     fine-tuning     tokens/s over the second half of the updates (training_log.jsonl): compiling is left out
     recording       tokens/s of both models, from the first batch to the last shard (run.json); loading is left out
     crosscoder      tokens/s from the first step on (run.json): the same batch whatever the number of processes
-    evaluation      replies/s of the base by vLLM with as many engines (--data-parallel), on GPUs alone; and with one
-                    engine over as many GPUs (--tensor-parallel)
+    evaluation      replies/s of the base by vLLM with as many engines (--data-parallel), on GPUs alone and where it is
+                    installed; and with one engine over as many GPUs (--tensor-parallel)
 
 Beside each rate stand its efficiency (the rate over that of the first number of processes, over how many times as many
 there are), the memory that the first process held, and the bytes that a process sends in an update or step.
@@ -32,6 +32,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,13 @@ def main() -> None:
         model = write_model(random_model(args), Path(scratch) / "model")
         for words in PREPARATION:
             command([sys.executable, "-m", *f"preprocessing.{words}".split(), "--dataset", DATASET], folders, 1)
+        replies = default_device() == "cuda" and find_spec("vllm") is not None
         for processes in args.processes:
             runs[processes] = {
                 "fine-tuning": fine_tuning(model, folders, processes, args),
                 "recording": recording(model, folders, processes, args),
                 "crosscoder": crosscoder(model, folders, processes, args),
-                **(evaluation(model, folders, processes, args) if default_device() == "cuda" else {}),
+                **(evaluation(model, folders, processes, args) if replies else {}),
             }
             print(processes, runs[processes], flush=True)
             table = report(runs, args)
