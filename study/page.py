@@ -210,7 +210,8 @@ def settings(folder: Path) -> str:
 
 
 def verdicts(folder: Path) -> str:
-    """A row a method: the verdict of each rule, with the first figure of D1 and of D2 and its interval."""
+    """A row a method: the verdict of each rule, with the first figure of D1 and of D2, its interval, and the conditions
+    that do not hold."""
     rows = [row for row in read_csv(folder / "findings.csv") if row["verdict"] != "no verdict"]
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -220,12 +221,26 @@ def verdicts(folder: Path) -> str:
             first = its[0] if its else None
             interval = f", {number(first['low'])} to {number(first['high'])}" if first and first["low"] else ""
             value = f" ({number(first['value'])}{interval})" if first and first["value"] and rule != "D3" else ""
-            line.append(f"{first['verdict']}{value}" if first else NOTHING)
+            failed = ", ".join(row["condition"] for row in its if row["holds"] == "False" and rule != "D3")
+            line.append(f"{first['verdict']}{value}{f'; not: {failed}' if failed else ''}" if first else NOTHING)
         lines.append(line)
     return markdown(["method", "D1, finds", "D2, carries", "D3, name or formula"], lines)
 
 
+def objections(folder: Path) -> str:
+    """A row a rule by which D1 could count hits, a column a trained method: mean hit rate where added / where not."""
+    rows = [row for row in read_csv(folder / "objections.csv") if row["form"] == "trained"]
+    found = {(row["rule"], row["method"]): f"{number(row['added'])} / {number(row['absent'])}" for row in rows}
+    methods, rules = (list(dict.fromkeys(row[name] for row in rows)) for name in ("method", "rule"))
+    return markdown(
+        ["hits counted", *methods], [[rule, *(found.get((rule, one), NOTHING) for one in methods)] for rule in rules]
+    )
+
+
 STUDIES: dict[str, dict[str, Callable[[Path], str]]] = {
     "pocket": {"accuracy": accuracy, "glance": glance, "untrained": untrained, "causal": causal},
-    "invented": {"gates": gates, "arms": arms, "whole-sites": whole_sites, "settings": settings, "verdicts": verdicts},
-}
+    "invented": {
+        "gates": gates, "arms": arms, "whole-sites": whole_sites, "settings": settings, "verdicts": verdicts,
+        "objections": objections,
+    },
+}  # fmt: skip

@@ -54,7 +54,7 @@ def _figure(items: Sequence[Row], carried: Sequence[Row]) -> Any:
         else:
             left.plot(x, y, BASELINES.get(method, "-"), marker="o", markersize=2.5, label=method,
                       color=GREY if method in BASELINES else None)  # fmt: skip
-    left.set_xlabel("injected norm (root mean square a token)")
+    left.set_xlabel("injected norm (root mean square a token)\nmultiples of a set's own norm: fewer pages")
     left.set_ylabel("right answers on the metrics that were added")
     left.set_ylim(-0.02, 1.02)
     if left.lines:

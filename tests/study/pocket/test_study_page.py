@@ -192,11 +192,18 @@ def test_the_tables_of_the_invented_metrics_say_what_is_measured_and_what_is_not
         {"gate": "other", "model": "A", "family": "f", "value": 0.01, "low": None, "high": 0.05, **fixed},
         {"gate": "other", "model": "B", "family": "f", "value": None, "low": None, "high": 0.05, "holds": None},
     ])  # fmt: skip
-    rule = {"rule": "D1", "low": 0.41, "high": 0.93, "verdict": "finds"}
+    rule = {"rule": "D1", "low": 0.41, "high": 0.93, "verdict": "finds", "holds": "True"}
     write_csv(tmp_path / "findings.csv", [
         {"method": "plain", "condition": "added less absent", "value": 0.6875, **rule},
         {"method": "plain", "condition": "p", "value": 0.001, **rule},
         {"method": "norm", "condition": "hit", "value": 0.5, **rule, "verdict": "no verdict"},
+        {"method": "L1", "condition": "added less absent", "value": 0.6875, **rule, "verdict": "unresolved"},
+        {"method": "L1", "condition": "p", "value": 0.1, **rule, "verdict": "unresolved", "holds": "False"},
+    ])  # fmt: skip
+    tried = [("as fixed", "plain", 0.6875, 0.0), ("as fixed", "L1", 0.5, None), ("AUROC alone", "plain", 0.75, 0.125)]
+    write_csv(tmp_path / "objections.csv", [
+        {"rule": name, "method": method, "form": form, "added": added, "absent": absent}
+        for name, method, added, absent in tried for form in ("trained", "untrained")
     ])  # fmt: skip
     made = page.STUDIES["invented"]
     assert made["gates"](tmp_path).splitlines()[2:] == [
@@ -204,7 +211,14 @@ def test_the_tables_of_the_invented_metrics_say_what_is_measured_and_what_is_not
         "| known | -0.020 to 0.020 | -0.031 (A, f) | no |",
         "| other | at most 0.050 | 0.010 (A, f) | so far |",
     ]
-    assert made["verdicts"](tmp_path).splitlines()[2:] == ["| plain | finds (0.69, 0.41 to 0.93) | - | - |"]
+    assert made["verdicts"](tmp_path).splitlines()[2:] == [
+        "| plain | finds (0.69, 0.41 to 0.93) | - | - |",
+        "| L1 | unresolved (0.69, 0.41 to 0.93); not: p | - | - |",
+    ]
+    assert made["objections"](tmp_path).splitlines()[2:] == [
+        "| as fixed | 0.69 / 0.00 | 0.50 / - |",
+        "| AUROC alone | 0.75 / 0.12 | - |",
+    ]
     assert made["whole-sites"](tmp_path) == ""
 
 
