@@ -80,8 +80,11 @@ def test_batched_and_padded_replies_are_those_of_prompts_asked_one_by_one(tiny_s
     assert [reply.n_prompt_tokens for reply in together] == [len(prompt) for prompt in prompts]
 
 
-def test_query_heads_that_share_keys_give_the_logits_of_sdpa(tiny_student: Path, prompts: list[list[int]]):
+def test_query_heads_that_share_keys_give_the_logits_of_sdpa(
+    tiny_student: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
     import torch
+    from transformers.integrations import sdpa_attention
 
     model = load_base(str(tiny_student), torch.float32)
     assert model.config.num_attention_heads > model.config.num_key_value_heads
@@ -96,7 +99,15 @@ def test_query_heads_that_share_keys_give_the_logits_of_sdpa(tiny_student: Path,
     by_sdpa = logits()
     decode_by_groups(model)
     assert model.config._attn_implementation == GROUPED
+    own, tokens = sdpa_attention.sdpa_attention_forward, []
+
+    def watched(module: Any, query: Any, *given: Any, **settings: Any) -> Any:
+        tokens.append(query.shape[2])
+        return own(module, query, *given, **settings)
+
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", watched)
     torch.testing.assert_close(logits(), by_sdpa, rtol=0, atol=1e-5)
+    assert tokens == [longest] * model.config.num_hidden_layers  # the prompts alone
 
 
 def talkative(generate: Generate, prompts: list[list[int]]) -> tuple[list[int], Reply]:
