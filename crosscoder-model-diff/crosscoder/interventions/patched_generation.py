@@ -23,6 +23,7 @@ from crosscoder.interventions.causal import Cell, patched_value
 from crosscoder.interventions.halves import Pair, Side
 from crosscoder.interventions.patching import sides
 from crosscoder.interventions.sets import Reading
+from finqa.evaluation.engines.beginnings import Beginnings
 from finqa.evaluation.engines.hugging_face_engine import hugging_face
 from finqa.evaluation.generation import GenerationConfig, Reply, all_replies
 from finqa.sandbox.running import Sandbox
@@ -80,6 +81,8 @@ class _Call:
     inputs: dict[str, Any]
     first: bool
     """Nothing was read before: a new text."""
+    rows: Tensor | None
+    """[batch] int64: of the texts that were read before, the one that each goes on from; None where it is its own."""
     at: Tensor | None
     """Where it is patched, as places in the flattened [batch, new] tokens; None is everywhere."""
 
@@ -89,6 +92,7 @@ class _Call:
         self.inputs = {name: kwargs[name] for name in ("attention_mask", "position_ids") if name in kwargs}
         self.inputs["input_ids"] = ids
         self.first = past is None or past.get_seq_length() == 0
+        self.rows = past.rows if isinstance(past, Beginnings) else None
         self.at = None
         if self.first or ids.shape[1] > 1:
             mask = self.inputs.get("attention_mask")
@@ -106,7 +110,10 @@ class _Follower:
     """A model that reads what another one reads, as far as a layer, into a cache of its own."""
 
     def __init__(self, side: Side, target: Target):
-        self.side, self.target, self.cache = side, target, None
+        self.side, self.target = side, target
+        self.cache: Any = None
+        self.spread = False
+        """Whether the cache is of the rows of the call, not of beginnings that they share."""
         self.running = False
         """So that hooks tell its pass from the other model's, which with an adapter is the same model."""
 
@@ -125,7 +132,10 @@ class _Follower:
         from transformers import DynamicCache
 
         if call.first:
-            self.cache = DynamicCache(config=self.side.model.config)
+            self.cache, self.spread = DynamicCache(config=self.side.model.config), False
+        elif call.rows is not None and not self.spread:
+            self.cache.batch_select_indices(call.rows)
+            self.spread = True
         self.running = True
         try:
             with self.side.active():

@@ -163,10 +163,11 @@ def _batch(
     """The reply of each row as it ends; a thread generates, and stops where the iterator is closed."""
     import torch
 
+    from finqa.evaluation.engines.beginnings import laid_out
+
     pad = tokenizer.pad_token_id
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    laid = laid_out(model, prompts, pad)
+    longest = laid.ids.shape[1]
     sampling = [GumbelNoise(config.temperature, seeds, model.device)] if config.temperature else []
 
     opened = [opened_by(prompt, tokenizer) for prompt in prompts]
@@ -190,8 +191,9 @@ def _batch(
     @torch.inference_mode()
     def write() -> None:
         rows = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            input_ids=laid.ids,
+            attention_mask=laid.mask,
+            past_key_values=laid.read(model),
             max_new_tokens=config.max_new_tokens,
             logits_processor=sampling,
             do_sample=False,

@@ -2,6 +2,7 @@
 
     python -m study.invented.diff ceilings A-seed3 --model M     right answers of whole-site patches
     python -m study.invented.diff record K-seed3 --model M       activations at the primary site
+    python -m study.invented.diff look A-seed3 --model M         what the test's questions give there
     python -m study.invented.diff settings K-seed3 L1 --model M  settings of a method, chosen on it
     python -m study.invented.diff dictionaries A-seed3 L1 --model M  a method's dictionaries at the primary site
     python -m study.invented.diff diff A-seed3 --model M         items and carrying at the primary site, and those that
@@ -22,7 +23,7 @@ from finqa.runtime.errors import report_errors
 from study.invented.diff.plan import BY_RUN, METHODS, SHARES, lengths, sites, slug
 from study.invented.plan import add_plan_flags, plan_from
 
-STEPS = ("ceilings", "record", "settings", "dictionaries", "diff", "seeds", "sites")
+STEPS = ("ceilings", "record", "look", "settings", "dictionaries", "diff", "seeds", "sites")
 
 
 def main() -> None:
@@ -45,8 +46,8 @@ def main() -> None:
         print(ceilings.measure_ceilings(plan, compared))
         return
     primary = ceilings.primary_site(plan)
-    if args.step == "record":
-        print(pairs.record(plan, compared, primary))
+    if args.step in ("record", "look"):
+        print((pairs.record if args.step == "record" else pairs.look)(plan, compared, primary))
         return
     if args.step in ("settings", "dictionaries"):
         make = dictionaries.choose_settings if args.step == "settings" else pairs.train

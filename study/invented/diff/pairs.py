@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from crosscoder.interventions.sets import Nothing, Scaled, Whole
 from finqa.models import students
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_json
-from finqa.task.records import read_teacher_rows
 from study.adapter_directions import output_directions, strongest, weight_directions
 from study.invented.diff import dictionaries as dicts
 from study.invented.diff import readings, sources
@@ -57,7 +55,7 @@ from study.invented.diff.plan import (
     site_name,
     subjects,
 )
-from study.invented.files import DOCUMENTS, read_metrics
+from study.invented.files import read_metrics
 from study.invented.plan import Plan
 
 
@@ -74,6 +72,7 @@ def compare(plan: Plan, compared: Compared, target: Target, part: Part, share: i
             print(f"{compared.run} at {site_name(target)}: {subject.name}", flush=True)
     if not _missing(plan, compared, target, _all_subjects(plan, compared, part)):
         dicts.forget(plan, compared, target)
+        readings.looks_path(plan, compared, target).unlink(missing_ok=True)
     return f"{compared.run} at {site_name(target)}: {len(wanted)} subjects"
 
 
@@ -83,6 +82,13 @@ def record(plan: Plan, compared: Compared, target: Target) -> str:
     if main and not _missing(plan, compared, target, _all_subjects(plan, compared, "diff")):
         return f"{compared.run}: all files are there"
     return dicts.recorded(plan, compared, target).name
+
+
+def look(plan: Plan, compared: Compared, target: Target) -> str:
+    """Read the test questions by a pair and by those that its items are read on too, for the jobs that share that."""
+    if _missing(plan, compared, target, _all_subjects(plan, compared, "diff")):
+        readings.looks(plan, compared, target)
+    return f"{compared.run}: the test questions are read"
 
 
 def train(plan: Plan, compared: Compared, target: Target, method: str) -> str:
@@ -120,11 +126,7 @@ class Comparison:
         self.folder = dicts.folder_of(plan, compared, target)
         self.questions = asked_of(plan, "test", ("A", "B"))
         self.models = load_models(plan, compared)
-        self.documents = self._documents()
-        self.mined = readings.mined_tokens(self.models.pair, target, self.documents, TOP)
-        self.looked = {compared.arm: self._look(self.models)}
-        for arm in READ_TOO.get(compared.arm, ()):
-            self.looked[arm] = self._look(load_models(plan, Compared(arm, compared.seed)))
+        self.looks = readings.looks(plan, compared, target, self.models)
 
     def results(self, subject: Subject) -> dict[str, Any]:
         """What the file of a subject holds."""
@@ -177,18 +179,6 @@ class Comparison:
     def components(self) -> sources.Directions:
         return sources.Directions(sources.principal(sources.difference_moments(self.store, self.device), TOP))
 
-    def _documents(self) -> list[Any]:
-        """Some documents, drawn from all, as token ids: for what is mined without a dictionary."""
-        from crosscoder.activations.collection import documents_from_rows
-
-        rows = read_teacher_rows(self.plan.place.part(DOCUMENTS).filtered(self.plan.dataset, "test"))
-        drawn = Random(0).sample(rows, min(self.lengths.logit_documents, len(rows)))
-        return documents_from_rows(drawn, self.models.tokenizer)
-
-    def _look(self, models: Any) -> readings.Looked:
-        rows = [row for _, row in self.questions]
-        return readings.look(models.pair, self.target, rows, models.tokenizer, self.mined)
-
     # Items
 
     def _by_energy(self, name: str, source: sources.Source) -> list[int]:
@@ -199,7 +189,7 @@ class Comparison:
     def _rows(
         self, source: sources.Source, order: Sequence[int], ranking: str, names: Sequence[Any]
     ) -> Iterator[dict[str, Any]]:
-        boards = {arm: self._board(looked, source, order) for arm, looked in self.looked.items()}
+        boards = {arm: self._board(looked, source, order) for arm, looked in self.looks.of.items()}
         return self._with_others(item_rows(boards[self.compared.arm], source.signed, names), boards, ranking)
 
     @torch.no_grad()
@@ -221,8 +211,12 @@ class Comparison:
                 return (looked.pairs[:, 1].float() - looked.pairs[:, 0].float()).norm(dim=-1, keepdim=True)
             return looked.divergence[:, None] if method == DIVERGENCE else looked.logits
 
-        boards = {arm: self._on_board(looked, values(looked)) for arm, looked in self.looked.items()}
-        names = [method] if method != LOGITS else [repr(self.models.tokenizer.decode([i])) for i in self.mined.tolist()]
+        boards = {arm: self._on_board(looked, values(looked)) for arm, looked in self.looks.of.items()}
+        names = (
+            [method]
+            if method != LOGITS
+            else [repr(self.models.tokenizer.decode([i])) for i in self.looks.mined.tolist()]
+        )
         return self._with_others(item_rows(boards[self.compared.arm], method == LOGITS, names), boards, "energy")
 
     def _with_others(
@@ -247,7 +241,8 @@ class Comparison:
             return sources.Directions(basis), readings.lens_tokens(self.models.pair, basis, self.models.tokenizer)
         adapted = self.models.adapted
         try:
-            found = weight_directions(adapted) if method == ADAPTER else output_directions(adapted, self.documents)
+            documents = readings.some_documents(self.plan, self.models.tokenizer)
+            found = weight_directions(adapted) if method == ADAPTER else output_directions(adapted, documents)
             basis = strongest(found, TOP, self.target)
         except UserError as error:  # the adapter does not write there
             print(f"{method}: {error}", flush=True)

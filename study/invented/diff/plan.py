@@ -3,9 +3,9 @@
 Job names: `ceilings-A-seed3` for the arms whose metrics were added, `record-K-seed3` and `settings-<method>` (chosen on
 that control), `diff-K-seed3` for a pair at the primary site with dictionaries of the first seed, `seeds-A-seed3` with
 the further ones and with frozen decoders, `sites-A-seed3` for the pair at the other sites. Where metrics were added, a
-pair is recorded by a job of its own, `record-A-seed3`, its dictionaries are trained by a job a method,
-`dictionaries-A-seed3-<method>`, and what reads them is shared among SHARES jobs, `diff-A-seed3-1` and so on. What the
-verdicts need comes first.
+pair is recorded by a job of its own, `record-A-seed3`, and read on the test's questions by another, `look-A-seed3`. Its
+dictionaries are trained by a job a method, `dictionaries-A-seed3-<method>`, and what reads them is shared among SHARES
+jobs, `diff-A-seed3-1` and so on. What the verdicts need comes first.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ TOP = 20
 """Items of a method that are read and put into the base."""
 DICTIONARY_GB = 5.0
 """Memory of a GPU, in 1e9 bytes, for a job that trains a dictionary: 17.3 were measured with 14.1 of activations."""
-CARRY_GB = 65.0
-"""For a job that has the base write `Lengths.batch` replies."""
+CARRY_GB = 45.0
+"""For a job that has the base write `Lengths.batch` replies: keys and values take 17 of it, activations 14."""
 SHARES = 3
 """Jobs that share what is read of a pair where metrics were added: writing programs leaves much of a GPU idle."""
 EQUAL_L0 = 32
@@ -103,7 +103,7 @@ class Lengths:
     """Pairs that are read at them: both arms, one fine-tuning seed."""
     batch: int = 480
     """Replies that are written at one time: as many as there are questions of an arm. More would be hardly slower a
-    step, but two jobs of CARRY_GB would not fit on a GPU of 141 GB."""
+    step, but three jobs of CARRY_GB would not fit on a GPU of 141 GB."""
     max_new_tokens: int = 96
     """A gold program has at most 53 of the main model's."""
 
@@ -255,9 +255,11 @@ def diff_jobs(plan: Plan, folders: str) -> list[Job]:
                 [f"record-{pair.run}", f"settings-{slug(method)}", *read_before], method) for method in METHODS
         ]  # fmt: skip
         trained_before = [job.name for job in trained]
-        reading = [job("diff", pair.run, CARRY_GB, [*trained_before, *needed(pair)], share=share) for share in shares]
+        look = job("look", pair.run, ALL_ROWS_GB, [f"record-{pair.run}", *needed(pair)])
+        after = [*trained_before, look.name]
+        reading = [job("diff", pair.run, CARRY_GB, after, share=share) for share in shares]
         read_before = [job.name for job in reading]
-        jobs += [*trained, *reading]
+        jobs += [look, *trained, *reading]
     for pair in (pair for pair in added if subjects(plan, pair, "seeds")):
         jobs += [job("seeds", pair.run, ALL_ROWS_GB, [f"diff-{pair.run}-{share}"], share=share) for share in shares[1:]]
     others = [pair for pair in compared if how_long.controls and pair not in added]

@@ -7,9 +7,11 @@ look-ups there, whatever the formula, so that all metrics of a page are read at 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
-from typing import Any
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,8 +22,17 @@ from crosscoder.activations.readers import Target
 from crosscoder.interventions.halves import Pair
 from crosscoder.interventions.patching import Batch, Halves, batches, patched_logits, run_halves
 from crosscoder.interventions.ranking import reading_of
-from finqa.task.records import TeacherRow
+from finqa.runtime.paths import renamed_to
+from finqa.task.records import TeacherRow, read_teacher_rows
+from study.invented.diff.ceilings import asked_of, load_models
+from study.invented.diff.dictionaries import folder_of
+from study.invented.diff.plan import READ_TOO, TOP, Compared, lengths
+from study.invented.files import DOCUMENTS
+from study.invented.plan import Plan
 from study.wording import operation
+
+if TYPE_CHECKING:
+    from study.invented.diff.ceilings import Models
 
 BATCH_TOKENS = {"cuda": 8_192, "cpu": 2_048}
 """Padding included. With a vocabulary of 152,000 the logits that are compared take about 4 GB for the larger one."""
@@ -60,6 +71,45 @@ class Looked:
         sums = torch.zeros(self.n, values.shape[1], dtype=torch.float64)
         sums.index_add_(0, self.question, values.double().cpu())
         return sums / torch.bincount(self.question, minlength=self.n)[:, None]
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What was read of the test questions for a pair."""
+
+    mined: Tensor
+    """[mined] int64: tokens of the vocabulary whose logits differ most."""
+    of: dict[str, Looked]
+    """By arm: the pair's own, and those that its items are read on too."""
+
+
+def looks_path(plan: Plan, compared: Compared, target: Target) -> Path:
+    return folder_of(plan, compared, target) / "looked.pt"
+
+
+def looks(plan: Plan, compared: Compared, target: Target, models: Models | None = None) -> Looks:
+    """Of a pair at a site; read where that was not done yet. `models`: the pair, where it is loaded."""
+    path = looks_path(plan, compared, target)
+    if not path.exists():
+        models = models or load_models(plan, compared)
+        rows = [row for _, row in asked_of(plan, "test", ("A", "B"))]
+        mined = mined_tokens(models.pair, target, some_documents(plan, models.tokenizer), TOP)
+        found = {compared.arm: look(models.pair, target, rows, models.tokenizer, mined)}
+        for arm in READ_TOO.get(compared.arm, ()):
+            other = load_models(plan, Compared(arm, compared.seed))
+            found[arm] = look(other.pair, target, rows, other.tokenizer, mined)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with renamed_to(path) as temporary:
+            torch.save({"mined": mined, "of": {arm: asdict(looked) for arm, looked in found.items()}}, temporary)
+    kept = torch.load(path, weights_only=True)
+    return Looks(kept["mined"], {arm: Looked(**looked) for arm, looked in kept["of"].items()})
+
+
+def some_documents(plan: Plan, tokenizer: Any) -> list[Document]:
+    """Some documents, drawn from all: for what is mined without a dictionary."""
+    rows = read_teacher_rows(plan.place.part(DOCUMENTS).filtered(plan.dataset, "test"))
+    drawn = Random(0).sample(rows, min(lengths(plan).logit_documents, len(rows)))
+    return documents_from_rows(drawn, tokenizer)
 
 
 def before_operation(document: Document, code: str, texts: dict[int, str]) -> list[int]:

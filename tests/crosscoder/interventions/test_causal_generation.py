@@ -124,6 +124,22 @@ def test_what_is_written_token_by_token_is_what_teacher_forcing_says(planted, to
     assert all(measure(pair, SITE, documents, [cell])[0].exact)
 
 
+def test_patched_replies_of_prompts_that_begin_alike_are_those_of_each_by_itself(planted, tokenizer, prompts):
+    """In every way of patching: where the other model reads too, it goes on from the same beginnings."""
+    pair, direction = planted
+    asked = [[*page, *prompts[0][1 : 2 + number]] for page in (prompts[4], prompts[6]) for number in range(3)]
+    addition = Latents(planted_crosscoder(direction), [0])
+    written = set()
+    for change in (addition, Whole()):
+        for way in ("sufficiency", "necessity"):
+            for carrier in ("own", "other"):
+                cell = Cell(change, way, carrier)
+                together = patched_replies(pair, SITE, cell, asked, tokenizer, 24, 6)
+                assert together == [replies(pair, tokenizer, [prompt], cell)[0] for prompt in asked], cell
+                written.add(tuple(texts(together)))
+    assert len(written) > 1
+
+
 def test_a_reply_ends_at_its_end_token_or_stop_string(planted, tokenizer, prompts):
     """Whichever comes first, each row for itself, as in plain generation."""
     pair, _ = planted

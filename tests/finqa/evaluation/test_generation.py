@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from finqa.evaluation.adapter_check import compare
+from finqa.evaluation.engines.beginnings import Shared, shared_beginnings
 from finqa.evaluation.engines.hugging_face_engine import GROUPED, GumbelNoise, decode_by_groups, hugging_face
 from finqa.evaluation.engines.serving import MODELS, check_backend, served_models
 from finqa.evaluation.engines.vllm_engine import EngineArguments, vllm_engine
@@ -108,6 +109,46 @@ def test_query_heads_that_share_keys_give_the_logits_of_sdpa(
     monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", watched)
     torch.testing.assert_close(logits(), by_sdpa, rtol=0, atol=1e-5)
     assert tokens == [longest] * model.config.num_hidden_layers  # the prompts alone
+
+
+PAGE, OTHER = list(range(100, 140)), list(range(200, 230))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "lengths", "rows"),
+    [
+        # Two pages in any order, and the tokens that they share themselves.
+        ([[1, *PAGE, 7], [1, *OTHER, 8, 9], [1, *PAGE, 7, 8], [1, *OTHER, 5]], [41, 31], [0, 1, 0, 1]),
+        # Samples of one prompt: the last token is read for each.
+        ([[1, *PAGE]] * 3, [40], [0, 0, 0]),
+        # A prompt by itself is divided where the others are.
+        ([[1, *PAGE, 7], [1, *PAGE, 8], [1, *PAGE, 9], [2, *PAGE, 9, 9]], [41, 41], [0, 0, 0, 1]),
+        # What all begin with is more than what some share besides.
+        ([[1, *PAGE, a, b] for a in (5, 6) for b in (7, 8)], [41], [0, 0, 0, 0]),
+        ([[1, 2, 3, 4], [5, 6, 7, 8]], None, None),
+        ([[1], [1], [1]], None, None),
+        ([[1, *PAGE]], None, None),
+    ],
+)
+def test_prompts_are_divided_by_what_they_begin_with(prompts: list[list[int]], lengths: Any, rows: Any):
+    shared = shared_beginnings(prompts)
+    assert shared == (None if lengths is None else Shared(lengths, rows))
+
+
+def test_replies_of_shared_beginnings_are_those_of_whole_prompts(tiny_student: Path, prompts: list[list[int]]):
+    import torch
+
+    model, tokenizer = load_base(str(tiny_student), torch.float32), load_tokenizer(str(tiny_student))
+    pages = [prompts[0] * 3, prompts[1] * 4, prompts[4] * 2]
+    asked = [page + prompt[: 2 + 3 * number] for page in pages for number, prompt in enumerate(prompts[:4])]
+    config = replace(CONFIG, batch_size=12)
+    read = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )  # fmt: skip
+    together = all_replies(hugging_face(model, tokenizer, config), asked)
+    assert sum(read[:2]) < 0.6 * 12 * max(map(len, asked))
+    assert together == [all_replies(hugging_face(model, tokenizer, config), [prompt])[0] for prompt in asked]
 
 
 def talkative(generate: Generate, prompts: list[list[int]]) -> tuple[list[int], Reply]:

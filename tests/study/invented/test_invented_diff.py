@@ -88,14 +88,15 @@ def test_a_pair_waits_for_the_fine_tunes_that_it_reads(tmp_path: Path):
     plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini")
     jobs = {job.name: job for job in [*plan.jobs(), *diff_jobs(plan, study_flags(plan))]}
     settings = [f"settings-{slug(method)}" for method in METHODS]
-    assert len(jobs) == 23 + 4 + 1 + len(METHODS) + 4 * (1 + len(METHODS) + 3 + 2) + 6 + 2
+    assert len(jobs) == 23 + 4 + 1 + len(METHODS) + 4 * (2 + len(METHODS) + 3 + 2) + 6 + 2
     assert jobs["settings-L1"].after == ("record-K-seed3",)
     trained = tuple(f"dictionaries-B-seed3-{slug(method)}" for method in METHODS)
     read = tuple(f"diff-B-seed3-{share}" for share in (1, 2, 3))
     assert jobs["dictionaries-A-seed4-L1"].after == ("record-A-seed4", "settings-L1", *read)
-    assert {jobs[name].after for name in read} == {(*trained, "train-B-seed3")}
+    assert {jobs[name].after for name in read} == {(*trained, "look-B-seed3")}
+    assert jobs["look-B-seed3"].after == ("record-B-seed3", "train-B-seed3")
     read_too = ("train-A-seed3", "train-A-permuted-seed3", "train-N-seed3")
-    assert jobs["diff-A-seed3-1"].after[-3:] == read_too
+    assert jobs["look-A-seed3"].after[-3:] == read_too
     assert set(jobs["record-A-seed4"].after) >= set(trained) and not set(jobs["record-A-seed4"].after) & set(read)
     needed = {job.name for job in chosen(list(jobs.values()), ["diff-K-seed4"])}
     assert needed - {job.name for job in plan.jobs()} == {

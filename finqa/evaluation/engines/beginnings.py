@@ -1,0 +1,131 @@
+"""Prompts of a batch that begin alike: what they share is read once, by a model that keeps keys and values.
+
+Questions on one page share the page, few-shot prompts their examples, samples of one question the whole prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+WORTH = 0.7
+"""Beginnings are read by themselves where that leaves at most this share of the tokens, padding included."""
+
+
+class Beginnings(DynamicCache):
+    """Keys and values of beginnings; each prompt of a batch goes on from one of them, after `spread`."""
+
+    rows: Tensor | None = None
+    """[prompts] int64, once it is spread: the beginning of each. A cache that is kept beside this one does the same."""
+
+    def spread(self, rows: Tensor) -> None:
+        self.batch_select_indices(rows)
+        self.rows = rows
+
+
+@dataclass(frozen=True)
+class Shared:
+    """How the prompts of a batch are divided."""
+
+    lengths: list[int]
+    """Tokens of each beginning: less than every prompt that begins so."""
+    rows: list[int]
+    """The beginning of each prompt."""
+
+
+@dataclass(frozen=True)
+class Laid:
+    """The prompts of a batch side by side, padded on the left; where beginnings are shared, these and what follows them
+    each by itself, so that there is padding between them too."""
+
+    ids: Tensor
+    """[prompts, time] int64."""
+    mask: Tensor
+    """[prompts, time] int64: 1 but for padding."""
+    begun: tuple[Tensor, Tensor, Tensor] | None
+    """Ids and mask of the beginnings, and the beginning of each prompt; None where each is read whole."""
+
+    def read(self, model: Any) -> Beginnings | None:
+        """Keys and values of the beginnings, spread over the prompts."""
+        if self.begun is None:
+            return None
+        ids, mask, rows = self.begun
+        cache = Beginnings(config=model.config.get_text_config())
+        places = (mask.cumsum(-1) - 1).clamp_min(0)
+        # No logits are needed; 0 would be all.
+        model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, logits_to_keep=1)
+        cache.spread(rows)
+        return cache
+
+
+def laid_out(model: Any, prompts: Sequence[list[int]], pad: int) -> Laid:
+    """On the model's device. No beginnings are shared by a model of which a layer keeps a window alone: padding between
+    would count in it."""
+    device, kept = model.device, DynamicCache(config=model.config.get_text_config()).layers
+    shared = shared_beginnings(prompts) if all(type(layer) is DynamicLayer for layer in kept) else None
+    if shared is None:
+        return Laid(*_padded(prompts, pad, device), None)
+    rows = torch.tensor(shared.rows, device=device)
+    first = [prompts[shared.rows.index(number)][:length] for number, length in enumerate(shared.lengths)]
+    ids, mask = _padded(first, pad, device)
+    rest = [prompt[shared.lengths[row] :] for row, prompt in zip(shared.rows, prompts, strict=True)]
+    then = _padded(rest, pad, device)
+    return Laid(torch.cat([ids[rows], then[0]], dim=1), torch.cat([mask[rows], then[1]], dim=1), (ids, mask, rows))
+
+
+def _padded(texts: Sequence[list[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Ids and mask [texts, time] int64, padded on the left."""
+    longest = max(map(len, texts))
+    ids = torch.tensor([[pad] * (longest - len(text)) + text for text in texts], device=device)
+    mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts], device=device)
+    return ids, mask
+
+
+def shared_beginnings(prompts: Sequence[list[int]]) -> Shared | None:
+    """The division with the fewest tokens to read, padding included; None where that is not WORTH it.
+
+    Prompts in the order of their tokens stand beside those that they begin alike with. They are in one group with the
+    next where the two share some number of tokens, for each of the numbers that occur.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
+    common = [_alike(prompts[a], prompts[b]) for a, b in pairwise(order)]
+    best, fewest = None, WORTH * len(prompts) * max(map(len, prompts))
+    for least in sorted(set(common) - {0}):
+        groups = [[order[0]]]
+        for place, shared in zip(order[1:], common, strict=True):
+            if shared >= least:
+                groups[-1].append(place)
+            else:
+                groups.append([place])
+        lengths = _lengths(prompts, groups, common)
+        rest = max(len(prompts[i]) - n for n, group in zip(lengths, groups, strict=True) for i in group)
+        tokens = len(groups) * max(lengths) + len(prompts) * rest
+        if tokens <= fewest and min(lengths) > 0:
+            best, fewest = (lengths, groups), tokens
+    if best is None:
+        return None
+    rows = {i: number for number, group in enumerate(best[1]) for i in group}
+    return Shared(best[0], [rows[i] for i in range(len(prompts))])
+
+
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two prompts begin alike with, short of the last of either."""
+    most = min(len(one), len(other)) - 1
+    return next((i for i in range(most) if one[i] != other[i]), most)
+
+
+def _lengths(prompts: Sequence[Sequence[int]], groups: Sequence[Sequence[int]], common: Sequence[int]) -> list[int]:
+    """What all of a group share; of a prompt by itself as much as of the longest of the others."""
+    ends = accumulate(map(len, groups))
+    shared = [min(common[end - len(group) : end - 1], default=0) for end, group in zip(ends, groups, strict=True)]
+    alone = max(shared)
+    return [
+        n if len(group) > 1 else min(alone, len(prompts[group[0]]) - 1) for n, group in zip(shared, groups, strict=True)
+    ]
