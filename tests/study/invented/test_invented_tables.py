@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +17,15 @@ from finqa.runtime.paths import Folders
 from study.invented.diff import tables
 from study.invented.diff.ceilings import ceilings_path
 from study.invented.diff.dictionaries import settings_path
-from study.invented.diff.figure import curves
+from study.invented.diff.figure import curves, hit_rates
 from study.invented.diff.plan import (
     ADDED,
     ALL,
     ANY_ITEM,
+    BY_NU,
     COMPONENTS,
     ENDS,
+    ENERGY,
     METHODS,
     PAIRS,
     Compared,
@@ -177,6 +180,28 @@ def test_the_curves_have_every_set_at_its_norm_and_not_those_at_anothers(plan: P
     drawn = curves(tables.diff_rows(plan)["causal_norm"])
     assert drawn[FINDS] == [(3.0, pytest.approx(40 / 60)), (6.0, pytest.approx(45 / 60))]
     assert drawn[COMPONENTS] == [(3.0, pytest.approx(2 / 60))] and drawn[ENDS] == [(3.0, pytest.approx(50 / 60))]
+
+
+def test_the_figure_has_the_hits_of_one_ranking_and_says_what_was_not_measured(plan: Plan):
+    for name in ("A", "B"):
+        (pair,) = [one for one in PAIRS if (one.arm, one.seed) == (name, 3)]
+        (subject,) = [one for one in subjects(plan, pair, "diff") if (one.method, one.form) == TRAINED]
+        path = results_of(plan, pair, sites(plan)["residual2"], subject)
+        found = read_json(path)
+        found["items"] += [
+            row | {"ranking": BY_NU, "hit": row["metric"] in ("a0", "b1")} for row in found["items"][:16]
+        ]
+        write_json(path, found)
+    rows = tables.diff_rows(plan)["items"]
+    one, other = [row for row in rows if row["arm"] == "A"], [row for row in rows if row["seed"] == 3]
+    methods, metrics, values = hit_rates(other, BY_NU)
+    assert (methods, metrics[0], metrics[8]) == ([FINDS], "a0 (A)", "b0 (B)")
+    assert [values[place] for place in (0, 1, 8, 9)] == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+    methods, _, values = hit_rates(other, ENERGY)
+    place = 2 * methods.index(FINDS)
+    assert methods == list(METHODS) and all(line[place : place + 2] == [1.0, 0.0] for line in values)
+    _, _, values = hit_rates(one, BY_NU)  # without the pairs of B
+    assert [math.isnan(value) for value in (*values[0], *values[9])] == [False, True, True, False]
 
 
 def test_a_method_that_is_not_trained_yet_is_not_in_the_figure(plan: Plan):
