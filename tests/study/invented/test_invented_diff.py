@@ -457,5 +457,7 @@ def test_the_preregistration_says_what_is_trained_and_where():
         "gives at least half of the right answers that the fine-tuned model itself gives on the dev pages",
         "Three dictionary seeds",
         f"more than {TOP} principal components",
+        f"the first {FIRST[0]} and {FIRST[1]} by energy",
+        f"the first {full.sweep_pages} test pages",
     ):
         assert said in page, said
