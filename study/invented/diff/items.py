@@ -62,12 +62,14 @@ def within_page_auroc(scores: Tensor) -> Tensor:
     n = scores.shape[1]
     if not len(scores):
         return torch.full(scores.shape[1:], math.nan, dtype=torch.float64)
+    varying = (scores != scores[:, :1]).any(dim=1).any(dim=0)  # the others are all ties
     areas = torch.full(scores.shape[1:], 0.5, dtype=torch.float64)
-    varying = (scores != scores[:, :1]).any(dim=1).any(dim=0)  # all else are ties
     scores = scores[:, :, varying]
+    found = []
     for metric in range(n):
         own, others = scores[:, metric, None], scores[:, [other for other in range(n) if other != metric]]
-        areas[metric, varying.cpu()] = ((own > others).double() + (own == others).double() / 2).mean(dim=(0, 1)).cpu()
+        found.append(((own > others).double() + (own == others).double() / 2).mean(dim=(0, 1)))
+    areas[:, varying] = torch.stack(found)
     return areas
 
 
