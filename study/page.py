@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from finqa.runtime.paths import REPOSITORY
+from study.invented.diff.plan import ADDED, ANY_ITEM, BY_NU, ENERGY, EXPLORED
 from study.pocket.plan import BASE, FINE_TUNED, FULL, SHOWN_STRATUM
 from study.pocket.tables import KINDS, named, read_csv
 
@@ -237,10 +238,65 @@ def objections(folder: Path) -> str:
     )
 
 
+def hits(folder: Path) -> str:
+    """A row a method and form, baselines last, a column a ranking: how many metrics are hit where they were added /
+    where they were not, of those measured in every fine-tune of A and of B and with every dictionary."""
+    every = read_csv(folder / "items.csv")
+    rows = [row for row in every if row["primary"] == "True" and row["arm"] in ADDED]
+    counted: dict[tuple[str, str, bool], list[bool]] = {}
+    for row in rows:
+        key = (invented_name(row), row["ranking"], row["kind"] == row["arm"])
+        counted.setdefault(key, []).append(row["hit"] == "True")
+    lines = []
+    for name in _methods_first(rows):
+        line = [name]
+        for ranking in HIT_RANKINGS:
+            both = [counted.get((name, ranking, added), []) for added in (True, False)]
+            line.append(" / ".join(_of(sum(its), len(its)) for its in both) if any(both) else NOTHING)
+        lines.append(line)
+    return markdown(["method", *HIT_RANKINGS.values()], lines)
+
+
+HIT_RANKINGS = {ENERGY: "first 20 by energy", BY_NU: "first 20 by 1 - nu", ANY_ITEM: "any item"}
+
+
+def explored(folder: Path) -> str:
+    """A row a method and form, baselines last, a column a set that was put into the base without a verdict: right
+    answers on the arm's own metrics, of all that were asked."""
+    rows = read_csv(folder / "explored.csv")
+    sums: dict[tuple[str, str], tuple[int, int]] = {}
+    for row in rows:
+        key = (invented_name(row), row["set"])
+        right, n = sums.get(key, (0, 0))
+        sums[key] = right + int(row["right"]), n + int(row["n"])
+    sets = [name for name in EXPLORED if any(row["set"] == name for row in rows)]
+    return markdown(
+        ["put in", *sets],
+        [[name, *(_of(*sums.get((name, one), (0, 0))) for one in sets)] for name in _methods_first(rows)],
+    )
+
+
+def invented_name(row: Row) -> str:
+    return row["method"] if row["form"] == "baseline" else named(row)
+
+
+def _methods_first(rows: Sequence[Row]) -> list[str]:
+    """The names in `rows`: a method trained, then in its other forms, then the next; baselines last."""
+    order = ["trained", "untrained", "frozen", "baseline"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    place = {invented_name(row): (row["form"] == "baseline", methods.index(row["method"]), order.index(row["form"]))
+             for row in rows}  # fmt: skip
+    return sorted(place, key=lambda name: place[name])
+
+
+def _of(count: int, n: int) -> str:
+    return f"{count} of {n}" if n else NOTHING
+
+
 STUDIES: dict[str, dict[str, Callable[[Path], str]]] = {
     "pocket": {"accuracy": accuracy, "glance": glance, "untrained": untrained, "causal": causal},
     "invented": {
         "gates": gates, "arms": arms, "whole-sites": whole_sites, "settings": settings, "verdicts": verdicts,
-        "objections": objections,
+        "objections": objections, "hits": hits, "explored": explored,
     },
 }  # fmt: skip

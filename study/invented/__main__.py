@@ -10,8 +10,8 @@
 
 Makes its questions from the user's FinQA files (D/clean/FinQA, or D/FinQA as downloaded), on FinQA-mini's pages where
 there are none. Writes D/invented/<model>/ (study/invented/files.py says what), R/invented/<model>/, and the tables:
-{models,gates,ceilings,settings,dictionaries,items,causal_norm,objections,findings}.csv, headline.png and .svg, run.json
-in docs/reference/invented/ and docs/study.md, for a rehearsal in R/invented/<model>/tables/.
+{models,gates,ceilings,settings,dictionaries,items,causal_norm,explored,objections,findings}.csv, headline.png and .svg,
+run.json in docs/reference/invented/ and docs/study.md, for a rehearsal in R/invented/<model>/tables/.
 
 No dictionary is trained before the gates hold. Runs as many commands beside each other as every GPU has memory for.
 Start NVIDIA's MPS first (nvidia-cuda-mps-control -d), or they take turns on it: on one H200 seven jobs that train small

@@ -1,23 +1,39 @@
-"""Items put into the base at the primary site: right answers of the programs that it then writes, and injected norm."""
+"""Items put into the base at the primary site: right answers of the programs that it then writes, and injected norm.
+
+`explored` sets are read beside those of the rules, and no verdict reads them (docs/prereg.md).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from crosscoder.activations.readers import Target
-from crosscoder.interventions.sets import Addition, Reading, Scaled, injected_norm
+from crosscoder.interventions.sets import Addition, Components, Nothing, Reading, Scaled, Whole, injected_norm
 from finqa.task.records import TeacherRow
 from study.invented.diff.ceilings import Models
+from study.invented.diff.plan import (
+    ALL,
+    ANY_ITEM,
+    BY_NU,
+    COMPONENTS,
+    DECODED,
+    ENDS,
+    ENERGY,
+    FIRST,
+    TOLD,
+    TOP_BY_NU,
+)
+from study.invented.diff.sources import READ_AT_ONCE, Decoded, OfDictionary
 from study.invented.files import Item
 
 if TYPE_CHECKING:
     from study.invented.diff.plan import Form
 
-READ_AT_ONCE = 4096
+Row = dict[str, Any]
 
 
 class Carrier:
@@ -57,20 +73,13 @@ class Carrier:
         factor: float = 1.0,
         multiple: float = 1.0,
         direction: Any = "sufficiency",
-    ) -> list[dict[str, Any]]:
+    ) -> list[Row]:
         """A row a metric. `others`: ask for the other arm's metrics too. A multiple other than 1 is for the figure, and
         asks the first pages alone."""
-        from crosscoder.interventions.causal import Cell
-
         asked = [*self.own, *(self.other if others else ())]
         if multiple != 1:
             asked = of_first_pages(asked, self.models.lengths.sweep_pages)
-        right = self.models.right(self.target, Cell(addition, direction, "own"), asked)
         norm = self.norm(addition)
-        counted: dict[tuple[str, str], list[bool]] = {}
-        for (item, _), is_right in zip(asked, right, strict=True):
-            group = "own" if item.kind == self.arm else "other"
-            counted.setdefault((group, item.family), []).append(is_right)
         return [
             {
                 "method": method,
@@ -84,8 +93,75 @@ class Carrier:
                 "n": len(answers),
                 "right": sum(answers),
             }
-            for (group, metric), answers in counted.items()
+            for (group, metric), answers in self._answers(addition, direction, asked).items()
         ]
+
+    def _answers(
+        self, addition: Addition, direction: Any, asked: Sequence[tuple[Item, TeacherRow]]
+    ) -> dict[tuple[str, str], list[bool]]:
+        """Whether each answer is right, by group (`own` or `other`) and metric."""
+        from crosscoder.interventions.causal import Cell
+
+        right = self.models.right(self.target, Cell(addition, direction, "own"), asked)
+        counted: dict[tuple[str, str], list[bool]] = {}
+        for (item, _), is_right in zip(asked, right, strict=True):
+            group = "own" if item.kind == self.arm else "other"
+            counted.setdefault((group, item.family), []).append(is_right)
+        return counted
+
+    def ends(self) -> dict[str, list[Row]]:
+        """`carried`: the whole site, the base alone and the fine-tuned model alone; `explored`: the whole site."""
+        rows = self.rows(Whole(), ENDS, "baseline", others=True)
+        rows += self.rows(Nothing(), "nothing", "baseline", others=True)
+        rows += self.rows(Nothing(), "fine-tuned", "baseline", others=True, direction="necessity")
+        return {"carried": rows, "explored": self.explored(Whole(), ENDS, "baseline", ALL, None)}
+
+    def sweep(self, addition: Addition, method: str, form: Form) -> Iterator[Row]:
+        """A set at the multiples of its norm that the figure has."""
+        for multiple in self.models.lengths.factors:
+            yield from self.rows(Scaled(addition, multiple), method, form, factor=multiple, multiple=multiple)
+
+    # Sets without a verdict
+
+    def explored(self, addition: Addition, method: str, form: Form, name: str, items: int | None) -> list[Row]:
+        """A row for each of the arm's own metrics, asked on the first pages alone; `items`: how many are put in."""
+        asked = of_first_pages(self.own, self.models.lengths.sweep_pages)
+        which = {"method": method, "form": form, "set": name, "items": items, "norm": self.norm(addition)}
+        counted = self._answers(addition, "sufficiency", asked)
+        return [
+            {**which, "metric": metric, "n": len(answers), "right": sum(answers)}
+            for (_, metric), answers in counted.items()
+        ]
+
+    def explored_dictionary(
+        self, source: OfDictionary, method: str, form: Form, orders: Mapping[str, Sequence[int]]
+    ) -> Iterator[Row]:
+        """The sets of EXPLORED, of an untrained form TOLD and ALL; what has no items is left out.
+
+        Args:
+            orders: By ENERGY all items that inject any, by BY_NU the first ones, descending; by ANY_ITEM those that
+                tell the arm's own metrics best.
+        """
+        is_trained = form == "trained"
+        chosen = {TOLD: orders[ANY_ITEM]}
+        if is_trained:
+            chosen |= {TOP_BY_NU: orders[BY_NU], **first_of(orders[ENERGY])}
+        for name, items in chosen.items():
+            if items:
+                yield from self.explored(source.addition(items), method, form, name, len(items))
+        for name in (ALL, DECODED) if is_trained else (ALL,):
+            yield from self.explored(Decoded(source.model, name == DECODED), method, form, name, source.n)
+
+    def explored_components(self, basis: Tensor) -> Iterator[Row]:
+        """The first components of the difference, and all: `basis` [d_model, d_model], orthonormal."""
+        chosen = {name: len(items) for name, items in first_of(range(len(basis))).items()} | {ALL: len(basis)}
+        for name, n in chosen.items():
+            yield from self.explored(Components(basis[:n]), COMPONENTS, "baseline", name, n)
+
+
+def first_of(items: Sequence[int]) -> dict[str, Sequence[int]]:
+    """By the names of EXPLORED: the first items, as many as FIRST says, where there are more."""
+    return {f"first {n}": items[:n] for n in FIRST if n < len(items)}
 
 
 def of_first_pages(asked: Sequence[tuple[Item, TeacherRow]], n: int | None) -> list[tuple[Item, TeacherRow]]:

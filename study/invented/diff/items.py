@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,19 @@ class Board:
         return [name for name, _ in self.metrics].index(metric)
 
 
+def question_means(values: Iterable[Tensor], question: Tensor, n: int) -> Tensor:
+    """[n, items] fp64, on the CPU: each question's mean over its tokens, from `values` [some tokens, items] one after
+    another, of which none is kept. `question` [tokens]: whose token it is."""
+    sums: Tensor | None = None
+    start = 0
+    for part in values:
+        sums = torch.zeros(n, part.shape[1], dtype=torch.float64) if sums is None else sums
+        sums.index_add_(0, question[start : start + len(part)], part.cpu().double())
+        start += len(part)
+    assert sums is not None and start == len(question), (start, len(question))
+    return sums / torch.bincount(question, minlength=n)[:, None]
+
+
 def board(scores: Tensor, asked: Sequence[Item]) -> Board:
     """`scores` [questions, items] of `asked`, where every page has every metric once."""
     metrics = tuple(dict.fromkeys((item.family, item.kind) for item in asked))
@@ -49,11 +62,15 @@ def within_page_auroc(scores: Tensor) -> Tensor:
     n = scores.shape[1]
     if not len(scores):
         return torch.full(scores.shape[1:], math.nan, dtype=torch.float64)
+    varying = (scores != scores[:, :1]).any(dim=1).any(dim=0)  # the others are all ties
+    areas = torch.full(scores.shape[1:], 0.5, dtype=torch.float64)
+    scores = scores[:, :, varying]
     found = []
     for metric in range(n):
         own, others = scores[:, metric, None], scores[:, [other for other in range(n) if other != metric]]
         found.append(((own > others).double() + (own == others).double() / 2).mean(dim=(0, 1)))
-    return torch.stack(found)
+    areas[:, varying] = torch.stack(found)
+    return areas
 
 
 def recall_at(scores: Tensor, false_alarms: float = FALSE_ALARMS) -> Tensor:
@@ -83,13 +100,13 @@ def item_rows(
     rows = []
     if not names:
         return [_row(metric, None, 1, math.nan, math.nan, math.nan) for metric in found.metrics]
-    chosen_on = within_page_auroc(found.half(choose=True))
-    both = torch.stack([chosen_on, 1 - chosen_on]) if signed else chosen_on[None]
-    upright = within_page_auroc(found.half(choose=False))
-    recalls = torch.stack([recall_at(sign * found.half(choose=False), false_alarms) for sign in (1, -1)[: len(both)]])
-    for place, metric in enumerate(found.metrics):
-        side, item = divmod(int(both[:, place].flatten().argmax()), len(names))
-        area = float(upright[place, item])
+    both = _choosing(found, signed)
+    picks = [divmod(int(both[:, place].flatten().argmax()), len(names)) for place in range(len(found.metrics))]
+    picked = found.half(choose=False)[:, :, [item for _, item in picks]]  # one for each metric
+    upright = within_page_auroc(picked)
+    recalls = torch.stack([recall_at(sign * picked, false_alarms) for sign in (1, -1)[: len(both)]])
+    for place, (metric, (side, item)) in enumerate(zip(found.metrics, picks, strict=True)):
+        area = float(upright[place, place])
         rows.append(
             _row(
                 metric,
@@ -97,11 +114,23 @@ def item_rows(
                 -1 if side else 1,
                 float(both[side, place, item]),
                 1 - area if side else area,
-                float(recalls[side, place, item]),
+                float(recalls[side, place, place]),
             )
             | {"place": item}
         )
     return rows
+
+
+def best_items(found: Board) -> list[int]:
+    """The items that `item_rows` would choose for some metric, ascending: of these alone it gives what it gives of
+    all, and only these need be read in other pairs."""
+    return sorted(set(_choosing(found, signed=False)[0].argmax(dim=1).tolist()))
+
+
+def _choosing(found: Board, signed: bool) -> Tensor:
+    """[signs, metrics, items]: AUROC on the pages that choose, upright and, of signed items, turned."""
+    areas = within_page_auroc(found.half(choose=True))
+    return torch.stack([areas, 1 - areas]) if signed else areas[None]
 
 
 def auroc_elsewhere(found: Board, metric: str, item: int, sign: int) -> float:

@@ -1,11 +1,11 @@
 """All of one pair of models at one site: what every method's items tell and carry, a file for each subject.
 
 R/invented/<model>/diff/<site>/<run>/<method>-<form>-<seed>.json holds `quality` of a dictionary, `items` (a row a
-metric and ranking) and `carried` (a row a metric and set). A file that is there is not made again. Beside it lies
-<...>.npz with what the rows of `items` were computed from: for each ranking and arm that was read, such as
-"energy, A", the scores [pages, metrics, items] fp32. Activations are recorded only where a file is missing, and deleted
-when all are there; of the dictionaries the trained ones of the first seed at the primary site stay where metrics were
-added.
+metric and ranking), `carried` (a row a metric and set) and `explored` (so too, but for no verdict). A file that is
+there is not made again. Beside it lies <...>.npz with what the rows of `items` were computed from: for each ranking and
+arm that was read, such as "energy, A", the scores [pages, metrics, items] fp32; none for "any item". Activations are
+recorded only where a file is missing, and deleted when all are there; of the dictionaries the trained ones of the first
+seed at the primary site stay where metrics were added.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from crosscoder.activations.readers import Target
 from crosscoder.dictionaries.model import random_directions
-from crosscoder.interventions.sets import Nothing, Scaled, Whole
 from finqa.models import students
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_json
@@ -31,13 +30,16 @@ from study.invented.diff import dictionaries as dicts
 from study.invented.diff import readings, sources
 from study.invented.diff.carrying import Carrier
 from study.invented.diff.ceilings import asked_of, load_models
-from study.invented.diff.items import Board, board, item_rows, read_elsewhere
+from study.invented.diff.items import Board, best_items, board, item_rows, question_means, read_elsewhere
 from study.invented.diff.plan import (
     ADAPTER,
     ADDED,
+    ANY_ITEM,
+    BY_NU,
     COMPONENTS,
     DIVERGENCE,
     ENDS,
+    ENERGY,
     LENS,
     LOGITS,
     NORM,
@@ -120,7 +122,7 @@ class Comparison:
         self.scores: dict[str, Any] = {}
         """Of the subject at hand, by ranking and arm."""
         self.orders: dict[str, list[int]] = {}
-        """The top items of every source that was ranked; each takes a pass over all activations."""
+        """The items of every source that was ranked; each takes a pass over all activations."""
         self.carries = part == "diff" and compared.arm in ADDED
         self.lengths, self.device = lengths(plan), students.default_device()
         self.folder = dicts.folder_of(plan, compared, target)
@@ -132,7 +134,7 @@ class Comparison:
         """What the file of a subject holds."""
         self.scores = {}
         if subject.method == ENDS:
-            return {"carried": self._ends()}
+            return self.carrier.ends()
         if subject.method in WITHOUT and subject.method != LENS:
             return {"items": list(self._rows_of_figures(subject.method))}
         return self._of_directions(subject) if subject.form == "baseline" else self._of_dictionary(subject)
@@ -142,26 +144,36 @@ class Comparison:
         if source is None:
             return {"items": []}
         order = self._by_energy(subject.method, source)
-        found = {"items": list(self._rows(source, order, "energy", [reads[i] if reads else i for i in order]))}
+        found = {"items": list(self._rows(source, order, ENERGY, [reads[i] if reads else i for i in order]))}
         if self.carries:
             own = source.addition(order)
             found["carried"] = self.carrier.rows(own, subject.method, "baseline", others=True)
             if subject.method in (COMPONENTS, RANDOM):
-                found["carried"] += self._sweep(own, subject)
+                found["carried"] += self.carrier.sweep(own, subject.method, subject.form)
+            if subject.method == COMPONENTS:
+                found["explored"] = list(self.carrier.explored_components(self.basis))
         return found
 
     def _of_dictionary(self, subject: Subject) -> dict[str, Any]:
         made = self._dictionary(subject)
         source = sources.OfDictionary(made.model)
         order = self._by_energy(subject.name, source)
-        rows = list(self._rows(source, order, "energy", order))
+        rows = list(self._rows(source, order, ENERGY, order))
+        by_nu: list[int] = []
         exclusive = sources.exclusivity(made.model, self.store, self.store.split(0.1, 0).held_out)
         if exclusive is not None:
-            rows += self._rows(source, by_nu := sources.top(exclusive, TOP), "1 - nu", by_nu)
+            rows += self._rows(source, by_nu := sources.top(exclusive, TOP), BY_NU, by_nu)
+        rows += self._rows_of_any(source)
         carried = list(self._carried(subject, source, order)) if self.carries and subject.form == "trained" else []
+        found = {"quality": made.quality, "items": rows, "carried": carried}
+        if self.carries:
+            told = sorted({row["item"] for row in rows
+                           if (row["ranking"], row["kind"]) == (ANY_ITEM, self.compared.arm)})  # fmt: skip
+            orders = {ENERGY: self._by_energy(subject.name, source, None), BY_NU: by_nu, ANY_ITEM: told}
+            found["explored"] = list(self.carrier.explored_dictionary(source, subject.method, subject.form, orders))
         if subject.form == "frozen" or (subject.form == "trained" and not self.carries):
             self._delete(subject)
-        return {"quality": made.quality, "items": rows, "carried": carried}
+        return found
 
     # What subjects share
 
@@ -176,15 +188,22 @@ class Comparison:
         return Carrier(self.models, self.target, self.questions, self.compared.arm)
 
     @cached_property
+    def basis(self) -> Tensor:
+        """[d_model, d_model]: all principal components of the difference."""
+        moments = sources.difference_moments(self.store, self.device)
+        return sources.principal(moments, len(moments))
+
+    @cached_property
     def components(self) -> sources.Directions:
-        return sources.Directions(sources.principal(sources.difference_moments(self.store, self.device), TOP))
+        return sources.Directions(self.basis[:TOP])
 
     # Items
 
-    def _by_energy(self, name: str, source: sources.Source) -> list[int]:
+    def _by_energy(self, name: str, source: sources.Source, n: int | None = TOP) -> list[int]:
         if name not in self.orders:
-            self.orders[name] = sources.top(sources.energies(source, self.store, self.device), TOP)
-        return self.orders[name]
+            injected = sources.energies(source, self.store, self.device)
+            self.orders[name] = sources.top(injected, len(injected))
+        return self.orders[name][:n]
 
     def _rows(
         self, source: sources.Source, order: Sequence[int], ranking: str, names: Sequence[Any]
@@ -192,16 +211,20 @@ class Comparison:
         boards = {arm: self._board(looked, source, order) for arm, looked in self.looks.of.items()}
         return self._with_others(item_rows(boards[self.compared.arm], source.signed, names), boards, ranking)
 
+    def _rows_of_any(self, source: sources.OfDictionary) -> Iterator[dict[str, Any]]:
+        best = best_items(self._board(self.looks.of[self.compared.arm], source, range(source.n)))
+        return self._rows(source, best, ANY_ITEM, best)
+
     @torch.no_grad()
     def _board(self, looked: readings.Looked, source: sources.Source, order: Sequence[int]) -> Board:
-        values = [
-            source.values(sources.Reading(part.to(self.device)))[:, list(order)].cpu()
-            for part in looked.pairs.split(4096)
-        ]
-        return self._on_board(looked, torch.cat(values))
+        parts = (
+            source.values(sources.Reading(part.to(self.device)))[:, list(order)]
+            for part in looked.pairs.split(sources.READ_AT_ONCE)
+        )
+        return self._on_board(question_means(parts, looked.question, looked.n))
 
-    def _on_board(self, looked: readings.Looked, values: Tensor) -> Board:
-        return board(looked.means(values), [item for item, _ in self.questions])
+    def _on_board(self, means: Tensor) -> Board:
+        return board(means, [item for item, _ in self.questions])
 
     def _rows_of_figures(self, method: str) -> Iterator[dict[str, Any]]:
         """Rows of methods without directions: one figure per token, or the logits of the mined tokens."""
@@ -211,19 +234,17 @@ class Comparison:
                 return (looked.pairs[:, 1].float() - looked.pairs[:, 0].float()).norm(dim=-1, keepdim=True)
             return looked.divergence[:, None] if method == DIVERGENCE else looked.logits
 
-        boards = {arm: self._on_board(looked, values(looked)) for arm, looked in self.looks.of.items()}
-        names = (
-            [method]
-            if method != LOGITS
-            else [repr(self.models.tokenizer.decode([i])) for i in self.looks.mined.tolist()]
-        )
-        return self._with_others(item_rows(boards[self.compared.arm], method == LOGITS, names), boards, "energy")
+        boards = {arm: self._on_board(looked.means(values(looked))) for arm, looked in self.looks.of.items()}
+        mined = self.looks.mined.tolist() if method == LOGITS else []
+        names = [repr(self.models.tokenizer.decode([i])) for i in mined] or [method]
+        return self._with_others(item_rows(boards[self.compared.arm], method == LOGITS, names), boards, ENERGY)
 
     def _with_others(
         self, rows: Sequence[dict[str, Any]], boards: dict[str, Board], ranking: str
     ) -> Iterator[dict[str, Any]]:
         """The rows with what their items do in the pairs that are read too."""
-        self.scores |= {f"{ranking}, {arm}": board.scores.float().numpy() for arm, board in boards.items()}
+        if ranking != ANY_ITEM:
+            self.scores |= {f"{ranking}, {arm}": board.scores.float().numpy() for arm, board in boards.items()}
         others = {arm: boards[arm] for arm in READ_TOO.get(self.compared.arm, ())}
         return ({"ranking": ranking, **row} for row in read_elsewhere(rows, others, read_metrics(self.plan.place)))
 
@@ -261,12 +282,6 @@ class Comparison:
 
     # Carrying
 
-    def _ends(self) -> list[dict[str, Any]]:
-        """The whole site, the base alone and the fine-tuned model alone."""
-        rows = self.carrier.rows(Whole(), ENDS, "baseline", others=True)
-        rows += self.carrier.rows(Nothing(), "nothing", "baseline", others=True)
-        return rows + self.carrier.rows(Nothing(), "fine-tuned", "baseline", others=True, direction="necessity")
-
     def _carried(self, subject: Subject, source: sources.Source, order: Sequence[int]) -> Iterator[dict[str, Any]]:
         """A trained subject's own set, components and its untrained form at the same norm, and the sweep of the
         figure."""
@@ -282,9 +297,4 @@ class Comparison:
         for method, form, name, rival in rivals:
             scaled, factor = carrier.scaled_to(rival.addition(self._by_energy(name, rival)), norm)
             yield from carrier.rows(scaled, method, form, scaled_to=subject.method, factor=factor)
-        yield from self._sweep(own, subject)
-
-    def _sweep(self, addition: Any, subject: Subject) -> Iterator[dict[str, Any]]:
-        for multiple in self.lengths.factors:
-            scaled = Scaled(addition, multiple)
-            yield from self.carrier.rows(scaled, subject.method, subject.form, factor=multiple, multiple=multiple)
+        yield from carrier.sweep(own, subject.method, subject.form)

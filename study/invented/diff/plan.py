@@ -58,6 +58,14 @@ WITHOUT = (NORM, DIVERGENCE, LOGITS, LENS)
 """Readings without a dictionary."""
 TOP = 20
 """Items of a method that are read and put into the base."""
+ENERGY, BY_NU, ANY_ITEM = "energy", "1 - nu", "any item"
+"""Rankings: the first gives verdicts. By the last, which is no ranking, a metric's item is chosen among all."""
+FIRST = (100, 400)
+"""How many items by energy are put into the base too, where a method has more."""
+TOLD, TOP_BY_NU, ALL, DECODED = "told best", f"top {TOP} by {BY_NU}", "all", "all and bias"
+EXPLORED = (TOLD, TOP_BY_NU, *(f"first {n}" for n in FIRST), ALL, DECODED)
+"""Sets that are put into the base without a verdict; the first takes labels: the items that tell the arm's own metrics
+best of all. The bias is what a dictionary adds where no latent is active."""
 DICTIONARY_GB = 5.0
 """Memory of a GPU, in 1e9 bytes, for a job that trains a dictionary: 17.3 were measured with 14.1 of activations."""
 CARRY_GB = 45.0
@@ -90,7 +98,7 @@ class Lengths:
     factors: tuple[float, ...] = (0.5, 2.0)
     """What injected norms are multiplied by for the figure, besides 1."""
     sweep_pages: int = 15
-    """Test pages that are asked for it."""
+    """Test pages that are asked for it, and for what is explored."""
     carry_pages: int | None = None
     """Test pages whose questions are answered by the base with items in it; None is all of them."""
     fine_tunes: tuple[int, ...] = SEEDS

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from crosscoder.interventions.sets import Addition, Components, Latents, Reading
+from crosscoder.interventions.sets import Addition, Components, Latents, Reading, bias_of
 
 if TYPE_CHECKING:
     from crosscoder.activations.store import ActivationStore
     from crosscoder.dictionaries.model import BatchTopKCrosscoder
+
+READ_AT_ONCE = 4096
+"""Tokens."""
 
 
 class Source(Protocol):
@@ -59,6 +62,28 @@ class OfDictionary:
 
     def addition(self, items: Sequence[int]) -> Addition:
         return Latents(self.model.only(items), range(len(items)))
+
+    @property
+    def n(self) -> int:
+        return self.model.config.n_latents
+
+
+class Decoded:
+    """All latents of a dictionary, with its bias or without: with it, its reconstruction of the difference.
+
+    Their values take much memory, so few tokens are read at one time.
+    """
+
+    reads = True
+
+    def __init__(self, model: BatchTopKCrosscoder, with_bias: bool):
+        self._latents = Latents(model, range(model.config.n_latents))
+        self._bias = bias_of(model) if with_bias else None
+        self.label = self._latents.label | {"kind": "latents and bias" if with_bias else "latents"}
+
+    def __call__(self, reading: Reading) -> Tensor:
+        added = torch.cat([self._latents(Reading(part)) for part in reading.pairs.split(READ_AT_ONCE)])
+        return added if self._bias is None else added + self._bias(reading)
 
 
 class Directions:

@@ -1,5 +1,5 @@
 """The study's tables from what is there: models, gates, ceilings, settings, dictionaries, items, causal_norm,
-objections, findings, and run.json.
+explored, objections, findings, and run.json.
 
 Verdicts come from the tables as they are written: findings.csv can be made again from the others alone.
 """
@@ -87,10 +87,11 @@ def found_of(plan: Plan, target: Target, is_primary: bool) -> Iterator[tuple[Row
 
 
 def diff_rows(plan: Plan) -> dict[str, list[Row]]:
-    """The lines of dictionaries.csv, items.csv, causal_norm.csv and objections.csv, the primary site first."""
+    """The lines of dictionaries.csv, items.csv, causal_norm.csv, explored.csv and objections.csv, the primary site
+    first."""
     primary = primary_site(plan)
     targets = [primary, *(target for target in sites(plan).values() if target != primary)]
-    tables: dict[str, list[Row]] = {"dictionaries": [], "items": [], "causal_norm": []}
+    tables: dict[str, list[Row]] = {"dictionaries": [], "items": [], "causal_norm": [], "explored": []}
     for target in targets:
         for named, found in found_of(plan, target, target == primary):
             named = named | {"primary": target == primary}
@@ -99,6 +100,7 @@ def diff_rows(plan: Plan) -> dict[str, list[Row]]:
             tables["items"] += [named | row for row in found.get("items", ())]
             own = {name: named[name] for name in ("arm", "seed", "site", "dictionary_seed")}
             tables["causal_norm"] += [own | row for row in found.get("carried", ())]
+            tables["explored"] += [own | row for row in found.get("explored", ())]
     return tables | {"objections": objection_rows(plan, primary)}
 
 

@@ -15,10 +15,25 @@ from crosscoder.interventions.sets import Latents, Reading
 from finqa.models import students
 from finqa.runtime.manifest import write_json
 from finqa.runtime.paths import Folders
-from study.invented.diff import dictionaries, pairs
+from study.invented.diff import dictionaries, pairs, sources
+from study.invented.diff.carrying import Carrier
 from study.invented.diff.dictionaries import Settings, train
-from study.invented.diff.plan import BY_RUN, METHODS, Form, Lengths, sites, subjects
-from study.invented.diff.sources import OfDictionary, energies, exclusivity, top
+from study.invented.diff.plan import (
+    ALL,
+    ANY_ITEM,
+    BY_NU,
+    BY_RUN,
+    DECODED,
+    ENERGY,
+    METHODS,
+    TOLD,
+    TOP_BY_NU,
+    Form,
+    Lengths,
+    sites,
+    subjects,
+)
+from study.invented.diff.sources import Decoded, OfDictionary, energies, exclusivity, top
 from study.invented.files import DOCUMENTS, Place
 from study.invented.plan import Plan
 from study.work import read_json
@@ -39,7 +54,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_read_with_equally_many_latents_active(
-    store: ActivationStore, method: str, form: Form, tmp_path: Path
+    store: ActivationStore, method: str, form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     made = train(store, method, form, 0, SETTINGS, tmp_path / "one", L0)
     assert made.quality["l0"] == pytest.approx(L0, rel=0.12)
@@ -54,6 +69,10 @@ def test_every_method_is_read_with_equally_many_latents_active(
     added = OfDictionary(made.model).addition(chosen)(reading)
     assert added.shape == (100, D_MODEL) and energy.shape == (32,)
     torch.testing.assert_close(added, Latents(made.model, chosen)(reading))  # of the whole dictionary
+    monkeypatch.setattr(sources, "READ_AT_ONCE", 30)
+    torch.testing.assert_close(Decoded(made.model, False)(reading), Latents(made.model, range(32))(reading))
+    rebuilt = made.model.unscale(made.model.reconstruct(made.model.scale(reading.pairs))[1])
+    torch.testing.assert_close(Decoded(made.model, True)(reading), made.model.difference(rebuilt))
     told = exclusivity(made.model, store, store.split(0.1, 0).held_out)
     assert (told is None) == (method in ("difference SAE", "stage-wise SAE"))
 
@@ -64,6 +83,38 @@ def test_the_energy_of_an_item_is_what_it_adds(store: ActivationStore, tmp_path:
     one = top(energies(source, store, "cpu"), 1)
     added = source.addition(one)(reading).double().square().sum(dim=-1).mean()
     assert float(energies(source, store, "cpu")[one[0]]) == pytest.approx(float(added), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("form", "by_nu", "sets"),
+    [
+        ("trained", [4], [(TOLD, 3), (TOP_BY_NU, 1), ("first 6", 6), (ALL, 32), (DECODED, 32)]),
+        ("trained", [], [(TOLD, 3), ("first 6", 6), (ALL, 32), (DECODED, 32)]),
+        ("untrained", [4], [(TOLD, 3), (ALL, 32)]),
+    ],
+)
+def test_the_sets_that_are_explored_and_what_each_puts_in(
+    store: ActivationStore, form: Form, by_nu: list[int], sets: list[tuple[str, int]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setattr("study.invented.diff.carrying.FIRST", (6, 30))
+    source = OfDictionary(train(store, "plain", form, 0, SETTINGS, tmp_path / "one", L0).model)
+    orders = {ENERGY: list(range(29, -1, -1)), BY_NU: by_nu, ANY_ITEM: [1, 2, 5]}
+    put_in = []
+
+    def explored(addition, method, form, name, items):
+        put_in.append(addition)
+        return [(method, form, name, items)]
+
+    carrier = Carrier.__new__(Carrier)
+    monkeypatch.setattr(carrier, "explored", explored)
+    rows = list(carrier.explored_dictionary(source, "plain", form, orders))
+    assert rows == [("plain", form, name, n) for name, n in sets]
+    reading = Reading(store.read(torch.arange(50)))
+    items = {TOLD: [1, 2, 5], TOP_BY_NU: [4], "first 6": range(24, 30), ALL: range(32)}
+    for (name, _), addition in zip(sets, put_in, strict=True):
+        if name != DECODED:
+            torch.testing.assert_close(addition(reading), Latents(source.model, items[name])(reading))
 
 
 def test_passes_are_chosen_on_the_control_and_are_those_of_every_pair(

@@ -15,21 +15,26 @@ from finqa.models.students import load_tokenizer
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY, Folders
 from finqa.task.records import TeacherRow
-from study.invented.diff import dictionaries
-from study.invented.diff.carrying import Carrier, of_first_pages
+from study.invented.diff import dictionaries, pairs
+from study.invented.diff.carrying import Carrier, first_of, of_first_pages
 from study.invented.diff.ceilings import HALF, primary_name
 from study.invented.diff.items import (
     Board,
     auroc_elsewhere,
+    best_items,
     board,
     item_rows,
+    question_means,
     read_elsewhere,
     recall_at,
     within_page_auroc,
 )
 from study.invented.diff.plan import (
+    ANY_ITEM,
     BY_RUN,
+    ENERGY,
     EQUAL_L0,
+    FIRST,
     GAIN,
     METHODS,
     TOP,
@@ -42,7 +47,7 @@ from study.invented.diff.plan import (
     study_flags,
     subjects,
 )
-from study.invented.diff.readings import before_operation
+from study.invented.diff.readings import Looked, before_operation
 from study.invented.diff.sources import Directions, principal, top
 from study.invented.files import Item, Place, link_adapters
 from study.invented.gates import Gate
@@ -198,6 +203,43 @@ def test_a_direction_counts_with_either_sign_and_a_latent_with_its_own():
     assert (x["sign"], x["auroc"], x["hit"]) == (1, 0.0, False)
 
 
+def test_items_that_are_the_same_for_all_metrics_are_ties():
+    """A third of the items is 0 everywhere, a third differs from page to page alone; reference: pairs counted."""
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 3, (6, 4, 30), generator=draw).double()
+    scores[:, :, ::3] = 0
+    scores[:, :, 1::3] = scores[:, :1, 1::3]
+    areas = within_page_auroc(scores)
+    for metric in range(4):
+        for item in range(30):
+            held = [(float(page[metric, item]), float(page[other, item]))
+                    for page in scores for other in range(4) if other != metric]  # fmt: skip
+            assert float(areas[metric, item]) == sum((a > b) + (a == b) / 2 for a, b in held) / len(held)
+    assert areas[:, ::3].eq(0.5).all() and areas[:, 1::3].eq(0.5).all() and not areas[:, 2::3].eq(0.5).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5])
+def test_of_all_items_those_that_are_chosen_give_the_same_rows_by_themselves(share: float):
+    """Items that are rarely above 0, or never: then the first one is chosen for every metric."""
+    draw = torch.Generator().manual_seed(1)
+    values = torch.rand(100, 12, 5, generator=draw) * (torch.rand(100, 12, 5, generator=draw) < share)
+    values[:3] = 0
+    table = values.double()
+    every = board(table.flatten(1).T, asked(12, "vwxyz"))
+    best = best_items(every)
+    assert best == sorted(set(best)) and len(best) <= 5 and (share > 0 or best == [0])
+    alone = item_rows(replace(every, scores=every.scores[:, :, best]), False, best)
+    assert [row | {"place": best[row["place"]]} for row in alone] == item_rows(every, False, range(100))
+
+
+def test_the_mean_over_a_question_is_the_same_however_its_tokens_are_split():
+    values, question = torch.arange(14.0).reshape(7, 2), torch.tensor([1, 1, 0, 0, 0, 2, 2])
+    for sizes in ([7], [1, 2, 4], [3, 3, 1]):
+        means = question_means(values.split(sizes), question, 3)
+        assert means.dtype == torch.float64
+        assert means.tolist() == [[6.0, 7.0], [1.0, 2.0], [11.0, 12.0]]
+
+
 METRICS = [
     {"name": "x", "formula": "a + b", "formula_permuted": "a - b"},
     {"name": "y", "formula": "a - b", "formula_permuted": "a / b"},
@@ -218,6 +260,42 @@ def test_the_items_of_other_arms_are_read_in_their_own_pair_alone():
     (x, *_) = read_elsewhere(rows, {}, METRICS)
     assert (x["hit"], x["permuted_name"], x["permuted_formula"], x["look_up"]) == (True, None, None, None)
     assert "place" not in x
+
+
+class Given:
+    """A source whose items are the coordinates of the fine-tuned model's activation."""
+
+    signed, n = False, 40
+
+    def values(self, reading: Any) -> Any:
+        return reading.pairs[:, 1]
+
+
+def test_an_item_that_no_ranking_reads_is_found_among_all_and_its_scores_are_not_kept(monkeypatch: pytest.MonkeyPatch):
+    """Item 33 tells x in the pair, and z in A', where z has its formula. Two tokens a question."""
+    monkeypatch.setattr(pairs, "read_metrics", lambda _: METRICS)
+    questions = [(item, TeacherRow("", "", "", "", "")) for item in asked(4)]
+
+    def looked(name: str) -> Looked:
+        of = torch.tensor([float(item.family == name) for item, _ in questions]).repeat_interleave(2)
+        activations = torch.zeros(24, 2, Given.n)
+        activations[:, 1, 33] = of
+        return Looked(activations, torch.arange(12).repeat_interleave(2), 12, of, of[:, None])
+
+    under_way = pairs.Comparison.__new__(pairs.Comparison)  # without its models
+    under_way.plan, under_way.compared = (
+        Plan(Place(Folders(Path()), "m"), "pocket-mistral", "FinQA-mini"),
+        BY_RUN["A-seed3"],
+    )
+    under_way.questions, under_way.device, under_way.scores = questions, "cpu", {}
+    under_way.looked = {"A": looked("x"), "A-permuted": looked("z"), "N": looked("")}
+    source: Any = Given()
+    (first, *_) = under_way._rows(source, [0, 1], ENERGY, [0, 1])
+    assert not first["hit"]
+    (x, *_) = under_way._rows_of_any(source)
+    assert (x["ranking"], x["metric"], x["item"], x["hit"]) == (ANY_ITEM, "x", 33, True)
+    assert (x["permuted_name"], x["permuted_formula"], x["look_up"]) == (0.25, 1.0, 0.5)
+    assert under_way.scores.keys() == {"energy, A", "energy, A-permuted", "energy, N"}
 
 
 def test_without_items_nothing_is_hit():
@@ -294,6 +372,40 @@ def test_fewer_pages_are_the_first_ones():
     assert {item.page for item, _ in of_first_pages(both, 2)} == {0, 1} and of_first_pages(both, None) == both
 
 
+@pytest.mark.parametrize(("n", "names"), [(100, []), (101, ["first 100"]), (8192, ["first 100", "first 400"])])
+def test_the_first_items_are_a_set_where_they_are_not_all(n: int, names: list[str]):
+    chosen = first_of(range(n))
+    assert list(chosen) == names
+    assert [list(items) for items in chosen.values()] == [list(range(size)) for size in FIRST[: len(names)]]
+
+
+def test_components_that_are_explored_end_with_the_whole_difference(monkeypatch: pytest.MonkeyPatch):
+    """Asked are the arm's own metrics on the first page alone. Made up: what adds a length of 3 or more is right."""
+    monkeypatch.setattr("study.invented.diff.carrying.FIRST", (1, 2))
+    row = TeacherRow("", "", "", "", "")
+    carrier: Any = Carrier.__new__(Carrier)  # without its models
+    carrier.arm, carrier.own = "A", [(item, row) for item in asked(4)]
+    carrier.pairs = torch.tensor([[[0.0, 0.0], [3.0, 4.0]]])
+
+    class Right:
+        lengths = Lengths(sweep_pages=1)
+
+        def right(self, target: Any, cell: Any, asked: Any) -> list[bool]:
+            assert {item.page for item, _ in asked} == {0} and (cell.direction, cell.carrier) == ("sufficiency", "own")
+            return [carrier.norm(cell.addition) > 3.5 and item.family != "y" for item, _ in asked]
+
+    carrier.models, carrier.target = Right(), None
+    rows = list(carrier.explored_components(torch.eye(2)))
+    found = {(one["set"], one["items"], one["norm"]): [] for one in rows}
+    for one in rows:
+        found[one["set"], one["items"], one["norm"]].append((one["metric"], one["right"], one["n"]))
+    assert found == {
+        ("first 1", 1, 3.0): [("x", 0, 1), ("y", 0, 1), ("z", 0, 1)],
+        ("all", 2, 5.0): [("x", 1, 1), ("y", 0, 1), ("z", 1, 1)],
+    }
+    assert {(one["method"], one["form"]) for one in rows} == {("PCA of the difference", "baseline")}
+
+
 def test_programs_are_read_at_their_look_ups_whatever_the_formula():
     from crosscoder.activations.collection import documents_from_rows
     from crosscoder.activations.layout import token_texts
@@ -346,5 +458,7 @@ def test_the_preregistration_says_what_is_trained_and_where():
         "gives at least half of the right answers that the fine-tuned model itself gives on the dev pages",
         "Three dictionary seeds",
         f"more than {TOP} principal components",
+        f"the first {FIRST[0]} and {FIRST[1]} by energy",
+        f"the first {full.sweep_pages} test pages",
     ):
         assert said in page, said

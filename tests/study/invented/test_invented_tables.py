@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,15 @@ from finqa.runtime.paths import Folders
 from study.invented.diff import tables
 from study.invented.diff.ceilings import ceilings_path
 from study.invented.diff.dictionaries import settings_path
-from study.invented.diff.figure import curves
+from study.invented.diff.figure import curves, hit_rates
 from study.invented.diff.plan import (
     ADDED,
+    ALL,
+    ANY_ITEM,
+    BY_NU,
     COMPONENTS,
     ENDS,
+    ENERGY,
     METHODS,
     PAIRS,
     Compared,
@@ -31,6 +37,7 @@ from study.invented.diff.plan import (
 from study.invented.files import TEST, Place, write_table
 from study.invented.objections import CUTS
 from study.invented.plan import Plan
+from study.work import read_json
 
 FINDS = "difference SAE"
 TRAINED = (FINDS, "trained")
@@ -48,6 +55,20 @@ def items(compared: Compared, subject: Subject) -> Iterator[dict[str, Any]]:
                 "auroc": float(hit), "recall": float(hit), "hit": hit, "permuted_name": 0.5 if read else None,
                 "permuted_formula": 0.97 if read else None, "look_up": 0.5 if read else None,
             }  # fmt: skip
+
+
+def any_item(compared: Compared, subject: Subject) -> Iterator[dict[str, Any]]:
+    """Of all latents one hits every metric, added or not, and follows the name: no verdict may come of it."""
+    for row in items(compared, subject):
+        told = {"ranking": ANY_ITEM, "auroc": 1.0, "recall": 1.0, "hit": True}
+        yield row | told | {"permuted_name": 1.0, "permuted_formula": 0.5}
+
+
+def explored(compared: Compared, subject: Subject) -> Iterator[dict[str, Any]]:
+    """All latents give all answers."""
+    for metric in NAMES[compared.arm]:
+        yield {"method": subject.method, "form": subject.form, "set": ALL, "items": 64, "norm": 9.0, "metric": metric,
+               "n": 15, "right": 15}  # fmt: skip
 
 
 def carried(compared: Compared, subject: Subject) -> Iterator[dict[str, Any]]:
@@ -83,9 +104,12 @@ def plan(tmp_path: Path) -> Plan:
         for subject in [one for part in tables.AT_THE_PRIMARY for one in subjects(made, pair, part)]:
             found: dict[str, Any] = {} if subject.method == ENDS else {"items": list(items(pair, subject))}
             if subject.form != "baseline":
+                found["items"] += any_item(pair, subject)
                 found["quality"] = quality | {"converged": True if subject.form == "trained" else None}
             if pair.arm in ADDED:
                 found["carried"] = list(carried(pair, subject))
+                if subject.form == "trained":
+                    found["explored"] = list(explored(pair, subject))
             write_json(results_of(made, pair, primary, subject), found)
     item = {"id": "q", "split": "test", "page": 0, "half": "choose", "phrasing": 6, "family": "a0", "kind": "A",
             "answer": "1", "permuted": "2"}  # fmt: skip
@@ -98,7 +122,7 @@ def test_the_tables_give_the_verdicts_that_were_made_up(plan: Plan):
     output, found = tables.write_tables(plan, [])
     assert output == plan.place.results / "tables"
     assert {path.name for path in output.iterdir()} == {
-        "ceilings.csv", "dictionaries.csv", "items.csv", "causal_norm.csv", "findings.csv", "run.json",
+        "ceilings.csv", "dictionaries.csv", "items.csv", "causal_norm.csv", "explored.csv", "findings.csv", "run.json",
         "headline.png", "headline.svg",
     }  # fmt: skip
     verdicts = {(one.method, one.rule): one.verdict for one in found if one.verdict != "no verdict"}
@@ -111,6 +135,29 @@ def test_the_tables_give_the_verdicts_that_were_made_up(plan: Plan):
     assert [line["verdict"] for line in lines] == [one.verdict for one in found]
     (share,) = [line for line in lines if line["method"] == FINDS and line["condition"].startswith("share")]
     assert (share["value"], share["low"], share["high"], share["holds"]) == ("0.8", "0.8", "0.8", "True")
+
+
+def test_what_is_explored_has_a_row_a_metric_and_says_of_what_pair_it_is(plan: Plan):
+    (line, *_) = lines = tables.diff_rows(plan)["explored"]
+    assert line == {
+        "arm": "A", "seed": 3, "site": "residual2", "dictionary_seed": 0, "method": "plain", "form": "trained",
+        "set": ALL, "items": 64, "norm": 9.0, "metric": "a0", "n": 15, "right": 15,
+    }  # fmt: skip
+    assert {(one["arm"], one["method"], one["metric"]) for one in lines} == {
+        (arm, method, metric) for arm in ADDED for method in METHODS for metric in NAMES[arm]
+    }
+
+
+def test_files_in_which_nothing_was_explored_give_the_other_tables_as_they_were(plan: Plan):
+    output, found = tables.write_tables(plan, [])
+    with_it = {path.name: path.read_bytes() for path in output.iterdir() if path.suffix == ".csv"}
+    for path in (plan.place.results / "diff").rglob("*.json"):
+        write_json(path, {name: rows for name, rows in read_json(path).items() if name != "explored"})
+    shutil.rmtree(output)
+    assert tables.write_tables(plan, [])[1] == found
+    without = {path.name: path.read_bytes() for path in output.iterdir() if path.suffix == ".csv"}
+    assert with_it.keys() - without.keys() == {"explored.csv"}
+    assert {name: with_it[name] for name in without} == without
 
 
 def test_the_settings_that_were_tried_have_a_row_each(plan: Plan):
@@ -133,6 +180,28 @@ def test_the_curves_have_every_set_at_its_norm_and_not_those_at_anothers(plan: P
     drawn = curves(tables.diff_rows(plan)["causal_norm"])
     assert drawn[FINDS] == [(3.0, pytest.approx(40 / 60)), (6.0, pytest.approx(45 / 60))]
     assert drawn[COMPONENTS] == [(3.0, pytest.approx(2 / 60))] and drawn[ENDS] == [(3.0, pytest.approx(50 / 60))]
+
+
+def test_the_figure_has_the_hits_of_one_ranking_and_says_what_was_not_measured(plan: Plan):
+    for name in ("A", "B"):
+        (pair,) = [one for one in PAIRS if (one.arm, one.seed) == (name, 3)]
+        (subject,) = [one for one in subjects(plan, pair, "diff") if (one.method, one.form) == TRAINED]
+        path = results_of(plan, pair, sites(plan)["residual2"], subject)
+        found = read_json(path)
+        found["items"] += [
+            row | {"ranking": BY_NU, "hit": row["metric"] in ("a0", "b1")} for row in found["items"][:16]
+        ]
+        write_json(path, found)
+    rows = tables.diff_rows(plan)["items"]
+    one, other = [row for row in rows if row["arm"] == "A"], [row for row in rows if row["seed"] == 3]
+    methods, metrics, values = hit_rates(other, BY_NU)
+    assert (methods, metrics[0], metrics[8]) == ([FINDS], "a0 (A)", "b0 (B)")
+    assert [values[place] for place in (0, 1, 8, 9)] == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+    methods, _, values = hit_rates(other, ENERGY)
+    place = 2 * methods.index(FINDS)
+    assert methods == list(METHODS) and all(line[place : place + 2] == [1.0, 0.0] for line in values)
+    _, _, values = hit_rates(one, BY_NU)  # without the pairs of B
+    assert [math.isnan(value) for value in (*values[0], *values[9])] == [False, True, True, False]
 
 
 def test_a_method_that_is_not_trained_yet_is_not_in_the_figure(plan: Plan):

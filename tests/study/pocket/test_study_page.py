@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -159,7 +160,22 @@ def values_of(folder: Path) -> list[float]:
         for row in read_csv(path)
         for text in row.values()
     }
-    return [float(number) for text in texts for number in re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", text)]
+    values = [float(number) for text in texts for number in re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", text)]
+    return values + sums_of(folder)
+
+
+def sums_of(folder: Path) -> list[float]:
+    """What the tables of the invented metrics add up over pairs: metrics hit, and right answers of sets."""
+    sums: Counter[tuple[str, ...]] = Counter()
+    for row in read_csv(folder / "items.csv"):
+        if row["primary"] == "True" and row["arm"] in "AB":
+            place = (row["method"], row["form"], row["ranking"], str(row["kind"] == row["arm"]))
+            sums["hit", *place] += row["hit"] == "True"
+            sums["asked", *place] += 1
+    for row in read_csv(folder / "explored.csv"):
+        for name in ("right", "n"):
+            sums[name, row["method"], row["form"], row["set"]] += int(row[name])
+    return [float(value) for value in sums.values()]
 
 
 def test_every_table_of_the_page_is_filled_and_every_number_in_it_is_in_a_csv(folder: Path):
@@ -205,7 +221,43 @@ def test_the_tables_of_the_invented_metrics_say_what_is_measured_and_what_is_not
         {"rule": name, "method": method, "form": form, "added": added, "absent": absent}
         for name, method, added, absent in tried for form in ("trained", "untrained")
     ])  # fmt: skip
+    columns = ("method", "form", "arm", "kind", "ranking", "hit", "primary")
+    write_csv(tmp_path / "items.csv", [dict(zip(columns, line, strict=True)) for line in [
+        ("norm", "baseline", "A", "A", "energy", "False", "True"),
+        ("norm", "baseline", "A", "B", "energy", "False", "True"),
+        ("L1", "untrained", "A", "A", "1 - nu", "False", "True"),
+        ("L1", "trained", "A", "A", "energy", "False", "True"),
+        ("L1", "trained", "A", "A", "energy", "True", "True"),
+        ("L1", "trained", "A", "B", "energy", "False", "True"),
+        ("L1", "trained", "B", "B", "energy", "True", "True"),
+        ("L1", "trained", "B", "A", "energy", "True", "True"),
+        ("L1", "trained", "B", "A", "any item", "True", "True"),
+        ("L1", "trained", "A", "A", "energy", "True", "False"),  # at another site
+        ("L1", "trained", "K", "A", "energy", "True", "True"),
+    ]])  # fmt: skip
+    write_csv(tmp_path / "explored.csv", [
+        {"method": method, "form": form, "set": name, "metric": metric, "n": 15, "right": right}
+        for method, form, name, rights in [
+            ("whole site", "baseline", "all", (9, 4)), ("L1", "untrained", "all", (0, 0)),
+            ("L1", "trained", "all", (7, 0)), ("L1", "trained", "told best", (1, 2)),
+        ]
+        for metric, right in zip("xy", rights, strict=True)
+    ])  # fmt: skip
     made = page.STUDIES["invented"]
+    assert made["hits"](tmp_path).splitlines() == [
+        "| method | first 20 by energy | first 20 by 1 - nu | any item |",
+        "| --- | --- | --- | --- |",
+        "| L1 | 2 of 3 / 1 of 2 | - | - / 1 of 1 |",
+        "| L1, untrained | - | 0 of 1 / - | - |",
+        "| norm | 0 of 1 / 0 of 1 | - | - |",
+    ]
+    assert made["explored"](tmp_path).splitlines() == [
+        "| put in | told best | all |",
+        "| --- | --- | --- |",
+        "| L1 | 3 of 30 | 7 of 30 |",
+        "| L1, untrained | - | 0 of 30 |",
+        "| whole site | - | 13 of 30 |",
+    ]
     assert made["gates"](tmp_path).splitlines()[2:] == [
         "| learnt | at least 0.800 | 0.825 (A-seed3, near) | yes |",
         "| known | -0.020 to 0.020 | -0.031 (A, f) | no |",
@@ -220,6 +272,8 @@ def test_the_tables_of_the_invented_metrics_say_what_is_measured_and_what_is_not
         "| AUROC alone | 0.75 / 0.12 | - |",
     ]
     assert made["whole-sites"](tmp_path) == ""
+    (tmp_path / "explored.csv").unlink()
+    assert made["explored"](tmp_path) == ""
 
 
 def test_what_the_page_says_in_words_is_in_the_committed_figures():
