@@ -11,7 +11,7 @@ seed at the primary site stay where metrics were added.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -221,9 +221,10 @@ class Comparison:
             source.values(sources.Reading(part.to(self.device)))[:, list(order)]
             for part in looked.pairs.split(sources.READ_AT_ONCE)
         )
-        return self._on_board(question_means(parts, looked.question, looked.n))
+        return self._on_board(looked, parts)
 
-    def _on_board(self, means: Tensor) -> Board:
+    def _on_board(self, looked: readings.Looked, values: Iterable[Tensor]) -> Board:
+        means = question_means(values, looked.question, looked.n)
         return board(means, [item for item, _ in self.questions])
 
     def _rows_of_figures(self, method: str) -> Iterator[dict[str, Any]]:
@@ -234,7 +235,7 @@ class Comparison:
                 return (looked.pairs[:, 1].float() - looked.pairs[:, 0].float()).norm(dim=-1, keepdim=True)
             return looked.divergence[:, None] if method == DIVERGENCE else looked.logits
 
-        boards = {arm: self._on_board(looked.means(values(looked))) for arm, looked in self.looks.of.items()}
+        boards = {arm: self._on_board(looked, [values(looked)]) for arm, looked in self.looks.of.items()}
         mined = self.looks.mined.tolist() if method == LOGITS else []
         names = [repr(self.models.tokenizer.decode([i])) for i in mined] or [method]
         return self._with_others(item_rows(boards[self.compared.arm], method == LOGITS, names), boards, ENERGY)

@@ -66,12 +66,6 @@ class Looked:
     logits: Tensor
     """[tokens, mined] fp32: centred logits of the mined tokens, fine-tuned less base."""
 
-    def means(self, values: Tensor) -> Tensor:
-        """[tokens, items] -> [questions, items] fp64: the mean over a question's positions."""
-        sums = torch.zeros(self.n, values.shape[1], dtype=torch.float64)
-        sums.index_add_(0, self.question, values.double().cpu())
-        return sums / torch.bincount(self.question, minlength=self.n)[:, None]
-
 
 @dataclass(frozen=True)
 class Looks:

@@ -47,7 +47,7 @@ from study.invented.diff.plan import (
     study_flags,
     subjects,
 )
-from study.invented.diff.readings import Looked, before_operation
+from study.invented.diff.readings import Looked, Looks, before_operation
 from study.invented.diff.sources import Directions, principal, top
 from study.invented.files import Item, Place, link_adapters
 from study.invented.gates import Gate
@@ -288,7 +288,7 @@ def test_an_item_that_no_ranking_reads_is_found_among_all_and_its_scores_are_not
         BY_RUN["A-seed3"],
     )
     under_way.questions, under_way.device, under_way.scores = questions, "cpu", {}
-    under_way.looked = {"A": looked("x"), "A-permuted": looked("z"), "N": looked("")}
+    under_way.looks = Looks(torch.arange(1), {"A": looked("x"), "A-permuted": looked("z"), "N": looked("")})
     source: Any = Given()
     (first, *_) = under_way._rows(source, [0, 1], ENERGY, [0, 1])
     assert not first["hit"]
