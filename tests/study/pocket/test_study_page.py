@@ -277,10 +277,50 @@ def test_the_tables_of_the_invented_metrics_say_what_is_measured_and_what_is_not
 
 
 def test_what_the_page_says_in_words_is_in_the_committed_figures():
-    text = PAGE.read_text().partition("## What holds so far\n")[2].partition("## Invented metrics")[0]
+    text = PAGE.read_text().partition("- **On pocket-mistral,")[2].partition("## Invented metrics")[0]
     numbers, values = set(NUMBER.findall(text)), values_of(COMMITTED["pocket"])
     assert len(numbers) > 2
     assert not [number for number in numbers if not is_in(number, values)]
+
+
+def test_what_the_page_says_of_invented_metrics_is_in_the_committed_tables():
+    text = " ".join(PAGE.read_text().split())
+    items, carried, made = (
+        [row for row in read_csv(COMMITTED["invented"] / f"{name}.csv") if row["arm"] == "A"]
+        for name in ("items", "causal_norm", "dictionaries")
+    )
+    assert {row["seed"] for row in items} == {"3"}
+
+    def right(method: str, form: str) -> tuple[int, int]:
+        rows = [row for row in carried if (row["method"], row["form"], row["group"]) == (method, form, "own")
+                and not row["scaled_to"] and row["multiple"] == "1.0"]  # fmt: skip
+        return sum(int(row["right"]) for row in rows), sum(int(row["n"]) for row in rows)
+
+    methods = {row["method"] for row in made}
+    assert not [row for row in items if row["ranking"] == "energy" and row["hit"] == "True"] and len(methods) == 7
+    assert (
+        {right(method, "trained") for method in methods} == {(0, 480)} == {right("PCA of the difference", "baseline")}
+    )
+    assert right("whole site", "baseline") == (220, 480)
+    assert "none of 480 right answers, where the whole site gives 220" in text
+
+    by_nu = [row for row in items if (row["method"], row["ranking"], row["kind"]) == ("L1", "1 - nu", "A")]
+    hits = [row for row in by_nu if row["form"] == "trained" and row["hit"] == "True"]
+    assert len(hits) == 5 and not [row for row in by_nu if row["form"] == "untrained" and row["hit"] == "True"]
+    formula = [row for row in hits if float(row["permuted_formula"]) >= 0.9]
+    assert len(formula) == 3 and max(float(row["permuted_name"]) for row in hits) < 0.9
+    assert len([row for row in formula if float(row["look_up"]) >= 0.9]) == 1
+    assert "three follow the formula in A'" in text and "One of the three fires for its name in control N too" in text
+
+    explained = sorted(float(row["explained_difference"]) for row in made if row["form"] == "trained")
+    assert f"they explain {explained[0]:.0%} to {explained[-1]:.0%}".replace("% to", " to") in text
+    norms = {row["method"]: float(row["norm"]) for row in carried if row["form"] == "baseline" and not row["scaled_to"]
+             and row["multiple"] == "1.0"}  # fmt: skip
+    share = (norms["PCA of the difference"] / norms["whole site"]) ** 2
+    assert f"20 components have {share:.0%} of its energy" in text
+    for method in ("random directions", "PCA of the difference", "adapter", "adapter output"):
+        areas = [float(row["auroc"]) for row in items if (row["method"], row["kind"]) == (method, "A")]
+        assert f"{sum(areas) / len(areas):.2f}" == "0.95" and "AUROC of 0.95 in the mean" in text
 
 
 def test_what_readme_says_of_the_study_is_in_the_committed_figures():
