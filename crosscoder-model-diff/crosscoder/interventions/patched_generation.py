@@ -23,7 +23,7 @@ from crosscoder.interventions.causal import Cell, patched_value
 from crosscoder.interventions.halves import Pair, Side
 from crosscoder.interventions.patching import sides
 from crosscoder.interventions.sets import Reading
-from finqa.evaluation.engines.beginnings import Beginnings
+from finqa.evaluation.engines.caches import BatchCache
 from finqa.evaluation.engines.hugging_face_engine import hugging_face
 from finqa.evaluation.generation import GenerationConfig, Reply, all_replies
 from finqa.sandbox.running import Sandbox
@@ -92,7 +92,7 @@ class _Call:
         self.inputs = {name: kwargs[name] for name in ("attention_mask", "position_ids") if name in kwargs}
         self.inputs["input_ids"] = ids
         self.first = past is None or past.get_seq_length() == 0
-        self.rows = past.rows if isinstance(past, Beginnings) else None
+        self.rows = past.rows if isinstance(past, BatchCache) else None
         self.at = None
         if self.first or ids.shape[1] > 1:
             mask = self.inputs.get("attention_mask")
@@ -129,10 +129,8 @@ class _Follower:
             return self._run(call)
 
     def _run(self, call: _Call) -> Tensor:
-        from transformers import DynamicCache
-
         if call.first:
-            self.cache, self.spread = DynamicCache(config=self.side.model.config), False
+            self.cache, self.spread = BatchCache(self.side.model), False
         elif call.rows is not None and not self.spread:
             self.cache.batch_select_indices(call.rows)
             self.spread = True

@@ -163,7 +163,7 @@ def _batch(
     """The reply of each row as it ends; a thread generates, and stops where the iterator is closed."""
     import torch
 
-    from finqa.evaluation.engines.beginnings import laid_out
+    from finqa.evaluation.engines.caches import laid_out
 
     pad = tokenizer.pad_token_id
     laid = laid_out(model, prompts, pad)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finqa.evaluation.adapter_check import compare
-from finqa.evaluation.engines.beginnings import Shared, shared_beginnings
+from finqa.evaluation.engines.caches import ROOM, RoomyLayer, Shared, shared_beginnings
 from finqa.evaluation.engines.hugging_face_engine import GROUPED, GumbelNoise, decode_by_groups, hugging_face
 from finqa.evaluation.engines.serving import MODELS, check_backend, served_models
 from finqa.evaluation.engines.vllm_engine import EngineArguments, vllm_engine
@@ -133,6 +133,30 @@ PAGE, OTHER = list(range(100, 140)), list(range(200, 230))
 def test_prompts_are_divided_by_what_they_begin_with(prompts: list[list[int]], lengths: Any, rows: Any):
     shared = shared_beginnings(prompts)
     assert shared == (None if lengths is None else Shared(lengths, rows))
+
+
+def test_a_layer_with_room_holds_what_transformers_own_holds():
+    import torch
+    from transformers.cache_utils import DynamicLayer
+
+    torch.manual_seed(0)
+    own, roomy = DynamicLayer(), RoomyLayer()
+    kept, copies = None, 0
+    for new in (5, 1, 1, ROOM, 1, "select", 1, 1, "crop", 2, 1):
+        if new == "select":
+            for layer in (own, roomy):
+                layer.batch_select_indices(torch.tensor([1, 0, 1]))
+        elif new == "crop":
+            for layer in (own, roomy):
+                layer.crop(-3)
+        else:
+            given = torch.randn(2, len(own.keys) if own.is_initialized else 2, 3, new, 4)
+            expected, found = (layer.update(given[0], given[1]) for layer in (own, roomy))
+            assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+            assert roomy.get_seq_length() == own.get_seq_length()
+            copies += found[0].data_ptr() != kept
+            kept = found[0].data_ptr()
+    assert copies == 3  # the first, where room ends, after the selection
 
 
 def test_replies_of_shared_beginnings_are_those_of_whole_prompts(tiny_student: Path, prompts: list[list[int]]):

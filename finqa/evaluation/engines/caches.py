@@ -1,4 +1,4 @@
-"""Prompts of a batch that begin alike: what they share is read once, by a model that keeps keys and values.
+"""Keys and values of a batch that is written: with room for new tokens, and read once of what prompts begin with alike.
 
 Questions on one page share the page, few-shot prompts their examples, samples of one question the whole prompt.
 """
@@ -17,13 +17,46 @@ from transformers.cache_utils import DynamicLayer
 
 WORTH = 0.7
 """Beginnings are read by themselves where that leaves at most this share of the tokens, padding included."""
+ROOM = 128
+"""Tokens that a layer's keys and values can grow by before they are copied."""
 
 
-class Beginnings(DynamicCache):
-    """Keys and values of beginnings; each prompt of a batch goes on from one of them, after `spread`."""
+class RoomyLayer(DynamicLayer):
+    """A layer whose keys and values are views of tensors with room, where transformers copies all at each token: that
+    takes longer than to attend to them, and leaves the memory of a GPU in pieces."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add [batch, heads, new, d] each; returns all of them, [batch, heads, time, d]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.rooms: list[Tensor | None] = [None, None]
+        self.keys, self.values = self._added(0, self.keys, key_states), self._added(1, self.values, value_states)
+        return self.keys, self.values
+
+    def _added(self, which: int, kept: Any, new: Tensor) -> Tensor:
+        before = kept.shape[-2] if kept.numel() else 0
+        now, room = before + new.shape[-2], self.rooms[which]
+        # What was selected from, or cut off, lies elsewhere.
+        if room is None or now > room.shape[-2] or kept.data_ptr() != room.data_ptr():
+            room = self.rooms[which] = new.new_empty(*new.shape[:2], now + ROOM, new.shape[-1])
+            if before:
+                room[:, :, :before] = kept
+        room[:, :, before:now] = new
+        return room[:, :, :now]
+
+
+class BatchCache(DynamicCache):
+    """A cache of layers with room, where the model's layers keep all keys and values."""
 
     rows: Tensor | None = None
-    """[prompts] int64, once it is spread: the beginning of each. A cache that is kept beside this one does the same."""
+    """[prompts] int64, once beginnings are spread over prompts: the beginning of each. A cache that is kept beside this
+    one does the same."""
+
+    def __init__(self, model: Any):
+        super().__init__(config=model.config.get_text_config())
+        self.keeps_all = all(type(layer) is DynamicLayer for layer in self.layers)
+        if self.keeps_all:
+            self.layers = [RoomyLayer() for _ in self.layers]
 
     def spread(self, rows: Tensor) -> None:
         self.batch_select_indices(rows)
@@ -52,12 +85,12 @@ class Laid:
     begun: tuple[Tensor, Tensor, Tensor] | None
     """Ids and mask of the beginnings, and the beginning of each prompt; None where each is read whole."""
 
-    def read(self, model: Any) -> Beginnings | None:
-        """Keys and values of the beginnings, spread over the prompts."""
+    def read(self, model: Any) -> BatchCache:
+        """An empty cache, or one of the beginnings, spread over the prompts."""
+        cache = BatchCache(model)
         if self.begun is None:
-            return None
+            return cache
         ids, mask, rows = self.begun
-        cache = Beginnings(config=model.config.get_text_config())
         places = (mask.cumsum(-1) - 1).clamp_min(0)
         # No logits are needed; 0 would be all.
         model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, logits_to_keep=1)
@@ -68,8 +101,8 @@ class Laid:
 def laid_out(model: Any, prompts: Sequence[list[int]], pad: int) -> Laid:
     """On the model's device. No beginnings are shared by a model of which a layer keeps a window alone: padding between
     would count in it."""
-    device, kept = model.device, DynamicCache(config=model.config.get_text_config()).layers
-    shared = shared_beginnings(prompts) if all(type(layer) is DynamicLayer for layer in kept) else None
+    device = model.device
+    shared = shared_beginnings(prompts) if BatchCache(model).keeps_all else None
     if shared is None:
         return Laid(*_padded(prompts, pad, device), None)
     rows = torch.tensor(shared.rows, device=device)
