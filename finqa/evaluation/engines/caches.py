@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 WORTH = 0.7
 """Beginnings are read by themselves where that leaves at most this share of the tokens, padding included."""
-ROOM = 128
+ROOM = 256
 """Tokens that a layer's keys and values can grow by before they are copied."""
 
 
@@ -36,13 +36,26 @@ class RoomyLayer(DynamicLayer):
     def _added(self, which: int, kept: Any, new: Tensor) -> Tensor:
         before = kept.shape[-2] if kept.numel() else 0
         now, room = before + new.shape[-2], self.rooms[which]
-        # What was selected from, or cut off, lies elsewhere.
-        if room is None or now > room.shape[-2] or kept.data_ptr() != room.data_ptr():
-            room = self.rooms[which] = new.new_empty(*new.shape[:2], now + ROOM, new.shape[-1])
+        if room is None or now > room.shape[-2]:
+            room = self._room(which, len(new), now, new)
             if before:
                 room[:, :, :before] = kept
         room[:, :, before:now] = new
         return room[:, :, :now]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Rows `indices` of what there is, with room again."""
+        if self.get_seq_length():
+            self.keys, self.values = self._selected(0, self.keys, indices), self._selected(1, self.values, indices)
+
+    def _selected(self, which: int, kept: Any, indices: Tensor) -> Tensor:
+        room = self._room(which, len(indices), kept.shape[-2], kept)[:, :, : kept.shape[-2]]
+        room[:] = kept[indices]
+        return room
+
+    def _room(self, which: int, rows: int, time: int, like: Tensor) -> Tensor:
+        room = self.rooms[which] = like.new_empty(rows, like.shape[1], time + ROOM, like.shape[-1])
+        return room
 
 
 class BatchCache(DynamicCache):

@@ -5,8 +5,8 @@
     python -m study.invented.diff look A-seed3 --model M         what the test's questions give there
     python -m study.invented.diff settings K-seed3 L1 --model M  settings of a method, chosen on it
     python -m study.invented.diff dictionaries A-seed3 L1 --model M  a method's dictionaries at the primary site
-    python -m study.invented.diff diff A-seed3 --model M         items and carrying at the primary site, and those that
-                                                                 are not trained yet
+    python -m study.invented.diff diff A-seed3 L1 --model M      a method's items and carrying at the primary site, and
+                                                                 dictionaries that are not trained yet
     python -m study.invented.diff seeds A-seed3 --model M        dictionaries of further seeds, and items, after that
     python -m study.invented.diff sites A-seed3 --model M        dictionaries and items at the other sites
 
@@ -20,7 +20,7 @@ import argparse
 import sys
 
 from finqa.runtime.errors import report_errors
-from study.invented.diff.plan import BY_RUN, METHODS, SHARES, lengths, sites, slug
+from study.invented.diff.plan import BASELINES, BY_RUN, METHODS, lengths, sites, slug
 from study.invented.plan import add_plan_flags, plan_from
 
 STEPS = ("ceilings", "record", "look", "settings", "dictionaries", "diff", "seeds", "sites")
@@ -34,11 +34,14 @@ def main() -> None:
     parser.add_argument("run", choices=list(BY_RUN), metavar="RUN", help="a fine-tune, such as A-seed3")
     methods = {slug(method): method for method in METHODS}
     parser.add_argument(
-        "method", nargs="?", choices=list(methods), metavar="METHOD", help="of settings and dictionaries"
-    )
-    parser.add_argument("--share", type=int, choices=range(SHARES + 1), default=0, help="of the methods (default: all)")
+        "method", nargs="?", choices=[*methods, BASELINES], metavar="METHOD",
+        help=f"one method alone, or of diff the {BASELINES}",
+    )  # fmt: skip
     add_plan_flags(parser)
     args = parser.parse_args()
+    if args.method == BASELINES and args.step != "diff":
+        parser.error(f"{BASELINES} are read by diff")
+    method = methods.get(args.method, args.method or "")
     plan, compared = plan_from(args), BY_RUN[args.run]
     from study.invented.diff import ceilings, dictionaries, pairs
 
@@ -51,12 +54,12 @@ def main() -> None:
         return
     if args.step in ("settings", "dictionaries"):
         make = dictionaries.choose_settings if args.step == "settings" else pairs.train
-        for method in [methods[args.method]] if args.method else METHODS:
-            print(make(plan, compared, primary, method), flush=True)
+        for one in [method] if method else METHODS:
+            print(make(plan, compared, primary, one), flush=True)
         return
     others = [target for target in sites(plan).values() if target != primary][: lengths(plan).other_sites]
     for target in others if args.step == "sites" else [primary]:
-        print(pairs.compare(plan, compared, target, args.step, args.share), flush=True)
+        print(pairs.compare(plan, compared, target, args.step, method), flush=True)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def recorded(plan: Plan, compared: Compared, target: Target) -> Path:
 
 
 def shared_store(plan: Plan, compared: Compared, target: Target) -> ActivationStore:
-    """A pair's activations for one of several jobs that train on them at a time: read from the files, whose pages they
+    """A pair's activations for one of several jobs that read them at a time: read from the files, whose pages they
     share, where each would hold all of them on the GPU."""
     from crosscoder.activations.store import ActivationStore
 

@@ -51,7 +51,7 @@ from study.invented.diff.plan import (
     Form,
     Part,
     Subject,
-    in_share,
+    is_of,
     lengths,
     results_of,
     site_name,
@@ -61,9 +61,10 @@ from study.invented.files import read_metrics
 from study.invented.plan import Plan
 
 
-def compare(plan: Plan, compared: Compared, target: Target, part: Part, share: int) -> str:
-    """Make the files of a share of a part that are missing; returns a line that says what there is."""
-    wanted = [one for one in subjects(plan, compared, part) if in_share(one.method, share)]
+def compare(plan: Plan, compared: Compared, target: Target, part: Part, method: str) -> str:
+    """Make the files of a part that are missing, of a method or BASELINES or, with an empty name, of all; returns a
+    line that says what there is."""
+    wanted = [one for one in subjects(plan, compared, part) if is_of(one, method)]
     if missing := _missing(plan, compared, target, wanted):
         under_way = Comparison(plan, compared, target, part)
         for subject in missing:
@@ -179,9 +180,7 @@ class Comparison:
 
     @cached_property
     def store(self) -> Any:
-        from crosscoder.activations.store import ActivationStore
-
-        return ActivationStore(dicts.recorded(self.plan, self.compared, self.target), device=self.device)
+        return dicts.shared_store(self.plan, self.compared, self.target)
 
     @cached_property
     def carrier(self) -> Carrier:

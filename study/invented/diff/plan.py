@@ -4,8 +4,8 @@ Job names: `ceilings-A-seed3` for the arms whose metrics were added, `record-K-s
 that control), `diff-K-seed3` for a pair at the primary site with dictionaries of the first seed, `seeds-A-seed3` with
 the further ones and with frozen decoders, `sites-A-seed3` for the pair at the other sites. Where metrics were added, a
 pair is recorded by a job of its own, `record-A-seed3`, and read on the test's questions by another, `look-A-seed3`. Its
-dictionaries are trained by a job a method, `dictionaries-A-seed3-<method>`, and what reads them is shared among SHARES
-jobs, `diff-A-seed3-1` and so on. What the verdicts need comes first.
+dictionaries are trained by a job a method, `dictionaries-A-seed3-<method>`, and read by one, `diff-A-seed3-<method>`;
+what needs no dictionary is read by `diff-A-seed3-baselines`. What the verdicts need comes first.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ EXPLORED = (TOLD, TOP_BY_NU, *(f"first {n}" for n in FIRST), ALL, DECODED)
 best of all. The bias is what a dictionary adds where no latent is active."""
 DICTIONARY_GB = 5.0
 """Memory of a GPU, in 1e9 bytes, for a job that trains a dictionary: 17.3 were measured with 14.1 of activations."""
-CARRY_GB = 45.0
-"""For a job that has the base write `Lengths.batch` replies: keys and values take 17 of it, activations 14."""
-SHARES = 3
-"""Jobs that share what is read of a pair where metrics were added: writing programs leaves much of a GPU idle."""
+CARRY_GB = 28.0
+"""For a job that has the base write `Lengths.batch` replies: keys and values take 18 of it, the models 4."""
+BASELINES = "baselines"
+"""In the place of a method: everything without a dictionary."""
 EQUAL_L0 = 32
 """Active latents a token at which dictionaries are compared, and read."""
 
@@ -111,7 +111,7 @@ class Lengths:
     """Pairs that are read at them: both arms, one fine-tuning seed."""
     batch: int = 480
     """Replies that are written at one time: as many as there are questions of an arm. More would be hardly slower a
-    step, but three jobs of CARRY_GB would not fit on a GPU of 141 GB."""
+    step, but five jobs of CARRY_GB would not fit on a GPU of 141 GB."""
     max_new_tokens: int = 96
     """A gold program has at most 53 of the main model's."""
 
@@ -216,10 +216,9 @@ def subjects(plan: Plan, compared: Compared, part: Part) -> list[Subject]:
     return found + ([Subject(method, "frozen", first) for method in METHODS] if part == "seeds" else [])
 
 
-def in_share(method: str, share: int) -> bool:
-    """Whether a method is in the share of this number; 0 is all of them, 1 those without a dictionary."""
-    own = 2 + list(METHODS).index(method) % (SHARES - 1) if method in METHODS else 1
-    return share in (0, own)
+def is_of(subject: Subject, methods: str) -> bool:
+    """Whether a job reads a subject that reads this method, BASELINES, or with an empty name all."""
+    return methods in ("", subject.method if subject.method in METHODS else BASELINES)
 
 
 def results_of(plan: Plan, compared: Compared, target: Target, subject: Subject) -> Path:
@@ -236,10 +235,9 @@ def diff_jobs(plan: Plan, folders: str) -> list[Job]:
     added = [pair for pair in compared if pair.arm in ADDED]
     control = run_name(CONTROL, SEEDS[0])
 
-    def job(step: str, run: str, gb: float, after: Sequence[str], method: str = "", share: int = 0) -> Job:
-        words = " ".join(filter(None, [step, run, slug(method), f"--share {share}" if share else "", folders]))
-        of = [slug(method)] if step == "settings" else [run, slug(method), str(share or "")]
-        name = "-".join(filter(None, [step, *of]))
+    def job(step: str, run: str, gb: float, after: Sequence[str], method: str = "") -> Job:
+        words = " ".join(filter(None, [step, run, slug(method), folders]))
+        name = "-".join(filter(None, [step, run if step != "settings" else "", slug(method)]))
         return Job(name, f"-m study.invented.diff {words}", gb, tuple(after))
 
     jobs = [job("ceilings", pair.run, GENERATION_GB, [f"train-{pair.run}"]) for pair in PAIRS if pair.arm in ADDED]
@@ -248,7 +246,6 @@ def diff_jobs(plan: Plan, folders: str) -> list[Job]:
     settings = [job("settings", control, DICTIONARY_GB, [f"record-{control}"], method) for method in METHODS]
     jobs += settings
     chosen = [job.name for job in settings]
-    shares = range(1, SHARES + 1)
 
     def needed(pair: Compared) -> list[str]:
         return [f"train-{run}" for run in (pair.run, *(run_name(arm, pair.seed) for arm in READ_TOO.get(pair.arm, ())))]
@@ -265,11 +262,14 @@ def diff_jobs(plan: Plan, folders: str) -> list[Job]:
         trained_before = [job.name for job in trained]
         look = job("look", pair.run, ALL_ROWS_GB, [f"record-{pair.run}", *needed(pair)])
         after = [*trained_before, look.name]
-        reading = [job("diff", pair.run, CARRY_GB, after, share=share) for share in shares]
+        # Writing programs leaves much of a GPU idle.
+        reading = [job("diff", pair.run, CARRY_GB, after, method) for method in (BASELINES, *METHODS)]
         read_before = [job.name for job in reading]
         jobs += [look, *trained, *reading]
     for pair in (pair for pair in added if subjects(plan, pair, "seeds")):
-        jobs += [job("seeds", pair.run, ALL_ROWS_GB, [f"diff-{pair.run}-{share}"], share=share) for share in shares[1:]]
+        jobs += [
+            job("seeds", pair.run, GENERATION_GB, [f"diff-{pair.run}-{slug(method)}"], method) for method in METHODS
+        ]
     others = [pair for pair in compared if how_long.controls and pair not in added]
     jobs += [job("diff", pair.run, ALL_ROWS_GB, [*chosen, *needed(pair)]) for pair in others]
     elsewhere = added[: how_long.pairs_elsewhere]

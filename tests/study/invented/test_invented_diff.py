@@ -31,6 +31,7 @@ from study.invented.diff.items import (
 )
 from study.invented.diff.plan import (
     ANY_ITEM,
+    BASELINES,
     BY_RUN,
     ENERGY,
     EQUAL_L0,
@@ -41,7 +42,7 @@ from study.invented.diff.plan import (
     Lengths,
     diff_jobs,
     equal_l0,
-    in_share,
+    is_of,
     sites,
     slug,
     study_flags,
@@ -93,10 +94,10 @@ def test_a_pair_waits_for_the_fine_tunes_that_it_reads(tmp_path: Path):
     plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini")
     jobs = {job.name: job for job in [*plan.jobs(), *diff_jobs(plan, study_flags(plan))]}
     settings = [f"settings-{slug(method)}" for method in METHODS]
-    assert len(jobs) == 23 + 4 + 1 + len(METHODS) + 4 * (2 + len(METHODS) + 3 + 2) + 6 + 2
+    assert len(jobs) == 23 + 4 + 1 + len(METHODS) + 4 * (2 + 3 * len(METHODS) + 1) + 6 + 2
     assert jobs["settings-L1"].after == ("record-K-seed3",)
     trained = tuple(f"dictionaries-B-seed3-{slug(method)}" for method in METHODS)
-    read = tuple(f"diff-B-seed3-{share}" for share in (1, 2, 3))
+    read = tuple(f"diff-B-seed3-{slug(method)}" for method in (BASELINES, *METHODS))
     assert jobs["dictionaries-A-seed4-L1"].after == ("record-A-seed4", "settings-L1", *read)
     assert {jobs[name].after for name in read} == {(*trained, "look-B-seed3")}
     assert jobs["look-B-seed3"].after == ("record-B-seed3", "train-B-seed3")
@@ -116,9 +117,11 @@ def test_further_seeds_and_other_sites_are_of_the_pairs_whose_metrics_were_added
     plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini", quick=True)
     jobs = [job.name for job in diff_jobs(plan, study_flags(plan))]
     added = ["A-seed3", "B-seed3"]
-    assert [name for name in jobs if name.startswith("seeds")] == [f"seeds-{run}-{n}" for run in added for n in (2, 3)]
+    assert [name for name in jobs if name.startswith("seeds")] == [
+        f"seeds-{run}-{slug(method)}" for run in added for method in METHODS
+    ]
     assert [name for name in jobs if name.startswith("sites")] == ["sites-A-seed3"]
-    assert jobs.index("diff-B-seed3-3") < jobs.index("seeds-A-seed3-2") < jobs.index("diff-K-seed3")
+    assert jobs.index("diff-B-seed3-L1") < jobs.index("seeds-A-seed3-L1") < jobs.index("diff-K-seed3")
     assert "ceilings-B-seed4" in jobs and not [name for name in jobs if name.startswith("diff") and "seed4" in name]
     assert {(one.form, one.seed) for one in subjects(plan, BY_RUN["A-seed3"], "seeds")} == {
         ("untrained", 1), ("trained", 1), ("frozen", 0)
@@ -130,20 +133,23 @@ def test_another_model_than_the_main_one_is_read_in_the_short_form(tmp_path: Pat
     jobs = [job.name for job in diff_jobs(plan, study_flags(plan))]
     runs = [f"{arm}-seed{seed}" for seed in (3, 4) for arm in "AB"]
     assert [name for name in jobs if name.startswith("diff")] == [
-        f"diff-{run}-{share}" for run in runs for share in (1, 2, 3)
+        f"diff-{run}-{slug(method)}" for run in runs for method in (BASELINES, *METHODS)
     ]
-    assert [name for name in jobs if name.startswith("seeds")] == [f"seeds-{run}-{n}" for run in runs for n in (2, 3)]
+    assert [name for name in jobs if name.startswith("seeds")] == [
+        f"seeds-{run}-{slug(method)}" for run in runs for method in METHODS
+    ]
     assert {(one.form, one.seed) for one in subjects(plan, BY_RUN["A-seed3"], "seeds")} == {("frozen", 0)}
     assert not [name for name in jobs if name.startswith("sites")]
 
 
-def test_shares_are_all_methods_once_and_every_form_of_one_is_in_the_same(tmp_path: Path):
+def test_every_subject_is_read_by_one_job_and_every_form_of_a_method_by_the_same(tmp_path: Path):
     plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini", quick=True)
-    every = {one.method for part in ("diff", "seeds") for one in subjects(plan, BY_RUN["A-seed3"], part)}
-    shares = [{method for method in every if in_share(method, share)} for share in (1, 2, 3)]
-    assert set().union(*shares) == every and sum(map(len, shares)) == len(every)
-    assert shares[0] == every - set(METHODS)
-    assert all(in_share(method, 0) for method in every)
+    every = [one for part in ("diff", "seeds") for one in subjects(plan, BY_RUN["A-seed3"], part)]
+    read = {name: [one for one in every if is_of(one, name)] for name in (BASELINES, *METHODS)}
+    assert sorted(one.name for own in read.values() for one in own) == sorted(one.name for one in every)
+    assert {one.form for one in read[BASELINES]} == {"baseline"}
+    assert all({one.method for one in read[name]} == {name} for name in METHODS)
+    assert all(is_of(one, "") for one in every)
 
 
 def asked(pages: int, metrics: Sequence[str] = ("x", "y", "z")) -> list[Item]:
