@@ -230,7 +230,7 @@ def verdicts(folder: Path) -> str:
 
 def objections(folder: Path) -> str:
     """A row a rule by which D1 could count hits, a column a trained method: mean hit rate where added / where not."""
-    rows = [row for row in read_csv(folder / "objections.csv") if row["form"] == "trained"]
+    rows = [row for row in read_csv(folder / "objections.csv") if (row["form"], row["arm"]) == ("trained", "all")]
     found = {(row["rule"], row["method"]): f"{number(row['added'])} / {number(row['absent'])}" for row in rows}
     methods, rules = (list(dict.fromkeys(row[name] for row in rows)) for name in ("method", "rule"))
     return markdown(

@@ -1,7 +1,8 @@
 """What D1 would say by other rules: a test of whether its cuts make the verdict.
 
 Reads the scores of the items (diff/pairs.py, the .npz files), which stay where the study ran, and gives the lines of
-objections.csv: a line a method, form and rule, with the mean hit rate where a metric was added and where it was not.
+objections.csv: a line a method, form, fine-tune and rule, with the mean hit rate where a metric was added and where it
+was not; then the means over fine-tunes.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from study.invented.diff.items import Board, board, item_rows
 from study.invented.diff.plan import ADDED, DIRECTIONS, LENS, LOGITS, PAIRS, lengths, results_of, subjects
 from study.invented.files import Item, read_items
 from study.invented.plan import Plan
-from study.invented.verdicts import FALSE_ALARMS, HIT_AUROC, HIT_RECALL, TOLERANCE, Rates
+from study.invented.verdicts import FALSE_ALARMS, HIT_AUROC, HIT_RECALL, TOLERANCE
 
 Row = dict[str, Any]
+ALL = "all"
+"""In the place of an arm: the mean over fine-tunes."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +70,27 @@ CUTS = (
 def objection_rows(plan: Plan, primary: Target) -> list[Row]:
     """The lines of objections.csv, from all scores at the primary site that are there."""
     asked = [item for item in read_items(plan.place) if item.split == "test" and item.kind in ADDED]
-    hits: dict[tuple[str, str, str], list[Row]] = {}
+    hits: dict[tuple[str, str, str, str, int], list[Row]] = {}
     for named, found, signed in _boards(plan, primary, asked):
         for cut in CUTS:
-            key = (cut.name, named["method"], named["form"])
-            hits.setdefault(key, []).extend(named | row for row in cut.rows(found, signed))
+            key = (cut.name, named["method"], named["form"], named["arm"], named["seed"])
+            hits.setdefault(key, []).extend(cut.rows(found, signed))
     lines = []
-    for (rule, method, form), rows in hits.items():
-        rates, of = Rates.of(rows, method, form), {(row["arm"], row["seed"]) for row in rows}
-        # Where an arm is not there yet, of the metrics that the other one tells of.
-        shares = {name: float(its.nanmean()) for name, its in (("added", rates.added), ("absent", rates.absent))}
-        lines.append({"rule": rule, "method": method, "form": form, "fine_tunes": len(of), **shares})
-    return lines
+    for key, rows in hits.items():
+        line: Row = dict(zip(("rule", "method", "form", "arm", "seed"), key, strict=True))
+        for name, added in (("added", True), ("absent", False)):
+            its = [row["hit"] for row in rows if (row["kind"] == line["arm"]) == added]
+            line[name] = sum(its) / len(its)
+        lines.append(line)
+    return [*lines, *_means(lines)]
+
+
+def _means(lines: list[Row]) -> Iterator[Row]:
+    """A line a rule, method and form over all fine-tunes, whose arm is `all`."""
+    for rule, method, form in dict.fromkeys((line["rule"], line["method"], line["form"]) for line in lines):
+        own = [line for line in lines if (line["rule"], line["method"], line["form"]) == (rule, method, form)]
+        means = {name: sum(line[name] for line in own) / len(own) for name in ("added", "absent")}
+        yield {"rule": rule, "method": method, "form": form, "arm": ALL, "seed": None, **means}
 
 
 def _boards(plan: Plan, primary: Target, asked: list[Item]) -> Iterator[tuple[Row, Board, bool]]:

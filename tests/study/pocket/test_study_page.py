@@ -218,8 +218,8 @@ def test_the_tables_of_the_invented_metrics_say_what_is_measured_and_what_is_not
     ])  # fmt: skip
     tried = [("as fixed", "plain", 0.6875, 0.0), ("as fixed", "L1", 0.5, None), ("AUROC alone", "plain", 0.75, 0.125)]
     write_csv(tmp_path / "objections.csv", [
-        {"rule": name, "method": method, "form": form, "added": added, "absent": absent}
-        for name, method, added, absent in tried for form in ("trained", "untrained")
+        {"rule": name, "method": method, "form": form, "arm": arm, "added": added, "absent": absent}
+        for name, method, added, absent in tried for form in ("trained", "untrained") for arm in ("all",)
     ])  # fmt: skip
     columns = ("method", "form", "arm", "kind", "ranking", "hit", "primary")
     write_csv(tmp_path / "items.csv", [dict(zip(columns, line, strict=True)) for line in [
