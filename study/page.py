@@ -222,10 +222,21 @@ def verdicts(folder: Path) -> str:
             first = its[0] if its else None
             interval = f", {number(first['low'])} to {number(first['high'])}" if first and first["low"] else ""
             value = f" ({number(first['value'])}{interval})" if first and first["value"] and rule != "D3" else ""
-            failed = ", ".join(row["condition"] for row in its if row["holds"] == "False" and rule != "D3")
-            line.append(f"{first['verdict']}{value}{f'; not: {failed}' if failed else ''}" if first else NOTHING)
+            conditions = [row["condition"] for row in its if row["holds"] == "False" and rule != "D3"]
+            failed = "; fails: " + "; ".join(SHORTER.get(one, one) for one in conditions) if conditions else ""
+            line.append(f"{first['verdict']}{value}{failed}" if first else NOTHING)
         lines.append(line)
     return markdown(["method", "D1, finds", "D2, carries", "D3, name or formula"], lines)
+
+
+SHORTER = {
+    "hit where added, above untrained": "above untrained",
+    "sign-flip p after Holm": "p",
+    "share of the whole site's right answers": "share of the whole site",
+    "above components at equal norm": "above components",
+    "above untrained at equal norm": "above untrained",
+}
+"""Conditions of findings.csv in a table's cell."""
 
 
 def objections(folder: Path) -> str:

@@ -265,7 +265,7 @@ def test_the_tables_of_the_invented_metrics_say_what_is_measured_and_what_is_not
     ]
     assert made["verdicts"](tmp_path).splitlines()[2:] == [
         "| plain | finds (0.69, 0.41 to 0.93) | - | - |",
-        "| L1 | unresolved (0.69, 0.41 to 0.93); not: p | - | - |",
+        "| L1 | unresolved (0.69, 0.41 to 0.93); fails: p | - | - |",
     ]
     assert made["objections"](tmp_path).splitlines()[2:] == [
         "| as fixed | 0.69 / 0.00 | 0.50 / - |",
