@@ -321,6 +321,10 @@ def test_what_the_page_says_of_invented_metrics_is_in_the_committed_tables():
     for method in ("random directions", "PCA of the difference", "adapter", "adapter output"):
         areas = [float(row["auroc"]) for row in items if (row["method"], row["kind"]) == (method, "A")]
         assert f"{sum(areas) / len(areas):.2f}" == "0.95" and "AUROC of 0.95 in the mean" in text
+    (alone,) = [row for row in read_csv(COMMITTED["invented"] / "objections.csv") if row["arm"] == "A"
+                and (row["rule"], row["method"]) == ("AUROC alone", "random directions")]  # fmt: skip
+    added, absent = (round(8 * float(alone[name])) for name in ("added", "absent"))
+    assert f"random directions would hit {added} of 8 metrics where they were added, and {absent} of 8" in text
 
 
 def test_what_readme_says_of_the_study_is_in_the_committed_figures():
