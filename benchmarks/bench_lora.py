@@ -10,6 +10,9 @@ The first part of each variant (compiling, recording graphs) is timed apart; the
 to 5,929 rows. --compare-steps sets dropout to 0 and puts loss and gradient norm of identical batches side by side.
 --cap-gb holds the process to that much GPU memory.
 
+Two libraries stand beside, where they are installed: liger-kernel on the plain recipe (its loss too) and on packed
+rows, and torchao's float8 for the frozen base, with one scale a tensor (its default) or a row, as the project's has.
+
 Writes benchmarks/results/lora_7b*.json and .md.
 """
 
@@ -24,6 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.parts.libraries import LIGER, TORCHAO, mistral_put_back, that_run, use_library, versions
 from benchmarks.parts.mistral_7b import SHAPES, TRAIN_ROWS, TRAIN_TOKENS, random_mistral_7b, random_rows
 from benchmarks.parts.record import RESULTS, markdown_table, write_record
 from finqa.models.settings import DEFAULTS
@@ -33,6 +37,7 @@ from finqa.training.fine_tuning import TrainingConfig
 from finqa.training.trainable import Speed
 
 EAGER = Speed(packed=True, compiled=False, captured=False)
+COMPILED = replace(EAGER, compiled=True)
 
 
 @dataclass(frozen=True)
@@ -42,18 +47,31 @@ class Variant:
     speed: Speed | None = None
     """None: the plain recipe."""
     load_in_4bit: bool = False
+    library: str = ""
+    recipe: str = "tensorwise"
+    """Kernels of Liger, or a frozen base in torchao's float8 by that recipe, in place of the project's own."""
 
 
 VARIANTS = {
     "8 rows, plain": Variant(8),
     "8 rows, packed": Variant(8, EAGER),
-    "8 rows, + compiled layers": Variant(8, replace(EAGER, compiled=True)),
-    "8 rows, + fp8 base": Variant(8, replace(EAGER, compiled=True, fp8_base=True)),
+    "8 rows, + compiled layers": Variant(8, COMPILED),
+    "8 rows, + fp8 base": Variant(8, replace(COMPILED, fp8_base=True)),
+    "8 rows, liger": Variant(8, library=LIGER),
+    "8 rows, packed, liger": Variant(8, EAGER, library=LIGER),
+    "8 rows, + torchao fp8 base": Variant(8, COMPILED, library=TORCHAO),
+    "8 rows, + torchao fp8 base by row": Variant(8, COMPILED, library=TORCHAO, recipe="rowwise"),
     "1 row, plain": Variant(1),
     "1 row, packed": Variant(1, EAGER),
-    "1 row, + compiled layers": Variant(1, replace(EAGER, compiled=True)),
+    "1 row, + compiled layers": Variant(1, COMPILED),
     "1 row, + CUDA graphs": Variant(1, Speed()),
     "1 row, + fp8 base": Variant(1, Speed(fp8_base=True)),
+    "1 row, + fp8 base, no graphs": Variant(1, replace(COMPILED, fp8_base=True)),
+    "1 row, liger": Variant(1, library=LIGER),
+    "1 row, packed, liger": Variant(1, EAGER, library=LIGER),
+    "1 row, + torchao fp8 base, no graphs": Variant(1, COMPILED, library=TORCHAO),
+    "1 row, + torchao fp8 base": Variant(1, Speed(), library=TORCHAO),
+    "1 row, + torchao fp8 base by row": Variant(1, Speed(), library=TORCHAO, recipe="rowwise"),
     "1 row, 4-bit": Variant(1, Speed(captured=False), load_in_4bit=True),
     "1 row, checkpointing": Variant(1, Speed(captured=False, checkpointing=True)),
     "1 row, 4-bit, checkpointing": Variant(1, Speed(captured=False, checkpointing=True), load_in_4bit=True),
@@ -62,13 +80,14 @@ VARIANTS = {
 
 def main() -> None:
     args = parse_arguments()
+    names = that_run(args.variants, {name: variant.library for name, variant in VARIANTS.items()})
     import torch
 
     if args.cap_gb:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gb * 1e9 / total))
     results: dict[str, Any] = {}
-    for name in args.variants or VARIANTS:
+    for name in names:
         try:
             results[name] = measure(VARIANTS[name], args)
         except torch.cuda.OutOfMemoryError as error:
@@ -83,9 +102,10 @@ def main() -> None:
 
 
 def report(results: dict[str, Any], args: argparse.Namespace) -> str:
+    used = versions(VARIANTS[name].library for name in results)
     settings = {"rows": args.rows, "layers": args.layers, "lora_dropout": args.dropout, "cap_gb": args.cap_gb}
     table = comparison(results) if args.compare_steps else speeds(results)
-    write_record(args.name, {**settings, "variants": results}, table, args.output_dir)
+    write_record(args.name, {**settings, "libraries": used, "variants": results}, table, args.output_dir)
     return table
 
 
@@ -96,7 +116,7 @@ def measure(variant: Variant, args: argparse.Namespace) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     steps = args.compare_steps or args.rows // variant.rows
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, mistral_put_back():
         trainer = make_trainer(variant, args, Path(folder), steps)
         timing = timing_callback(trainer)
         trainer.add_callback(timing)
@@ -127,6 +147,7 @@ def make_trainer(variant: Variant, args: argparse.Namespace, folder: Path, steps
     base = random_mistral_7b(args.layers)
     if variant.load_in_4bit:
         base = in_4_bit(base)
+    use_library(variant.library, base, variant.recipe, own_loss=variant.speed is None)
     config = TrainingConfig(speed=variant.speed or Speed())
     rows: Any = random_rows(args.rows)
     rows = Dataset.from_list(rows)
@@ -264,14 +285,21 @@ def speeds(results: dict[str, Any]) -> str:
 
 
 def comparison(results: dict[str, Any]) -> str:
-    """Loss and gradient norm of each update, by variant."""
+    """Loss and gradient norm of each update, by variant; at last how far they are from the first variant's at most."""
     header = ["update", *results]
     steps = max(len(result.get("log", [])) for result in results.values())
     rows = []
     for step in range(steps):
         logs = [result["log"][step] if step < len(result.get("log", [])) else None for result in results.values()]
         rows.append((step + 1, *(f"{log['loss']:.4f} / {log['grad_norm']:.4f}" if log else "-" for log in logs)))
+    rows.append(("apart", *(apart(next(iter(results.values())), result) for result in results.values())))
     return "loss / gradient norm\n\n" + markdown_table(header, rows)
+
+
+def apart(first: dict[str, Any], other: dict[str, Any]) -> str:
+    pairs = list(zip(first.get("log", []), other.get("log", []), strict=False))
+    parts = (max(abs(b[key] / a[key] - 1) for a, b in pairs) for key in ("loss", "grad_norm"))
+    return " / ".join(f"{part:.2%}" for part in parts) if pairs else "-"
 
 
 def parse_arguments() -> argparse.Namespace:
