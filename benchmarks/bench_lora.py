@@ -253,18 +253,18 @@ def timing_callback(trainer: Any) -> Any:
                 "ms_a_step": round(sum(ms) / len(ms), 1),
                 "median_ms_a_step": round(sorted(ms)[len(ms) // 2], 1),
                 "tokens_per_second": round(rate),
-                "tflops": round(rate * flops_per_token() / 1e12, 1),
+                "tflops": round(rate * flops_per_token(trainer.model.config.num_hidden_layers) / 1e12, 1),
                 "epoch_min": round(TRAIN_TOKENS / rate / 60, 2),
             }
 
     return Timing()
 
 
-def flops_per_token() -> float:
+def flops_per_token(layers: int) -> float:
     """Of the products with weights alone: 4 for a frozen weight, 6 for one of the adapter (attention not counted)."""
     d, inner, kv = SHAPES["hidden_size"], SHAPES["intermediate_size"], 1024
-    base = SHAPES["num_hidden_layers"] * (2 * d * d + 2 * d * kv + 3 * d * inner)
-    adapter = SHAPES["num_hidden_layers"] * DEFAULTS.lora_r * (2 * (d + d) + 2 * (d + kv))
+    base = layers * (2 * d * d + 2 * d * kv + 3 * d * inner)
+    adapter = layers * DEFAULTS.lora_r * (2 * (d + d) + 2 * (d + kv))
     return 4.0 * base + 6.0 * adapter
 
 
