@@ -11,7 +11,7 @@ to 5,929 rows. --compare-steps sets dropout to 0 and puts loss and gradient norm
 --cap-gb holds the process to that much GPU memory.
 
 Two libraries stand beside, where they are installed: liger-kernel on the plain recipe (its loss too) and on packed
-rows, and torchao's float8 for the frozen base, with one scale a tensor (its default) or a row, as the project's has.
+rows, and torchao's float8 for the frozen base, with one scale a tensor (its default; the project's has one a row).
 
 Writes benchmarks/results/lora_7b*.json and .md.
 """
@@ -48,8 +48,7 @@ class Variant:
     """None: the plain recipe."""
     load_in_4bit: bool = False
     library: str = ""
-    recipe: str = "tensorwise"
-    """Kernels of Liger, or a frozen base in torchao's float8 by that recipe, in place of the project's own."""
+    """Kernels of Liger, or a frozen base in torchao's float8, in place of the project's own."""
 
 
 VARIANTS = {
@@ -60,7 +59,6 @@ VARIANTS = {
     "8 rows, liger": Variant(8, library=LIGER),
     "8 rows, packed, liger": Variant(8, EAGER, library=LIGER),
     "8 rows, + torchao fp8 base": Variant(8, COMPILED, library=TORCHAO),
-    "8 rows, + torchao fp8 base by row": Variant(8, COMPILED, library=TORCHAO, recipe="rowwise"),
     "1 row, plain": Variant(1),
     "1 row, packed": Variant(1, EAGER),
     "1 row, + compiled layers": Variant(1, COMPILED),
@@ -68,10 +66,8 @@ VARIANTS = {
     "1 row, + fp8 base": Variant(1, Speed(fp8_base=True)),
     "1 row, + fp8 base, no graphs": Variant(1, replace(COMPILED, fp8_base=True)),
     "1 row, liger": Variant(1, library=LIGER),
-    "1 row, packed, liger": Variant(1, EAGER, library=LIGER),
     "1 row, + torchao fp8 base, no graphs": Variant(1, COMPILED, library=TORCHAO),
     "1 row, + torchao fp8 base": Variant(1, Speed(), library=TORCHAO),
-    "1 row, + torchao fp8 base by row": Variant(1, Speed(), library=TORCHAO, recipe="rowwise"),
     "1 row, 4-bit": Variant(1, Speed(captured=False), load_in_4bit=True),
     "1 row, checkpointing": Variant(1, Speed(captured=False, checkpointing=True)),
     "1 row, 4-bit, checkpointing": Variant(1, Speed(captured=False, checkpointing=True), load_in_4bit=True),
@@ -103,7 +99,8 @@ def main() -> None:
 
 def report(results: dict[str, Any], args: argparse.Namespace) -> str:
     used = versions(VARIANTS[name].library for name in results)
-    settings = {"rows": args.rows, "layers": args.layers, "lora_dropout": args.dropout, "cap_gb": args.cap_gb}
+    settings = {name: getattr(args, name) for name in ("rows", "layers", "optim", "cap_gb")}
+    settings["lora_dropout"] = args.dropout
     table = comparison(results) if args.compare_steps else speeds(results)
     write_record(args.name, {**settings, "libraries": used, "variants": results}, table, args.output_dir)
     return table
@@ -142,12 +139,13 @@ def make_trainer(variant: Variant, args: argparse.Namespace, folder: Path, steps
 
     from finqa.training import fine_tuning as training
 
-    settings = replace(DEFAULTS, batch_size=variant.rows, lora_dropout=0.0 if args.compare_steps else args.dropout)
+    dropout = 0.0 if args.compare_steps else args.dropout
+    settings = replace(DEFAULTS, batch_size=variant.rows, lora_dropout=dropout, optim=args.optim)
     run = StudentRun("FinQA", "random-7b", settings, load_in_4bit=variant.load_in_4bit)
     base = random_mistral_7b(args.layers)
     if variant.load_in_4bit:
         base = in_4_bit(base)
-    use_library(variant.library, base, variant.recipe, own_loss=variant.speed is None)
+    use_library(variant.library, base, own_loss=variant.speed is None)
     config = TrainingConfig(speed=variant.speed or Speed())
     rows: Any = random_rows(args.rows)
     rows = Dataset.from_list(rows)
@@ -309,6 +307,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warm-share", type=float, default=0.3, help="of the updates, not counted in the rate")
     parser.add_argument("--compare-steps", type=int, default=0, help="so many updates with dropout 0, side by side")
     parser.add_argument("--dropout", type=float, default=DEFAULTS.lora_dropout)
+    parser.add_argument("--optim", default=DEFAULTS.optim, help="(default: %(default)s, which needs bitsandbytes)")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--cap-gb", type=float, default=0.0)
     parser.add_argument("--name", default="lora_7b", help="of the record (default: %(default)s)")

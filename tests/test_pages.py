@@ -187,3 +187,21 @@ def test_the_two_speeds_are_those_of_their_records():
     by_hand, autograd, plain = (step[way]["ms"] for way in ("by hand", "autograd, bf16", "autograd, fp32"))
     assert f"takes {total:.0f} s" in prose
     assert f"takes {by_hand:.1f} ms" in prose and f"{autograd:.1f} ms through autograd and {plain:.0f} ms" in prose
+
+
+def test_what_is_said_of_libraries_and_patches_is_that_of_the_records():
+    prose = " ".join((REPOSITORY / "docs" / "reproduce.md").read_text().split())
+    variants = json.loads((RECORDS / "lora_libraries_8_rows.json").read_text())["variants"]
+    plain, liger, packed, own, torchao = (
+        f"{variants[f'8 rows, {name}']['ms_a_step']:.0f} ms"
+        for name in ("plain", "liger", "packed, liger", "+ fp8 base", "+ torchao fp8 base")
+    )
+    assert f"as it comes takes {plain} an update, with liger-kernel {liger}, {packed} on packed rows" in prose
+    assert f"in compiled layers takes {torchao}, `--fp8-base` {own}" in prose
+    last = (RECORDS / "lora_libraries_losses.md").read_text().split("| apart")[1]
+    for name, place in (("`--fp8-base`", 3), ("torchao", 4)):
+        assert f"{last.split('|')[place].split('/')[1].strip()}" in prose and name in prose
+    causal = json.loads((RECORDS / "causal_1_5b.json").read_text())
+    ours, whole = (causal["ways"][way]["value"] for way in ("teacher-forced", "teacher-forced, whole models"))
+    tokens = f"{causal['tokens'] / causal['documents']:,.0f} tokens"
+    assert f"{ours:.1f} ms a document ({tokens}) and patch on an H200, {whole:.1f} by whole models" in prose

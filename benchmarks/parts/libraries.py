@@ -45,21 +45,6 @@ def versions(libraries: Iterable[str]) -> dict[str, str]:
     return {library: version(library) for library in libraries if library}
 
 
-def use_library(library: str, model: Any, recipe: str, own_loss: bool) -> None:
-    """Put the library's kernels or products into a causal model; nothing where none is named.
-
-    Args:
-        library: LIGER, TORCHAO, or empty.
-        model: Before an adapter is put around its layers.
-        recipe: Of torchao's float8.
-        own_loss: Whether Liger computes the loss too.
-    """
-    if library == LIGER:
-        use_liger(model, own_loss)
-    elif library == TORCHAO:
-        use_torchao(model.model.layers, recipe)
-
-
 @contextmanager
 def mistral_put_back() -> Iterator[None]:
     """Liger replaces functions and classes of transformers' module for the whole process: afterwards they are back."""
@@ -72,28 +57,21 @@ def mistral_put_back() -> Iterator[None]:
         modeling_mistral.__dict__.update(before)
 
 
-def use_liger(model: Any, own_loss: bool) -> None:
-    """Rotation, norms and SwiGLU of a Mistral by Liger's kernels; with `own_loss` head and loss by its fused one too.
+def use_library(library: str, model: Any, own_loss: bool) -> None:
+    """Put the library's kernels or products into a Mistral, before an adapter is put around its layers; nothing where
+    none is named.
 
-    Liger's loss is the model's forward pass with labels. A model that the project's own forward pass is put around
-    has no use for it.
+    Liger has rotation, norms and SwiGLU; with `own_loss` head and loss too, in the model's forward pass with labels.
+    torchao casts the bf16 weights of the linear layers to float8 in each pass. The product for a weight's gradient is
+    dropped where the layers are compiled, since nothing asks for it.
     """
-    from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]  no dependency
-        apply_liger_kernel_to_mistral,
-    )
+    if library == LIGER:
+        from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]  no dependency
+            apply_liger_kernel_to_mistral,
+        )
 
-    apply_liger_kernel_to_mistral(model=model, fused_linear_cross_entropy=own_loss)
+        apply_liger_kernel_to_mistral(model=model, fused_linear_cross_entropy=own_loss)
+    elif library == TORCHAO:
+        from torchao.float8 import convert_to_float8_training  # pyright: ignore[reportMissingImports]  no dependency
 
-
-def use_torchao(layers: Any, recipe: str) -> None:
-    """Every linear layer below `layers` by torchao's float8 training: weights stay in bf16, and are cast in each pass.
-
-    To be called before an adapter is put around the layers, so that the adapter's own stay as they are. The product
-    for a weight's gradient is dropped where the layers are compiled, since nothing asks for it.
-    """
-    from torchao.float8 import (  # pyright: ignore[reportMissingImports]  no dependency
-        Float8LinearConfig,
-        convert_to_float8_training,
-    )
-
-    convert_to_float8_training(layers, config=Float8LinearConfig.from_recipe_name(recipe))
+        convert_to_float8_training(model.model.layers)

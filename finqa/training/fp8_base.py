@@ -3,6 +3,8 @@
 Every row of an input, and every output channel of a weight, has a scale of its own: its largest magnitude over the
 largest e4m3 number. The backward pass multiplies by a second copy of the weight, scaled by input channel, because
 the hardware wants both operands with the summed dimension innermost. Two copies take the memory that bf16 took.
+torchao's float8 training, which casts the weights anew in each pass, was slower and further from bf16's gradients
+(benchmarks/results/lora_libraries_*.md).
 
 Importing this module needs Triton, which comes with PyTorch for a GPU.
 """
