@@ -89,19 +89,21 @@ def recall_at(scores: Tensor, false_alarms: float = FALSE_ALARMS) -> Tensor:
 
 
 def item_rows(
-    found: Board, signed: bool, names: Sequence[Any], false_alarms: float = FALSE_ALARMS
+    found: Board, signed: bool, names: Sequence[Any], false_alarms: float = FALSE_ALARMS, by_recall: bool = False
 ) -> list[dict[str, Any]]:
     """A row a metric: the item that tells it best on the pages that choose, and how well it does on the others.
 
     Args:
         signed: An item may count with its sign turned, where that tells more on the pages that choose.
         names: Of the items. With none of them the rows have no item and no hit.
+        by_recall: The item is chosen by recall, among equals by AUROC; else by AUROC alone.
     """
     rows = []
     if not names:
         return [_row(metric, None, 1, math.nan, math.nan, math.nan) for metric in found.metrics]
     both = _choosing(found, signed)
-    picks = [divmod(int(both[:, place].flatten().argmax()), len(names)) for place in range(len(found.metrics))]
+    told = both + _recalls(found, len(both)) if by_recall else both
+    picks = [divmod(int(told[:, place].flatten().argmax()), len(names)) for place in range(len(found.metrics))]
     picked = found.half(choose=False)[:, :, [item for _, item in picks]]  # one for each metric
     upright = within_page_auroc(picked)
     recalls = torch.stack([recall_at(sign * picked, false_alarms) for sign in (1, -1)[: len(both)]])
@@ -122,9 +124,16 @@ def item_rows(
 
 
 def best_items(found: Board) -> list[int]:
-    """The items that `item_rows` would choose for some metric, ascending: of these alone it gives what it gives of
-    all, and only these need be read in other pairs."""
-    return sorted(set(_choosing(found, signed=False)[0].argmax(dim=1).tolist()))
+    """The items that `item_rows` would choose by recall for some metric, ascending: of these alone it gives what it
+    gives of all, and only these need be read in other pairs. (By AUROC alone many of thousands are the best.)"""
+    return sorted(set((_choosing(found, signed=False) + _recalls(found, 1))[0].argmax(dim=1).tolist()))
+
+
+def _recalls(found: Board, signs: int) -> Tensor:
+    """[signs, metrics, items]: recall on the pages that choose, times so much that one question less counts for more
+    than an AUROC, which is at most 1."""
+    chosen = found.half(choose=True)
+    return torch.stack([2 * len(chosen) * recall_at(sign * chosen) for sign in (1, -1)[:signs]])
 
 
 def _choosing(found: Board, signed: bool) -> Tensor:

@@ -208,7 +208,8 @@ class Comparison:
         self, source: sources.Source, order: Sequence[int], ranking: str, names: Sequence[Any]
     ) -> Iterator[dict[str, Any]]:
         boards = {arm: self._board(looked, source, order) for arm, looked in self.looks.of.items()}
-        return self._with_others(item_rows(boards[self.compared.arm], source.signed, names), boards, ranking)
+        rows = item_rows(boards[self.compared.arm], source.signed, names, by_recall=ranking == ANY_ITEM)
+        return self._with_others(rows, boards, ranking)
 
     def _rows_of_any(self, source: sources.OfDictionary) -> Iterator[dict[str, Any]]:
         best = best_items(self._board(self.looks.of[self.compared.arm], source, range(source.n)))

@@ -129,7 +129,8 @@ def write_tables(plan: Plan, gates: Sequence[Gate]) -> tuple[Path, list[Finding]
             write_table(output / f"{name}.csv", [without_nan(row) for row in its])
     found: list[Finding] = []
     if rows.get("items"):
-        tables = {name: read_table(output / f"{name}.csv") for name in ("items", "causal_norm", "dictionaries")}
+        read = ("items", "causal_norm", "dictionaries", "explored")
+        tables = {name: read_table(output / f"{name}.csv") for name in read}
         found = judged(tables)
         write_table(output / "findings.csv", [without_nan(row) for row in as_rows(found)])
         figure.draw(tables, output / "headline.png")

@@ -234,8 +234,23 @@ def test_of_all_items_those_that_are_chosen_give_the_same_rows_by_themselves(sha
     every = board(table.flatten(1).T, asked(12, "vwxyz"))
     best = best_items(every)
     assert best == sorted(set(best)) and len(best) <= 5 and (share > 0 or best == [0])
-    alone = item_rows(replace(every, scores=every.scores[:, :, best]), False, best)
-    assert [row | {"place": best[row["place"]]} for row in alone] == item_rows(every, False, range(100))
+    alone = item_rows(replace(every, scores=every.scores[:, :, best]), False, best, by_recall=True)
+    assert [row | {"place": best[row["place"]]} for row in alone] == item_rows(every, False, range(100), by_recall=True)
+
+
+def test_of_items_that_order_every_page_the_one_of_the_highest_recall_is_chosen():
+    """The first is largest for x on every page, by values that differ from page to page; the second is not on one
+    page that chooses, the third is on all."""
+    varying = [[place + 1, place, place] for place in range(8)]
+    missing = [[1, 0, 0]] * 2 + [[0, 0, 0]] + [[1, 0, 0]] * 5
+    found = made([varying, missing, [[1, 0, 0]] * 8])
+    (x, *_) = item_rows(found, False, range(3))
+    assert (x["item"], x["auroc_choose"], x["hit"]) == (0, 1.0, False)
+    (x, *_) = item_rows(found, False, range(3), by_recall=True)
+    assert (x["item"], x["auroc_choose"], x["hit"]) == (2, 1.0, True) and 2 in best_items(found)
+    two = made([varying, missing])
+    (x, *_) = item_rows(two, False, range(2), by_recall=True)
+    assert (x["item"], x["auroc_choose"]) == (1, 0.875)
 
 
 def test_the_mean_over_a_question_is_the_same_however_its_tokens_are_split():

@@ -17,7 +17,7 @@ from finqa.runtime.paths import Folders
 from study.invented.diff import tables
 from study.invented.diff.ceilings import ceilings_path
 from study.invented.diff.dictionaries import settings_path
-from study.invented.diff.figure import curves, hit_rates
+from study.invented.diff.figure import curves, hit_rates, wider
 from study.invented.diff.plan import (
     ADDED,
     ALL,
@@ -180,6 +180,19 @@ def test_the_curves_have_every_set_at_its_norm_and_not_those_at_anothers(plan: P
     drawn = curves(tables.diff_rows(plan)["causal_norm"])
     assert drawn[FINDS] == [(3.0, pytest.approx(40 / 60)), (6.0, pytest.approx(45 / 60))]
     assert drawn[COMPONENTS] == [(3.0, pytest.approx(2 / 60))] and drawn[ENDS] == [(3.0, pytest.approx(50 / 60))]
+
+
+def test_sets_of_more_items_are_drawn_in_their_order_over_all_pairs():
+    def row(method: str, form: str, name: str, right: int, norm: float) -> dict[str, str]:
+        return {"method": method, "form": form, "set": name, "right": str(right), "n": "10", "norm": str(norm)}
+
+    rows = [
+        row("L1", "trained", "all", 6, 9.0), row("L1", "trained", "all", 8, 7.0),
+        row("L1", "trained", "first 100", 1, 20.0), row("L1", "trained", "told best", 9, 1.0),
+        row("L1", "untrained", "all", 9, 1.0),
+        row(COMPONENTS, "baseline", "first 400", 5, 3.0), row(ENDS, "baseline", "all", 9, 4.0),
+    ]  # fmt: skip
+    assert wider(rows) == {"L1": [(20.0, 0.1), (8.0, 0.7)], COMPONENTS: [(3.0, 0.5)]}
 
 
 def test_the_figure_has_the_hits_of_one_ranking_and_says_what_was_not_measured(plan: Plan):
