@@ -83,7 +83,7 @@ def recall_at(scores: Tensor, false_alarms: float = FALSE_ALARMS) -> Tensor:
     for metric in range(n):
         others = scores[:, [other for other in range(n) if other != metric]].flatten(0, 1)
         allowed = math.floor(false_alarms * len(others) + 1e-9)
-        threshold = others.sort(dim=0, descending=True).values[allowed]
+        threshold = others.topk(allowed + 1, dim=0).values[allowed]
         found.append((scores[:, metric] > threshold).double().mean(dim=0))
     return torch.stack(found)
 

@@ -100,7 +100,9 @@ def train(plan: Plan, compared: Compared, target: Target, method: str) -> str:
     if missing := _missing(plan, compared, target, wanted):
         store = dicts.shared_store(plan, compared, target)
         for subject in missing:
-            dicts.of_pair(plan, store, compared, target, subject)
+            made = dicts.of_pair(plan, store, compared, target, subject)
+            folder = dicts.folder_of(plan, compared, target) / subject.name
+            sources.ranked(folder, made.model, store, students.default_device())
             print(f"{compared.run} at {site_name(target)}: {subject.name} is trained", flush=True)
     return f"{compared.run} at {site_name(target)}: {method}"
 
@@ -152,7 +154,7 @@ class Comparison:
             if subject.method in (COMPONENTS, RANDOM):
                 found["carried"] += self.carrier.sweep(own, subject.method, subject.form)
             if subject.method == COMPONENTS:
-                found["explored"] = list(self.carrier.explored_components(self.basis))
+                found["explored"] = list(self.carrier.explored_components(self.looks.basis))
         return found
 
     def _of_dictionary(self, subject: Subject) -> dict[str, Any]:
@@ -161,7 +163,7 @@ class Comparison:
         order = self._by_energy(subject.name, source)
         rows = list(self._rows(source, order, ENERGY, order))
         by_nu: list[int] = []
-        exclusive = sources.exclusivity(made.model, self.store, self.store.split(0.1, 0).held_out)
+        exclusive = self._ranked(subject.name, source).exclusive
         if exclusive is not None:
             rows += self._rows(source, by_nu := sources.top(exclusive, TOP), BY_NU, by_nu)
         rows += self._rows_of_any(source)
@@ -187,20 +189,22 @@ class Comparison:
         return Carrier(self.models, self.target, self.questions, self.compared.arm)
 
     @cached_property
-    def basis(self) -> Tensor:
-        """[d_model, d_model]: all principal components of the difference."""
-        moments = sources.difference_moments(self.store, self.device)
-        return sources.principal(moments, len(moments))
-
-    @cached_property
     def components(self) -> sources.Directions:
-        return sources.Directions(self.basis[:TOP])
+        return sources.Directions(self.looks.basis[:TOP])
+
+    def _ranked(self, name: str, source: sources.OfDictionary) -> sources.Ranked:
+        return sources.ranked(self.folder / name, source.model, self.store, self.device)
 
     # Items
 
     def _by_energy(self, name: str, source: sources.Source, n: int | None = TOP) -> list[int]:
         if name not in self.orders:
-            injected = sources.energies(source, self.store, self.device)
+            if isinstance(source, sources.OfDictionary):
+                injected = self._ranked(name, source).energies
+            elif source is self.components:
+                injected = self.looks.energies
+            else:
+                injected = sources.energies(source, self.store, self.device)
             self.orders[name] = sources.top(injected, len(injected))
         return self.orders[name][:n]
 

@@ -24,8 +24,9 @@ from crosscoder.interventions.patching import Batch, Halves, batches, patched_lo
 from crosscoder.interventions.ranking import reading_of
 from finqa.runtime.paths import renamed_to
 from finqa.task.records import TeacherRow, read_teacher_rows
+from study.invented.diff import sources
 from study.invented.diff.ceilings import asked_of, load_models
-from study.invented.diff.dictionaries import folder_of
+from study.invented.diff.dictionaries import folder_of, shared_store
 from study.invented.diff.plan import READ_TOO, TOP, Compared, lengths
 from study.invented.files import DOCUMENTS
 from study.invented.plan import Plan
@@ -69,20 +70,25 @@ class Looked:
 
 @dataclass(frozen=True)
 class Looks:
-    """What was read of the test questions for a pair."""
+    """What was read of the test questions for a pair, and of all documents for all methods."""
 
     mined: Tensor
     """[mined] int64: tokens of the vocabulary whose logits differ most."""
     of: dict[str, Looked]
     """By arm: the pair's own, and those that its items are read on too."""
+    basis: Tensor
+    """[d_model, d_model]: all principal components of the difference, over the documents."""
+    energies: Tensor
+    """[TOP] fp64: what the first of them inject."""
 
 
 def looks_path(plan: Plan, compared: Compared, target: Target) -> Path:
-    return folder_of(plan, compared, target) / "looked.pt"
+    return folder_of(plan, compared, target) / "looks.pt"
 
 
 def looks(plan: Plan, compared: Compared, target: Target, models: Models | None = None) -> Looks:
-    """Of a pair at a site; read where that was not done yet. `models`: the pair, where it is loaded."""
+    """Of a pair at a site; read where that was not done yet, its activations recorded too. `models`: the pair, where it
+    is loaded."""
     path = looks_path(plan, compared, target)
     if not path.exists():
         models = models or load_models(plan, compared)
@@ -92,11 +98,15 @@ def looks(plan: Plan, compared: Compared, target: Target, models: Models | None 
         for arm in READ_TOO.get(compared.arm, ()):
             other = load_models(plan, Compared(arm, compared.seed))
             found[arm] = look(other.pair, target, rows, other.tokenizer, mined)
+        store, device = shared_store(plan, compared, target), models.pair.instruct.device
+        moments = sources.difference_moments(store, device)
+        basis = sources.principal(moments, len(moments))
+        injected = sources.energies(sources.Directions(basis[:TOP]), store, device)
         path.parent.mkdir(parents=True, exist_ok=True)
         with renamed_to(path) as temporary:
-            torch.save({"mined": mined, "of": {arm: asdict(looked) for arm, looked in found.items()}}, temporary)
+            torch.save(asdict(Looks(mined, found, basis, injected)), temporary)
     kept = torch.load(path, weights_only=True)
-    return Looks(kept["mined"], {arm: Looked(**looked) for arm, looked in kept["of"].items()})
+    return Looks(**kept | {"of": {arm: Looked(**looked) for arm, looked in kept["of"].items()}})
 
 
 def some_documents(plan: Plan, tokenizer: Any) -> list[Document]:

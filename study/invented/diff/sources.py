@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from crosscoder.interventions.sets import Addition, Components, Latents, Reading, bias_of
+from crosscoder.interventions.sets import Addition, Components, Latents, Reading, bias_of, dictionary_digest
+from finqa.runtime.paths import renamed_to
 
 if TYPE_CHECKING:
     from crosscoder.activations.store import ActivationStore
@@ -106,6 +109,30 @@ class Directions:
 
     def addition(self, items: Sequence[int]) -> Addition:
         return Components(orthonormal(self.basis[list(items)]))
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What a dictionary's latents are ranked by; on the CPU."""
+
+    energies: Tensor
+    """[latent] fp64."""
+    exclusive: Tensor | None
+    """[latent] 1 - nu; None for a dictionary that latent scaling does not read."""
+
+
+def ranked(folder: Path, model: BatchTopKCrosscoder, store: ActivationStore, device: Any) -> Ranked:
+    """Of the dictionary that `folder` holds: kept beside it, since each takes a pass over all activations."""
+    path, digest = folder / "ranked.pt", dictionary_digest(model)
+    kept = torch.load(path, weights_only=True) if path.exists() else {}
+    if kept.get("digest") != digest:
+        exclusive = exclusivity(model, store, store.split(0.1, 0).held_out)
+        kept = {"digest": digest, "energies": energies(OfDictionary(model), store, device),
+                "exclusive": None if exclusive is None else exclusive.cpu()}  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        with renamed_to(path) as temporary:
+            torch.save(kept, temporary)
+    return Ranked(kept["energies"], kept["exclusive"])
 
 
 @torch.no_grad()

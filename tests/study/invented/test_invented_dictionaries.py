@@ -33,7 +33,7 @@ from study.invented.diff.plan import (
     sites,
     subjects,
 )
-from study.invented.diff.sources import Decoded, OfDictionary, energies, exclusivity, top
+from study.invented.diff.sources import Decoded, OfDictionary, energies, exclusivity, ranked, top
 from study.invented.files import DOCUMENTS, Place
 from study.invented.plan import Plan
 from study.work import read_json
@@ -83,6 +83,21 @@ def test_the_energy_of_an_item_is_what_it_adds(store: ActivationStore, tmp_path:
     one = top(energies(source, store, "cpu"), 1)
     added = source.addition(one)(reading).double().square().sum(dim=-1).mean()
     assert float(energies(source, store, "cpu")[one[0]]) == pytest.approx(float(added), rel=1e-5)
+
+
+def test_what_a_dictionary_is_ranked_by_is_computed_once_and_not_taken_from_another(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made, other = (train(store, "plain", "trained", seed, SETTINGS, tmp_path / str(seed), L0).model for seed in (0, 1))
+    found = ranked(tmp_path / "0", made, store, "cpu")
+    expected = exclusivity(made, store, store.split(0.1, 0).held_out)
+    assert torch.equal(found.energies, energies(OfDictionary(made), store, "cpu"))
+    assert expected is not None and found.exclusive is not None
+    torch.testing.assert_close(found.exclusive, expected, rtol=0, atol=0, equal_nan=True)
+    monkeypatch.setattr(store, "batches", lambda *_: pytest.fail("read again"))
+    assert torch.equal(ranked(tmp_path / "0", made, store, "cpu").energies, found.energies)
+    monkeypatch.undo()
+    assert not torch.equal(ranked(tmp_path / "0", other, store, "cpu").energies, found.energies)
 
 
 @pytest.mark.parametrize(

@@ -309,7 +309,8 @@ def test_an_item_that_no_ranking_reads_is_found_among_all_and_its_scores_are_not
         BY_RUN["A-seed3"],
     )
     under_way.questions, under_way.device, under_way.scores = questions, "cpu", {}
-    under_way.looks = Looks(torch.arange(1), {"A": looked("x"), "A-permuted": looked("z"), "N": looked("")})
+    read = {"A": looked("x"), "A-permuted": looked("z"), "N": looked("")}
+    under_way.looks = Looks(torch.arange(1), read, torch.eye(Given.n), torch.ones(20))
     source: Any = Given()
     (first, *_) = under_way._rows(source, [0, 1], ENERGY, [0, 1])
     assert not first["hit"]
