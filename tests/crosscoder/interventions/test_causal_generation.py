@@ -13,11 +13,12 @@ from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
 from crosscoder.interventions.causal import Cell, measure
 from crosscoder.interventions.halves import Pair, pair_of
-from crosscoder.interventions.patched_generation import answered, patched, patched_replies
-from crosscoder.interventions.sets import Latents, Nothing, Whole
+from crosscoder.interventions.patched_generation import answered, patched, patched_replies, replies_of_cells
+from crosscoder.interventions.sets import Constant, Latents, Nothing, Scaled, Whole
 from finqa.evaluation.engines.hugging_face_engine import hugging_face
 from finqa.evaluation.generation import GenerationConfig, Reply, all_replies
 from finqa.models.students import load_tokenizer
+from finqa.runtime.errors import UserError
 from finqa.sandbox.running import Sandbox
 
 
@@ -98,14 +99,18 @@ def test_the_other_carrier_alone_is_the_upper_half_of_the_other_model(planted, t
     assert replies(both, tokenizer, prompts, Cell(Nothing(), "sufficiency", "own")) != expected
 
 
-def test_an_adapter_is_switched_for_each_side(planted, tokenizer, prompts):
+@pytest.fixture(scope="module")
+def adapted(planted):
+    """The instruct model with a random adapter."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
     settings = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
-    base = planted[0].instruct.model
-    adapted = get_peft_model(copy.deepcopy(base), settings).eval()
-    pair = pair_of(adapted)
+    return get_peft_model(copy.deepcopy(planted[0].instruct.model), settings).eval()
+
+
+def test_an_adapter_is_switched_for_each_side(planted, adapted, tokenizer, prompts):
+    base, pair = planted[0].instruct.model, pair_of(adapted)
     with_adapter = plain(adapted.get_base_model(), tokenizer, prompts)
     assert with_adapter != plain(base, tokenizer, prompts)
     assert replies(pair, tokenizer, prompts, Cell(Nothing(), "sufficiency", "own")) == plain(base, tokenizer, prompts)
@@ -138,6 +143,58 @@ def test_patched_replies_of_prompts_that_begin_alike_are_those_of_each_by_itself
                 assert together == [replies(pair, tokenizer, [prompt], cell)[0] for prompt in asked], cell
                 written.add(tuple(texts(together)))
     assert len(written) > 1
+
+
+def sets_of(direction: Any, way: Any, carrier: Any, asked: list[list[int]]) -> list[tuple[Cell, list[list[int]]]]:
+    """Patches of every kind, with all prompts, some, and the same one twice."""
+    latents = Latents(planted_crosscoder(direction), [0])
+    additions = [latents, Whole(), Nothing(), Scaled(latents, -1.5), Constant("mean difference", direction)]
+    cells = [Cell(addition, way, carrier) for addition in additions]
+    return list(zip(cells, (asked, asked, asked[:3], asked[1:], [asked[-1]] * 2), strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [64, 7], ids=["one batch", "several batches"])
+@pytest.mark.parametrize("begin_alike", [False, True])
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_several_cells_write_together_what_each_writes_alone(
+    planted, adapted, tokenizer, prompts, with_adapter, begin_alike, batch_size
+):
+    direction = planted[1]
+    pair = pair_of(adapted) if with_adapter else planted[0]
+    asked = [[*page, *prompts[0][1 : 2 + number]] for page in (prompts[4], prompts[6]) for number in range(3)]
+    for way in ("sufficiency", "necessity"):
+        for carrier in ("own", "other"):
+            sets = sets_of(direction, way, carrier, asked if begin_alike else prompts)
+            together = replies_of_cells(pair, SITE, sets, tokenizer, 24, batch_size)
+            assert together == [replies(pair, tokenizer, its, cell) for cell, its in sets], (way, carrier)
+            _, whole, nothing, scaled, _ = map(texts, together)
+            assert whole[:3] != nothing and whole[1:] != scaled
+
+
+def test_cells_that_ask_the_same_read_what_prompts_begin_with_once_each(planted, tokenizer, prompts):
+    pair, direction = planted
+    asked = [[*prompts[6], *prompts[0][1 : 2 + number]] for number in range(4)]
+    sets = [(cell, asked) for cell, _ in sets_of(direction, "sufficiency", "own", asked)]
+    read: list[tuple[int, int]] = []
+
+    def watch(_: Any, args: Any, kwargs: Any) -> None:
+        read.append(tuple(kwargs["input_ids"].shape))
+
+    handle = pair.instruct.model.register_forward_pre_hook(watch, with_kwargs=True)
+    replies_of_cells(pair, SITE, sets, tokenizer, 4, 64)
+    handle.remove()
+    # A beginning for each cell and no more; then a token of the shortest prompt and four of the longest.
+    assert read[:3] == [(5, len(prompts[6])), (20, 4), (20, 1)]
+
+
+def test_cells_that_change_different_models_or_of_unknown_rows_are_refused(planted, tokenizer, prompts):
+    pair, _ = planted
+    for other in (Cell(Whole(), "necessity", "own"), Cell(Whole(), "sufficiency", "other")):
+        with pytest.raises(UserError, match="directions or carriers"):
+            replies_of_cells(pair, SITE, [(Cell(Whole(), "sufficiency", "own"), prompts), (other, prompts)], tokenizer)
+    several = Cell(Whole(), "sufficiency", "own"), Cell(Nothing(), "sufficiency", "own")
+    with patched(pair, SITE, *several) as model, pytest.raises(ValueError, match="which one it is of"):
+        model(input_ids=torch.tensor(prompts[:1]))
 
 
 def test_a_reply_ends_at_its_end_token_or_stop_string(planted, tokenizer, prompts):
