@@ -153,21 +153,23 @@ def sets_of(direction: Any, way: Any, carrier: Any, asked: list[list[int]]) -> l
     return list(zip(cells, (asked, asked, asked[:3], asked[1:], [asked[-1]] * 2), strict=True))
 
 
-@pytest.mark.parametrize("batch_size", [64, 7], ids=["one batch", "several batches"])
 @pytest.mark.parametrize("begin_alike", [False, True])
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_several_cells_write_together_what_each_writes_alone(
-    planted, adapted, tokenizer, prompts, with_adapter, begin_alike, batch_size
+    planted, adapted, tokenizer, prompts, with_adapter, begin_alike
 ):
+    """In one batch, and in several in which cells begin and end."""
     direction = planted[1]
     pair = pair_of(adapted) if with_adapter else planted[0]
     asked = [[*page, *prompts[0][1 : 2 + number]] for page in (prompts[4], prompts[6]) for number in range(3)]
     for way in ("sufficiency", "necessity"):
         for carrier in ("own", "other"):
             sets = sets_of(direction, way, carrier, asked if begin_alike else prompts)
-            together = replies_of_cells(pair, SITE, sets, tokenizer, 24, batch_size)
-            assert together == [replies(pair, tokenizer, its, cell) for cell, its in sets], (way, carrier)
-            _, whole, nothing, scaled, _ = map(texts, together)
+            alone = [patched_replies(pair, SITE, cell, its, tokenizer, 12, 64) for cell, its in sets]
+            for batch_size in (64, 7):
+                together = replies_of_cells(pair, SITE, sets, tokenizer, 12, batch_size)
+                assert together == alone, (way, carrier, batch_size)
+            _, whole, nothing, scaled, _ = map(texts, alone)
             assert whole[:3] != nothing and whole[1:] != scaled
 
 
@@ -185,6 +187,25 @@ def test_cells_that_ask_the_same_read_what_prompts_begin_with_once_each(planted,
     handle.remove()
     # A beginning for each cell and no more; then a token of the shortest prompt and four of the longest.
     assert read[:3] == [(5, len(prompts[6])), (20, 4), (20, 1)]
+
+
+@pytest.mark.parametrize("begin_alike", [False, True])
+def test_the_cache_of_the_other_model_has_as_much_room(adapted, tokenizer, prompts, begin_alike):
+    """The rooms of its layers as far as the site; those above are never read."""
+    asked = [[*prompts[6], 8 + n] if begin_alike else prompts[4 - n] for n in range(4)]
+    caches: list[Any] = []
+
+    def watch(_: Any, args: Any, kwargs: Any) -> None:
+        caches.append(kwargs["past_key_values"])
+
+    pair = pair_of(adapted)
+    handle = pair.instruct.model.register_forward_pre_hook(watch, with_kwargs=True)
+    replies(pair, tokenizer, asked, Cell(Whole(), "sufficiency", "own"))
+    handle.remove()
+    own, other = {id(cache): cache for cache in caches}.values()
+    rooms = [[layer.rooms[0].shape for layer in cache.layers if layer.rooms[0] is not None] for cache in (own, other)]
+    longest = len(prompts[6]) + 1 if begin_alike else len(prompts[4])
+    assert rooms == [[(4, 2, longest + 24, 8)] * n for n in (3, 2)]
 
 
 def test_cells_that_change_different_models_or_of_unknown_rows_are_refused(planted, tokenizer, prompts):
