@@ -72,6 +72,14 @@ def carrier(models: Models) -> Carrier:
     return made
 
 
+def by_itself(carrier: Carrier, cell: Cell, asked: Any) -> list[tuple[str, int]]:
+    """Right answers to each metric's questions where nothing else is asked."""
+    [right] = carrier.models.right(SITE, [(cell, asked)])
+    metrics = [item.family for item, _ in asked]
+    judged = list(zip(metrics, right, strict=True))
+    return [(metric, judged.count((metric, True))) for metric in dict.fromkeys(metrics)]
+
+
 def test_what_sets_write_together_is_judged_as_what_each_writes_alone(models: Models, judged: list[int]):
     """Also where some change the base and some the fine-tuned model, in any order."""
     pushed = Constant("mean difference", 20 * torch.randn(64, generator=torch.Generator().manual_seed(0)))
@@ -96,10 +104,12 @@ def test_the_sets_of_all_tables_write_together_and_each_row_is_of_its_own_set(ca
 
     tables = carrier.rows(sets())
     assert len(judged) == 1
-    each = {
-        name: [row for one in its for row in carrier.rows({"alone": [one]})["alone"]] for name, its in sets().items()
-    }
-    assert tables == each and list(tables) == ["carried", "explored"]
+    assert list(tables) == ["carried", "explored"]
+    for name, its in sets().items():
+        cells = [(Cell(one.addition, one.direction, "own"), one.asked) for one in its]
+        alone = [one for cell, asked in cells for one in by_itself(carrier, cell, asked)]
+        assert [(row["metric"], row["right"]) for row in tables[name]] == alone
+    assert any(0 < row["right"] < row["n"] for row in tables["carried"])
     assert [(row["multiple"], row["group"], row["metric"], row["n"]) for row in tables["carried"]] == [
         *((1.0, "own", metric, 3) for metric in "xyz"),
         *((1.0, "other", metric, 3) for metric in "uv"),
@@ -107,7 +117,6 @@ def test_the_sets_of_all_tables_write_together_and_each_row_is_of_its_own_set(ca
     ]
     assert [(row["set"], row["metric"], row["n"]) for row in tables["explored"]] == [("all", m, 1) for m in "xyz"]
     assert not any("group" in row for row in tables["explored"])
-    assert len({row["right"] for row in tables["carried"]}) > 1
 
 
 def test_the_whole_site_the_base_and_the_fine_tune_are_asked_in_one_call(carrier: Carrier, judged: list[int]):
@@ -116,4 +125,9 @@ def test_the_whole_site_the_base_and_the_fine_tune_are_asked_in_one_call(carrier
     methods = ["whole site", "nothing", "fine-tuned"]
     assert [row["method"] for row in tables["carried"]] == [method for method in methods for _ in "xyzuv"]
     assert [row["norm"] > 0 for row in tables["carried"]] == [True] * 5 + [False] * 10
+    whole, nothing = Whole(), Nothing()
+    patches: Any = [(whole, "sufficiency"), (nothing, "sufficiency"), (nothing, "necessity")]
+    alone = [by_itself(carrier, Cell(*patch, "own"), carrier.own + carrier.other) for patch in patches]
+    assert [(row["metric"], row["right"]) for row in tables["carried"]] == [one for rows in alone for one in rows]
+    assert alone[1] != alone[2]
     assert {row["set"] for row in tables["explored"]} == {"all"} and len(tables["explored"]) == 3
