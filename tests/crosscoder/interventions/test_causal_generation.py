@@ -15,6 +15,7 @@ from crosscoder.interventions.causal import Cell, measure
 from crosscoder.interventions.halves import Pair, pair_of
 from crosscoder.interventions.patched_generation import answered, patched, patched_replies, replies_of_cells
 from crosscoder.interventions.sets import Constant, Latents, Nothing, Scaled, Whole
+from finqa.evaluation.engines.caches import BatchCache
 from finqa.evaluation.engines.hugging_face_engine import hugging_face
 from finqa.evaluation.generation import GenerationConfig, Reply, all_replies
 from finqa.models.students import load_tokenizer
@@ -171,6 +172,26 @@ def test_several_cells_write_together_what_each_writes_alone(
                 assert together == alone, (way, carrier, batch_size)
             _, whole, nothing, scaled, _ = map(texts, alone)
             assert whole[:3] != nothing and whole[1:] != scaled
+
+
+def test_the_whole_site_is_the_other_models_to_the_last_bit_beside_other_cells(planted, prompts):
+    pair, direction = planted
+    ids = torch.tensor([prompt[:6] for prompt in prompts[:5]])
+
+    def logits(model: Any) -> torch.Tensor:
+        cache = BatchCache(model)
+        cache.labels = torch.tensor([1, 0, 1, 2, 1])
+        with torch.no_grad():
+            first = model(input_ids=ids, past_key_values=cache).logits
+            return torch.cat([first, model(input_ids=ids[:, :1], past_key_values=cache).logits], dim=1)
+
+    additions = Latents(planted_crosscoder(direction), [0]), Whole(), Nothing()
+    with patched(pair, Target(3, "residual"), *(Cell(one, "sufficiency", "own") for one in additions)) as model:
+        found = logits(model)
+    base, fine_tuned = (logits(side.model) for side in pair)
+    # BOS is not patched.
+    assert torch.equal(found[[0, 2, 4], 1:], fine_tuned[[0, 2, 4], 1:]) and torch.equal(found[3], base[3])
+    assert not torch.equal(found[1, 1:], fine_tuned[1, 1:]) and torch.equal(found[:, 0], base[:, 0])
 
 
 def test_cells_that_ask_the_same_read_what_prompts_begin_with_once_each(planted, tokenizer, prompts):
