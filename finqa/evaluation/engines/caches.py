@@ -18,18 +18,25 @@ from transformers.cache_utils import DynamicLayer
 WORTH = 0.7
 """Beginnings are read by themselves where that leaves at most this share of the tokens, padding included."""
 ROOM = 256
-"""Tokens that a layer's keys and values can grow by before they are copied."""
+"""Tokens that keys and values can grow by before they are copied, where nobody knows how many will come."""
 
 
 class RoomyLayer(DynamicLayer):
     """A layer whose keys and values are views of tensors with room, where transformers copies all at each token: that
-    takes longer than to attend to them, and leaves the memory of a GPU in pieces."""
+    takes longer than to attend to them, and leaves the memory of a GPU in pieces.
+
+    `most`: tokens that will come as far as is known. There is room for them at once; with more it grows by ROOM.
+    """
+
+    def __init__(self, most: int = 0):
+        super().__init__()
+        self.most = most
+        self.rooms: list[Tensor | None] = [None, None]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add [batch, heads, new, d] each; returns all of them, [batch, heads, time, d]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.rooms: list[Tensor | None] = [None, None]
         self.keys, self.values = self._added(0, self.keys, key_states), self._added(1, self.values, value_states)
         return self.keys, self.values
 
@@ -54,7 +61,8 @@ class RoomyLayer(DynamicLayer):
         return room
 
     def _room(self, which: int, rows: int, time: int, like: Tensor) -> Tensor:
-        room = self.rooms[which] = like.new_empty(rows, like.shape[1], time + ROOM, like.shape[-1])
+        time = self.most if time <= self.most else time + ROOM
+        room = self.rooms[which] = like.new_empty(rows, like.shape[1], time, like.shape[-1])
         return room
 
 
@@ -64,16 +72,22 @@ class BatchCache(DynamicCache):
     rows: Tensor | None = None
     """[prompts] int64, once beginnings are spread over prompts: the beginning of each. A cache that is kept beside this
     one does the same."""
+    labels: Tensor | None = None
+    """[rows] int64: the label of each row, for hooks that treat rows differently; None where nobody gave any."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, most: int = 0):
+        """`most`: tokens of each row as far as is known, for which there will be room."""
         super().__init__(config=model.config.get_text_config())
+        self.most = most
         self.keeps_all = all(type(layer) is DynamicLayer for layer in self.layers)
         if self.keeps_all:
-            self.layers = [RoomyLayer() for _ in self.layers]
+            self.layers = [RoomyLayer(most) for _ in self.layers]
 
     def spread(self, rows: Tensor) -> None:
+        """From beginnings, go on with prompts: `rows` [prompts] int64 is the beginning of each, whose label it has."""
         self.batch_select_indices(rows)
         self.rows = rows
+        self.labels = None if self.labels is None else self.labels[rows]
 
 
 @dataclass(frozen=True)
@@ -97,10 +111,13 @@ class Laid:
     """[prompts, time] int64: 1 but for padding."""
     begun: tuple[Tensor, Tensor, Tensor] | None
     """Ids and mask of the beginnings, and the beginning of each prompt; None where each is read whole."""
+    labels: Tensor | None
+    """[beginnings, or prompts where each is read whole] int64: the label of each."""
 
-    def read(self, model: Any) -> BatchCache:
-        """An empty cache, or one of the beginnings, spread over the prompts."""
-        cache = BatchCache(model)
+    def read(self, model: Any, new_tokens: int) -> BatchCache:
+        """An empty cache, or one of the beginnings, spread over the prompts; with room for so many new tokens."""
+        cache = BatchCache(model, self.ids.shape[1] + new_tokens)
+        cache.labels = self.labels
         if self.begun is None:
             return cache
         ids, mask, rows = self.begun
@@ -111,19 +128,21 @@ class Laid:
         return cache
 
 
-def laid_out(model: Any, prompts: Sequence[list[int]], pad: int) -> Laid:
+def laid_out(model: Any, prompts: Sequence[list[int]], pad: int, labels: Sequence[int] | None = None) -> Laid:
     """On the model's device. No beginnings are shared by a model of which a layer keeps a window alone: padding between
-    would count in it."""
+    would count in it. `labels`: one for each prompt; those of different labels share no beginning."""
     device = model.device
-    shared = shared_beginnings(prompts) if BatchCache(model).keeps_all else None
+    shared = shared_beginnings(prompts, labels) if BatchCache(model).keeps_all else None
+    its = None if labels is None else torch.tensor(labels, device=device)
     if shared is None:
-        return Laid(*_padded(prompts, pad, device), None)
+        return Laid(*_padded(prompts, pad, device), None, its)
     rows = torch.tensor(shared.rows, device=device)
-    first = [prompts[shared.rows.index(number)][:length] for number, length in enumerate(shared.lengths)]
-    ids, mask = _padded(first, pad, device)
+    one_of = [shared.rows.index(number) for number in range(len(shared.lengths))]
+    ids, mask = _padded([prompts[i][:n] for i, n in zip(one_of, shared.lengths, strict=True)], pad, device)
     rest = [prompt[shared.lengths[row] :] for row, prompt in zip(shared.rows, prompts, strict=True)]
     then = _padded(rest, pad, device)
-    return Laid(torch.cat([ids[rows], then[0]], dim=1), torch.cat([mask[rows], then[1]], dim=1), (ids, mask, rows))
+    both = torch.cat([ids[rows], then[0]], dim=1), torch.cat([mask[rows], then[1]], dim=1)
+    return Laid(*both, (ids, mask, rows), None if its is None else its[one_of])
 
 
 def _padded(texts: Sequence[list[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
@@ -134,14 +153,16 @@ def _padded(texts: Sequence[list[int]], pad: int, device: Any) -> tuple[Tensor, 
     return ids, mask
 
 
-def shared_beginnings(prompts: Sequence[list[int]]) -> Shared | None:
+def shared_beginnings(prompts: Sequence[list[int]], labels: Sequence[int] | None = None) -> Shared | None:
     """The division with the fewest tokens to read, padding included; None where that is not WORTH it.
 
     Prompts in the order of their tokens stand beside those that they begin alike with. They are in one group with the
-    next where the two share some number of tokens, for each of the numbers that occur.
+    next where the two share some number of tokens, for each of the numbers that occur; those of different labels share
+    none.
     """
-    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
-    common = [_alike(prompts[a], prompts[b]) for a, b in pairwise(order)]
+    labels = labels or [0] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: (labels[i], prompts[i]))
+    common = [_alike(prompts[a], prompts[b]) if labels[a] == labels[b] else 0 for a, b in pairwise(order)]
     best, fewest = None, WORTH * len(prompts) * max(map(len, prompts))
     for least in sorted(set(common) - {0}):
         groups = [[order[0]]]

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def hugging_face(model: Any, tokenizer: Any, config: GenerationConfig) -> Generate:
+def hugging_face(model: Any, tokenizer: Any, config: GenerationConfig, labels: Sequence[int] | None = None) -> Generate:
     """Replies by Hugging Face generate, prompts of like length in one batch, padded on the left.
+
+    `labels`: one for each prompt, for hooks of the model that treat prompts differently: a call finds those of its rows
+    in its cache (BatchCache.labels). Prompts of one label stand together, so that few meet in a batch.
 
     A batch of which a reply is missing is written again whole: the same shapes give the same replies. Of the model's
     generation_config only the end tokens count, as with vLLM: `generate` would take penalties and beams from it.
@@ -41,7 +44,7 @@ def hugging_face(model: Any, tokenizer: Any, config: GenerationConfig) -> Genera
         limit = min(own, config.max_model_len or own)
         missing = set(range(len(prompts))) - set(done)
         # The longest first: where memory does not suffice, that shows at once.
-        order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+        order = sorted(range(len(prompts)), key=lambda place: (labels[place] if labels else 0, -len(prompts[place])))
         fitting = [place for place in order if len(prompts[place]) + config.max_new_tokens <= limit]
         for place in sorted(missing - set(fitting)):
             yield place, prompt_too_long(prompts[place])
@@ -50,7 +53,8 @@ def hugging_face(model: Any, tokenizer: Any, config: GenerationConfig) -> Genera
             if missing.isdisjoint(places):
                 continue
             seeds = [config.seed_of(place) for place in places]
-            for row, reply in _batch(model, tokenizer, config, [prompts[place] for place in places], seeds, ends):
+            its = None if labels is None else [labels[place] for place in places]
+            for row, reply in _batch(model, tokenizer, config, [prompts[place] for place in places], its, seeds, ends):
                 if places[row] in missing:
                     yield places[row], reply
 
@@ -158,7 +162,13 @@ class Ends:
 
 
 def _batch(
-    model: Any, tokenizer: Any, config: GenerationConfig, prompts: list[list[int]], seeds: list[int], ends: set[int]
+    model: Any,
+    tokenizer: Any,
+    config: GenerationConfig,
+    prompts: list[list[int]],
+    labels: list[int] | None,
+    seeds: list[int],
+    ends: set[int],
 ) -> Iterator[tuple[int, Reply]]:
     """The reply of each row as it ends; a thread generates, and stops where the iterator is closed."""
     import torch
@@ -166,7 +176,7 @@ def _batch(
     from finqa.evaluation.engines.caches import laid_out
 
     pad = tokenizer.pad_token_id
-    laid = laid_out(model, prompts, pad)
+    laid = laid_out(model, prompts, pad, labels)
     longest = laid.ids.shape[1]
     sampling = [GumbelNoise(config.temperature, seeds, model.device)] if config.temperature else []
 
@@ -193,7 +203,7 @@ def _batch(
         rows = model.generate(
             input_ids=laid.ids,
             attention_mask=laid.mask,
-            past_key_values=laid.read(model),
+            past_key_values=laid.read(model, config.max_new_tokens),
             max_new_tokens=config.max_new_tokens,
             logits_processor=sampling,
             do_sample=False,

@@ -1,12 +1,13 @@
 """Items put into the base at the primary site: right answers of the programs that it then writes, and injected norm.
 
-`explored` sets are read beside those of the rules, and no verdict reads them (docs/prereg.md).
+`explored` sets are read beside those of the rules, and no verdict reads them (docs/prereg.md). Sets are collected first
+(`PutIn`) and then write their programs together (`Carrier.rows`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from crosscoder.activations.readers import Target
 from crosscoder.interventions.sets import Addition, Components, Nothing, Reading, Scaled, Whole, injected_norm
 from finqa.task.records import TeacherRow
-from study.invented.diff.ceilings import Models
+from study.invented.diff.ceilings import Asked, Models
 from study.invented.diff.plan import (
     ALL,
     ANY_ITEM,
@@ -31,9 +32,22 @@ from study.invented.diff.sources import READ_AT_ONCE, Decoded, OfDictionary
 from study.invented.files import Item
 
 if TYPE_CHECKING:
+    from crosscoder.interventions.patching import Direction
     from study.invented.diff.plan import Form
 
 Row = dict[str, Any]
+
+
+class PutIn(NamedTuple):
+    """A set that is put into the base, and the questions that are then asked."""
+
+    addition: Addition
+    asked: Asked
+    says: Row
+    """What its rows begin with: a row a metric."""
+    direction: Direction = "sufficiency"
+    by_group: bool = True
+    """The rows say too whether the metric is of the arm's `own` set or of the `other`."""
 
 
 class Carrier:
@@ -62,7 +76,25 @@ class Carrier:
         factor = norm / own if own > 0 else 0.0
         return Scaled(addition, factor), factor
 
-    def rows(
+    def rows(self, tables: Mapping[str, Iterable[PutIn]]) -> dict[str, list[Row]]:
+        """The rows of each table: a row a metric of each of its sets."""
+        from crosscoder.interventions.causal import Cell
+
+        sets = {name: list(its) for name, its in tables.items()}
+        cells = [(Cell(one.addition, one.direction, "own"), one.asked) for its in sets.values() for one in its]
+        right = iter(self.models.right(self.target, cells))
+        return {name: [row for one in its for row in self._rows(one, next(right))] for name, its in sets.items()}
+
+    def _rows(self, put_in: PutIn, right: Sequence[bool]) -> Iterator[Row]:
+        counted: dict[tuple[str, str], list[bool]] = {}
+        for (item, _), is_right in zip(put_in.asked, right, strict=True):
+            group = "own" if item.kind == self.arm else "other"
+            counted.setdefault((group, item.family), []).append(is_right)
+        for (group, metric), answers in counted.items():
+            of = {"group": group} if put_in.by_group else {}
+            yield {**put_in.says, **of, "metric": metric, "n": len(answers), "right": sum(answers)}
+
+    def carried(
         self,
         addition: Addition,
         method: str,
@@ -72,70 +104,48 @@ class Carrier:
         scaled_to: str = "",
         factor: float = 1.0,
         multiple: float = 1.0,
-        direction: Any = "sufficiency",
-    ) -> list[Row]:
-        """A row a metric. `others`: ask for the other arm's metrics too. A multiple other than 1 is for the figure, and
-        asks the first pages alone."""
+        direction: Direction = "sufficiency",
+    ) -> PutIn:
+        """A set of `carried`. `others`: ask for the other arm's metrics too. A multiple other than 1 is for the figure,
+        and asks the first pages alone."""
         asked = [*self.own, *(self.other if others else ())]
         if multiple != 1:
             asked = of_first_pages(asked, self.models.lengths.sweep_pages)
-        norm = self.norm(addition)
-        return [
-            {
-                "method": method,
-                "form": form,
-                "scaled_to": scaled_to,
-                "multiple": multiple,
-                "factor": factor,
-                "norm": norm,
-                "group": group,
-                "metric": metric,
-                "n": len(answers),
-                "right": sum(answers),
-            }
-            for (group, metric), answers in self._answers(addition, direction, asked).items()
-        ]
-
-    def _answers(
-        self, addition: Addition, direction: Any, asked: Sequence[tuple[Item, TeacherRow]]
-    ) -> dict[tuple[str, str], list[bool]]:
-        """Whether each answer is right, by group (`own` or `other`) and metric."""
-        from crosscoder.interventions.causal import Cell
-
-        right = self.models.right(self.target, Cell(addition, direction, "own"), asked)
-        counted: dict[tuple[str, str], list[bool]] = {}
-        for (item, _), is_right in zip(asked, right, strict=True):
-            group = "own" if item.kind == self.arm else "other"
-            counted.setdefault((group, item.family), []).append(is_right)
-        return counted
+        says = {
+            "method": method,
+            "form": form,
+            "scaled_to": scaled_to,
+            "multiple": multiple,
+            "factor": factor,
+            "norm": self.norm(addition),
+        }
+        return PutIn(addition, asked, says, direction)
 
     def ends(self) -> dict[str, list[Row]]:
         """`carried`: the whole site, the base alone and the fine-tuned model alone; `explored`: the whole site."""
-        rows = self.rows(Whole(), ENDS, "baseline", others=True)
-        rows += self.rows(Nothing(), "nothing", "baseline", others=True)
-        rows += self.rows(Nothing(), "fine-tuned", "baseline", others=True, direction="necessity")
-        return {"carried": rows, "explored": self.explored(Whole(), ENDS, "baseline", ALL, None)}
+        carried = [
+            self.carried(Whole(), ENDS, "baseline", others=True),
+            self.carried(Nothing(), "nothing", "baseline", others=True),
+            self.carried(Nothing(), "fine-tuned", "baseline", others=True, direction="necessity"),
+        ]
+        return self.rows({"carried": carried, "explored": [self.explored(Whole(), ENDS, "baseline", ALL, None)]})
 
-    def sweep(self, addition: Addition, method: str, form: Form) -> Iterator[Row]:
+    def sweep(self, addition: Addition, method: str, form: Form) -> Iterator[PutIn]:
         """A set at the multiples of its norm that the figure has."""
         for multiple in self.models.lengths.factors:
-            yield from self.rows(Scaled(addition, multiple), method, form, factor=multiple, multiple=multiple)
+            yield self.carried(Scaled(addition, multiple), method, form, factor=multiple, multiple=multiple)
 
     # Sets without a verdict
 
-    def explored(self, addition: Addition, method: str, form: Form, name: str, items: int | None) -> list[Row]:
-        """A row for each of the arm's own metrics, asked on the first pages alone; `items`: how many are put in."""
+    def explored(self, addition: Addition, method: str, form: Form, name: str, items: int | None) -> PutIn:
+        """A set of `explored`: the arm's own metrics, asked on the first pages alone; `items`: how many are put in."""
         asked = of_first_pages(self.own, self.models.lengths.sweep_pages)
-        which = {"method": method, "form": form, "set": name, "items": items, "norm": self.norm(addition)}
-        counted = self._answers(addition, "sufficiency", asked)
-        return [
-            {**which, "metric": metric, "n": len(answers), "right": sum(answers)}
-            for (_, metric), answers in counted.items()
-        ]
+        says = {"method": method, "form": form, "set": name, "items": items, "norm": self.norm(addition)}
+        return PutIn(addition, asked, says, by_group=False)
 
     def explored_dictionary(
         self, source: OfDictionary, method: str, form: Form, orders: Mapping[str, Sequence[int]]
-    ) -> Iterator[Row]:
+    ) -> Iterator[PutIn]:
         """The sets of EXPLORED, of an untrained form TOLD and ALL; what has no items is left out.
 
         Args:
@@ -148,15 +158,15 @@ class Carrier:
             chosen |= {TOP_BY_NU: orders[BY_NU], **first_of(orders[ENERGY])}
         for name, items in chosen.items():
             if items:
-                yield from self.explored(source.addition(items), method, form, name, len(items))
+                yield self.explored(source.addition(items), method, form, name, len(items))
         for name in (ALL, DECODED) if is_trained else (ALL,):
-            yield from self.explored(Decoded(source.model, name == DECODED), method, form, name, source.n)
+            yield self.explored(Decoded(source.model, name == DECODED), method, form, name, source.n)
 
-    def explored_components(self, basis: Tensor) -> Iterator[Row]:
+    def explored_components(self, basis: Tensor) -> Iterator[PutIn]:
         """The first components of the difference, and all: `basis` [d_model, d_model], orthonormal."""
         chosen = {name: len(items) for name, items in first_of(range(len(basis))).items()} | {ALL: len(basis)}
         for name, n in chosen.items():
-            yield from self.explored(Components(basis[:n]), COMPONENTS, "baseline", name, n)
+            yield self.explored(Components(basis[:n]), COMPONENTS, "baseline", name, n)
 
 
 def first_of(items: Sequence[int]) -> dict[str, Sequence[int]]:

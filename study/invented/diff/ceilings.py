@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +27,12 @@ from study.work import read_json
 if TYPE_CHECKING:
     from crosscoder.interventions.causal import Cell
     from crosscoder.interventions.halves import Pair
+    from finqa.evaluation.generation import Reply
 
 HALF = 0.5
 Row = dict[str, Any]
+Asked = Sequence[tuple[Item, TeacherRow]]
+"""Questions, each with its row."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +45,35 @@ class Models:
     tokenizer: Any
     lengths: Lengths
 
-    def right(self, target: Target, cell: Cell, asked: Sequence[tuple[Item, TeacherRow]]) -> list[bool]:
-        """Whether the answer of each program that the patched model writes is the label, by the strict rule."""
-        from crosscoder.interventions.patched_generation import answered, patched_replies
+    def right(self, target: Target, sets: Sequence[tuple[Cell, Asked]]) -> list[list[bool]]:
+        """Whether the answer of each program that the patched model writes is the label, by the strict rule.
 
-        prompts = [students.prompt_ids(self.tokenizer, [{"role": "user", "content": row.prompt}]) for _, row in asked]
-        replies = patched_replies(
-            self.pair, target, cell, prompts, self.tokenizer, self.lengths.max_new_tokens, self.lengths.batch
-        )
+        Args:
+            sets: Each patch with the questions that it is asked; those of one direction and carrier write together.
+
+        Returns:
+            A list for each set, in the order of its questions.
+        """
+        from crosscoder.interventions.patched_generation import answered, replies_of_cells
+
+        together: dict[tuple[str, str], list[int]] = {}
+        for number, (cell, _) in enumerate(sets):
+            together.setdefault((cell.direction, cell.carrier), []).append(number)
+        written: dict[int, list[Reply]] = {}
+        for numbers in together.values():
+            prompted = [(cell, [self._prompt(row) for _, row in asked]) for cell, asked in (sets[i] for i in numbers)]
+            found = replies_of_cells(
+                self.pair, target, prompted, self.tokenizer, self.lengths.max_new_tokens, self.lengths.batch
+            )
+            written |= dict(zip(numbers, found, strict=True))
+        replies = [reply for number in range(len(sets)) for reply in written[number]]
+        expected = [item.answer for _, asked in sets for item, _ in asked]
         with Sandbox() as sandbox:
-            return answered(replies, [item.answer for item, _ in asked], sandbox).right
+            right = iter(answered(replies, expected, sandbox).right)
+        return [list(islice(right, len(asked))) for _, asked in sets]
+
+    def _prompt(self, row: TeacherRow) -> list[int]:
+        return students.prompt_ids(self.tokenizer, [{"role": "user", "content": row.prompt}])
 
 
 def load_models(plan: Plan, compared: Compared) -> Models:
@@ -89,8 +112,8 @@ def measure_ceilings(plan: Plan, compared: Compared) -> str:
         models, asked = load_models(plan, compared), asked_of(plan, "dev", [compared.arm])
         alone = {"arm": compared.arm, "seed": compared.seed, "n": len(asked)}
         last = last_resort(plan)
-        base = sum(models.right(last, Cell(Nothing(), "sufficiency", "own"), asked))
-        fine_tuned = sum(models.right(last, Cell(Nothing(), "necessity", "own"), asked))
+        ends = (Cell(Nothing(), "sufficiency", "own"), Cell(Nothing(), "necessity", "own"))
+        base, fine_tuned = (sum(right) for right in models.right(last, [(cell, asked) for cell in ends]))
         rows = [
             {
                 **alone,
@@ -98,7 +121,7 @@ def measure_ceilings(plan: Plan, compared: Compared) -> str:
                 "layer": target.layer,
                 "base": base,
                 "fine_tuned": fine_tuned,
-                "whole": sum(models.right(target, Cell(Whole(), "sufficiency", "own"), asked)),
+                "whole": sum(models.right(target, [(Cell(Whole(), "sufficiency", "own"), asked)])[0]),
             }
             for name, target in sites(plan).items()
         ]

@@ -28,7 +28,7 @@ from finqa.runtime.manifest import write_json
 from study.adapter_directions import output_directions, strongest, weight_directions
 from study.invented.diff import dictionaries as dicts
 from study.invented.diff import readings, sources
-from study.invented.diff.carrying import Carrier
+from study.invented.diff.carrying import Carrier, PutIn
 from study.invented.diff.ceilings import asked_of, load_models
 from study.invented.diff.items import Board, best_items, board, item_rows, question_means, read_elsewhere
 from study.invented.diff.plan import (
@@ -149,12 +149,13 @@ class Comparison:
         order = self._by_energy(subject.method, source)
         found = {"items": list(self._rows(source, order, ENERGY, [reads[i] if reads else i for i in order]))}
         if self.carries:
-            own = source.addition(order)
-            found["carried"] = self.carrier.rows(own, subject.method, "baseline", others=True)
+            carrier, own = self.carrier, source.addition(order)
+            sets = {"carried": [carrier.carried(own, subject.method, "baseline", others=True)]}
             if subject.method in (COMPONENTS, RANDOM):
-                found["carried"] += self.carrier.sweep(own, subject.method, subject.form)
+                sets["carried"] += carrier.sweep(own, subject.method, subject.form)
             if subject.method == COMPONENTS:
-                found["explored"] = list(self.carrier.explored_components(self.looks.basis))
+                sets["explored"] = list(carrier.explored_components(self.looks.basis))
+            found |= carrier.rows(sets)
         return found
 
     def _of_dictionary(self, subject: Subject) -> dict[str, Any]:
@@ -167,13 +168,14 @@ class Comparison:
         if exclusive is not None:
             rows += self._rows(source, by_nu := sources.top(exclusive, TOP), BY_NU, by_nu)
         rows += self._rows_of_any(source)
-        carried = list(self._carried(subject, source, order)) if self.carries and subject.form == "trained" else []
-        found = {"quality": made.quality, "items": rows, "carried": carried}
+        found = {"quality": made.quality, "items": rows, "carried": []}
         if self.carries:
             told = sorted({row["item"] for row in rows
                            if (row["ranking"], row["kind"]) == (ANY_ITEM, self.compared.arm)})  # fmt: skip
             orders = {ENERGY: self._by_energy(subject.name, source, None), BY_NU: by_nu, ANY_ITEM: told}
-            found["explored"] = list(self.carrier.explored_dictionary(source, subject.method, subject.form, orders))
+            carried = self._carried(subject, source, order) if subject.form == "trained" else ()
+            explored = self.carrier.explored_dictionary(source, subject.method, subject.form, orders)
+            found |= self.carrier.rows({"carried": carried, "explored": explored})
         if subject.form == "frozen" or (subject.form == "trained" and not self.carries):
             self._delete(subject)
         return found
@@ -287,11 +289,11 @@ class Comparison:
 
     # Carrying
 
-    def _carried(self, subject: Subject, source: sources.Source, order: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def _carried(self, subject: Subject, source: sources.Source, order: Sequence[int]) -> Iterator[PutIn]:
         """A trained subject's own set, components and its untrained form at the same norm, and the sweep of the
         figure."""
         carrier, own = self.carrier, source.addition(order)
-        yield from carrier.rows(own, subject.method, subject.form, others=True)
+        yield carrier.carried(own, subject.method, subject.form, others=True)
         norm = carrier.norm(own)
         its = replace(subject, form="untrained")
         untrained = sources.OfDictionary(self._dictionary(its).model)
@@ -301,5 +303,5 @@ class Comparison:
         ]
         for method, form, name, rival in rivals:
             scaled, factor = carrier.scaled_to(rival.addition(self._by_energy(name, rival)), norm)
-            yield from carrier.rows(scaled, method, form, scaled_to=subject.method, factor=factor)
+            yield carrier.carried(scaled, method, form, scaled_to=subject.method, factor=factor)
         yield from carrier.sweep(own, subject.method, subject.form)

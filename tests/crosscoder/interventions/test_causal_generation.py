@@ -13,11 +13,13 @@ from crosscoder.activations.collection import Document
 from crosscoder.activations.readers import Target
 from crosscoder.interventions.causal import Cell, measure
 from crosscoder.interventions.halves import Pair, pair_of
-from crosscoder.interventions.patched_generation import answered, patched, patched_replies
-from crosscoder.interventions.sets import Latents, Nothing, Whole
+from crosscoder.interventions.patched_generation import answered, patched, patched_replies, replies_of_cells
+from crosscoder.interventions.sets import Constant, Latents, Nothing, Scaled, Whole
+from finqa.evaluation.engines.caches import BatchCache
 from finqa.evaluation.engines.hugging_face_engine import hugging_face
 from finqa.evaluation.generation import GenerationConfig, Reply, all_replies
 from finqa.models.students import load_tokenizer
+from finqa.runtime.errors import UserError
 from finqa.sandbox.running import Sandbox
 
 
@@ -98,14 +100,18 @@ def test_the_other_carrier_alone_is_the_upper_half_of_the_other_model(planted, t
     assert replies(both, tokenizer, prompts, Cell(Nothing(), "sufficiency", "own")) != expected
 
 
-def test_an_adapter_is_switched_for_each_side(planted, tokenizer, prompts):
+@pytest.fixture(scope="module")
+def adapted(planted):
+    """The instruct model with a random adapter."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
     settings = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
-    base = planted[0].instruct.model
-    adapted = get_peft_model(copy.deepcopy(base), settings).eval()
-    pair = pair_of(adapted)
+    return get_peft_model(copy.deepcopy(planted[0].instruct.model), settings).eval()
+
+
+def test_an_adapter_is_switched_for_each_side(planted, adapted, tokenizer, prompts):
+    base, pair = planted[0].instruct.model, pair_of(adapted)
     with_adapter = plain(adapted.get_base_model(), tokenizer, prompts)
     assert with_adapter != plain(base, tokenizer, prompts)
     assert replies(pair, tokenizer, prompts, Cell(Nothing(), "sufficiency", "own")) == plain(base, tokenizer, prompts)
@@ -138,6 +144,99 @@ def test_patched_replies_of_prompts_that_begin_alike_are_those_of_each_by_itself
                 assert together == [replies(pair, tokenizer, [prompt], cell)[0] for prompt in asked], cell
                 written.add(tuple(texts(together)))
     assert len(written) > 1
+
+
+def sets_of(direction: Any, way: Any, carrier: Any, asked: list[list[int]]) -> list[tuple[Cell, list[list[int]]]]:
+    """Patches of every kind, with all prompts, some, and the same one twice."""
+    latents = Latents(planted_crosscoder(direction), [0])
+    additions = [latents, Whole(), Nothing(), Scaled(latents, -1.5), Constant("mean difference", direction)]
+    cells = [Cell(addition, way, carrier) for addition in additions]
+    return list(zip(cells, (asked, asked, asked[:3], asked[1:], [asked[-1]] * 2), strict=True))
+
+
+@pytest.mark.parametrize("begin_alike", [False, True])
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_several_cells_write_together_what_each_writes_alone(
+    planted, adapted, tokenizer, prompts, with_adapter, begin_alike
+):
+    """In one batch, and in several in which cells begin and end."""
+    direction = planted[1]
+    pair = pair_of(adapted) if with_adapter else planted[0]
+    asked = [[*page, *prompts[0][1 : 2 + number]] for page in (prompts[4], prompts[6]) for number in range(3)]
+    for way in ("sufficiency", "necessity"):
+        for carrier in ("own", "other"):
+            sets = sets_of(direction, way, carrier, asked if begin_alike else prompts)
+            alone = [patched_replies(pair, SITE, cell, its, tokenizer, 12, 64) for cell, its in sets]
+            for batch_size in (64, 7):
+                together = replies_of_cells(pair, SITE, sets, tokenizer, 12, batch_size)
+                assert together == alone, (way, carrier, batch_size)
+            _, whole, nothing, scaled, _ = map(texts, alone)
+            assert whole[:3] != nothing and whole[1:] != scaled
+
+
+def test_the_whole_site_is_the_other_models_to_the_last_bit_beside_other_cells(planted, prompts):
+    pair, direction = planted
+    ids = torch.tensor([prompt[:6] for prompt in prompts[:5]])
+
+    def logits(model: Any) -> torch.Tensor:
+        cache = BatchCache(model)
+        cache.labels = torch.tensor([1, 0, 1, 2, 1])
+        with torch.no_grad():
+            first = model(input_ids=ids, past_key_values=cache).logits
+            return torch.cat([first, model(input_ids=ids[:, :1], past_key_values=cache).logits], dim=1)
+
+    additions = Latents(planted_crosscoder(direction), [0]), Whole(), Nothing()
+    with patched(pair, Target(3, "residual"), *(Cell(one, "sufficiency", "own") for one in additions)) as model:
+        found = logits(model)
+    base, fine_tuned = (logits(side.model) for side in pair)
+    # BOS is not patched.
+    assert torch.equal(found[[0, 2, 4], 1:], fine_tuned[[0, 2, 4], 1:]) and torch.equal(found[3], base[3])
+    assert not torch.equal(found[1, 1:], fine_tuned[1, 1:]) and torch.equal(found[:, 0], base[:, 0])
+
+
+def test_cells_that_ask_the_same_read_what_prompts_begin_with_once_each(planted, tokenizer, prompts):
+    pair, direction = planted
+    asked = [[*prompts[6], *prompts[0][1 : 2 + number]] for number in range(4)]
+    sets = [(cell, asked) for cell, _ in sets_of(direction, "sufficiency", "own", asked)]
+    read: list[tuple[int, int]] = []
+
+    def watch(_: Any, args: Any, kwargs: Any) -> None:
+        read.append(tuple(kwargs["input_ids"].shape))
+
+    handle = pair.instruct.model.register_forward_pre_hook(watch, with_kwargs=True)
+    replies_of_cells(pair, SITE, sets, tokenizer, 4, 64)
+    handle.remove()
+    # A beginning for each cell and no more; then a token of the shortest prompt and four of the longest.
+    assert read[:3] == [(5, len(prompts[6])), (20, 4), (20, 1)]
+
+
+@pytest.mark.parametrize("begin_alike", [False, True])
+def test_the_cache_of_the_other_model_has_as_much_room(adapted, tokenizer, prompts, begin_alike):
+    """The rooms of its layers as far as the site; those above are never read."""
+    asked = [[*prompts[6], 8 + n] if begin_alike else prompts[4 - n] for n in range(4)]
+    caches: list[Any] = []
+
+    def watch(_: Any, args: Any, kwargs: Any) -> None:
+        caches.append(kwargs["past_key_values"])
+
+    pair = pair_of(adapted)
+    handle = pair.instruct.model.register_forward_pre_hook(watch, with_kwargs=True)
+    replies(pair, tokenizer, asked, Cell(Whole(), "sufficiency", "own"))
+    handle.remove()
+    own, other = {id(cache): cache for cache in caches}.values()
+    rooms = [[layer.rooms[0].shape for layer in cache.layers if layer.rooms[0] is not None] for cache in (own, other)]
+    longest = len(prompts[6]) + 1 if begin_alike else len(prompts[4])
+    assert rooms == [[(4, 2, longest + 24, 8)] * n for n in (3, 2)]
+
+
+def test_cells_that_change_different_models_or_of_unknown_rows_are_refused(planted, tokenizer, prompts):
+    pair, _ = planted
+    for other in (Cell(Whole(), "necessity", "own"), Cell(Whole(), "sufficiency", "other")):
+        with pytest.raises(UserError, match="directions or carriers"):
+            replies_of_cells(pair, SITE, [(Cell(Whole(), "sufficiency", "own"), prompts), (other, prompts)], tokenizer)
+    several = Cell(Whole(), "sufficiency", "own"), Cell(Nothing(), "sufficiency", "own")
+    with patched(pair, SITE, *several) as model, pytest.raises(ValueError, match="which one it is of"):
+        model(input_ids=torch.tensor(prompts[:1]))
 
 
 def test_a_reply_ends_at_its_end_token_or_stop_string(planted, tokenizer, prompts):

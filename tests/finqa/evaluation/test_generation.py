@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finqa.evaluation.adapter_check import compare
-from finqa.evaluation.engines.caches import ROOM, RoomyLayer, Shared, shared_beginnings
+from finqa.evaluation.engines.caches import ROOM, RoomyLayer, Shared, laid_out, shared_beginnings
 from finqa.evaluation.engines.hugging_face_engine import GROUPED, GumbelNoise, decode_by_groups, hugging_face
 from finqa.evaluation.engines.serving import MODELS, check_backend, served_models
 from finqa.evaluation.engines.vllm_engine import EngineArguments, vllm_engine
@@ -133,6 +133,90 @@ PAGE, OTHER = list(range(100, 140)), list(range(200, 230))
 def test_prompts_are_divided_by_what_they_begin_with(prompts: list[list[int]], lengths: Any, rows: Any):
     shared = shared_beginnings(prompts)
     assert shared == (None if lengths is None else Shared(lengths, rows))
+
+
+@pytest.mark.parametrize(
+    ("labels", "lengths", "rows"),
+    [
+        ([0, 0, 0, 0], [41], [0, 0, 0, 0]),
+        ([0, 1, 0, 1], [41, 41], [0, 1, 0, 1]),
+        # One by itself is divided where the others are, though it begins as they do.
+        ([0, 0, 0, 5], [41, 41], [0, 0, 0, 1]),
+        ([0, 1, 2, 3], None, None),
+    ],
+)
+def test_prompts_of_different_labels_share_no_beginning(labels: list[int], lengths: Any, rows: Any):
+    shared = shared_beginnings([[1, *PAGE, last] for last in (7, 8, 9, 10)], labels)
+    assert shared == (None if lengths is None else Shared(lengths, rows))
+
+
+def test_many_labels_share_within_each_as_one_does_alone():
+    prompts = [[1, *page, last] for page in (PAGE, OTHER, PAGE[::-1]) for last in range(5)]
+    alone = shared_beginnings(prompts)
+    together = shared_beginnings(prompts * 8, [label for label in range(8) for _ in prompts])
+    assert alone is not None and together is not None
+    assert sorted(together.lengths) == sorted(alone.lengths * 8)
+    assert len({(row, place // len(prompts)) for place, row in enumerate(together.rows)}) == len(together.lengths)
+
+
+@pytest.mark.parametrize("begin_alike", [True, False])
+def test_the_cache_of_every_call_says_the_labels_of_its_rows(
+    tiny_student: Path, prompts: list[list[int]], begin_alike: bool
+):
+    """Made up: a prompt's second token says its label."""
+    import torch
+
+    model, tokenizer = load_base(str(tiny_student), torch.float32), load_tokenizer(str(tiny_student))
+    labels = [2, 0, 1, 0, 2, 1, 2]
+    page = prompts[4] * 3 if begin_alike else []
+    asked = [[1, 300 + label, *page, *prompts[n][: 9 - n]] for n, label in enumerate(labels)]
+    calls: list[tuple[Any, Any]] = []
+
+    def watch(_: Any, args: Any, kwargs: Any) -> None:
+        calls.append((kwargs["input_ids"], kwargs["past_key_values"].labels))
+
+    model.register_forward_pre_hook(watch, with_kwargs=True)
+    for _ in hugging_face(model, tokenizer, replace(CONFIG, batch_size=5), labels)(asked):
+        pass
+    whole = [[300 + int(label) in row for row, label in zip(ids.tolist(), its, strict=True)] for ids, its in calls
+             if ids.shape[1] > 9 or (not begin_alike and ids.shape[1] > 1)]  # fmt: skip
+    assert len(whole) == 2 and all(map(all, whole))
+    steps = [its.tolist() for ids, its in calls if ids.shape[1] == 1]
+    assert {tuple(its) for its in steps} == {(0, 0, 1, 1, 2), (2, 2)} and len(steps) > 4
+    calls.clear()
+    all_replies(hugging_face(model, tokenizer, CONFIG), asked[:2])
+    assert {its for _, its in calls} == {None}
+
+
+@pytest.mark.parametrize("begin_alike", [True, False])
+def test_keys_and_values_take_the_room_that_a_batch_needs_and_no_more(tiny_student: Path, begin_alike: bool):
+    import torch
+
+    model, new = load_base(str(tiny_student), torch.float32), 6
+    asked = [[1, *PAGE, *OTHER[:n]] if begin_alike else [n, *PAGE] for n in range(3, 7)]
+    laid = laid_out(model, asked, 0)
+    assert (laid.begun is not None) == begin_alike
+    places = set()
+    with torch.no_grad():
+        cache: Any = laid.read(model, new)
+        ids = laid.ids[:, cache.get_seq_length() :]
+        for step in range(1 + new):
+            mask = torch.nn.functional.pad(laid.mask, (0, step), value=1)
+            model(input_ids=ids[:, :1] if step else ids, attention_mask=mask, past_key_values=cache)
+            places.add(cache.layers[0].keys.data_ptr())
+    assert len(places) == 1  # never copied
+    assert {tuple(room.shape) for layer in cache.layers for room in layer.rooms} == {
+        (4, 2, laid.ids.shape[1] + new, 32)
+    }
+
+
+def test_a_layer_grows_beyond_the_room_that_was_asked_for():
+    import torch
+
+    layer, given = RoomyLayer(7), torch.randn(2, 1, 3, 5, 4)
+    layer.update(given[0], given[1])
+    keys, _ = layer.update(given[0], given[1])
+    assert torch.equal(keys, torch.cat([given[0], given[0]], dim=2)) and layer.rooms[0].shape[2] == 10 + ROOM
 
 
 def test_a_layer_with_room_holds_what_transformers_own_holds():

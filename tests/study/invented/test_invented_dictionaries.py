@@ -119,7 +119,7 @@ def test_the_sets_that_are_explored_and_what_each_puts_in(
 
     def explored(addition, method, form, name, items):
         put_in.append(addition)
-        return [(method, form, name, items)]
+        return method, form, name, items
 
     carrier = Carrier.__new__(Carrier)
     monkeypatch.setattr(carrier, "explored", explored)

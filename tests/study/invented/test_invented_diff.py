@@ -412,12 +412,15 @@ def test_components_that_are_explored_end_with_the_whole_difference(monkeypatch:
     class Right:
         lengths = Lengths(sweep_pages=1)
 
-        def right(self, target: Any, cell: Any, asked: Any) -> list[bool]:
-            assert {item.page for item, _ in asked} == {0} and (cell.direction, cell.carrier) == ("sufficiency", "own")
-            return [carrier.norm(cell.addition) > 3.5 and item.family != "y" for item, _ in asked]
+        def right(self, target: Any, sets: Any) -> list[list[bool]]:
+            for cell, asked in sets:
+                assert {item.page for item, _ in asked} == {0}
+                assert (cell.direction, cell.carrier) == ("sufficiency", "own")
+            return [[carrier.norm(cell.addition) > 3.5 and item.family != "y" for item, _ in asked]
+                    for cell, asked in sets]  # fmt: skip
 
     carrier.models, carrier.target = Right(), None
-    rows = list(carrier.explored_components(torch.eye(2)))
+    rows = carrier.rows({"explored": carrier.explored_components(torch.eye(2))})["explored"]
     found = {(one["set"], one["items"], one["norm"]): [] for one in rows}
     for one in rows:
         found[one["set"], one["items"], one["norm"]].append((one["metric"], one["right"], one["n"]))
