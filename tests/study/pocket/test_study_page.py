@@ -318,8 +318,13 @@ def test_what_the_page_says_of_invented_metrics_is_in_the_committed_tables():
     three = ("plain", "difference term", "partition")
     first, second, third = (of(method, "trained", "all and bias") for method in three)
     assert f"with its bias give {first}, {second} and {third} of 240 right answers" in text
-    assert f"the whole site {of('whole site', 'baseline', 'all')};" in text
-    assert {of(method, "trained", "first 100") for method in three} == {0} and "the first 100 give none" in text
+    assert f"the whole site {of('whole site', 'baseline', 'all')}." in text
+    few = {of(method, "trained", name) for method in three for name in ("first 100", "told best", "top 20 by 1 - nu")}
+    assert few == {0} and "The first 100 by energy give none, nor do those that tell the metrics best" in text
+    norms = {(row["seed"], row["method"]): float(row["norm"]) for row in explored
+             if row["set"] == "all" and row["form"] != "untrained"}  # fmt: skip
+    for method in three[:2]:
+        assert 5 < norms["3", method] / norms["3", "whole site"] < 6 and norms["4", method] < norms["4", "whole site"]
     assert {of(method, "untrained", "all") for method in three} == {0}
     assert f"the first 100 give {of('PCA of the difference', 'baseline', 'first 100')}." in text
 
