@@ -75,6 +75,9 @@ class SetConfig:
     """SHA-256 of the token table and the documents; empty in a set of version 1."""
     shard_hashes: tuple[str, ...] = ()
     """XXH3 of each shard's activations and norms; empty in earlier sets. Taking it adds 8 s to reading 50 GB."""
+    largest_norms: tuple[float, ...] = ()
+    """Norm of each model's activation above which a token is an outlier; empty where none are left out, and in earlier
+    sets."""
 
     def __post_init__(self) -> None:
         sound = {
@@ -84,6 +87,7 @@ class SetConfig:
             "activation_scales": min(self.activation_scales) > 0,
             "version": 1 <= self.version <= VERSION,
             "shard_hashes": len(self.shard_hashes) in (0, len(self.shard_tokens)),
+            "largest_norms": len(self.largest_norms) in (0, N_MODELS) and min(self.largest_norms, default=1) > 0,
             "recorded": self.recorded.get("site", SITES[0]) in SITES
             and self.recorded.get("layer", 1) in range(1, MOST_LAYERS + 1),
         }

@@ -155,9 +155,10 @@ class SetWriter:
         """
         norms = torch.cat([self._tensor(number, "norms") for number in range(len(shard_tokens))])
         self._check(norms, table, documents)
-        kept = torch.ones(len(norms), dtype=torch.bool)
+        kept, largest = torch.ones(len(norms), dtype=torch.bool), None
         if self.drop_outliers:
-            kept = (norms <= OUTLIER_FACTOR * norms.median(dim=0).values).all(dim=-1)
+            largest = OUTLIER_FACTOR * norms.median(dim=0).values
+            kept = (norms <= largest).all(dim=-1)
         hashes = [self._hash(number) for number in range(len(shard_tokens))]
         means = norms[kept].mean(dim=0)
         columns = {name: column.to(torch.int32) for name, column in table.items()}
@@ -174,6 +175,7 @@ class SetWriter:
             version=VERSION,
             files={name: file_hash(self.partial / name) for name in ("tokens.safetensors", "documents.jsonl")},
             shard_hashes=tuple(hashes) if all(hashes) else (),
+            largest_norms=() if largest is None else tuple(largest.tolist()),
         )
         add_to(self.partial)
         write_atomically(self.partial / "config.json", json_text(asdict(config), indent=2) + "\n")

@@ -44,6 +44,7 @@ class CheckpointConfig(NamedTuple):
     files: dict[str, str]
     """SHA-256 of the files beside it; empty in a checkpoint of an earlier version."""
     further_thresholds: tuple[float, ...]
+    largest_norms: tuple[float, ...]
 
 
 def save_dictionary(model: BatchTopKCrosscoder, folder: Path | str, **about: object) -> Path:
@@ -63,6 +64,7 @@ def save_dictionary(model: BatchTopKCrosscoder, folder: Path | str, **about: obj
         "threshold": model.threshold,
         "delta_threshold": model.delta_threshold,
         "further_thresholds": list(model.further_thresholds),
+        "largest_norms": list(model.largest_norms),
         **about,
     }
     write_atomically(folder / CONFIG_FILE, json_text(config, indent=2) + "\n")
@@ -95,7 +97,7 @@ def load_dictionary(name: Path | str) -> BatchTopKCrosscoder:
         raise UserError(f"{folder / MODEL_FILE} does not hold the crosscoder of its {CONFIG_FILE}: {reason}") from None
     model.activation_scales = config.activation_scales
     model.threshold, model.delta_threshold = config.threshold, config.delta_threshold
-    model.further_thresholds = config.further_thresholds
+    model.further_thresholds, model.largest_norms = config.further_thresholds, config.largest_norms
     return model
 
 
@@ -129,8 +131,9 @@ def read_config(folder: Path) -> CheckpointConfig:
         raise UserError(f"{path} has the activation scales {list(scales)}; they are above 0")
     about = {name: values.get(name) for name in ("threshold", "delta_threshold")}
     about |= {name: values.get(name, {}) for name in ("activations", "files")}
-    further = values.get("further_thresholds", [])
-    about["further_thresholds"] = tuple(further) if isinstance(further, list) else further
+    for name in ("further_thresholds", "largest_norms"):  # dictionaries of earlier versions have none
+        found = values.get(name, [])
+        about[name] = tuple(found) if isinstance(found, list) else found
     check_types(CheckpointConfig, about, str(path))
     return CheckpointConfig(crosscoder, scales, training=training, **about)
 

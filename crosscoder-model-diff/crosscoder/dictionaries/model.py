@@ -60,6 +60,8 @@ class BatchTopKCrosscoder(nn.Module):
         """c_m: what raw activations of model m are multiplied by before they enter."""
         self.activation_means: Tensor | None = None
         """[2, d_model], raw: taken off before scaling; None where the data are not centred."""
+        self.largest_norms: tuple[float, ...] = ()
+        """Norms of raw activations above which it was trained on none (SetConfig.largest_norms)."""
         everything = torch.arange(config.n_latents)
         self.W_dec = nn.Parameter(self.fresh_decoder(everything, decoder_norm, generator, directions))
         self.W_enc = nn.Parameter(self.fresh_encoder(everything, self.W_dec.detach()).contiguous())

@@ -22,8 +22,9 @@ def fit_scaling(model: BatchTopKCrosscoder, store: ActivationStore, sample: Tens
 
     A crosscoder takes the store's scales, one for each model. A partition and a stagewise SAE have one for both. What
     the store does not know (the scale of a difference, or of centred activations) is measured on the tokens at
-    `sample`, in fp64.
+    `sample`, in fp64. The store's `largest_norms` are noted.
     """
+    model.largest_norms = store.config.largest_norms
     method, d_model = model.config.method, model.config.d_model
     if method in ("batchtopk", "l1", "dedicated") and not centre:
         model.activation_scales = store.config.activation_scales

@@ -46,10 +46,18 @@ class Reading:
 
     @torch.no_grad()
     def parts(self, dictionary: BatchTopKCrosscoder) -> Tensor:
-        """[tokens, part, latent]: values of what each latent adds (BatchTopKCrosscoder.parts); of most methods one."""
+        """[tokens, part, latent]: values of what each latent adds (BatchTopKCrosscoder.parts); of most methods one.
+
+        0 for a token above the dictionary's `largest_norms`: it was trained on none, and what it makes of an attention
+        sink can be many times as long as all else that it adds.
+        """
         if id(dictionary) not in self._parts:
             x = dictionary.scale(self.pairs)
-            self._parts[id(dictionary)] = dictionary.parts(x, dictionary.encode(x))
+            parts = dictionary.parts(x, dictionary.encode(x))
+            if dictionary.largest_norms:
+                above = self.pairs.norm(dim=-1) > self.pairs.new_tensor(dictionary.largest_norms)
+                parts.masked_fill_(above.any(dim=-1)[:, None, None], 0.0)
+            self._parts[id(dictionary)] = parts
         return self._parts[id(dictionary)]
 
     @torch.no_grad()
@@ -241,7 +249,7 @@ def dictionary_digest(dictionary: BatchTopKCrosscoder) -> str:
     if dictionary not in _digests:
         means = [] if dictionary.activation_means is None else [dictionary.activation_means]
         thresholds, scales = dictionary.latent_thresholds(), torch.tensor(dictionary.activation_scales)
-        numbers = digest(scales, thresholds, *dictionary.further_thresholds, *means)
+        numbers = digest(scales, thresholds, *dictionary.further_thresholds, *means, *dictionary.largest_norms)
         settings = f"{dictionary.config}-{numbers}-{weights_digest(dictionary)}"
         _digests[dictionary] = hashlib.sha256(settings.encode()).hexdigest()[:16]
     return _digests[dictionary]

@@ -102,6 +102,10 @@ def test_outliers_are_dropped_and_counted_and_leave_the_scales_alone(tmp_path: P
     assert torch.equal(store.read(torch.arange(len(store))), activations[4:].bfloat16())
     assert store.position[0].item() == 5
     assert store.config.activation_scales == pytest.approx(plain.config.activation_scales)
+    medians = loud.bfloat16().double().norm(dim=-1).median(dim=0).values
+    assert store.config.largest_norms == pytest.approx((10 * medians).tolist())
+    write_store(tmp_path / "all", loud, document_tokens=50)
+    assert ActivationStore(tmp_path / "all").config.largest_norms == ()
 
 
 @pytest.mark.parametrize("model", [0, 1], ids=["instruct", "fine-tuned"])

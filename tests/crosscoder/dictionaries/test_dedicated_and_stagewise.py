@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_up_activations import take_steps
+from made_up_activations import planted_activations, take_steps, write_store
 from test_crosscoder_methods import METHODS, SHAPES, B, D, F, K, random_model, raw_activations, settings_of, trainer
 
+from crosscoder.activations.store import ActivationStore
 from crosscoder.analysis import measures as analysis
 from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.dictionaries.config import Method, TrainingConfig
@@ -256,8 +257,26 @@ def test_dictionaries_of_an_earlier_version_have_no_further_thresholds(store, tm
     trainer(store, tmp_path, "batchtopk").fit()
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
-    del values["further_thresholds"], values["crosscoder"]["reserved_share"]
+    del values["further_thresholds"], values["largest_norms"], values["crosscoder"]["reserved_share"]
     del values["training"]["untrained"], values["training"]["freeze_decoder"]
     path.write_text(json.dumps(values))
     model = load_dictionary(tmp_path)
-    assert model.further_thresholds == () and model.config == replace(SHAPES["batchtopk"], d_model=D)
+    assert model.further_thresholds == model.largest_norms == ()
+    assert model.config == replace(SHAPES["batchtopk"], d_model=D)
+
+
+@pytest.mark.parametrize("method", SHAPES)
+def test_an_attention_sink_gets_nothing_of_a_dictionary_that_was_trained_on_none(method: str, tmp_path: Path):
+    """Of two documents' first tokens, 1,000 times as long as others; and of a dictionary that was trained on them all,
+    which differs in nothing else that is read here."""
+    activations = planted_activations(2000, D, 16)
+    activations[:2] *= 1000
+    write_store(tmp_path / "set", activations, drop_outliers=True)
+    trainer(ActivationStore(tmp_path / "set"), tmp_path / "made", method).fit()
+    model, everything = load_dictionary(tmp_path / "made"), load_dictionary(tmp_path / "made")
+    everything.largest_norms = ()
+    every = range(model.config.n_latents)
+    added, all_of_it = (Latents(one, every)(Reading(activations[:50])) for one in (model, everything))
+    assert not added[:2].any() and all_of_it[:2].norm(dim=-1).max() > added.norm(dim=-1).max()
+    assert torch.equal(added[2:], all_of_it[2:]) and added[2:].any()
+    assert dictionary_digest(model) != dictionary_digest(everything)
