@@ -76,8 +76,7 @@ class SetConfig:
     shard_hashes: tuple[str, ...] = ()
     """XXH3 of each shard's activations and norms; empty in earlier sets. Taking it adds 8 s to reading 50 GB."""
     largest_norms: tuple[float, ...] = ()
-    """Norm of each model's activation above which a token is an outlier; empty where none are left out, and in earlier
-    sets."""
+    """Norm of each model's activation above which tokens are left out; empty where none are, and in earlier sets."""
 
     def __post_init__(self) -> None:
         sound = {
