@@ -47,7 +47,7 @@ class Variant:
     speed: Speed | None = None
     """None: the plain recipe."""
     load_in_4bit: bool = False
-    library: str = ""
+    package: str = ""
     """Kernels of Liger, or a frozen base in torchao's float8, in place of the project's own."""
 
 
@@ -56,18 +56,18 @@ VARIANTS = {
     "8 rows, packed": Variant(8, EAGER),
     "8 rows, + compiled layers": Variant(8, COMPILED),
     "8 rows, + fp8 base": Variant(8, replace(COMPILED, fp8_base=True)),
-    "8 rows, liger": Variant(8, library=LIGER),
-    "8 rows, packed, liger": Variant(8, EAGER, library=LIGER),
-    "8 rows, + torchao fp8 base": Variant(8, COMPILED, library=TORCHAO),
+    "8 rows, liger": Variant(8, package=LIGER),
+    "8 rows, packed, liger": Variant(8, EAGER, package=LIGER),
+    "8 rows, + torchao fp8 base": Variant(8, COMPILED, package=TORCHAO),
     "1 row, plain": Variant(1),
     "1 row, packed": Variant(1, EAGER),
     "1 row, + compiled layers": Variant(1, COMPILED),
     "1 row, + CUDA graphs": Variant(1, Speed()),
     "1 row, + fp8 base": Variant(1, Speed(fp8_base=True)),
     "1 row, + fp8 base, no graphs": Variant(1, replace(COMPILED, fp8_base=True)),
-    "1 row, liger": Variant(1, library=LIGER),
-    "1 row, + torchao fp8 base, no graphs": Variant(1, COMPILED, library=TORCHAO),
-    "1 row, + torchao fp8 base": Variant(1, Speed(), library=TORCHAO),
+    "1 row, liger": Variant(1, package=LIGER),
+    "1 row, + torchao fp8 base, no graphs": Variant(1, COMPILED, package=TORCHAO),
+    "1 row, + torchao fp8 base": Variant(1, Speed(), package=TORCHAO),
     "1 row, 4-bit": Variant(1, Speed(captured=False), load_in_4bit=True),
     "1 row, checkpointing": Variant(1, Speed(captured=False, checkpointing=True)),
     "1 row, 4-bit, checkpointing": Variant(1, Speed(captured=False, checkpointing=True), load_in_4bit=True),
@@ -76,7 +76,7 @@ VARIANTS = {
 
 def main() -> None:
     args = parse_arguments()
-    names = that_run(args.variants, {name: variant.library for name, variant in VARIANTS.items()})
+    names = that_run(args.variants, {name: variant.package for name, variant in VARIANTS.items()})
     import torch
 
     if args.cap_gb:
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def report(results: dict[str, Any], args: argparse.Namespace) -> str:
-    used = versions(VARIANTS[name].library for name in results)
+    used = versions(VARIANTS[name].package for name in results)
     settings = {name: getattr(args, name) for name in ("rows", "layers", "optim", "cap_gb")}
     settings["lora_dropout"] = args.dropout
     table = comparison(results) if args.compare_steps else speeds(results)
@@ -145,7 +145,7 @@ def make_trainer(variant: Variant, args: argparse.Namespace, folder: Path, steps
     base = random_mistral_7b(args.layers)
     if variant.load_in_4bit:
         base = in_4_bit(base)
-    use_library(variant.library, base, own_loss=variant.speed is None)
+    use_library(variant.package, base, own_loss=variant.speed is None)
     config = TrainingConfig(speed=variant.speed or Speed())
     rows: Any = random_rows(args.rows)
     rows = Dataset.from_list(rows)

@@ -54,7 +54,7 @@ def test_the_comparison_ends_with_the_largest_distance_from_the_first_variant():
 
 @pytest.mark.parametrize("library", [libraries.LIGER, libraries.TORCHAO])
 def test_every_library_has_a_variant_of_eight_rows_and_of_one(library: str):
-    assert {variant.rows for variant in bench_lora.VARIANTS.values() if variant.library == library} == {1, 8}
+    assert {variant.rows for variant in bench_lora.VARIANTS.values() if variant.package == library} == {1, 8}
 
 
 def test_a_record_holds_what_was_measured_so_far_and_by_which_libraries(

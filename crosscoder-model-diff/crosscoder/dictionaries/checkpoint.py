@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig, check_types, from_dict
+from crosscoder.dictionaries.config import N_MODELS, CrosscoderConfig, TrainingConfig, check_types, from_dict
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import file_hash
 from finqa.runtime.paths import json_text, renamed_to, write_atomically
@@ -135,6 +135,8 @@ def read_config(folder: Path) -> CheckpointConfig:
         found = values.get(name, [])
         about[name] = tuple(found) if isinstance(found, list) else found
     check_types(CheckpointConfig, about, str(path))
+    if len(about["largest_norms"]) not in (0, N_MODELS):
+        raise UserError(f"{path} has {len(about['largest_norms'])} largest norms; there is one for each model, or none")
     return CheckpointConfig(crosscoder, scales, training=training, **about)
 
 

@@ -198,6 +198,8 @@ def test_weights_of_another_shape_than_the_configuration_are_refused(tmp_path: P
         {"activation_scales": [float("inf"), 1.0]},
         {"threshold": "1.5"},
         {"delta_threshold": [1.0]},
+        {"largest_norms": [1.0]},
+        {"largest_norms": ["1.0", "1.0"]},
         {"activations": 3},
         {"crosscoder": {"n_latents": 1.5}},
         {"crosscoder": {"n_latents": True}},
