@@ -85,6 +85,7 @@ def hit_rates(items: Sequence[Row], ranking: str) -> tuple[list[str], list[str],
 @styled
 def _figure(items: Sequence[Row], carried: Sequence[Row], explored: Sequence[Row]) -> Any:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     shown = {ranking: hit_rates(items, ranking) for ranking in SHOWN}
     figure = Figure(figsize=(9.2, 3.6), layout="constrained")
@@ -102,6 +103,9 @@ def _figure(items: Sequence[Row], carried: Sequence[Row], explored: Sequence[Row
             left.plot(*zip(*more[method], strict=True), linewidth=0.6, marker="o", markersize=3, markerfacecolor="w",
                       linestyle=line.get_linestyle(), color=line.get_color())  # fmt: skip
     left.set_xscale("log")
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    left.xaxis.set_minor_formatter(NullFormatter())
     left.set_xlabel(f"injected norm (root mean square a token)\nfull: first {TOP} items, at multiples of their norm\n"
                     f"hollow: {', '.join(WIDER)}")  # fmt: skip
     left.set_ylabel("right answers on the metrics that were added")
