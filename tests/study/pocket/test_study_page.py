@@ -13,6 +13,8 @@ import pytest
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import REPOSITORY
 from study import page
+from study.inference import holm
+from study.invented.verdicts import Rates
 from study.pocket import compare, tables
 from study.pocket.tables import read_csv, write_csv
 
@@ -285,79 +287,106 @@ def test_what_the_page_says_in_words_is_in_the_committed_figures():
 
 def test_what_the_page_says_of_invented_metrics_is_in_the_committed_tables():
     text = " ".join(PAGE.read_text().split())
-    items, carried, made = (
-        [row for row in read_csv(COMMITTED["invented"] / f"{name}.csv") if row["arm"] == "A"]
-        for name in ("items", "causal_norm", "dictionaries")
-    )
-    made_of = {"3": 7, "4": 3}
-    """Methods of which the first and the second fine-tune of A are read."""
+    tables = {name: read_csv(COMMITTED["invented"] / f"{name}.csv")
+              for name in ("items", "causal_norm", "dictionaries", "explored", "objections", "findings")}  # fmt: skip
+    items, carried = tables["items"], tables["causal_norm"]
+    seven = {row["method"] for row in tables["dictionaries"]}
+    assert len(seven) == 7 and {row["dictionary_seed"] for row in tables["dictionaries"]} == {"0"}
 
-    def right(seed: str, method: str, form: str) -> tuple[int, int]:
-        rows = [row for row in carried if (row["seed"], row["method"], row["form"]) == (seed, method, form)
+    given = {(row["method"], row["rule"], row["verdict"]) for row in tables["findings"] if row["method"] in seven}
+    six = {method for method, _, verdict in given if verdict == "does not find"}
+    assert six == {method for method, _, verdict in given if verdict == "does not carry"} and len(six) == 6
+    assert given >= {("stage-wise SAE", rule, "unresolved") for rule in ("D1", "D2")}
+    assert "six of seven methods neither find nor carry" in text
+
+    def right(method: str, arm: str = "", seed: str = "") -> tuple[int, int]:
+        rows = [row for row in carried if row["method"] == method and row["form"] in ("trained", "baseline")
+                and arm in row["arm"] and seed in row["seed"]
                 and row["group"] == "own" and not row["scaled_to"] and row["multiple"] == "1.0"]  # fmt: skip
         return sum(int(row["right"]) for row in rows), sum(int(row["n"]) for row in rows)
 
-    assert not [row for row in items if row["ranking"] == "energy" and row["hit"] == "True"]
-    for seed, count in made_of.items():
-        methods = {row["method"] for row in made if (row["seed"], row["form"]) == (seed, "trained")}
-        sets = {right(seed, method, "trained") for method in methods} | {
-            right(seed, "PCA of the difference", "baseline")
-        }
-        assert len(methods) == count and sets == {(0, 480)} and right(seed, "fine-tuned", "baseline") == (470, 480)
-    assert "470 of 480 rightly each" in text
-    ours, theirs = (right(seed, "whole site", "baseline")[0] for seed in made_of)
-    assert f"none of 480 right answers, where the whole site gives {ours} in one fine-tune and {theirs} in an" in text
+    sets = {row["method"] for row in carried} - {"whole site", "fine-tuned"}
+    assert seven < sets and {right(method) for method in sets} == {(0, 1920)}
+    whole, asked = right("whole site")
+    assert f"none of {asked:,} right answers, where the whole site gives {whole:,}" in text
+    pairs = [("A", "3"), ("A", "4"), ("B", "3"), ("B", "4")]
+    answered = [right("fine-tuned", *pair)[0] for pair in pairs]
+    assert "answer {}, {} (A), {} and {} (B) of 480 rightly".format(*answered) in text
+    assert "whole sites give {}, {}, {} and {}:".format(*(right("whole site", *pair)[0] for pair in pairs)) in text
+    learnt = [row for row in carried if row["method"] == "fine-tuned" and row["group"] == "own"
+              and int(row["right"]) < 0.8 * int(row["n"])]  # fmt: skip
+    assert [(row["arm"], row["seed"], row["metric"], row["right"]) for row in learnt] == [("B", "3", "daklir", "23")]
+    assert "daklir, is at 23 of 60" in text
 
-    explored = read_csv(COMMITTED["invented"] / "explored.csv")
+    hits: Counter[tuple[str, ...]] = Counter()
+    for row in items:
+        hits[row["ranking"], row["form"], row["method"], str(row["kind"] == row["arm"])] += row["hit"] == "True"
+    by = {(ranking, form): sorted(hits[ranking, form, method, "True"] for method in seven)
+          for ranking in ("energy", "any item") for form in ("trained", "untrained")}  # fmt: skip
+    assert not any(number for key, number in hits.items() if key[0] == "energy")
+    plain, l1 = (hits["1 - nu", "trained", method, "True"] for method in ("plain", "L1"))
+    assert (
+        f"1 - nu tell {l1} of 32 (16 metrics, two fine-tunes each)" in text
+        and f"of the plain crosscoder {plain}." in text
+    )
+    assert not any(hits["1 - nu", *key] for key in [("trained", "L1", "False"), ("untrained", "L1", "True")])
+    fewest, most = by["any item", "trained"][0], by["any item", "trained"][-1]
+    assert f"tell {fewest} to {most} of 32 and untrained ones at most {by['any item', 'untrained'][-1]}." in text
+
+    rates = {method: Rates.of([row for row in items if row["ranking"] == "1 - nu"], method, "trained")
+             for method in seven if hits["1 - nu", "trained", method, "True"]}  # fmt: skip
+    p = holm({method: one.p or 1.0 for method, one in rates.items()})["L1"]
+    low, high = rates["L1"].interval or (0.0, 0.0)
+    assert f"all of D1: {rates['L1'].difference:.2f} ({low:.2f} to {high:.2f}), p after Holm {p:.4f}." in text
+    others = max(one.difference or 0.0 for method, one in rates.items() if method not in ("L1", "plain"))
+    assert len(rates) == 5 and f"fail at {rates['plain'].difference:.2f}, and the three others" in text
+    assert f"at {others} at most" in text
+
+    followed = [row for row in items if (row["method"], row["form"], row["ranking"]) == ("L1", "trained", "1 - nu")
+                and row["arm"] == row["kind"] == "A" and row["hit"] == "True"]  # fmt: skip
+    formula = [row for row in followed if float(row["permuted_formula"]) >= 0.9]
+    assert max(float(row["permuted_name"]) for row in followed) < 0.9
+    assert len([row for row in followed if float(row["look_up"]) >= 0.9]) == 1
+    n, m = len(followed), len(formula)
+    assert f"Of L1's {n} hits by 1 - nu in A, {m} follow the formula" in text and f"and {n - m} neither" in text
 
     def of(method: str, form: str, name: str) -> int:
-        rows = [row for row in explored if (row["method"], row["form"], row["set"]) == (method, form, name)]
-        assert sum(int(row["n"]) for row in rows) == 240
+        rows = [r for r in tables["explored"] if (r["method"], r["form"], r["set"]) == (method, form, name)]
+        assert sum(int(row["n"]) for row in rows) == (480 if rows else 0)
         return sum(int(row["right"]) for row in rows)
 
-    three = ("plain", "difference term", "partition")
-    first, second, third = (of(method, "trained", "all and bias") for method in three)
-    assert f"with its bias give {first}, {second} and {third} of 240 right answers" in text
-    assert f"the whole site {of('whole site', 'baseline', 'all')}." in text
-    few = {of(method, "trained", name) for method in three for name in ("first 100", "told best", "top 20 by 1 - nu")}
-    assert few == {0} and "The first 100 by energy give none, nor do those that tell the metrics best" in text
-    norms = {(row["seed"], row["method"]): float(row["norm"]) for row in explored
-             if row["set"] == "all" and row["form"] != "untrained"}  # fmt: skip
-    for method in three[:2]:
-        assert 5 < norms["3", method] / norms["3", "whole site"] < 6 and norms["4", method] < norms["4", "whole site"]
-    assert {of(method, "untrained", "all") for method in three} == {0}
-    assert f"the first 100 give {of('PCA of the difference', 'baseline', 'first 100')}." in text
+    decoded, four = ([of(method, "trained", name) for method in seven] for name in ("all and bias", "first 400"))
+    site = of("whole site", "baseline", "all")
+    assert f"with its bias give {min(decoded)} to {max(decoded)}, and the whole site {site}." in text
+    assert f"by energy give {max(four)} at most" in text and sum(number > 0 for number in four) == 4
+    assert f"components 100 give {of('PCA of the difference', 'baseline', 'first 100')}." in text
+    few = {of(method, "trained", name) for method in seven for name in ("first 100", "told best", "top 20 by 1 - nu")}
+    assert few == {0} == {of(method, "untrained", "all") for method in seven}
 
-    by_nu = [row for row in items if (row["method"], row["ranking"], row["kind"]) == ("L1", "1 - nu", "A")]
-    hits = [row for row in by_nu if row["form"] == "trained" and row["hit"] == "True"]
-    assert len(hits) == 5 and not [row for row in by_nu if row["form"] == "untrained" and row["hit"] == "True"]
-    formula = [row for row in hits if float(row["permuted_formula"]) >= 0.9]
-    assert len(formula) == 3 and max(float(row["permuted_name"]) for row in hits) < 0.9
-    assert len([row for row in formula if float(row["look_up"]) >= 0.9]) == 1
-    assert "three follow the formula in A'" in text and "One of the three fires for its name in control N too" in text
-
-    explained = sorted(float(row["explained_difference"]) for row in made if row["form"] == "trained")
-    assert f"they explain {explained[0]:.0%} to {explained[-1]:.0%}".replace("% to", " to") in text
-    norms = {(row["method"], row["seed"]): float(row["norm"]) for row in carried if row["form"] == "baseline"
-             and not row["scaled_to"] and row["multiple"] == "1.0"}  # fmt: skip
-    share = min((norms["PCA of the difference", seed] / norms["whole site", seed]) ** 2 for seed in made_of)
-    assert f"20 components have at least {share:.0%} of its energy" in text
-    means = []
-    for method in ("random directions", "PCA of the difference", "adapter", "adapter output"):
-        areas = [float(row["auroc"]) for row in items if (row["method"], row["kind"]) == (method, "A")]
-        means.append(sum(areas) / len(areas))
-    assert f"AUROC of {min(means):.2f} to {max(means):.2f} in the mean" in text
-    alone = [row for row in read_csv(COMMITTED["invented"] / "objections.csv") if row["arm"] == "A"
-             and (row["rule"], row["method"]) == ("AUROC alone", "random directions")]  # fmt: skip
-    added, absent = (round(sum(8 * float(row[name]) for row in alone)) for name in ("added", "absent"))
-    assert len(alone) == 2
-    assert f"random directions would hit {added} of 16 metrics where they were added, and {absent} of 16" in text
+    explained = sorted(float(row["explained_difference"]) for row in tables["dictionaries"] if row["form"] == "trained")
+    assert f"explain {explained[0]:.0%} to {explained[-1]:.0%}".replace("% to", " to") in text
+    norms = {(row["method"], row["arm"], row["seed"]): float(row["norm"]) for row in carried
+             if row["form"] == "baseline" and not row["scaled_to"] and row["multiple"] == "1.0"}  # fmt: skip
+    shares = [(norms["PCA of the difference", *pair] / norms["whole site", *pair]) ** 2 for pair in pairs]
+    assert f"components have {min(shares):.0%} to {max(shares):.0%}".replace("% to", " to") in text
+    random = [row for row in tables["objections"] if (row["method"], row["arm"]) == ("random directions", "all")]
+    by_cut = {row["rule"]: [round(32 * float(row[name])) for name in ("added", "absent")] for row in random}
+    alone, centred = by_cut["AUROC alone"], by_cut["page means taken out"]
+    assert (
+        f"lead: {alone[0]} and {centred[0]} of 32 where a metric was added, {alone[1]} and {centred[1]} where" in text
+    )
+    leading = {row["rule"] for row in tables["objections"] if row["form"] == "trained" and float(row["added"])}
+    assert leading == {"AUROC alone", "AUROC 0.8 alone", "page means taken out"}
+    sixteen, thirty_two = (1 - 0.025 ** (1 / n) for n in (16, 32))
+    assert f"none of 16 metrics is {sixteen:.2f}, below" in text
+    assert f"that is {sixteen * asked / whole:.2f}, above the 0.25" in text
+    assert f"{thirty_two * asked / whole:.2f} with 32 metrics and fine-tunes" in text
 
 
 def test_what_readme_says_of_the_study_is_in_the_committed_figures():
     text = (REPOSITORY / "README.md").read_text().partition("**Does such a comparison find")[2].partition("[docs/")[0]
-    numbers, values = set(NUMBER.findall(text)), values_of(COMMITTED["pocket"])
-    assert numbers
+    numbers, values = set(NUMBER.findall(text)), [*values_of(COMMITTED["pocket"]), *values_of(COMMITTED["invented"])]
+    assert {"22", "32", "92.5", "233.5"} <= numbers
     assert not [number for number in numbers if not is_in(number, values)]
 
 
