@@ -123,8 +123,9 @@ class Plan:
         return Job(name, f"{words}{engine} --no-push {places}", gb, tuple(after))
 
     def engine_flags(self) -> str:
-        """vLLM where it is installed, with its part of a GPU but for pocket-mistral, which needs hardly any."""
-        if not find_spec("vllm"):
+        """vLLM where it is installed, with its part of a GPU but for pocket-mistral, which needs hardly any. The few
+        questions of the quick rehearsal are answered before an engine has started."""
+        if self.quick or not find_spec("vllm"):
             return ""
         return " --VLLM" + (
             "" if self.model == POCKET else f" --gpu-memory-utilization {SHARE} --kv-cache-gb {CACHE_GB:g}"

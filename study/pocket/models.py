@@ -31,6 +31,8 @@ from study.work import Work, folder_flags, in_parallel, read_json, run, step
 
 OTHER_SPLIT = "other"
 """Name, in the ids, of the questions of families that FinQA-mini lacks."""
+FEW = 200
+"""Questions that two cores answer without vLLM before its engine has started."""
 
 
 def student_of(model: Model) -> StudentRun:
@@ -181,7 +183,7 @@ def score_models(work: Work) -> None:
 def _score(work: Work, model: Model) -> dict[str, Any]:
     started = time.perf_counter()
     words = [f"main.py {DATASET} {STUDENT} -P -NT -T --no-push -ET {_eval_type(model)}"]
-    words += ["--VLLM"] if find_spec("vllm") else []
+    words += ["--VLLM"] if find_spec("vllm") and work.plan.documents > FEW else []
     words += [f"--run-name {model.run_name}"] if model.run_name else []
     run(work, f"accuracy {model.name}", " ".join([*words, folder_flags(work.folders)]))
     kinds = read_json(evaluation(work, model))["accuracy_by_family_kind"]
