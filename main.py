@@ -40,7 +40,6 @@ from finqa.models.students import DEFAULT_MODEL, StudentRun, add_student_flags, 
 from finqa.runtime import parallel
 from finqa.runtime.command_line import add_flags, flag, from_args, given, script_parser
 from finqa.runtime.errors import UserError, report_errors
-from finqa.runtime.memory.plan import plan_evaluation
 from finqa.runtime.paths import Folders, add_folder_flags, check_writable
 from finqa.runtime.progress import say
 from finqa.task import datasets
@@ -67,8 +66,6 @@ def main() -> int:
             then = ["--no-train", "--check-adapter", *(["--push"] if pushed else [])]
             parallel.go_on_alone([sys.executable, __file__, *sys.argv[1:], *then])
     elif evaluation and parallel.is_first():
-        if not evaluation.generation.vllm:
-            plan_evaluation(run, evaluation.generation)
         if task.check_adapter:
             evaluate_and_check(run, evaluation, folders)
         else:

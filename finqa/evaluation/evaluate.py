@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,8 @@ from finqa.runtime.command_line import flag
 from finqa.runtime.errors import UserError
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import file_hash, write_json, write_manifest
+from finqa.runtime.memory.free import memory_used
+from finqa.runtime.memory.plan import amount, plan_evaluation
 from finqa.runtime.paths import Folders
 from finqa.runtime.progress import Progress, say
 from finqa.sandbox.running import Sandbox, SandboxLimits
@@ -113,6 +116,8 @@ def evaluate(
             if task.complete:
                 _finish(task, run, config, sandbox)
         if missing:
+            if not config.generation.vllm:
+                plan_evaluation(run, config.generation, *largest_batch(missing, config.generation))
             for served in served_models(run, student, [task.model for task in missing], config.generation):
                 for task in missing:
                     if task.model == served.model:
@@ -122,6 +127,13 @@ def evaluate(
                     write_report(report)  # whatever becomes of the call
                     on_fine_tuned(served)
     write_report(report)
+
+
+def largest_batch(tasks: Sequence[Task], config: GenerationConfig) -> tuple[int, int]:
+    """Its rows, and tokens of its longest prompt: one that leaves no room for a reply is not asked."""
+    room = (config.max_model_len or sys.maxsize) - config.max_new_tokens
+    rows = min(config.batch_size, max(len(task.prompt_tokens) * task.samples for task in tasks))
+    return rows, max((len(ids) for task in tasks for ids in task.prompt_tokens if len(ids) <= room), default=0)
 
 
 def _tasks(run: StudentRun, config: EvaluationConfig, folders: Folders, student: Path | None) -> list[Task]:
@@ -195,6 +207,8 @@ def collect_replies(task: Task, served: Served) -> None:
     finally:
         progress.close()
         task.journal.end()
+    if served.facts["engine"] == "transformers":
+        say(f"{task.name}: written in {amount(memory_used())} of memory")
 
 
 def _finish(task: Task, run: StudentRun, config: EvaluationConfig, sandbox: Sandbox) -> None:

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PretrainedConfig
 
-    from finqa.evaluation.generation import GenerationConfig
-
 GB = 1e9
 WORKSPACE = 0.5 * GB
 """Bytes of working memory that matrix products and attention use on a GPU."""
@@ -235,23 +233,26 @@ def _activations(model: Sizes, kept: float, width: int, tokens: int, targets: in
 
 
 def evaluation_need(
-    model: Sizes, config: GenerationConfig, longest: int, in_4bit: bool = False, bits: int = 16
+    model: Sizes, rows: int, longest: int, new_tokens: int, in_4bit: bool = False, bits: int = 16
 ) -> Need:
-    """Memory of generation: weights, an adapter in fp32, keys and values of the rows that are there at a time.
+    """Memory of Hugging Face's generation in its largest batch: `rows` prompts of up to `longest` tokens.
 
-    vLLM takes what `gpu_memory_utilization` gives it and needs one row of `longest` tokens in it, Hugging Face a batch.
+    Weights, an adapter in fp32, keys and values of the prompts with room for all new tokens, and the larger of two:
+    what a layer makes of whole prompts (three times the MLP's width and four times the model's, at every token), or
+    the logits of the next tokens (10 bytes a row and word: bf16, fp32 and what the processors copy).
     """
     width = bits / 8
     layers = NF4 if in_4bit else width
-    rows = 1 if config.vllm else config.batch_size
     weights = layers * model.in_layers + width * (model.parameters - model.in_layers)
     kept = "4-bit layers" if in_4bit else "bf16" if bits == 16 else "fp32"
-    kv = width * model.kv_values * model.layers * rows * longest
+    room = longest + new_tokens
+    read = width * (3 * model.intermediate + 4 * model.hidden) * rows * longest
     return Need(
         (
             ("weights", weights, f"{count(model.parameters)} parameters, {kept}"),
             *([("adapter", 4.0 * model.trained, f"{model.trained:,} parameters")] if model.adapted else []),
-            ("keys and values", kv, f"{rows} x {longest:,} tokens"),
+            ("keys and values", width * model.kv_values * model.layers * rows * room, f"{rows} x {room:,} tokens"),
+            ("activations", max(read, 10.0 * rows * model.vocabulary), f"{rows} x {longest:,} tokens of prompts"),
             ("workspace", WORKSPACE, ""),
         )
     )

@@ -149,22 +149,18 @@ def training_need_with_adapter(run: StudentRun, way: Speed, load: Load) -> Need:
     return training_need(model, load, run.settings.optim, way)
 
 
-def plan_evaluation(run: StudentRun, config: GenerationConfig) -> None:
-    """Print what generation needs and what there is; UserError where the weights and one batch cannot fit."""
+def plan_evaluation(run: StudentRun, config: GenerationConfig, rows: int, longest: int) -> None:
+    """Print what Hugging Face's generation needs and what there is; UserError where its largest batch cannot fit, of
+    `rows` prompts of up to `longest` tokens."""
     from finqa.models.students import default_device
 
     modules = run.settings.lora_modules if run.peft else ()
     model = sizes(read_config(run.model, run.revision), modules, run.settings.lora_r)
-    longest = config.max_model_len or run.settings.max_seq_length + config.max_new_tokens
     device = default_device()
     bits = 16 if parallel.multiplies_bf16(device) else 32
-    need = evaluation_need(model, config, longest, run.load_in_4bit, bits)
-    there = free_memory(device)
-    if config.vllm and device != "cpu":
-        there = min(there, config.gpu_memory_utilization * there * config.tensor_parallel)
-    helps = ["--gpu-memory-utilization", "--tensor-parallel"] if config.vllm else ["a smaller -EBS"]
-    helps += [*([] if run.load_in_4bit else ["-F"]), "a smaller --max-model-len"]
-    check_fits("evaluation", need, there, device, f"what helps: {', '.join(helps)}")
+    need = evaluation_need(model, rows, longest, config.max_new_tokens, run.load_in_4bit, bits)
+    helps = ["a smaller -EBS", *([] if run.load_in_4bit else ["-F"]), "a smaller --max-model-len"]
+    check_fits("evaluation", need, free_memory(device), device, f"what helps: {', '.join(helps)}")
 
 
 def plan_merging(base: Path, adapter: Path, folder: Path) -> None:

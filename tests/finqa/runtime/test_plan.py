@@ -335,22 +335,71 @@ def test_a_disk_that_is_too_full_is_one_line_before_anything_is_loaded(on_a_gpu:
         on_a_gpu(79, examples(2276), disk_gb=9)
 
 
-def test_evaluation_needs_weights_adapter_and_keys_and_values(mistral_7b: Sizes, monkeypatch: pytest.MonkeyPatch):
+def test_evaluation_needs_weights_adapter_keys_and_values_and_a_layer_of_prompts(
+    mistral_7b: Sizes, monkeypatch: pytest.MonkeyPatch
+):
     config = GenerationConfig(vllm=False, max_new_tokens=1000, batch_size=8)
-    need = evaluation_need(mistral_7b, config, longest=4096)
+    need = evaluation_need(mistral_7b, 8, 1200, 1000)
     sizes_of = {name: size for name, size, _ in need.parts}
-    assert sizes_of["keys and values"] == 2 * 2 * 8 * 128 * 32 * 8 * 4096
+    assert sizes_of["keys and values"] == 2 * 2 * 8 * 128 * 32 * 8 * 2200
+    assert sizes_of["activations"] == 2 * (3 * 14336 + 4 * 4096) * 8 * 1200
     assert sizes_of["weights"] == 2 * mistral_7b.parameters
-    without_bf16 = evaluation_need(mistral_7b, config, longest=4096, bits=32)
-    assert [size for name, size, _ in without_bf16.parts if name in ("weights", "keys and values")] == [
-        2 * sizes_of["weights"], 2 * sizes_of["keys and values"]
-    ]  # fmt: skip
+    in_fp32 = {name: size for name, size, _ in evaluation_need(mistral_7b, 8, 1200, 1000, bits=32).parts}
+    for name in ("weights", "keys and values", "activations"):
+        assert in_fp32[name] == 2 * sizes_of[name]
+    short = {name: size for name, size, _ in evaluation_need(mistral_7b, 8, 2, 1000).parts}
+    assert short["activations"] == 10 * 8 * 32768  # the logits
     run = StudentRun("FinQA-mini", "pocket-mistral", DEFAULTS)
     monkeypatch.setattr(plan, "free_memory", lambda device: 79 * GB)
-    plan.plan_evaluation(run, config)
+    plan.plan_evaluation(run, config, 8, 1200)
     monkeypatch.setattr(plan, "free_memory", lambda device: 0.1 * GB)
     with pytest.raises(UserError, match="a smaller -EBS"):
-        plan.plan_evaluation(run, config)
+        plan.plan_evaluation(run, config, 8, 1200)
+
+
+def test_what_evaluation_needs_beside_weights_is_what_lives_as_prompts_are_read():
+    """Counted on live tensors: a C library keeps more than is in use, the memory of a GPU does not."""
+    import weakref
+
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from finqa.evaluation.engines.caches import BatchCache
+
+    class Live(TorchDispatchMode):
+        now = peak = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.bytes_of: dict[int, int] = {}
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for tensor in tree_leaves(out):
+                storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+                if storage is not None and storage._cdata not in self.bytes_of:
+                    self.bytes_of[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.free, storage._cdata)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+            return out
+
+        def free(self, storage: int) -> None:
+            self.now -= self.bytes_of.pop(storage)
+
+    rows, longest, new = 16, 300, 100
+    shapes = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MistralConfig(vocab_size=256, num_hidden_layers=3, head_dim=32, sliding_window=None, **shapes)
+    model = MistralForCausalLM(config).bfloat16().eval()
+    ids = torch.randint(256, (rows, longest))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with torch.inference_mode(), Live() as live:
+        model(input_ids=ids, attention_mask=mask, past_key_values=BatchCache(model, longest + new), logits_to_keep=1)
+    need = {name: size for name, size, _ in evaluation_need(sizes(config, (), 8), rows, longest, new).parts}
+    assert live.peak == pytest.approx(need["keys and values"] + need["activations"], rel=0.15)
 
 
 def test_merging_needs_the_weights_of_base_and_adapter_and_as_much_disk(
