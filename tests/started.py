@@ -51,6 +51,11 @@ def run(
     return killed_when(None, words, cwd, env)
 
 
+def times_said(text: str, output: str) -> int:
+    """Lines with a text, without those that repeat the last one after a silence."""
+    return sum(text in line and "still under way" not in line for line in output.splitlines())
+
+
 def killed_when(
     happened: Callable[[], object] | None,
     words: Sequence[object],

@@ -128,7 +128,7 @@ def test_where_one_of_two_processes_is_killed_the_same_command_goes_on_to_the_se
         made = data / "activations" / folder.name
         assert contents(made) == contents(folder)
         assert json.loads((made / "run.json").read_text())["processes"] == 2
-    assert output.stdout.count("documents at layer") == 4  # one process speaks
+    assert started.times_said("documents at layer", output.stdout) == 4  # one process speaks
 
 
 @pytest.mark.slow

@@ -132,7 +132,7 @@ def test_the_adapter_is_evaluated_by_its_name_with_vllm_over_a_download_that_bre
     assert json.loads((results / "metrics.json").read_text())["n"] == 2
     checked = manifest["adapter_check"]
     assert checked["active"] and checked["vllm_adapter"] == "merged" and checked["kl_vllm"] < checked["kl_base"]
-    assert done.stdout.count("starting vLLM") == 1, "the engine that evaluates is asked for the check too"
+    assert started.times_said("starting vLLM", done.stdout) == 1, "the engine that evaluates is asked for the check too"
 
 
 def test_an_evaluation_with_push_sends_the_card_with_its_accuracy(commands: Commands):

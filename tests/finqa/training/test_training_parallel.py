@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import started
 from datasets import Dataset
 from training_parts import LAUNCHERS, SETTINGS, folders_with_rows, launch, read_log, script
 
@@ -161,7 +162,7 @@ def test_two_processes_that_are_killed_go_on_from_their_checkpoint_to_the_same_w
     assert killed.stderr.count("error: ") == 1 and "the same command goes on" in killed.stderr
     resumed = launch(plain, folders[1].data, processes=2)
     assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.count("going on from checkpoint-8") == 1
+    assert started.times_said("going on from checkpoint-8", resumed.stdout) == 1
     whole, again = (load_file(f.model("FinQA-mini", run.model_id) / "adapter_model.safetensors") for f in folders)
     assert whole.keys() == again.keys()
     for name, weight in whole.items():
