@@ -5,11 +5,13 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from finqa.evaluation.evaluate import summary, write_results
-from finqa.evaluation.generation import Reply, all_replies
+from finqa.evaluation.evaluate import largest_batch, summary, write_results
+from finqa.evaluation.generation import GenerationConfig, Reply, all_replies
 from finqa.evaluation.judging import judge
 from finqa.evaluation.metrics import compare, mcnemar, metrics, wilson
 from finqa.evaluation.predictions import Prediction, read_predictions, write_predictions
@@ -235,6 +237,18 @@ def test_every_rule_has_its_figure_and_interval_and_every_error_kind_is_a_known_
     odd = Prediction(**{**predictions[0].__dict__, "error_kind": "odd"})
     with pytest.raises(ValueError, match="unknown error kind odd"):
         metrics([odd])
+
+
+def test_the_largest_batch_has_no_more_rows_than_are_asked_and_no_prompt_that_is_too_long():
+    tasks: Any = [
+        SimpleNamespace(prompt_tokens=[[0] * n for n in lengths], samples=samples)
+        for lengths, samples in (((5, 90, 30), 2), ((40,), 1))
+    ]
+    whole = GenerationConfig(vllm=False, batch_size=100, max_new_tokens=10)
+    small = replace(whole, batch_size=4, max_model_len=50)
+    assert largest_batch(tasks, whole) == (6, 90)
+    assert largest_batch(tasks, small) == (4, 40)
+    assert largest_batch(tasks, replace(small, max_model_len=12)) == (4, 0)
 
 
 def test_an_evaluation_that_was_killed_while_it_was_written_is_not_reported(

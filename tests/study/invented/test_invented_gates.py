@@ -254,6 +254,15 @@ def test_the_jobs_are_ten_fine_tunes_of_one_pass_and_their_evaluations(tmp_path:
     assert {f"/{arm} " in job.command for job, arm in zip(training, ARMS * 2, strict=True)} == {True}
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_few_questions_of_the_quick_rehearsal_are_answered_without_an_engine(
+    quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("study.invented.plan.find_spec", lambda name: name)
+    plan = Plan(Place(Folders(tmp_path, tmp_path), "pocket-mistral"), "pocket-mistral", "FinQA-mini", quick=quick)
+    assert {"--VLLM" in job.command for job in plan.jobs() if "-NE" not in job.command.split()} == {not quick}
+
+
 def names(jobs: Iterable[Job]) -> list[str]:
     return [job.name for job in jobs]
 
