@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finqa.evaluation.engines.serving import Model, Served, served_models
 from finqa.evaluation.generation import GenerationConfig
@@ -34,6 +33,7 @@ from finqa.runtime.errors import UserError
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import file_hash, write_json, write_manifest
 from finqa.runtime.memory.free import memory_used
+from finqa.runtime.memory.needs import read_config
 from finqa.runtime.memory.plan import amount, plan_evaluation
 from finqa.runtime.paths import Folders
 from finqa.runtime.progress import Progress, say
@@ -41,6 +41,9 @@ from finqa.sandbox.running import Sandbox, SandboxLimits
 from finqa.task import datasets, prompts
 from finqa.task.answers import Rule
 from finqa.task.prompts import EvalType
+
+if TYPE_CHECKING:
+    from finqa.evaluation.engines.caches import Extent
 
 MODEL_OF_TYPE: dict[EvalType, Model] = {"fine-tuned": "fine-tuned", "zero-shot": "base", "few-shot": "base"}
 
@@ -117,7 +120,8 @@ def evaluate(
                 _finish(task, run, config, sandbox)
         if missing:
             if not config.generation.vllm:
-                plan_evaluation(run, config.generation, *largest_batch(missing, config.generation))
+                model = read_config(run.model, run.revision)
+                plan_evaluation(run, config.generation, extents(missing, config.generation, model))
             for served in served_models(run, student, [task.model for task in missing], config.generation):
                 for task in missing:
                     if task.model == served.model:
@@ -129,11 +133,14 @@ def evaluate(
     write_report(report)
 
 
-def largest_batch(tasks: Sequence[Task], config: GenerationConfig) -> tuple[int, int]:
-    """Its rows, and tokens of its longest prompt: one that leaves no room for a reply is not asked."""
-    room = (config.max_model_len or sys.maxsize) - config.max_new_tokens
-    rows = min(config.batch_size, max(len(task.prompt_tokens) * task.samples for task in tasks))
-    return rows, max((len(ids) for task in tasks for ids in task.prompt_tokens if len(ids) <= room), default=0)
+def extents(tasks: Iterable[Task], config: GenerationConfig, model: Any) -> Iterator[Extent]:
+    """Of each batch that Hugging Face's generation makes of the tasks' prompts; `model` is the model's config."""
+    from finqa.evaluation.engines.caches import extent
+    from finqa.evaluation.engines.hugging_face_engine import batches_of
+
+    for task in tasks:
+        prompts = [ids for ids in task.prompt_tokens for _ in range(task.samples)]
+        yield from (extent([prompts[i] for i in places], model) for places in batches_of(prompts, config, model))
 
 
 def _tasks(run: StudentRun, config: EvaluationConfig, folders: Folders, student: Path | None) -> list[Task]:

@@ -79,8 +79,7 @@ class BatchCache(DynamicCache):
         """`most`: tokens of each row as far as is known, for which there will be room."""
         super().__init__(config=model.config.get_text_config())
         self.most = most
-        self.keeps_all = all(type(layer) is DynamicLayer for layer in self.layers)
-        if self.keeps_all:
+        if keeps_all(model.config):
             self.layers = [RoomyLayer(most) for _ in self.layers]
 
     def spread(self, rows: Tensor) -> None:
@@ -132,7 +131,7 @@ def laid_out(model: Any, prompts: Sequence[list[int]], pad: int, labels: Sequenc
     """On the model's device. No beginnings are shared by a model of which a layer keeps a window alone: padding between
     would count in it. `labels`: one for each prompt; those of different labels share no beginning."""
     device = model.device
-    shared = shared_beginnings(prompts, labels) if BatchCache(model).keeps_all else None
+    shared = shared_beginnings(prompts, labels) if keeps_all(model.config) else None
     its = None if labels is None else torch.tensor(labels, device=device)
     if shared is None:
         return Laid(*_padded(prompts, pad, device), None, its)
@@ -151,6 +150,36 @@ def _padded(texts: Sequence[list[int]], pad: int, device: Any) -> tuple[Tensor, 
     ids = torch.tensor([[pad] * (longest - len(text)) + text for text in texts], device=device)
     mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts], device=device)
     return ids, mask
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What a batch takes room for."""
+
+    rows: int
+    time: int
+    """Tokens of each row, padding included."""
+    read: int
+    """Tokens that the model reads at once at most: the beginnings, or what follows them."""
+
+
+def extent(prompts: Sequence[list[int]], model: Any) -> Extent:
+    """Of the prompts of one batch, as `laid_out` lays them; `model` is the model's config."""
+    rows, longest = len(prompts), max(map(len, prompts))
+    shared = shared_beginnings(prompts) if keeps_all(model) else None
+    if shared is None:
+        return Extent(rows, longest, rows * longest)
+    begun, rest = max(shared.lengths), _longest_rest(prompts, shared)
+    return Extent(rows, begun + rest, max(len(shared.lengths) * begun, rows * rest))
+
+
+def _longest_rest(prompts: Sequence[Sequence[int]], shared: Shared) -> int:
+    return max(len(prompt) - shared.lengths[row] for prompt, row in zip(prompts, shared.rows, strict=True))
+
+
+def keeps_all(model: Any) -> bool:
+    """Whether each layer of a model of this config keeps all keys and values, not those of a window alone."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.get_text_config()).layers)
 
 
 def shared_beginnings(prompts: Sequence[list[int]], labels: Sequence[int] | None = None) -> Shared | None:

@@ -40,16 +40,11 @@ def hugging_face(model: Any, tokenizer: Any, config: GenerationConfig, labels: S
     model.generation_config = Decoding(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
 
     def generate(prompts: Sequence[list[int]], done: Collection[int] = ()) -> Iterator[tuple[int, Reply]]:
-        own = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-        limit = min(own, config.max_model_len or own)
         missing = set(range(len(prompts))) - set(done)
-        # The longest first: where memory does not suffice, that shows at once.
-        order = sorted(range(len(prompts)), key=lambda place: (labels[place] if labels else 0, -len(prompts[place])))
-        fitting = [place for place in order if len(prompts[place]) + config.max_new_tokens <= limit]
-        for place in sorted(missing - set(fitting)):
+        batches = batches_of(prompts, config, model.config, labels)
+        for place in sorted(missing.difference(*batches)):
             yield place, prompt_too_long(prompts[place])
-        for start in range(0, len(fitting), config.batch_size):
-            places = fitting[start : start + config.batch_size]
+        for places in batches:
             if missing.isdisjoint(places):
                 continue
             seeds = [config.seed_of(place) for place in places]
@@ -59,6 +54,20 @@ def hugging_face(model: Any, tokenizer: Any, config: GenerationConfig, labels: S
                     yield places[row], reply
 
     return generate
+
+
+def batches_of(
+    prompts: Sequence[list[int]], config: GenerationConfig, model: Any, labels: Sequence[int] | None = None
+) -> list[list[int]]:
+    """The places of the prompts of each batch; one that leaves no room for a reply is in none. `model` is its config.
+
+    The longest come first: where memory does not suffice, that shows at once.
+    """
+    own = getattr(model, "max_position_embeddings", None) or sys.maxsize
+    room = min(own, config.max_model_len or own) - config.max_new_tokens
+    order = sorted(range(len(prompts)), key=lambda place: (labels[place] if labels else 0, -len(prompts[place])))
+    fitting = [place for place in order if len(prompts[place]) <= room]
+    return [fitting[start : start + config.batch_size] for start in range(0, len(fitting), config.batch_size)]
 
 
 GROUPED = "sdpa_by_groups"

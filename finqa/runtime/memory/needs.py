@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PretrainedConfig
 
+    from finqa.evaluation.engines.caches import Extent
+
 GB = 1e9
 WORKSPACE = 0.5 * GB
 """Bytes of working memory that matrix products and attention use on a GPU."""
@@ -53,6 +55,8 @@ class Sizes:
     kv_values: int
     """Numbers of a token in the key-value cache of a layer."""
     heads: int
+    head_values: int
+    """Numbers of a token's keys and values once each query head has its own."""
     vocabulary: int
     missing: tuple[str, ...] = ()
     """Modules that are to have an adapter and are not there."""
@@ -151,6 +155,7 @@ def sizes(config: PretrainedConfig, lora_modules: Sequence[str] = (), lora_r: in
         adapter_values=sum(1.5 * m.in_features + lora_r for m in adapted) / given.num_hidden_layers,
         kv_values=2 * kv_heads * head_dim,
         heads=heads,
+        head_values=2 * heads * head_dim,
         vocabulary=given.vocab_size,
         missing=tuple(name for name in lora_modules if name not in names),
         linear=tuple(sorted(names)),
@@ -191,7 +196,8 @@ def training_need(
     graphs = speed.captured and on_gpu and load.captured_tokens > 0
     if graphs:
         recorded = _activations(model, values * width, width, load.captured_tokens, load.captured_targets, False)
-        passing = gradients + activations + recorded
+        # Of several processes DistributedDataParallel has gradients of its own, although the graphs have theirs.
+        passing = gradients * (1 if processes == 1 else 2) + activations + recorded
     else:
         passing = max(activations, gradients) if processes == 1 else activations + gradients
     how = f"{load.tokens:,} tokens in the largest update" + (", with checkpointing" if speed.checkpointing else "")
@@ -232,27 +238,32 @@ def _activations(model: Sizes, kept: float, width: int, tokens: int, targets: in
     return layers * tokens + max(10.0 * targets * model.vocabulary, 2 * kept * tokens)
 
 
-def evaluation_need(
-    model: Sizes, rows: int, longest: int, new_tokens: int, in_4bit: bool = False, bits: int = 16
-) -> Need:
-    """Memory of Hugging Face's generation in its largest batch: `rows` prompts of up to `longest` tokens.
+def evaluation_need(model: Sizes, batch: Extent, new_tokens: int, in_4bit: bool = False, bits: int = 16) -> Need:
+    """Memory of Hugging Face's generation in one batch.
 
-    Weights, an adapter in fp32, keys and values of the prompts with room for all new tokens, and the larger of two:
-    what a layer makes of whole prompts (three times the MLP's width and four times the model's, at every token), or
-    the logits of the next tokens (10 bytes a row and word: bf16, fp32 and what the processors copy).
+    Weights, an adapter in fp32, keys and values of the prompts with room for all new tokens, and the largest of three:
+    what an MLP makes of the tokens that are read at once (three times its width and four times the model's, of each),
+    what attention does (keys and values anew for every query head, four times the model's width, the mask as numbers),
+    and the logits of the next tokens (10 bytes a row and word: bf16, fp32 and what the processors copy). A mask of one
+    byte for each token that is read and each that it may see is there all the time.
     """
     width = bits / 8
     layers = NF4 if in_4bit else width
     weights = layers * model.in_layers + width * (model.parameters - model.in_layers)
     kept = "4-bit layers" if in_4bit else "bf16" if bits == 16 else "fp32"
-    room = longest + new_tokens
-    read = width * (3 * model.intermediate + 4 * model.hidden) * rows * longest
+    room = batch.time + new_tokens
+    mask = batch.read * batch.time
+    mlp = width * (3 * model.intermediate + 4 * model.hidden) * batch.read + mask
+    copied = model.head_values if model.head_values > model.kv_values else 0
+    attention = width * (copied * batch.rows * batch.time + 4 * model.hidden * batch.read + mask) + mask
+    most = max(mlp, attention, 10.0 * batch.rows * model.vocabulary)
+    kept_values = width * model.kv_values * model.layers * batch.rows * room
     return Need(
         (
             ("weights", weights, f"{count(model.parameters)} parameters, {kept}"),
             *([("adapter", 4.0 * model.trained, f"{model.trained:,} parameters")] if model.adapted else []),
-            ("keys and values", width * model.kv_values * model.layers * rows * room, f"{rows} x {room:,} tokens"),
-            ("activations", max(read, 10.0 * rows * model.vocabulary), f"{rows} x {longest:,} tokens of prompts"),
+            ("keys and values", kept_values, f"{batch.rows} x {room:,} tokens"),
+            ("activations", most, f"{batch.read:,} tokens read at once"),
             ("workspace", WORKSPACE, ""),
         )
     )

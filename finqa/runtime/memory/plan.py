@@ -6,7 +6,7 @@ A stage that cannot fit stops here, with one line that names the flag that helps
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,7 @@ from finqa.training.trainable import Speed, seconds_of_compiling
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from finqa.evaluation.engines.caches import Extent
     from finqa.evaluation.generation import GenerationConfig
     from finqa.models.students import StudentRun
 
@@ -94,7 +95,7 @@ def plan_training(
     def need(way: Speed, load: Load = load, bits: int = 4 if run.load_in_4bit else bits) -> Need:
         return training_need(model, load, settings.optim, way, bits, on_gpu, processes)
 
-    speed = replace(speed, packed=packed, captured=packed and speed.captured and processes == 1)
+    speed = replace(speed, packed=packed, captured=packed and speed.captured)
     chosen, planned = fitting_speed(need, speed, there, speed.checkpointing)
     tokens, n_rows = (n * settings.num_epochs // processes for n in (sum(rows["n_tokens"]), len(rows)))
     batches = -(-n_rows // settings.batch_size)
@@ -149,18 +150,20 @@ def training_need_with_adapter(run: StudentRun, way: Speed, load: Load) -> Need:
     return training_need(model, load, run.settings.optim, way)
 
 
-def plan_evaluation(run: StudentRun, config: GenerationConfig, rows: int, longest: int) -> None:
-    """Print what Hugging Face's generation needs and what there is; UserError where its largest batch cannot fit, of
-    `rows` prompts of up to `longest` tokens."""
+def plan_evaluation(run: StudentRun, config: GenerationConfig, batches: Iterable[Extent]) -> None:
+    """Print what Hugging Face's generation needs and what there is; UserError where its largest batch cannot fit."""
     from finqa.models.students import default_device
 
     modules = run.settings.lora_modules if run.peft else ()
     model = sizes(read_config(run.model, run.revision), modules, run.settings.lora_r)
     device = default_device()
     bits = 16 if parallel.multiplies_bf16(device) else 32
-    need = evaluation_need(model, rows, longest, config.max_new_tokens, run.load_in_4bit, bits)
+    needs = [evaluation_need(model, batch, config.max_new_tokens, run.load_in_4bit, bits) for batch in batches]
+    if not needs:  # no prompt leaves room for a reply, which is said of each
+        return
     helps = ["a smaller -EBS", *([] if run.load_in_4bit else ["-F"]), "a smaller --max-model-len"]
-    check_fits("evaluation", need, free_memory(device), device, f"what helps: {', '.join(helps)}")
+    largest = max(needs, key=lambda need: need.total)
+    check_fits("evaluation", largest, free_memory(device), device, f"what helps: {', '.join(helps)}")
 
 
 def plan_merging(base: Path, adapter: Path, folder: Path) -> None:

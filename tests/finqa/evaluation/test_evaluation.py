@@ -9,8 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import MistralConfig
 
-from finqa.evaluation.evaluate import largest_batch, summary, write_results
+from finqa.evaluation.engines.caches import Extent
+from finqa.evaluation.evaluate import extents, summary, write_results
 from finqa.evaluation.generation import GenerationConfig, Reply, all_replies
 from finqa.evaluation.judging import judge
 from finqa.evaluation.metrics import compare, mcnemar, metrics, wilson
@@ -239,16 +241,21 @@ def test_every_rule_has_its_figure_and_interval_and_every_error_kind_is_a_known_
         metrics([odd])
 
 
-def test_the_largest_batch_has_no_more_rows_than_are_asked_and_no_prompt_that_is_too_long():
+def test_a_batch_takes_room_for_its_rows_and_for_what_the_model_reads_at_once():
     tasks: Any = [
-        SimpleNamespace(prompt_tokens=[[0] * n for n in lengths], samples=samples)
-        for lengths, samples in (((5, 90, 30), 2), ((40,), 1))
+        SimpleNamespace(prompt_tokens=[list(range(first, first + n)) for first, n in prompts], samples=samples)
+        for prompts, samples in ((((0, 5), (100, 90), (1000, 30)), 2), (((0, 40),), 1))
     ]
+    model = MistralConfig(num_hidden_layers=2, sliding_window=None)
     whole = GenerationConfig(vllm=False, batch_size=100, max_new_tokens=10)
+    # Each prompt twice: the 90 tokens are read as 89 that two share, and the others up to them; then at most 1 of each.
+    assert list(extents(tasks, whole, model)) == [Extent(6, 90, 3 * 89), Extent(1, 40, 40)]
     small = replace(whole, batch_size=4, max_model_len=50)
-    assert largest_batch(tasks, whole) == (6, 90)
-    assert largest_batch(tasks, small) == (4, 40)
-    assert largest_batch(tasks, replace(small, max_model_len=12)) == (4, 0)
+    assert list(extents(tasks, small, model)) == [Extent(4, 30, 2 * 29), Extent(1, 40, 40)]
+    assert list(extents(tasks, replace(small, max_model_len=12), model)) == []
+    few: Any = [SimpleNamespace(prompt_tokens=[[*range(100), 200 + n, 300] for n in range(8)], samples=1)]
+    assert list(extents(few, whole, model)) == [Extent(8, 102, 100)], "one beginning, then two tokens of each"
+    assert list(extents(few, whole, MistralConfig(sliding_window=64))) == [Extent(8, 102, 8 * 102)]
 
 
 def test_an_evaluation_that_was_killed_while_it_was_written_is_not_reported(

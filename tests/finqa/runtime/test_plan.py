@@ -17,6 +17,7 @@ from training_parts import SETTINGS
 from benchmarks.bench_lora import VARIANTS
 from benchmarks.parts.mistral_7b import SHAPES, random_rows
 from benchmarks.parts.record import RESULTS
+from finqa.evaluation.engines.caches import Extent
 from finqa.evaluation.generation import GenerationConfig
 from finqa.models.settings import DEFAULTS
 from finqa.models.students import StudentRun, load_base
@@ -339,22 +340,50 @@ def test_evaluation_needs_weights_adapter_keys_and_values_and_a_layer_of_prompts
     mistral_7b: Sizes, monkeypatch: pytest.MonkeyPatch
 ):
     config = GenerationConfig(vllm=False, max_new_tokens=1000, batch_size=8)
-    need = evaluation_need(mistral_7b, 8, 1200, 1000)
+    need = evaluation_need(mistral_7b, Extent(8, 1200, 9600), 1000)
     sizes_of = {name: size for name, size, _ in need.parts}
     assert sizes_of["keys and values"] == 2 * 2 * 8 * 128 * 32 * 8 * 2200
-    assert sizes_of["activations"] == 2 * (3 * 14336 + 4 * 4096) * 8 * 1200
+    mask = 9600 * 1200
+    assert sizes_of["activations"] == 2 * (3 * 14336 + 4 * 4096) * 9600 + mask
     assert sizes_of["weights"] == 2 * mistral_7b.parameters
-    in_fp32 = {name: size for name, size, _ in evaluation_need(mistral_7b, 8, 1200, 1000, bits=32).parts}
-    for name in ("weights", "keys and values", "activations"):
-        assert in_fp32[name] == 2 * sizes_of[name]
-    short = {name: size for name, size, _ in evaluation_need(mistral_7b, 8, 2, 1000).parts}
+    in_fp32 = {name: size for name, size, _ in evaluation_need(mistral_7b, Extent(8, 1200, 9600), 1000, bits=32).parts}
+    for name, one_byte in (("weights", 0), ("keys and values", 0), ("activations", mask)):
+        assert in_fp32[name] - one_byte == 2 * (sizes_of[name] - one_byte)
+    shared = {name: size for name, size, _ in evaluation_need(mistral_7b, Extent(8, 1200, 80), 1000).parts}
+    mask = 80 * 1200
+    assert shared["activations"] == 2 * (2 * 32 * 128 * 8 * 1200 + 4 * 4096 * 80 + mask) + mask, "attention's"
+    short = {name: size for name, size, _ in evaluation_need(mistral_7b, Extent(8, 2, 16), 1000).parts}
     assert short["activations"] == 10 * 8 * 32768  # the logits
     run = StudentRun("FinQA-mini", "pocket-mistral", DEFAULTS)
+    batches = [Extent(8, 1200, 9600), Extent(2, 1200, 2400)]
     monkeypatch.setattr(plan, "free_memory", lambda device: 79 * GB)
-    plan.plan_evaluation(run, config, 8, 1200)
+    plan.plan_evaluation(run, config, [])
+    plan.plan_evaluation(run, config, batches)
     monkeypatch.setattr(plan, "free_memory", lambda device: 0.1 * GB)
     with pytest.raises(UserError, match="a smaller -EBS"):
-        plan.plan_evaluation(run, config, 8, 1200)
+        plan.plan_evaluation(run, config, batches)
+
+
+@pytest.mark.parametrize(
+    ("batch", "gb"),
+    [
+        (Extent(480, 694, 26_880), 9.9), (Extent(480, 1529, 35_352), 16.4), (Extent(480, 628, 26_880), 9.4),
+        (Extent(480, 786, 71_520), 11.6), (Extent(480, 1621, 71_520), 17.8), (Extent(480, 1167, 26_880), 13.6),
+    ],
+)  # fmt: skip
+def test_evaluation_is_planned_within_a_tenth_of_what_a_gpu_was_seen_to_hold(batch: Extent, gb: float):
+    """What evaluations of Qwen2.5-Coder-0.5B said at their end ("written in 9.9 GB of memory"): one H200, torch 2.11,
+    room for 512 new tokens. The largest batches of zero-shot, few-shot and bare prompts, of the same with a definition,
+    and of a fine-tune on dev; all share beginnings."""
+    from transformers import Qwen2Config
+
+    config = Qwen2Config(
+        vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    modules = ("q_proj", "k_proj", "v_proj", "o_proj")
+    planned = evaluation_need(sizes(config, modules, 64), batch, 512).total / GB
+    assert 1 <= planned / gb <= 1.1
 
 
 def test_what_evaluation_needs_beside_weights_is_what_lives_as_prompts_are_read():
@@ -398,7 +427,10 @@ def test_what_evaluation_needs_beside_weights_is_what_lives_as_prompts_are_read(
     mask[0, :3] = 0
     with torch.inference_mode(), Live() as live:
         model(input_ids=ids, attention_mask=mask, past_key_values=BatchCache(model, longest + new), logits_to_keep=1)
-    need = {name: size for name, size, _ in evaluation_need(sizes(config, (), 8), rows, longest, new).parts}
+    need = {
+        name: size
+        for name, size, _ in evaluation_need(sizes(config, (), 8), Extent(rows, longest, rows * longest), new).parts
+    }
     assert live.peak == pytest.approx(need["keys and values"] + need["activations"], rel=0.15)
 
 
