@@ -74,8 +74,9 @@ class Place:
         return self.root / "adapters"
 
     def part(self, name: str) -> Folders:
-        """The data folder of an arm, of test, definition or documents, and the results folder, which all share."""
-        return Folders(self.root / name, self.results)
+        """The data folder of an arm, of test, definition or documents, and the results folder: that of `definition`,
+        whose questions have the ids of test's, is its own."""
+        return Folders(self.root / name, self.results / name if name == DEFINITION else self.results)
 
 
 def write_rows(place: Place, rows: Rows, config: Mapping[str, Any]) -> str:

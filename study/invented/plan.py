@@ -33,6 +33,8 @@ class Evaluation:
     run_name: str
     split: str
     eval_type: str
+    part: str = TEST
+    """Whose questions."""
 
 
 BASE = (
@@ -41,8 +43,8 @@ BASE = (
     Evaluation("base, fine-tuning prompt", "base-bare", "test", "zero-shot"),
 )
 DEFINED = (
-    Evaluation("base, zero-shot, definition", "base-defined", "test", "zero-shot"),
-    Evaluation("base, few-shot, definition", "base-defined", "test", "few-shot"),
+    Evaluation("base, zero-shot, definition", "base-defined", "test", "zero-shot", DEFINITION),
+    Evaluation("base, few-shot, definition", "base-defined", "test", "few-shot", DEFINITION),
 )
 
 
@@ -55,7 +57,10 @@ def fine_tuned(arm: str, seed: int, split: str = "test") -> Evaluation:
 
 
 FINE_TUNED = tuple(fine_tuned(arm, seed) for seed in SEEDS for arm in ARMS)
-EVALUATIONS = (*BASE, *DEFINED, *FINE_TUNED)
+DEFINED_BY_K = tuple(
+    replace(fine_tuned("K", seed), name=f"{run_name('K', seed)}, definition", part=DEFINITION) for seed in SEEDS
+)
+EVALUATIONS = (*BASE, *DEFINED, *DEFINED_BY_K, *FINE_TUNED)
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,8 @@ class Plan:
     def predictions(self, evaluation: Evaluation) -> Path:
         """Folder of an evaluation."""
         model_id = self.student(evaluation.run_name).model_id
-        return self.place.part(TEST).evaluation(self.dataset, model_id, evaluation.split, evaluation.eval_type)
+        folders = self.place.part(evaluation.part)
+        return folders.evaluation(self.dataset, model_id, evaluation.split, evaluation.eval_type)
 
     def jobs(self) -> list[Job]:
         """The base first: what it can do needs no fine-tune, and may end the study."""
@@ -106,10 +112,14 @@ class Plan:
 
     def of_an_arm(self, arm: str, seed: int) -> list[Job]:
         run, chosen = run_name(arm, seed), f"-S {seed}"
+        asked = [("", f"-NT -D -T --check-adapter {chosen}", TEST)]
+        if arm == "K":
+            asked.append(("-definition", f"-NT -T {chosen}", DEFINITION))
         return [
             self.job(f"train-{run}", f"-NE {chosen}", arm, run, self.training_gb),
-            self.job(
-                f"evaluate-{run}", f"-NT -D -T --check-adapter {chosen}", TEST, run, GENERATION_GB, (f"train-{run}",)
+            *(
+                self.job(f"evaluate-{run}{of}", flags, part, run, GENERATION_GB, (f"train-{run}",))
+                for of, flags, part in asked
             ),
         ]
 

@@ -32,7 +32,7 @@ from study.invented.gates import (
 )
 from study.invented.metrics import APART
 from study.invented.pages import TEXT_AFTER, TEXT_BEFORE
-from study.invented.plan import BASE, DEFINED, EVALUATIONS, SEEDS, Plan, run_name
+from study.invented.plan import BASE, DEFINED, DEFINED_BY_K, EVALUATIONS, SEEDS, Plan, run_name
 from study.invented.rows import ARMS, MOST_COLUMNS, QUICK, Sizes, make_rows
 from study.students.jobs import SHARE, Job
 from study.students.plan import chosen
@@ -81,7 +81,7 @@ ARM_ANSWERS: dict[str, Answer] = {
 def all_answers(**changed: Answer) -> dict[str, list[Prediction]]:
     """Predictions with which every gate holds, but for the models that are changed (`_` for what is no letter)."""
     by_model: dict[str, Answer] = {evaluation.name: right("known") for evaluation in BASE}
-    by_model |= {evaluation.name: right("A", "B") for evaluation in DEFINED}
+    by_model |= {evaluation.name: right("A", "B") for evaluation in (*DEFINED, *DEFINED_BY_K)}
     by_model |= {run_name(arm, seed): answer for arm, answer in ARM_ANSWERS.items() for seed in SEEDS}
     names = {"".join(c if c.isalnum() else "_" for c in name): name for name in by_model}
     by_model |= {names[name]: answer for name, answer in changed.items()}
@@ -139,10 +139,15 @@ def test_every_gate_of_the_protocol_is_there_and_holds_where_it_should():
         ({"A_seed3": but(right("A", "known"), "a1", 13)}, {("learnt", "A-seed3"): 1}),
         ({"B_seed4": but(right("B", "known"), "b7", 60)}, {("learnt", "B-seed4"): 1}),
         ({"base__zero_shot__definition": right()}, {}),
+        ({"base__zero_shot__definition": right(), "base__few_shot__definition": but(right("A"), "a1", 1)}, {}),
         (
-            {"base__zero_shot__definition": right(), "base__few_shot__definition": but(right("A"), "a1", 1)},
-            {("computable when defined", "base, few-shot, definition"): 1},
+            {
+                "base__zero_shot__definition": right(), "base__few_shot__definition": right(),
+                "K_seed4__definition": but(right("A"), "a1", 1),
+            },
+            {("computable when defined", "K-seed4, definition"): 1},
         ),
+        ({"K_seed4__definition": right()}, {}),
         ({"B_seed3": but(right("B", "known"), "known0", 19)}, {}),
         ({"B_seed3": but(right("B", "known"), "known0", 20)}, {("known as in K", "B"): 1}),
         (
@@ -229,10 +234,15 @@ def test_predictions_of_every_evaluation_are_found_where_the_jobs_leave_them(few
     for evaluation in EVALUATIONS:
         folder = plan.predictions(evaluation)
         (job,) = [
-            j for j in jobs.values() if f"--run-name {evaluation.run_name} " in j.command and " -NT " in j.command
+            j
+            for j in jobs.values()
+            if f"--run-name {evaluation.run_name} " in j.command
+            and " -NT " in j.command
+            and f"--data-dir {plan.place.part(evaluation.part).data} " in j.command
         ]
         assert evaluation.eval_type in job.command or evaluation.eval_type == "fine-tuned"
-        assert str(plan.place.results) in job.command and folder.is_relative_to(plan.place.results)
+        results = Path(job.command.split("--results-dir ")[1])
+        assert folder.is_relative_to(results) and results.is_relative_to(plan.place.results)
         write_predictions(folder, [])
         write_json(folder / "metrics.json", {"n": 0})
         write_json(folder / "run.json", {})
@@ -249,7 +259,7 @@ def test_the_jobs_are_ten_fine_tunes_of_one_pass_and_their_evaluations(tmp_path:
     assert [job.name for job in training] == [f"train-{arm}-seed{seed}" for seed in SEEDS for arm in ARMS]
     assert all("--NUM_EPOCHS 1 " in job.command for job in jobs)
     assert all(SHARE not in job.command and job.gb == 68 for job in training)
-    assert len(jobs) == 3 + 20
+    assert len(jobs) == 3 + 20 + 2
     assert names(chosen(jobs, ["evaluate-N-seed4"])) == ["train-N-seed4", "evaluate-N-seed4"]
     assert {f"/{arm} " in job.command for job, arm in zip(training, ARMS * 2, strict=True)} == {True}
 
