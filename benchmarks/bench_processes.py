@@ -17,8 +17,8 @@ user would, by torchrun, and the rates are those that the commands write down:
 Beside each rate stand its efficiency (the rate over that of the first number of processes, over how many times as many
 there are), the memory that the first process held, and the bytes that a process sends in an update or step.
 
-More processes see more rows in an update, which is another recipe: what is compared is how fast rows pass. One process
-records its updates as CUDA graphs, several do not, so the step from one to two costs more than the gradients' way.
+More processes see more rows in an update, which is another recipe: what is compared is how fast rows pass. Where
+bitsandbytes is missing, torch's fused AdamW takes the place of the recipe's 8-bit one, and the record says so.
 
 Needs 60 GB of disk below --scratch. Writes benchmarks/results/processes*.json and .md after every number.
 """
@@ -52,6 +52,8 @@ COLLECT, TRAIN = (REPOSITORY / "crosscoder-model-diff" / name for name in ("coll
 
 
 def main() -> None:
+    import torch
+
     args = parse_arguments()
     check_gpus(args.processes)
     runs: dict[int, dict[str, Any]] = {}
@@ -59,6 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         folders = Folders(data=Path(scratch) / "data", results=Path(scratch) / "results")
         model = write_model(random_model(args), Path(scratch) / "model")
+        torch.cuda.empty_cache()  # the made-up model was on a GPU that the commands need
         for words in PREPARATION:
             command([sys.executable, "-m", *f"preprocessing.{words}".split(), "--dataset", DATASET], folders, 1)
         replies = default_device() == "cuda" and find_spec("vllm") is not None
@@ -100,6 +103,7 @@ def fine_tuning(model: Path, folders: Folders, processes: int, args: argparse.Na
     """Train; returns ms an update and tokens/s of the second half, and what run.json says of it."""
     rows = args.updates * processes
     recipe = ["--preset", "published", "--compile", "--max-rows", str(rows), "--save-steps", str(args.updates)]
+    recipe += [] if find_spec("bitsandbytes") else ["--optim", "adamw_torch_fused"]
     command(launched("main.py", processes, [*student(model, processes), *recipe]), folders, processes)
     [folder] = (folders.data / "models" / DATASET).glob(f"*-by-{processes}")
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
@@ -116,6 +120,7 @@ def fine_tuning(model: Path, folders: Folders, processes: int, args: argparse.Na
         "memory_gb": manifest["memory_gb"],
         "sent_bytes": manifest["sent_bytes_an_update"],
         "speed": manifest["speed"],
+        "optim": manifest["student"]["settings"]["optim"],
         "whole_command_s": manifest["seconds"],
     }
 

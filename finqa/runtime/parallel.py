@@ -11,9 +11,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from finqa.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that a launcher sets for each process; a process that works alone must not see them."""
@@ -144,6 +147,22 @@ def total(number: float) -> float:
     added = torch.tensor(number, dtype=torch.float64, device=PartialState().device)
     torch.distributed.all_reduce(added)
     return added.item()
+
+
+def add_up(tensor: Tensor) -> None:
+    """Put the sum over all processes, which all must ask for, in the tensor's place."""
+    if world_size() > 1:
+        import torch
+
+        torch.distributed.all_reduce(tensor)
+
+
+def from_first(tensor: Tensor) -> None:
+    """Put the first process's numbers in the tensor's place."""
+    if world_size() > 1:
+        import torch
+
+        torch.distributed.broadcast(tensor, 0)
 
 
 @contextlib.contextmanager

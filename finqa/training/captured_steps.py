@@ -29,14 +29,21 @@ class CapturedSteps:
     """Computes loss and gradients of packed batches, on one GPU.
 
     Args:
-        parameters: What is trained. Gradients are added to tensors that stay the same from step to step.
+        parameters: What is trained. Gradients are added to tensors that stay the same from step to step, and those of
+            one dtype lie one after the other, so that several processes add them up in one go.
         loss: Called with a batch and the number of labelled tokens (a 0-dim tensor); returns the loss, 0-dim.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], loss: Callable[[dict[str, Any], Tensor], Tensor]) -> None:
         self.loss = loss
         self.parameters = parameters
-        self.gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        self.sums, views = [], {}
+        for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
+            alike = [parameter for parameter in parameters if parameter.dtype == dtype]
+            sizes = [parameter.numel() for parameter in alike]
+            self.sums.append(torch.zeros(sum(sizes), dtype=dtype, device=alike[0].device))
+            views.update(zip(alike, self.sums[-1].split(sizes), strict=True))
+        self.gradients = [views[parameter].view_as(parameter) for parameter in parameters]
         self.graphs: dict[tuple[Any, ...], _Graph | None] = {}
         self.pool: Any = torch.cuda.graph_pool_handle()
         # Everything runs on one stream: autograd remembers on which one a gradient was first added up.
@@ -75,13 +82,15 @@ class CapturedSteps:
         inputs = {name: x.clone() if isinstance(x, Tensor) else x for name, x in batch.items()}
         items = n_items.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        # What other threads do meanwhile (that of NCCL looks whether sums are done) must not end the recording.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             loss = self._step(inputs, items)
         return _Graph(graph, inputs, items, loss)
 
     def _take_gradients(self) -> None:
         """The Trainer drops gradients after each update; put ours in their place, at zero."""
         if self.parameters[0].grad is None:
-            torch._foreach_zero_(self.gradients)  # pyright: ignore[reportPrivateImportUsage]
+            for gradients in self.sums:
+                gradients.zero_()
             for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
                 parameter.grad = gradient

@@ -8,10 +8,13 @@ it is built on: import it where training starts.
 from __future__ import annotations
 
 import time
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedDataParallelKwargs
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from finqa.runtime import parallel
@@ -50,13 +53,20 @@ class CompletionTrainer(Trainer):
         """With what several processes send each other for an update: gradients, from where they are. Each trained
         parameter is used in every batch, and the buffers of a frozen base never change."""
         sent: Any = DistributedDataParallelKwargs()
-        told = {"find_unused_parameters": False, "gradient_as_bucket_view": True, "forward_sync_buffers": False}
-        sent.to_kwargs = lambda: told  # the last of them has no field there yet
+        told = {"find_unused_parameters": False, "gradient_as_bucket_view": True}
+        # Of buffers torch has another word since 2.13, for which accelerate has no field yet.
+        new = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+        sent.to_kwargs = lambda: told | {"forward_sync_buffers" if new else "broadcast_buffers": False}
         return super()._build_accelerator_args(**kwargs) | {"kwargs_handlers": [sent]}
 
     def capture_steps(self) -> None:
-        """Compute steps as CUDA graphs (finqa.training.captured_steps): one GPU, packed rows."""
+        """Compute steps as CUDA graphs (finqa.training.captured_steps): packed rows, each process on its GPU.
+
+        The model is not wrapped: DistributedDataParallel's hooks belong to the stream on which it was made, and a
+        recording must not wait for another one.
+        """
         self._capture = True
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         self.tokens_seen += int(inputs.pop("n_tokens"))
@@ -67,8 +77,14 @@ class CompletionTrainer(Trainer):
 
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             self.captured = CapturedSteps(trained, lambda batch, n: model(**batch, num_items_in_batch=n).loss)
+            for parameter in trained:
+                parallel.from_first(parameter.data)
         model.train()
-        return self.captured(self._prepare_inputs(inputs), num_items_in_batch)
+        loss = self.captured(self._prepare_inputs(inputs), num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            for gradients in self.captured.sums:
+                parallel.add_up(gradients)
+        return loss * parallel.world_size()  # the Trainer logs the mean of what are parts of a sum
 
 
 class TrainingLog(TrainerCallback):

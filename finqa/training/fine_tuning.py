@@ -206,7 +206,7 @@ def make_trainer(
         train_dataset=examples if alone else SharedRows(examples, pad_id),  # pyright: ignore[reportArgumentType]
         data_collator=packed_collator(pad_id) if packed else collator(pad_id),  # pyright: ignore[reportArgumentType]
     )
-    if packed and config.speed.captured and alone:
+    if packed and config.speed.captured:
         trainer.capture_steps()
     trainer.remove_callback(PrinterCallback)  # transformers' own lines in the log
     trainer.add_callback(EpochOrder())

@@ -196,8 +196,7 @@ def training_need(
     graphs = speed.captured and on_gpu and load.captured_tokens > 0
     if graphs:
         recorded = _activations(model, values * width, width, load.captured_tokens, load.captured_targets, False)
-        # Of several processes DistributedDataParallel has gradients of its own, although the graphs have theirs.
-        passing = gradients * (1 if processes == 1 else 2) + activations + recorded
+        passing = gradients + activations + recorded
     else:
         passing = max(activations, gradients) if processes == 1 else activations + gradients
     how = f"{load.tokens:,} tokens in the largest update" + (", with checkpointing" if speed.checkpointing else "")

@@ -20,11 +20,11 @@ from finqa.runtime.manifest import write_json
 from finqa.runtime.paths import REPOSITORY
 from finqa.training.fine_tuning import TrainingConfig, _claim, _identity
 from finqa.training.rows import NO_ROW, LengthGrouped, SharedRows, collator, example
+from finqa.training.trainable import Speed
 
 N_ROWS = 43
-FP32 = (
+EVERY_STEP = (
     "import finqa.training.fine_tuning\n"
-    "finqa.training.fine_tuning.multiplies_bf16 = lambda device: False\n"
     "arguments = finqa.training.fine_tuning.training_arguments\n"
     "def every_step(*a):\n"
     "    made = arguments(*a)\n"
@@ -32,7 +32,8 @@ FP32 = (
     "    return made\n"
     "finqa.training.fine_tuning.training_arguments = every_step\n"
 )
-"""No bf16 products, and a record for every update."""
+"""A record for every update."""
+FP32 = EVERY_STEP + "finqa.training.fine_tuning.multiplies_bf16 = lambda device: False\n"
 COUNTING = (
     "import atexit\n"
     "from finqa.runtime import parallel\n"
@@ -58,6 +59,16 @@ SENT = (
     "CompletionTrainer.train = noted\n"
 )
 """Leaves what each update exchanges, as torch's DistributedDataParallel says it."""
+CAPTURING = (
+    "import torch\n"
+    "from finqa.training.captured_steps import CapturedSteps\n"
+    "from finqa.training.completion_trainer import CompletionTrainer\n"
+    "torch.cuda.graph_pool_handle = torch.cuda.Stream = lambda: None\n"
+    "CapturedSteps.__call__ = lambda self, *batch: self._take_gradients() or self._step(*batch)\n"
+    "train = CompletionTrainer.train\n"
+    "CompletionTrainer.train = lambda self, *a, **k: self.capture_steps() or train(self, *a, **k)\n"
+)
+"""All that recorded steps do but the recording, which needs a GPU."""
 
 
 @pytest.mark.parametrize("n_rows", [80, 83, 85, 1])
@@ -89,11 +100,11 @@ def test_a_process_without_a_row_gets_one_token_without_loss():
     assert (batch["labels"] == -100).all()
 
 
-def train_in(folder: Path, run: StudentRun, processes: int, launcher: str) -> Path:
+def train_in(folder: Path, run: StudentRun, processes: int, launcher: str, way: str = SENT) -> Path:
     """The folder of a student that so many processes have trained for two epochs; only one of them spoke."""
     folders = folders_with_rows(folder, N_ROWS)
     config = TrainingConfig(save_steps=5)
-    train = script(folder, "train", run, config, FP32 + COUNTING + SENT)
+    train = script(folder, "train", run, config, FP32 + COUNTING + way)
     done = launch(train, folders.data, processes=processes, launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert len(re.findall("training on 43 rows", done.stdout)) == 1
@@ -122,7 +133,15 @@ def test_two_processes_have_the_losses_of_one_with_twice_the_rows_and_one_of_the
 ):
     run, one_log = alone
     run = replace(run, settings=replace(run.settings, batch_size=4))
-    two_log = read_log(train_in(tmp_path, run, 2, launcher))
+    have_like_losses(one_log, read_log(train_in(tmp_path, run, 2, launcher)))
+    # The gradients alone are sent, from where they are; buffers of the base are not, which never change.
+    sent = ast.literal_eval((tmp_path / "data.sent").read_text())
+    [manifest] = (tmp_path / "data" / "models" / "FinQA-mini").glob("*/run.json")
+    assert json.loads(manifest.read_text())["sent_bytes_an_update"] == sum(map(int, sent["bucket_sizes"].split(", ")))
+    assert (sent["buffers"], sent["gradient_as_bucket_view"]) == (False, 1)
+
+
+def have_like_losses(one_log: list[dict], two_log: list[dict]) -> None:
     assert [record["step"] for record in one_log] == [record["step"] for record in two_log] == list(range(1, 13))
     for one, two in zip(one_log, two_log, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
@@ -130,11 +149,47 @@ def test_two_processes_have_the_losses_of_one_with_twice_the_rows_and_one_of_the
         # A token stands for each row that the last batch of an epoch lacks.
         assert 0 <= two["tokens_seen"] - one["tokens_seen"] <= 2 * (48 - N_ROWS)
     assert one_log[-1]["loss"] < one_log[0]["loss"] - 1
-    # The gradients alone are sent, from where they are; buffers of the base are not, which never change.
-    sent = ast.literal_eval((tmp_path / "data.sent").read_text())
-    [manifest] = (tmp_path / "data" / "models" / "FinQA-mini").glob("*/run.json")
-    assert json.loads(manifest.read_text())["sent_bytes_an_update"] == sum(map(int, sent["bucket_sizes"].split(", ")))
-    assert (sent["buffers"], sent["gradient_as_bucket_view"]) == (False, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_processes_of_recorded_steps_add_up_their_gradients_themselves(
+    accumulated: int, alone: tuple[StudentRun, list[dict]], tmp_path: Path
+):
+    one_run, one_log = alone
+    if accumulated > 1:
+        one_run = replace(one_run, settings=replace(one_run.settings, batch_size=4), grad_accum=accumulated)
+        one_log = read_log(train_in(tmp_path / "one", one_run, 1, "torchrun"))
+    settings = replace(one_run.settings, batch_size=one_run.settings.batch_size // 2)
+    two_run = replace(one_run, settings=settings)
+    have_like_losses(one_log, read_log(train_in(tmp_path / "two", two_run, 2, "torchrun", CAPTURING)))
+
+
+@pytest.mark.gpu
+def test_two_gpus_replay_recorded_steps_and_have_the_losses_of_one_with_twice_the_rows(
+    tiny_student: Path, tmp_path: Path
+):
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("fewer than two GPUs")
+    logs = []
+    for processes in (1, 2):
+        settings = replace(SETTINGS, lora_dropout=0.0, num_epochs=2, learning_rate=1e-3, batch_size=8 // processes)
+        run = StudentRun("FinQA-mini", str(tiny_student), settings)
+        folders = folders_with_rows(tmp_path / str(processes), N_ROWS)
+        config = TrainingConfig(save_steps=12, speed=Speed(compiled=True))
+        train = script(tmp_path / str(processes), "train", run, config, EVERY_STEP)
+        done = launch(train, folders.data, processes=processes)
+        assert done.returncode == 0, done.stderr
+        trained = folders.model("FinQA-mini", run.model_id)
+        assert json.loads((trained / "run.json").read_text())["speed"]["captured"]
+        logs.append(read_log(trained))
+    assert len(logs[0]) == len(logs[1]) == 12
+    for one, two in zip(*logs, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-2)
+    assert logs[0][-1]["loss"] < logs[0][0]["loss"]
 
 
 @pytest.mark.slow
