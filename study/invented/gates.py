@@ -81,7 +81,7 @@ def model_gates(items: Sequence[Item], answers: Answers) -> Iterator[Gate]:
         return gate("computable when defined", e.name, "A and B", share, low=DEFINED_AT_LEAST)
 
     by_base = max(map(told, DEFINED), key=lambda one: -1.0 if one.value is None else one.value)
-    # Of a base that cannot read the tables, its fine-tune that has learnt all but the metrics is asked.
+    # Where the base cannot write such programs at all, the fine-tunes that have learnt all but the metrics are asked.
     yield from map(told, DEFINED_BY_K) if by_base.holds is False else (by_base,)
     for seed in SEEDS:
         for family, arm in metrics:

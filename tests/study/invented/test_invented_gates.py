@@ -15,6 +15,7 @@ from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_json
 from finqa.runtime.paths import REPOSITORY, Folders
 from finqa.task.records import TeacherRow
+from study.invented.diff.tables import read_table
 from study.invented.files import Item, Place, write_rows
 from study.invented.gates import (
     DEFINED_AT_LEAST,
@@ -302,3 +303,24 @@ def test_the_preregistration_says_what_the_code_does():
         f"AUROC {TEXT_FROM} to {TEXT_TO}",
     ):
         assert said in page, said
+
+
+def test_the_preregistration_says_what_the_gates_of_the_small_model_were():
+    page = " ".join((REPOSITORY / "docs" / "prereg.md").read_text().split())
+    folder = REPOSITORY / "docs" / "reference" / "invented" / "Qwen2.5-Coder-0.5B-Instruct"
+    right = {(row["model"], row["questions"]): int(row["right"]) for row in read_table(folder / "models.csv")}
+    gates = read_table(folder / "gates.csv")
+    told = {sum(right[f"base, {way}, definition", kind] for kind in "AB") for way in ("zero-shot", "few-shot")}
+    assert told == {34} and "the right answer to 34 of 960 questions zero-shot, and to as many few-shot" in page
+    study = " ".join((REPOSITORY / "docs" / "study.md").read_text().split())
+    [large] = [row for row in read_table(folder.parent / "gates.csv") if row["gate"] == "computable when defined"]
+    larger = round(float(large["value"]) * int(large["n"]))
+    assert f"answers 34 of 960 questions, where the 1.5B's answers {larger}" in study
+    measured = [row for row in gates if row["holds"]]
+    open_ones = [(row["gate"], row["model"]) for row in gates if not row["holds"]]
+    assert open_ones == [("computable when defined", f"K-seed{seed}, definition") for seed in SEEDS]
+    assert all(row["holds"] == "True" for row in measured)
+    assert f"all {len(measured)} gates hold that were measured" in page
+    learnt = [right[f"{arm}-seed{seed}", arm] for arm in "AB" for seed in SEEDS]
+    assert "(A {} and {} of 480, B {} and {})".format(*learnt) in page
+    assert not any(right[f"base, {way}", kind] for way in ("zero-shot", "few-shot") for kind in "AB")
