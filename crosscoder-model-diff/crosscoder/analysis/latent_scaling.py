@@ -124,8 +124,11 @@ class ExclusiveCounts:
 
 
 @torch.no_grad()
-def latent_scaling(model: BatchTopKCrosscoder, batches: Iterable[Tensor]) -> LatentScaling:
-    """Slopes on raw activations [n, 2, d_model], at the inference threshold. Give it held-out documents.
+def latent_scaling(
+    model: BatchTopKCrosscoder, batches: Iterable[Tensor], variance: analysis.VarianceSums | None = None
+) -> LatentScaling:
+    """Slopes on raw activations [n, 2, d_model], at the inference threshold. Give it held-out documents; they are added
+    to `variance` in the same pass.
 
     UserError for a difference SAE, which has one decoder vector a latent, and a stagewise SAE, which has two values.
     """
@@ -151,8 +154,10 @@ def latent_scaling(model: BatchTopKCrosscoder, batches: Iterable[Tensor]) -> Lat
 
     for number, raw in enumerate(batches, start=1):
         inputs = model.inputs(raw.to(device))
-        f = model.encode(model.scale(raw.to(device)))
-        reconstruction = model.unscale(model.decode(f))
+        f, xhat = read = model.reconstruct(model.scale(raw.to(device)))
+        if variance is not None:
+            variance.add(raw, read=read)
+        reconstruction = model.unscale(xhat)
         n += (f > 0).sum(dim=0)
         squares += f.pow(2).sum(dim=0, dtype=torch.float64)
         for sums, vectors in zip(weighted, (inputs - reconstruction, reconstruction), strict=True):

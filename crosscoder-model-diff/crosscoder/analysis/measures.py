@@ -89,13 +89,14 @@ class VarianceSums:
         self.active = torch.zeros(n_groups, dtype=torch.float64, device=model.b_dec.device)
 
     @torch.no_grad()
-    def add(self, raw: Tensor, groups: Tensor | None = None) -> None:
-        """Raw activations [n, 2, d_model], and [n] int64 the group of each token (None: all are of one)."""
+    def add(self, raw: Tensor, groups: Tensor | None = None, read: tuple[Tensor, Tensor] | None = None) -> None:
+        """Raw activations [n, 2, d_model], and [n] int64 the group of each token (None: all are of one); `read` is what
+        `reconstruct` gives for them, where it is there already."""
         model, raw = self.model, raw.to(self.active.device)
         of = torch.zeros(len(raw), dtype=torch.int64) if groups is None else groups
         membership = torch.nn.functional.one_hot(of.to(raw.device), len(self.active)).T.double()
         x = model.scale(raw)
-        f, xhat = model.reconstruct(x)
+        f, xhat = read or model.reconstruct(x)
         self.active += membership @ (f > 0).sum(dim=-1).double()
         for m, sums in enumerate(self.inputs):
             sums.add(membership, x[:, m], xhat[:, m])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from crosscoder.activations.layout import KINDS, TEMPLATE
 from crosscoder.activations.store import ActivationStore
 from crosscoder.dictionaries.config import READ_TOKENS
 from crosscoder.dictionaries.model import BatchTopKCrosscoder, products_of
+
+if TYPE_CHECKING:
+    from crosscoder.analysis.measures import VarianceSums
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,12 @@ def latent_statistics(
     n_top: int = 20,
     batch_size: int = READ_TOKENS,
     kinds: Tensor | None = None,
+    variance: VarianceSums | None = None,
 ) -> LatentStatistics:
     """Run the tokens at `indices` of the store through the encoder once.
 
-    `kinds` [tokens of the store] is token_kinds.token_kinds', for what a latent does on each kind of token.
+    `kinds` [tokens of the store] is token_kinds.token_kinds', for what a latent does on each kind of token. The tokens
+    are added to `variance` in the same pass.
     """
     device = model.b_dec.device
     n_latents = model.config.n_latents
@@ -88,6 +94,8 @@ def latent_statistics(
         values = model.activations(x)
         f = model.select_by_threshold(values)
         active = f > 0
+        if variance is not None:
+            variance.add(raw, read=model.reconstruct(x, f))
         counts["all"] += active.sum(dim=0)
         counts["program"] += active[completion[chunk].to(device)].sum(dim=0)
         counts["positive"] += (values > 0).sum(dim=0)

@@ -235,8 +235,8 @@ class StagewiseSAE(UnitNormSAE):
         values = torch.relu(x[:, 0] @ self.W_enc[0] + self.b_enc_before)
         return values * (values > self.further_thresholds[0])
 
-    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        f = self.encode(x)
+    def reconstruct(self, x: Tensor, f: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        f = self.encode(x) if f is None else f
         before, after = self.encode_before(x) @ self.W_dec[:, 0], f @ self.W_dec[:, 1]
         return f, torch.stack([before, after], dim=1) + self.b_dec
 

@@ -135,10 +135,10 @@ class BatchTopKCrosscoder(nn.Module):
         product = f @ self.W_dec.reshape(self.config.n_latents, -1)
         return product.to(self.b_dec.dtype).view(-1, *self.b_dec.shape)
 
-    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[batch, 2, d_model] scaled activations -> values [batch, latent] by the threshold (`encode`), and the
-        reconstruction of `x`."""
-        f = self.encode(x)
+    def reconstruct(self, x: Tensor, f: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[batch, 2, d_model] scaled activations -> values [batch, latent] by the threshold (`f`, where `encode` has
+        given them already), and the reconstruction of `x`."""
+        f = self.encode(x) if f is None else f
         return f, self.decode(f)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from crosscoder.activations.store import ActivationStore, Split
 from crosscoder.analysis import measures as analysis
@@ -58,15 +55,17 @@ class CrosscoderReport:
 def crosscoder_report(
     model: BatchTopKCrosscoder, store: ActivationStore, split: Split, records: list[dict[str, Any]]
 ) -> CrosscoderReport:
-    """Two passes over the training tokens and two over the held-out ones. `records` are those of the training log."""
+    """One pass over the training tokens and one over the held-out ones. `records` are those of the training log."""
     assert model.threshold is not None
-    statistics = latent_statistics(model, store, split.train, n_top=1)
+    training, held_out = analysis.VarianceSums(model), analysis.VarianceSums(model)
+    statistics = latent_statistics(model, store, split.train, n_top=1, variance=training)
+    of_two_models = _of_two_models(model, store, split, statistics, held_out)
     last = records[-1] if records else {}
     published = last.get("explained_variance_published")
     return CrosscoderReport(
         method=model.config.method,
-        held_out=analysis.explained_variance(model, _raw(store, split.held_out)),
-        training=analysis.explained_variance(model, _raw(store, split.train)),
+        held_out=held_out.explained(),
+        training=training.explained(),
         n_held_out_documents=len(store.document[split.held_out].unique()),
         published_explained_variance=tuple(published) if published else None,
         dead_share=float(statistics.dead.float().mean()),
@@ -75,16 +74,24 @@ def crosscoder_report(
         threshold=model.threshold,
         delta_threshold=model.delta_threshold,
         further_thresholds=model.further_thresholds,
-        **_of_two_models(model, store, split, statistics),
+        **of_two_models,
     )
 
 
 def _of_two_models(
-    model: BatchTopKCrosscoder, store: ActivationStore, split: Split, statistics: LatentStatistics
+    model: BatchTopKCrosscoder,
+    store: ActivationStore,
+    split: Split,
+    statistics: LatentStatistics,
+    held_out: analysis.VarianceSums,
 ) -> dict[str, Any]:
-    """The report's fields that compare a latent's two decoder vectors."""
+    """The report's fields that compare a latent's two decoder vectors; adds the held-out tokens to the sums."""
     none: dict[str, Any] = dict.fromkeys(("classes", "latent_scaling", "median_relative_decoder_norm"))
     alive = ~statistics.dead
+    batches = (raw for _, raw in store.batches(split.held_out))
+    if not model.config.compares_models:
+        for raw in batches:
+            held_out.add(raw)
     if isinstance(model, StagewiseSAE):
         return none | {
             "median_decoder_cosine": analysis.median(analysis.decoder_cosines(model)[alive]),
@@ -97,11 +104,7 @@ def _of_two_models(
     of_alive: list[analysis.LatentClass] = [kind for kind, lives in zip(kinds, alive.tolist(), strict=True) if lives]
     return {
         "classes": {kind: of_alive.count(kind) for kind in analysis.CLASSES},
-        "latent_scaling": exclusive_counts(latent_scaling(model, _raw(store, split.held_out)), kinds, alive),
+        "latent_scaling": exclusive_counts(latent_scaling(model, batches, held_out), kinds, alive),
         "median_relative_decoder_norm": analysis.median(analysis.relative_decoder_norm(norms)[alive]),
         "median_decoder_cosine": analysis.median(analysis.decoder_cosines(model)[alive]),
     }
-
-
-def _raw(store: ActivationStore, indices: torch.Tensor) -> Iterator[torch.Tensor]:
-    return (raw for _, raw in store.batches(indices))

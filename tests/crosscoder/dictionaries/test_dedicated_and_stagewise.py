@@ -18,6 +18,7 @@ from crosscoder.dictionaries.losses import Weights, objective
 from crosscoder.dictionaries.methods import DedicatedCrosscoder, StagewiseSAE, new_dictionary
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.interventions.sets import Latents, Reading, dictionary_digest
+from crosscoder.training.report import crosscoder_report
 from crosscoder.training.sizing import sized_configs
 from finqa.runtime.errors import UserError
 
@@ -175,6 +176,16 @@ def test_each_stage_has_k_active_latents_by_its_own_threshold_and_both_reconstru
     assert explained.fine_tuned is not None and explained.fine_tuned > 0.5
     # Both models have one scale: nothing changes where nothing was trained.
     assert model.activation_scales[0] == model.activation_scales[1]
+
+
+@pytest.mark.parametrize("method", ["batchtopk", "dedicated", "difference-sae", "stagewise-sae"])
+def test_the_report_of_a_run_has_in_one_pass_what_each_measure_gives_by_itself(store, tmp_path: Path, method: Method):
+    run = trainer(store, tmp_path, method)
+    model = run.fit()
+    report = crosscoder_report(model, store, run.split, [])
+    for found, tokens in ((report.held_out, run.split.held_out), (report.training, run.split.train)):
+        assert found == analysis.explained_variance(model, (raw for _, raw in store.batches(tokens)))
+    assert (report.latent_scaling is not None) == model.config.compares_models
 
 
 def test_what_its_latents_add_to_the_difference_is_that_of_both_reconstructions(store, tmp_path: Path):
