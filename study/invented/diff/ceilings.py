@@ -17,6 +17,7 @@ from crosscoder.activations.readers import Target, in_the_models_dtype
 from finqa.models import students
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_json
+from finqa.runtime.progress import say
 from finqa.sandbox.running import Sandbox
 from finqa.task.records import TeacherRow, read_teacher_rows
 from study.invented.diff.plan import ADDED, PAIRS, Compared, Lengths, last_resort, lengths, site_name, sites
@@ -56,6 +57,8 @@ class Models:
         """
         from crosscoder.interventions.patched_generation import answered, replies_of_cells
 
+        n_programs = sum(len(asked) for _, asked in sets)
+        say(f"writing {n_programs:,} programs with {len(sets)} patches of {site_name(target)}")
         together: dict[tuple[str, str], list[int]] = {}
         for number, (cell, _) in enumerate(sets):
             together.setdefault((cell.direction, cell.carrier), []).append(number)
@@ -82,6 +85,7 @@ def load_models(plan: Plan, compared: Compared) -> Models:
 
     from crosscoder.interventions.halves import pair_of
 
+    say(f"loading the base and {compared.run}")
     device = students.default_device()
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     base = students.load_base(plan.model, dtype, device)

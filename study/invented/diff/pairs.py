@@ -25,6 +25,7 @@ from crosscoder.dictionaries.model import random_directions
 from finqa.models import students
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_json
+from finqa.runtime.progress import say
 from study.adapter_directions import output_directions, strongest, weight_directions
 from study.invented.diff import dictionaries as dicts
 from study.invented.diff import readings, sources
@@ -68,6 +69,7 @@ def compare(plan: Plan, compared: Compared, target: Target, part: Part, method: 
     if missing := _missing(plan, compared, target, wanted):
         under_way = Comparison(plan, compared, target, part)
         for subject in missing:
+            say(f"reading {subject.name} of {compared.run} at {site_name(target)}")
             path, found = results_of(plan, compared, target, subject), under_way.results(subject)
             path.parent.mkdir(parents=True, exist_ok=True)
             np.savez_compressed(path.with_suffix(".npz"), **under_way.scores)

@@ -23,6 +23,7 @@ from crosscoder.interventions.halves import Pair
 from crosscoder.interventions.patching import Batch, Halves, batches, patched_logits, run_halves
 from crosscoder.interventions.ranking import reading_of
 from finqa.runtime.paths import renamed_to
+from finqa.runtime.progress import say
 from finqa.task.records import TeacherRow, read_teacher_rows
 from study.invented.diff import sources
 from study.invented.diff.ceilings import asked_of, load_models
@@ -93,12 +94,17 @@ def looks(plan: Plan, compared: Compared, target: Target, models: Models | None 
     if not path.exists():
         models = models or load_models(plan, compared)
         rows = [row for _, row in asked_of(plan, "test", ("A", "B"))]
-        mined = mined_tokens(models.pair, target, some_documents(plan, models.tokenizer), TOP)
+        documents = some_documents(plan, models.tokenizer)
+        say(f"logits of {len(documents)} documents, for those that differ most")
+        mined = mined_tokens(models.pair, target, documents, TOP)
+        say(f"reading {len(rows)} test questions by {compared.run}")
         found = {compared.arm: look(models.pair, target, rows, models.tokenizer, mined)}
         for arm in READ_TOO.get(compared.arm, ()):
             other = load_models(plan, Compared(arm, compared.seed))
+            say(f"reading them by {arm}, seed {compared.seed}")
             found[arm] = look(other.pair, target, rows, other.tokenizer, mined)
         store, device = shared_store(plan, compared, target), models.pair.instruct.device
+        say("principal components of the difference, over all documents")
         moments = sources.difference_moments(store, device)
         basis = sources.principal(moments, len(moments))
         injected = sources.energies(sources.Directions(basis[:TOP]), store, device)
