@@ -1,7 +1,7 @@
 """The hand-written step of a GPU is the step that autograd takes, alone and in a whole run.
 
-pytest -m gpu tests/crosscoder/test_gpu_step.py
-TRITON_INTERPRET=1 pytest tests/crosscoder/test_gpu_step.py     without a GPU, where Triton is installed
+pytest -m gpu tests/crosscoder/training/test_gpu_step.py
+TRITON_INTERPRET=1 pytest tests/crosscoder/training/test_gpu_step.py     without a GPU, where Triton is installed
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ NO_SEARCH = {**NO_ROOM, "SEARCH_STEPS": 1}
 def test_weights_follow_those_of_autograd_with_and_without_dead_latents(
     reconstruction, score_norm, constants, monkeypatch
 ):
-    from crosscoder.training.gpu import step as gpu_step
+    from crosscoder.training.gpu import selection
     from crosscoder.training.gpu.step import GpuStep
 
     for name, value in constants.items():
-        monkeypatch.setattr(gpu_step, name, value)
+        monkeypatch.setattr(selection, name, value)
     settings = TrainingConfig(reconstruction=reconstruction, aux_weight=0.3, aux_k=2, precision="fp32")
 
     def fresh():
