@@ -25,11 +25,11 @@ def batch_topk(values: Tensor, scores: Tensor, n_keep: int, ranks: Ranks = ALONE
     `values` and `scores` are [batch, latent], scores without gradient. With several processes they are each one's
     rows, and `n_keep` counts over the rows of all.
     """
-    best, indices = torch.topk(scores.flatten(), min(n_keep, scores.numel()), sorted=ranks.world > 1)
+    best, indices = torch.topk(scores.flatten(), min(n_keep, scores.numel()), sorted=False)
     chosen = values.flatten()[indices]
     if ranks.world > 1:
-        best, n_here = _share(best, n_keep, ranks)
-        chosen = torch.where(torch.arange(len(chosen), device=chosen.device) < n_here, chosen, 0.0)
+        best, mine = shared_best(best, n_keep, ranks)
+        chosen = torch.where(mine, chosen, 0.0)
     kept = torch.zeros_like(values).flatten().scatter(0, indices, chosen)
     return Selection(kept.view_as(values), smallest_positive(best))
 
@@ -40,14 +40,16 @@ def smallest_positive(scores: Tensor) -> Tensor:
     return positive.min() if positive.numel() else positive.new_tensor(torch.inf)
 
 
-def _share(best: Tensor, n_keep: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """The `n_keep` largest scores of all processes, and how many [] of this one's descending `best` are among them.
+def shared_best(best: Tensor, n_keep: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """The `n_keep` largest scores of all processes, in any order, and which of this one's `best` [n] are among them.
 
     No process has more than `n_keep` of those, so its own best are all that the others need to know. Of scores that
     are equal at the cut the first processes keep theirs. Nothing here is waited for.
     """
     everyone = ranks.gather(best)
-    kept = torch.topk(everyone.flatten(), min(n_keep, everyone.numel()), sorted=True).values
-    above, equal = (everyone > kept[-1]).sum(dim=1), (everyone == kept[-1]).sum(dim=1)
-    left = len(kept) - above.sum() - equal[: ranks.rank].sum()
-    return kept, above[ranks.rank] + torch.minimum(left.clamp(min=0), equal[ranks.rank])
+    kept = torch.topk(everyone.flatten(), min(n_keep, everyone.numel()), sorted=False).values
+    cut = kept.min()
+    above, equal = (everyone > cut).sum(), (everyone == cut).sum(dim=1)
+    left = len(kept) - above - equal[: ranks.rank].sum()
+    at_cut = best == cut
+    return kept, (best > cut) | (at_cut & (at_cut.cumsum(dim=0) <= left))

@@ -41,6 +41,18 @@ class Step(NamedTuple):
     """[batch, 2, d_model]: their reconstruction less `x`."""
 
 
+def of_whole_batch(step: Step, ranks: Ranks) -> Step:
+    """The step of the whole batch from that of each process's rows, exchanged as one message: the mean of `parts`,
+    what is `positive` or `selected` in some process, and the sum of `n_active`. All else is the same in all of them,
+    or of one's own rows."""
+    if ranks.world == 1:
+        return step
+    own = (step.parts, step.n_active[None], step.positive, step.selected)
+    summed = ranks.sum(torch.cat([tensor.float() for tensor in own]))
+    parts, n_active, positive, selected = summed.split([len(tensor) for tensor in own])
+    return step._replace(parts=parts / ranks.world, n_active=n_active[0], positive=positive > 0, selected=selected > 0)
+
+
 class AutogradStep:
     """The loss of losses.py, its gradients by autograd, the optimiser as it is.
 
@@ -71,9 +83,6 @@ class AutogradStep:
         self.optimizer.zero_grad(set_to_none=True)
         terms.loss.backward()
         active = terms.selection.values.detach() > 0
-        parts, alive, n_active = self._of_all(
-            torch.stack(terms[:5]), torch.stack(((terms.values.detach() > 0).any(dim=0), active.any(dim=0))), active
-        )
         for gradient, sent in self._sent:
             sent.wait()
             gradient.div_(self.ranks.world)
@@ -82,29 +91,21 @@ class AutogradStep:
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.model.constrain()
-        return Step(
-            parts=parts,
+        step = Step(
+            parts=torch.stack(terms[:5]).detach().float(),
             gradient_norm=gradient_norm,
             smallest_score=terms.selection.smallest_score,
-            positive=alive[0],
-            selected=alive[1],
-            n_active=n_active,
+            positive=(terms.values.detach() > 0).any(dim=0),
+            selected=active.any(dim=0),
+            n_active=active.sum(),
             x=x,
             error=terms.xhat.detach() - x,
         )
+        return of_whole_batch(step, self.ranks)
 
     def _send(self, parameter: torch.nn.Parameter) -> None:
         assert parameter.grad is not None
         self._sent.append((parameter.grad, self.ranks.begin_sum(parameter.grad)))
-
-    def _of_all(self, parts: Tensor, alive: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What Step says of the batch, exchanged as one: the mean of the `parts` [5], whether a latent is `alive`
-        [2, latent] in some process, and how many of all pairs are `active`."""
-        parts, n_active = parts.detach().float(), active.sum()
-        if self.ranks.world == 1:
-            return parts, alive, n_active
-        summed = self.ranks.sum(torch.cat((parts, n_active[None].float(), alive.flatten().float())))
-        return summed[:5] / self.ranks.world, summed[6:].view_as(alive) > 0, summed[5]
 
     def refresh(self) -> None:
         """To be called after weights were changed from outside; here the model is all there is."""

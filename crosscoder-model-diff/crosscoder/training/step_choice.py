@@ -17,16 +17,13 @@ if TYPE_CHECKING:
     from crosscoder.training.gpu.step import GpuStep
 
 
-def not_by_hand(
-    crosscoder: CrosscoderConfig, config: TrainingConfig, device: torch.device, ranks: Ranks = ALONE
-) -> str | None:
+def not_by_hand(crosscoder: CrosscoderConfig, config: TrainingConfig, device: torch.device) -> str | None:
     """Why these settings have no step by hand; None where they have."""
     reasons = {
         f"method {crosscoder.method}": crosscoder.method != "batchtopk",
         "a frozen decoder": config.freeze_decoder,
         "a difference term": config.difference_weight != 0,
         "an L1 penalty": config.l1_weight > 0,
-        f"{ranks.world} processes": ranks.world > 1,
         f"the device {device.type}": device.type != "cuda",
         "no Triton is installed": find_spec("triton") is None,
     }
@@ -45,11 +42,11 @@ def new_step(
     Raises UserError where `by-hand` is asked for and the settings have no such step.
     """
     device = model.b_dec.device
-    reason = not_by_hand(model.config, config, device, ranks)
+    reason = not_by_hand(model.config, config, device)
     if kind == "by-hand" and reason is not None:
         raise UserError(f"there is no step by hand for {reason}: --step autograd, or auto")
     if kind == "autograd" or (kind == "auto" and reason is not None):
         return AutogradStep(model, optimizer, config, ranks)
     from crosscoder.training.gpu.step import GpuStep
 
-    return GpuStep(model, optimizer, config, product_dtype(config, device))
+    return GpuStep(model, optimizer, config, product_dtype(config, device), ranks)

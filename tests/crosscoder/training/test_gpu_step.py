@@ -1,7 +1,7 @@
 """The hand-written step of a GPU is the step that autograd takes, alone and in a whole run.
 
-pytest -m gpu tests/crosscoder/test_gpu_step.py
-TRITON_INTERPRET=1 pytest tests/crosscoder/test_gpu_step.py     without a GPU, where Triton is installed
+pytest -m gpu tests/crosscoder/training/test_gpu_step.py
+TRITON_INTERPRET=1 pytest tests/crosscoder/training/test_gpu_step.py     without a GPU, where Triton is installed
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from crosscoder.dictionaries.checkpoint import load_dictionary
 from crosscoder.dictionaries.config import CrosscoderConfig, TrainingConfig
 from crosscoder.dictionaries.losses import Weights
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.ranks import ALONE
 from crosscoder.training import step_choice
 from crosscoder.training.run_log import StepRecord
 from crosscoder.training.step import AutogradStep, StepKind
@@ -57,11 +58,11 @@ NO_SEARCH = {**NO_ROOM, "SEARCH_STEPS": 1}
 def test_weights_follow_those_of_autograd_with_and_without_dead_latents(
     reconstruction, score_norm, constants, monkeypatch
 ):
-    from crosscoder.training.gpu import step as gpu_step
+    from crosscoder.training.gpu import selection
     from crosscoder.training.gpu.step import GpuStep
 
     for name, value in constants.items():
-        monkeypatch.setattr(gpu_step, name, value)
+        monkeypatch.setattr(selection, name, value)
     settings = TrainingConfig(reconstruction=reconstruction, aux_weight=0.3, aux_k=2, precision="fp32")
 
     def fresh():
@@ -104,6 +105,21 @@ def test_scores_that_are_all_equal_or_all_nothing_are_selected_from():
         assert float(done.smallest_score) == (1.0 if active else float("inf"))
         assert bool(done.positive.all()) == bool(active)
         assert torch.isfinite(done.gradient_norm)
+
+
+def test_what_fills_the_room_of_a_selection_up_is_behind_all_pairs_in_either_order():
+    """So that no token and no latent has it among its pairs."""
+    from crosscoder.training.gpu.selection import Selector, outside
+
+    for tokens, latents in ((1, 1), (3, 5), (40, 48)):
+        index = outside(torch.empty(tokens, latents))
+        assert index >= tokens * latents == (index % latents) * tokens + index // latents
+    product = torch.zeros(40, 48, device=DEVICE)
+    product[7, 9] = 1.0
+    selector, norms = Selector(torch.zeros(48, device=DEVICE), ALONE), torch.ones(48, device=DEVICE)
+    for selected in (selector.select(product, norms, k=2), selector.search(product, norms, k=2)):
+        assert selected.index.tolist() == [7 * 48 + 9] + 79 * [outside(product)]
+        assert selected.values.tolist() == [1.0] + 79 * [0.0]
 
 
 def test_a_residual_that_is_the_same_for_every_token_has_no_auxiliary_loss():

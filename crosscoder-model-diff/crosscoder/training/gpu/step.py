@@ -5,6 +5,10 @@ else on the active pairs of token and latent; weights as fp32 masters with bf16 
 by one pass of Adam; what is waited for is done by then, so that the GPU always has work.
 
 The encoder is held transposed, [latent, 2 * d_model], like the decoder: the model's W_enc becomes a view of that.
+
+Several processes have equal shares of the rows and hold all parameters. They select among the rows of all, and take the
+step of the whole batch, each the same one. Sums over them are asked for without waiting, and those of the gradients, in
+the dtype of the products, are on their way while the next ones are computed.
 """
 
 from __future__ import annotations
@@ -18,28 +22,14 @@ from torch import Tensor
 from crosscoder.dictionaries.config import N_MODELS, TrainingConfig
 from crosscoder.dictionaries.losses import Weights, auxiliary_latents
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.ranks import ALONE, Ranks
 from crosscoder.training.gpu import kernels
-from crosscoder.training.gpu.pairs import (
-    Pairs,
-    Selection,
-    index_type,
-    largest,
-    latents_first,
-    starts_of,
-    sum_of_squares,
-)
-from crosscoder.training.step import Step
+from crosscoder.training.gpu.pairs import Pairs, latents_first, starts_of, sum_of_squares
+from crosscoder.training.gpu.selection import Selection, Selector
+from crosscoder.training.step import Step, of_whole_batch
 
-CAPACITY = 4
-"""Candidates of the selection that there is room for, over the pairs that are kept."""
-BOUND = 0.9
-"""Share of the last step's smallest kept score, at first: pairs below are no candidates. It moves so that there are
-between ENOUGH and MANY times the pairs that are kept: some room on both sides for what a step changes."""
-ENOUGH, MANY = 1.3, 2.0
-SEARCH_STEPS = 40
-"""Bounds that are tried where that one was no good, before the selection is made over all pairs."""
-SAMPLED_TOKENS = 64
-"""Tokens whose scores the search of a bound starts from."""
+RANGES = 4
+"""Ranges of latents whose gradients are summed over several processes one after the other."""
 SMALLEST_SQUARE = 1e-30
 """Smallest square of an error's length, which is divided by."""
 ALIGNED = 64
@@ -58,7 +48,8 @@ class GpuStep:
         optimizer: torch Adam over the model's parameters. Moments live in its state, where checkpoints find them;
             the biases are updated by it.
         config: Of it the reconstruction loss, the auxiliary loss and clipping are read.
-        product_dtype: Of the copies that the products read.
+        product_dtype: Of the copies that the products read, and of the gradients of the weights.
+        ranks: The processes that train the model together; all take every step.
     """
 
     def __init__(
@@ -67,8 +58,9 @@ class GpuStep:
         optimizer: torch.optim.Optimizer,
         config: TrainingConfig,
         product_dtype: torch.dtype = torch.bfloat16,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.model, self.optimizer, self.config = model, optimizer, config
+        self.model, self.optimizer, self.config, self.ranks = model, optimizer, config, ranks
         self.n_latents = model.config.n_latents
         self.width = N_MODELS * model.config.d_model
         device = model.b_dec.device
@@ -84,7 +76,10 @@ class GpuStep:
         self.encoder_gradient = torch.empty_like(self.encoder_copy)
         self.norms = torch.empty((self.n_latents, N_MODELS), device=device)
         self.unused_norms = torch.empty_like(self.norms)
-        self.bound, self.bound_share = torch.zeros((), device=device), BOUND
+        self.selector = Selector(model.b_enc, ranks)
+        n_rows = -(-self.n_latents // (RANGES if ranks.world > 1 else 1))
+        self.ranges = [(at, min(at + n_rows, self.n_latents)) for at in range(0, self.n_latents, n_rows)]
+        self._sent: list[Any] = []
         self.steps = int(self.moments["decoder"][2])
         self.refresh()
 
@@ -93,7 +88,7 @@ class GpuStep:
         self.decoder_copy.copy_(self.decoder)
         self.encoder_copy.copy_(self.encoder)
         self.norms.copy_(self.decoder.view(self.n_latents, N_MODELS, -1).norm(dim=-1))
-        self.bound.zero_()
+        self.selector.forget()
 
     @torch.no_grad()
     def __call__(self, raw: Tensor, learning_rate: float, weights: Weights, dead: Tensor) -> Step:
@@ -104,12 +99,13 @@ class GpuStep:
         x = self.model.scale(raw).flatten(1).to(self.decoder_copy.dtype)
         product = x @ self.encoder_copy.t()
         score_norms = self._score_norms()
-        selection = self._select(product, score_norms, weights.k, self.bound)
+        selection = self.selector.select(product, score_norms, weights.k)
         gradients = self._gradients(x, selection)
         if not selection.is_whole():  # Its count was on its way while the gradients were computed.
-            selection = self._search(product, score_norms, weights.k)
+            self._receive()  # What is under way must not be written over.
+            selection = self.selector.search(product, score_norms, weights.k)
             gradients = self._gradients(x, selection)
-        self._move_bound(selection)
+        self.selector.move_bound(selection)
         error, gradient, bias_gradient, squares, losses = gradients
         reconstruction = losses.sum() / (batch if self.config.reconstruction == "mse" else N_MODELS * batch)
         zero = auxiliary = torch.zeros((), device=x.device)
@@ -118,6 +114,11 @@ class GpuStep:
             squares[candidates] = 0.0
             squares[candidates, 0] = changed
         decoder_bias_gradient = gradient.sum(0, dtype=torch.float32)
+        if self.ranks.world > 1:
+            biases = self.ranks.sum(torch.cat((bias_gradient, decoder_bias_gradient)))
+            bias_gradient, decoder_bias_gradient = biases.split((self.n_latents, self.width))
+            self._receive()
+            squares = sum_of_squares(self.decoder_gradient) + sum_of_squares(self.encoder_gradient)
         norm = (squares.sum() + bias_gradient.square().sum() + decoder_bias_gradient.square().sum()).sqrt()
         clip = (self.config.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
         self._adam(learning_rate, clip, bias_gradient, decoder_bias_gradient)
@@ -125,7 +126,7 @@ class GpuStep:
         loss = reconstruction + self.config.aux_weight * auxiliary
         latents = selection.index % self.n_latents
         selected = torch.zeros(self.n_latents, device=x.device).index_add_(0, latents, selection.values) > 0
-        return Step(
+        step = Step(
             parts=torch.stack([loss, reconstruction, zero, zero, auxiliary]),
             gradient_norm=norm,
             smallest_score=selection.smallest,
@@ -135,6 +136,7 @@ class GpuStep:
             x=x.view(batch, N_MODELS, -1),
             error=error.view(batch, N_MODELS, -1),
         )
+        return of_whole_batch(step, self.ranks)
 
     def _score_norms(self) -> Tensor:
         """[latent] fp32; see BatchTopKCrosscoder.selection_norms."""
@@ -142,75 +144,25 @@ class GpuStep:
             return torch.ones_like(self.model.b_enc)
         return self.norms.norm(dim=-1) if self.model.config.score_norm == "l2" else self.norms.sum(dim=-1)
 
-    def _select(self, product: Tensor, norms: Tensor, k: int, bound: Tensor) -> Selection:
-        """The selection where the pairs above `bound` suffice for it and there is room for them; see is_whole."""
-        batch = len(product)
-        n_keep = min(k * batch, product.numel())
-        capacity = min(CAPACITY * n_keep, product.numel())
-        device = product.device
-        counter = torch.zeros((), dtype=torch.int32, device=device)
-        positive = torch.zeros(self.n_latents, dtype=torch.int8, device=device)
-        scores = torch.full((capacity,), -1.0, device=device)
-        values = torch.empty_like(scores)
-        indices = torch.zeros(capacity, dtype=index_type(product.numel()), device=device)
-        tile = (32, 128)
-        grid = (triton.cdiv(batch, tile[0]), triton.cdiv(self.n_latents, tile[1]))
-        kernel: Any = kernels.candidates
-        kernel[grid](
-            product, self.model.b_enc, norms, bound, counter, scores, values, indices, positive,
-            batch, self.n_latents, capacity, *tile,
-        )  # fmt: skip
-        counted = None
-        if device.type == "cuda":
-            on_cpu = torch.empty((), dtype=torch.int32, pin_memory=True)
-            counter = on_cpu.copy_(counter, non_blocking=True)
-            counted = torch.cuda.Event()
-            counted.record()
-        return Selection(*largest(scores, values, indices, n_keep), positive, counter, counted, n_keep, capacity)
-
-    def _search(self, product: Tensor, norms: Tensor, k: int) -> Selection:
-        """The selection where nothing is known of the scores, as at the first step: tries bounds, and waits."""
-        n_keep = min(k * len(product), product.numel())
-        sample = product[:: max(1, len(product) // SAMPLED_TOKENS)]
-        scores = (torch.relu(sample.float() + self.model.b_enc) * norms).flatten()
-        likely = torch.topk(scores, min(2 * k * len(sample), len(scores)), sorted=False).values.min()
-        low, high, bound = 0.0, float("inf"), float(likely)
-        for _ in range(SEARCH_STEPS):
-            found = self._select(product, norms, k, torch.tensor(bound, device=product.device))
-            if found.is_whole() or (bound == 0 and int(found.counter) <= found.most):
-                return found
-            if int(found.counter) < n_keep:
-                high, bound = bound, (low + bound) / 2 if bound > high / 1e6 else 0.0
-            else:
-                low, bound = bound, 2 * bound + 1e-30 if high == float("inf") else (bound + high) / 2
-        values = torch.relu(product.float() + self.model.b_enc)
-        indices = torch.arange(product.numel(), dtype=index_type(product.numel()), device=product.device)
-        chosen = largest((values * norms).flatten(), values.flatten(), indices, n_keep)
-        return Selection(*chosen, found.positive, found.counter, None, 0, product.numel())
-
-    def _move_bound(self, selection: Selection) -> None:
-        """Set the next step's bound from the count, which is there by now, and the smallest score, which may not be."""
-        if int(selection.counter) > MANY * selection.least:
-            self.bound_share = (1 + self.bound_share) / 2
-        elif int(selection.counter) < ENOUGH * selection.least:
-            self.bound_share *= BOUND
-        smallest = selection.smallest
-        self.bound = torch.where(torch.isfinite(smallest), self.bound_share * smallest, 0.0)
-
     def _gradients(self, x: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Error and the loss's gradient at the reconstruction (both [batch, width]); b_enc's gradient [latent]; sums of
-        squares of the weights' gradients, which are filled; losses [batch]."""
+        squares of the weights' gradients, which are filled and on their way to the others; losses [batch].
+
+        All of this process's rows; the gradients of a loss that is the mean over the rows of all processes.
+        """
         batch, index, values = len(x), selection.index, selection.values
         by_token = Pairs(starts_of(index, self.n_latents, batch), (index % self.n_latents).int(), values)
-        error, gradient, value_gradients, losses = self._decode(x, by_token)
+        error, gradient, value_gradients, losses = self._decode(x, by_token, index)
         index, order = torch.sort((index % self.n_latents) * batch + index // self.n_latents)
         by_latent = Pairs(starts_of(index, batch, self.n_latents), (index % batch).int(), values[order])
         bias_gradient, squares = self._weight_gradients(x, gradient, by_latent, value_gradients[order])
         return error, gradient, bias_gradient, squares, losses
 
-    def _decode(self, x: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Error, the loss's gradient at the reconstruction (both [batch, width]) and at the values, losses [batch]."""
+    def _decode(self, x: Tensor, pairs: Pairs, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Error, the loss's gradient at the reconstruction (both [batch, width]) and at the values, losses [batch].
+        `index` as of Selection; what fills it up has no gradients."""
         batch, d_model = len(x), self.width // N_MODELS
+        tokens = batch * self.ranks.world
         block = min(kernels.DECODER_COLUMNS, triton.next_power_of_2(d_model))
         parts_of_model = triton.cdiv(d_model, block)
         parts = N_MODELS * parts_of_model
@@ -224,40 +176,50 @@ class GpuStep:
             squares, products, len(pairs.values), d_model, parts_of_model, kernels.DECODER_ROWS, block, num_warps=1,
         )  # fmt: skip
         if self.config.reconstruction == "mse":
-            scale = 2 / batch
+            scale = 2 / tokens
             losses, gradient, value_gradients = squares.sum(0), error * scale, products.sum(0) * scale
         else:  # l2: the gradient of |e_m| is e_m / |e_m|
             norms = squares.view(N_MODELS, parts_of_model, batch).sum(1).clamp(min=SMALLEST_SQUARE).sqrt()
-            losses, scales = norms.sum(0), 1 / (N_MODELS * batch * norms)
+            losses, scales = norms.sum(0), 1 / (N_MODELS * tokens * norms)
             gradient = (error.view(batch, N_MODELS, -1) * scales.t().unsqueeze(-1)).to(error.dtype).view_as(error)
-            of_pair = torch.repeat_interleave(scales, pairs.starts.diff(), dim=1, output_size=len(pairs.values))
+            of_pair = scales[:, (index // self.n_latents).clamp(max=batch - 1)]
             value_gradients = (products.view(N_MODELS, parts_of_model, -1).sum(1) * of_pair).sum(0)
         return error, gradient, value_gradients * (pairs.values > 0), losses
 
     def _weight_gradients(
         self, x: Tensor, gradient: Tensor, pairs: Pairs, value_gradients: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Fills the gradients of encoder and decoder; returns b_enc's, and the sums of the squares of the others."""
-        many = len(pairs.values) >= kernels.MANY_PAIRS * self.n_latents
+        """Fills the gradients of encoder and decoder and sends them; returns b_enc's, and the sums of the squares of
+        the others, [latent, parts]: both of this process."""
+        # There is room for those of all processes, of which a share are this one's.
+        many = len(pairs.values) // self.ranks.world >= kernels.MANY_PAIRS * self.n_latents
         columns, rows = kernels.GRADIENT_BLOCK if many else kernels.SPARSE_BLOCK
         block = min(columns, triton.next_power_of_2(self.width))
         parts = triton.cdiv(self.width, block)
         bias_gradient = torch.empty(self.n_latents, device=x.device)
         squares = torch.empty((self.n_latents, parts), device=x.device)
         kernel: Any = kernels.weight_gradients
-        kernel[(self.n_latents, parts)](
-            pairs.starts, pairs.other, pairs.values, value_gradients, gradient, x, self.decoder_gradient,
-            self.encoder_gradient, bias_gradient, squares, self.width, rows, block, num_warps=1,
-        )  # fmt: skip
+        for at, end in self.ranges:
+            decoder_gradient, encoder_gradient = self.decoder_gradient[at:end], self.encoder_gradient[at:end]
+            kernel[(end - at, parts)](
+                pairs.starts[at:], pairs.other, pairs.values, value_gradients, gradient, x, decoder_gradient,
+                encoder_gradient, bias_gradient[at:], squares[at:], self.width, rows, block, num_warps=1,
+            )  # fmt: skip
+            if self.ranks.world > 1:
+                self._sent += [self.ranks.begin_sum(decoder_gradient), self.ranks.begin_sum(encoder_gradient)]
         return bias_gradient, squares
 
     def _auxiliary(
         self, x: Tensor, product: Tensor, norms: Tensor, error: Tensor, dead: Tensor, bias_gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The auxiliary loss (losses.auxiliary_loss) of the `dead` [n] latents; adds its gradients, times its weight,
-        to the others. And the sums of the squares [n] of the rows that it changed, encoder's and decoder's."""
+        to the others. And the sums of the squares [n] of the rows that it changed, encoder's and decoder's.
+
+        With several processes the weights' gradients are summed by now and its own are summed here; loss and biases'
+        are of this process.
+        """
         aux_k, weight = auxiliary_latents(self.config, self.model.config.d_model), self.config.aux_weight
-        n = len(dead)
+        n, world = len(dead), self.ranks.world
         rows = torch.nn.functional.pad(dead, (0, -n % ALIGNED))  # what is filled up has values of 0
         values = torch.relu(product[:, rows] + self.model.b_enc[rows])
         values[:, n:] = 0.0
@@ -266,21 +228,27 @@ class GpuStep:
             values = torch.zeros_like(values).scatter(1, best, values.gather(1, best))
         rounded, decoder = values.to(x.dtype), self.decoder_copy[rows]
         left = torch.addmm(error, rounded, decoder)  # what the dead latents leave of the residual, which is -error
-        square, of_mean = sum_of_squares(error), len(x) * sum_of_squares(error.mean(0, dtype=torch.float32))
+        mean = self.ranks.mean(error.mean(0, dtype=torch.float32))
+        square, of_mean = self.ranks.sum(sum_of_squares(error)), world * len(x) * sum_of_squares(mean)
         # Where all rows are alike the variance is 0, and the difference of the two sums a rounding of them.
-        scale = torch.where(square - of_mean > ROUNDING * square, 1 / (square - of_mean), 0.0)
-        factor = (2 * weight * scale).to(x.dtype)
+        scale = torch.where(square - of_mean > ROUNDING * square, world / (square - of_mean), 0.0)
+        factor = (2 * weight / world * scale).to(x.dtype)
         slope = (left @ decoder.t()) * (factor * (rounded > 0))
         squares = torch.zeros(n, device=x.device)
-        for gradient, added in (
-            (self.decoder_gradient, (factor * rounded).t() @ left),
-            (self.encoder_gradient, slope.t() @ x),
-        ):
-            changed = gradient[dead] + added[:n]
+        added_to_both = (factor * rounded).t() @ left, slope.t() @ x
+        self._receive()
+        for gradient, added in zip((self.decoder_gradient, self.encoder_gradient), added_to_both, strict=True):
+            changed = gradient[dead] + self.ranks.sum(added[:n])
             gradient.index_copy_(0, dead, changed)
             squares += torch.linalg.vector_norm(changed, dim=1, dtype=torch.float32) ** 2
         bias_gradient.index_add_(0, dead, slope[:, :n].sum(0, dtype=torch.float32))
         return sum_of_squares(left) * scale, squares
+
+    def _receive(self) -> None:
+        """Go on once the sums that are on their way are there. It is the GPU that waits."""
+        for sent in self._sent:
+            sent.wait()
+        self._sent.clear()
 
     def _adam(self, learning_rate: float, clip: Tensor, bias_gradient: Tensor, decoder_bias_gradient: Tensor) -> None:
         group = self.optimizer.param_groups[0]
