@@ -98,12 +98,13 @@ def main() -> None:
         opened = open_crosscoder_of(args)
         model, store = opened.model, opened.store
 
-        from crosscoder.analysis.findings import find
+        from crosscoder.analysis.findings import find, plan_analysis
         from crosscoder.extra_analyses import open_second
         from crosscoder.results import write_figures, write_numbers, write_page, write_tables
 
         second = open_second(opened, extras.second_seed) if extras.second_seed else None
         print(f"{opened.name}: {model.config.n_latents:,} latents on {len(store):,} tokens", flush=True)
+        plan_analysis(opened, config)
         found = find(opened, config)
         folder = opened.results
         settings = settings_of(choice, crosscoder, extras) | {"reading": config, "pages": dashboard}

@@ -12,13 +12,19 @@ import torch
 from crosscoder.analysis import figure_data, tables
 from crosscoder.analysis import measures as analysis
 from crosscoder.analysis.latent_scaling import ExclusiveCounts, LatentScaling, exclusive_counts, latent_scaling
+from crosscoder.analysis.lens import AT_ONCE
 from crosscoder.analysis.measures import ExplainedVariance, LatentClass
 from crosscoder.analysis.statistics import LatentStatistics, latent_statistics
 from crosscoder.analysis.token_kinds import KindExplained, explained_variance_by_kind, kind_rows, token_kinds
 from crosscoder.opening import AnalysisConfig, OpenedCrosscoder
+from finqa.runtime.memory.free import free_memory
+from finqa.runtime.memory.needs import Need
+from finqa.runtime.memory.plan import USABLE, check_fits
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from crosscoder.dictionaries.config import CrosscoderConfig
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,33 @@ class Findings:
         """Verdicts of latent scaling, counted over the latents that are alive; empty where there is no `two_models`."""
         two = self.two_models
         return exclusive_counts(two.scaling, two.kinds, self.alive) if two else {}
+
+
+def plan_analysis(opened: OpenedCrosscoder, config: AnalysisConfig) -> None:
+    """Print what `find` needs and what there is; UserError where it does not fit."""
+    device = str(opened.model.b_dec.device)
+    need = analysis_need(opened.model.config, config.batch_size, len(opened.unembedding.weight))
+    helps = "CUDA_VISIBLE_DEVICES= leaves it to the CPU" if device.startswith("cuda") else "use a machine with more"
+    check_fits("analysis", need, free_memory(device), device, helps, USABLE)
+
+
+def analysis_need(crosscoder: CrosscoderConfig, batch_size: int, n_tokens: int) -> Need:
+    """Memory of the stage of an analysis that takes most, beside the dictionary, which is loaded by then.
+
+    Bytes for each pair of token and latent, of token and input and of latent and input are counted on tensors that are
+    alive. A batch's are still there when the next one's are made. `n_tokens` are those of the vocabulary.
+    """
+    width, n_latents = crosscoder.n_inputs * crosscoder.d_model, crosscoder.n_latents
+    pairs, inputs, weights = batch_size * n_latents, batch_size * width, n_latents * width
+    stages = {
+        "what latents do": 22 * pairs + 8 * inputs + 760 * n_latents,
+        "explained variance": max(13 * pairs + 10 * inputs, 4 * pairs + 35 * inputs),
+        "logit lens": 4.0 * n_tokens * (AT_ONCE + crosscoder.d_model) + 6 * weights,
+    }
+    if crosscoder.compares_models:
+        stages["latent scaling"] = max(26 * weights, 17 * weights + 17 * pairs + 24 * inputs)
+    most = max(stages, key=lambda stage: stages[stage])
+    return Need(((most, stages[most], f"{batch_size:,} tokens x {n_latents:,} latents"),))
 
 
 def find(opened: OpenedCrosscoder, config: AnalysisConfig | None = None) -> Findings:

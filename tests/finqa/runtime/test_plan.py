@@ -387,36 +387,11 @@ def test_evaluation_is_planned_within_a_tenth_of_what_a_gpu_was_seen_to_hold(bat
 
 
 def test_what_evaluation_needs_beside_weights_is_what_lives_as_prompts_are_read():
-    """Counted on live tensors: a C library keeps more than is in use, the memory of a GPU does not."""
-    import weakref
-
     import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
+    from live_memory import Live
     from transformers import MistralConfig, MistralForCausalLM
 
     from finqa.evaluation.engines.caches import BatchCache
-
-    class Live(TorchDispatchMode):
-        now = peak = 0
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.bytes_of: dict[int, int] = {}
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            for tensor in tree_leaves(out):
-                storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-                if storage is not None and storage._cdata not in self.bytes_of:
-                    self.bytes_of[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self.free, storage._cdata)
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-            return out
-
-        def free(self, storage: int) -> None:
-            self.now -= self.bytes_of.pop(storage)
 
     rows, longest, new = 16, 300, 100
     shapes = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
