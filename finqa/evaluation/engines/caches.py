@@ -169,12 +169,9 @@ def extent(prompts: Sequence[list[int]], model: Any) -> Extent:
     shared = shared_beginnings(prompts) if keeps_all(model) else None
     if shared is None:
         return Extent(rows, longest, rows * longest)
-    begun, rest = max(shared.lengths), _longest_rest(prompts, shared)
+    begun = max(shared.lengths)
+    rest = max(len(prompt) - shared.lengths[row] for prompt, row in zip(prompts, shared.rows, strict=True))
     return Extent(rows, begun + rest, max(len(shared.lengths) * begun, rows * rest))
-
-
-def _longest_rest(prompts: Sequence[Sequence[int]], shared: Shared) -> int:
-    return max(len(prompt) - shared.lengths[row] for prompt, row in zip(prompts, shared.rows, strict=True))
 
 
 def keeps_all(model: Any) -> bool:
