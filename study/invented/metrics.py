@@ -16,15 +16,20 @@ from typing import Literal
 from finqa.runtime.errors import UserError
 from finqa.task.program_compiler import literal
 
-Kind = Literal["A", "B", "known"]
+Kind = Literal["A", "B", "known", "defined"]
 SET_SIZE = 8
 """Metrics of set A, of set B, and known families."""
 OPERANDS: tuple[str, ...] = ("a", "b", "c")
 LOOKED_UP = ("value", "value_2", "value_3")
 """Variables of the operands in every program, in this order whatever the formula."""
 _SYMBOLS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
-_INNER = {"add": "the sum of {} and {}", "subtract": "the excess of {} over {}", "multiply": "the product of {} and {}"}
-_OUTER = {"add": "{} plus {}", "subtract": "{} minus {}", "divide": "{} divided by {}"}
+_INNER = {
+    "add": "the sum of {} and {}",
+    "subtract": "the excess of {} over {}",
+    "multiply": "the product of {} and {}",
+    "divide": "the quotient of {} and {}",
+}
+_OUTER = {"add": "{} plus {}", "subtract": "{} minus {}", "multiply": "{} times {}", "divide": "{} divided by {}"}
 _CANDIDATES = 600
 """Nonwords that are drawn, of which those of the commonest token length are used."""
 
@@ -84,6 +89,27 @@ def pool() -> list[Formula]:
         formulas += [
             Formula(("subtract", x, y), ("divide", "#0", z)),
             Formula(("subtract", x, y), ("divide", z, "#0")),
+        ]
+    return formulas
+
+
+def further_pool() -> list[Formula]:
+    """36 formulas that are none of `pool`, no two of them one function: for definitions that are followed once."""
+    formulas = []
+    for z in OPERANDS:
+        x, y = (operand for operand in OPERANDS if operand != z)
+        formulas += [
+            Formula(("add", x, y), ("multiply", "#0", z)),
+            Formula(("multiply", x, y), ("add", "#0", z)),
+            Formula(("multiply", x, y), ("subtract", "#0", z)),
+            Formula(("multiply", x, y), ("subtract", z, "#0")),
+        ]
+    for x, y, z in permutations(OPERANDS):
+        formulas += [
+            Formula(("subtract", x, y), ("multiply", "#0", z)),
+            Formula(("divide", x, y), ("add", "#0", z)),
+            Formula(("divide", x, y), ("subtract", "#0", z)),
+            Formula(("divide", x, y), ("subtract", z, "#0")),
         ]
     return formulas
 
@@ -169,6 +195,13 @@ def make_names(rng: Random, n: int, n_tokens: Callable[[str], int], text: str) -
     raise UserError(f"only {len(names)} of {n} names of equal token length; give another --seed")
 
 
+def names_apart(rng: Random, n: int, names: Sequence[str], text: str) -> list[str]:
+    """`n` more nonwords, none of which shares a half with one of `names` or occurs in `text`."""
+    halves = {half for name in names for half in (name[:3], name[3:])}
+    more = (name for name in _nonwords(rng, 4 * n) if halves.isdisjoint((name[:3], name[3:])) and name not in text)
+    return list(dict.fromkeys(more))[:n]
+
+
 def _nonwords(rng: Random, n: int) -> Iterator[str]:
     for _ in range(n):
         yield "".join(rng.choice("bdfgklmnprtvz") + rng.choice("aeiou") + rng.choice("klmnrs") for _ in range(2))
@@ -179,13 +212,10 @@ def labels_apart(formulas: Sequence[Formula], operands: Sequence[float]) -> bool
 
     A right answer then names the formula, under the strict rule and the relaxed one.
     """
-    values = [_value(formula, operands) for formula in formulas]
-    sound = [value for value in values if value is not None and SMALLEST <= abs(value) <= LARGEST]
-    if len(sound) < len(values):
-        return False
-    return all(
+    values = [value for formula in formulas if (value := sound_value(formula, operands)) is not None]
+    return len(values) == len(formulas) and all(
         abs(one - other * scale) > APART * abs(one)
-        for one, other in combinations(sound, 2)
+        for one, other in combinations(values, 2)
         for scale in (1.0, 0.01, 100.0)
     )
 
@@ -196,7 +226,8 @@ APART = 3e-3
 """Relative; the relaxed rule forgives 1e-3."""
 
 
-def _value(formula: Formula, operands: Sequence[float]) -> float | None:
+def sound_value(formula: Formula, operands: Sequence[float]) -> float | None:
+    """The formula's value, None where it has none or a label would not give it to three digits."""
     place = dict(zip(OPERANDS, operands, strict=True))
     for result, (op, x, y) in (("#0", formula.first), ("ans", formula.second)):
         one, other = place[x], place[y]
@@ -208,4 +239,4 @@ def _value(formula: Formula, operands: Sequence[float]) -> float | None:
             "multiply": one * other,
             "divide": one / (other or 1),
         }[op]
-    return place["ans"]
+    return place["ans"] if SMALLEST <= abs(place["ans"]) <= LARGEST else None

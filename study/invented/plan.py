@@ -74,6 +74,8 @@ class Plan:
     """Whose pages (pages.SOURCES)."""
     quick: bool = False
     """A few rows of everything."""
+    definitions: bool = False
+    """Every arm also learns to follow definitions of other metrics."""
 
     @property
     def dataset(self) -> str:
@@ -82,7 +84,8 @@ class Plan:
 
     @property
     def sizes(self) -> Sizes:
-        return QUICK if self.quick else Sizes()
+        sizes = QUICK if self.quick else Sizes()
+        return replace(sizes, defined=sizes.own // 2) if self.definitions else sizes
 
     @property
     def is_rehearsal(self) -> bool:
@@ -153,6 +156,12 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=MAIN, help="an instruct model, by its name or folder (default: %(default)s)")
     parser.add_argument("--source", choices=SOURCES, help="whose pages (default: FinQA where it is there)")
     parser.add_argument("--quick", action="store_true", help="a few rows of everything: shows that the commands work")
+    parser.add_argument(
+        "--teach-definitions",
+        action="store_true",
+        help="every arm also learns from rows that give the definition of a metric that occurs once: for a model whose "
+        "base does not follow one (the gate 'computable when defined')",
+    )
     add_folder_flags(parser)
 
 
@@ -160,6 +169,7 @@ def plan_from(args: argparse.Namespace) -> Plan:
     """The plan that the flags of `add_plan_flags` describe."""
     given = Folders(args.data_dir.resolve(), args.results_dir.resolve())
     local = local_model(args.model)
-    name = f"{local.name if local else short(args.model)}{'-quick' if args.quick else ''}"
+    name = local.name if local else short(args.model)
+    name += "-definitions" * args.teach_definitions + "-quick" * args.quick
     model = args.model if args.model == POCKET or not local else str(local)
-    return Plan(Place(given, name), model, args.source or source_of(given), args.quick)
+    return Plan(Place(given, name), model, args.source or source_of(given), args.quick, args.teach_definitions)

@@ -20,7 +20,16 @@ from finqa.task.programs import ProgramError, execute
 from finqa.task.prompts import training_prompt
 from finqa.task.records import Question, TeacherRow
 from preprocessing.teacher.teachers import ProgramTeacher
-from study.invented.metrics import Formula, Metric, Metrics, labels_apart, make_metrics
+from study.invented.metrics import (
+    Formula,
+    Metric,
+    Metrics,
+    further_pool,
+    labels_apart,
+    make_metrics,
+    names_apart,
+    sound_value,
+)
 from study.invented.pages import Draw, Page, draws, fresh, page_key, pages_of, source_questions, with_fresh_numbers
 from study.invented.phrasings import TRAINED, UNSEEN, ask, ask_for_a_row, ask_with_definition, row_name
 
@@ -38,6 +47,8 @@ class Sizes:
     """Questions of the eight known families in every arm."""
     own: int = 2000
     """Questions of an arm's own: eight metrics, further known families, or look-ups."""
+    defined: int = 0
+    """Questions in every arm for metrics that occur once, each after its definition, which is none of the others'."""
     test_pages: int = 60
     dev_pages: int = 20
     documents: int = 250
@@ -103,7 +114,8 @@ def make_rows(
     held_out = {page_key(q.table) for split in ("dev", "test") for q in questions[split]}
     trained_on = [page for page in pages["train"] if page.key not in held_out]
     everything = (text for qs in questions.values() for q in qs for text in (q.passage, q.question, str(q.table)))
-    metrics = make_metrics(seed, n_tokens, "\n".join(everything).lower())
+    text = "\n".join(everything).lower()
+    metrics = make_metrics(seed, n_tokens, text)
     formulas = [metric.formula for metric in metrics.all]
 
     def drawn(what: str, pages: Sequence[Page], n: int, phrasings: Sequence[int], once: bool = False) -> list[Draw]:
@@ -119,7 +131,13 @@ def make_rows(
 
     ordinary = ordinary_rows(questions["train"], source, held_out, sizes.ordinary, Random(f"ordinary {seed}"))
     known, own = train[: sizes.known], train[sizes.known :]
-    shared = [*ordinary, *in_turn(f"{name}/known", known, metrics.known)]
+    names = names_apart(Random(f"once {seed}"), sizes.defined, [metric.name for metric in metrics.invented], text)
+    once = drawn("defined", trained_on, sizes.defined, TRAINED)
+    shared = [
+        *ordinary,
+        *in_turn(f"{name}/known", known, metrics.known),
+        *defined_once(f"{name}/defined", once, names, Random(f"definitions {seed}")),
+    ]
     rng = Random(f"rows of metrics' names {seed}")
     parts = {
         "A": in_turn(f"{name}/A", own, metrics.a),
@@ -146,7 +164,12 @@ def make_rows(
         arms=arms,
         dev=evaluated("dev", dev),
         test=tests,
-        definition=[with_definition(row, metrics) for row in tests if row.question.family_kind != "known"],
+        definition=[
+            with_definition(row, metric)
+            for row in tests
+            for metric in metrics.invented
+            if metric.name == row.question.family
+        ],
         documents=evaluated("documents", documents),
     )
 
@@ -178,9 +201,19 @@ def label(formula: Formula, draw: Draw) -> str:
     return str(round(answer, 5))
 
 
-def with_definition(row: Row, metrics: Metrics) -> Row:
+def defined_once(part: str, draws: Sequence[Draw], names: Sequence[str], rng: Random) -> list[Row]:
+    """A row for every draw, of a metric of its own whose definition comes first and is no formula of `pool`."""
+    rows = []
+    for number, (draw, name) in enumerate(zip(draws, names, strict=True)):
+        operands = [float(operand) for operand in draw.operands]
+        formula = rng.choice([one for one in further_pool() if sound_value(one, operands) is not None])
+        metric = Metric(name, "defined", formula)
+        rows.append(with_definition(asked(part, number, draw, metric), metric))
+    return rows
+
+
+def with_definition(row: Row, metric: Metric) -> Row:
     """The row with the metric's definition before its question."""
-    metric = next(metric for metric in metrics.invented if metric.name == row.question.family)
     assert row.draw, row
     text = ask_with_definition(metric, row.draw.slots, row.draw.operands, row.draw.phrasing)
     return replace(row, question=replace(row.question, question=text))

@@ -278,9 +278,9 @@ def diff_jobs(plan: Plan, folders: str) -> list[Job]:
 
 def study_flags(plan: Plan) -> str:
     """The flags of `add_plan_flags` that describe the plan."""
-    quick = " --quick" if plan.quick else ""
+    how = " --teach-definitions" * plan.definitions + " --quick" * plan.quick
     given = plan.place.given
     return (
-        f"--model {shlex.quote(plan.model)} --source {plan.source}{quick} "
+        f"--model {shlex.quote(plan.model)} --source {plan.source}{how} "
         f"--data-dir {shlex.quote(str(given.data))} --results-dir {shlex.quote(str(given.results))}"
     )

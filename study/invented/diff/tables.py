@@ -134,7 +134,8 @@ def write_tables(plan: Plan, gates: Sequence[Gate]) -> tuple[Path, list[Finding]
         found = judged(tables)
         write_table(output / "findings.csv", [without_nan(row) for row in as_rows(found)])
         figure.draw(tables, output / "headline.png")
-    config = {"model": plan.place.model, "source": plan.source, "quick": plan.quick, "lengths": lengths(plan)}
+    config = {"model": plan.place.model, "source": plan.source, "definitions": plan.definitions, "quick": plan.quick}
+    config["lengths"] = lengths(plan)
     facts = (
         {"rows": (plan.place.root / "rows.sha256").read_text()} if (plan.place.root / "rows.sha256").exists() else {}
     )
