@@ -184,7 +184,7 @@ def hold(run: Run) -> None:
     from crosscoder.training.step_choice import not_by_hand
 
     device = torch.device(run.device)
-    reason = not_by_hand(run.crosscoder, run.training, device)
+    reason = not_by_hand(run.crosscoder, run.training, device, run.ranks.world)
     by_hand = run.running.step != "autograd" and reason is None
     product_bytes = product_dtype(run.training, device).itemsize
     need = training_need(run.crosscoder, run.training, by_hand, product_bytes, run.ranks.world)
@@ -230,7 +230,8 @@ def train(run: Run, log: RunLog) -> BatchTopKCrosscoder:
     if not ranks.is_main:
         return trainer.fit()
     processes = f", {ranks.world} processes" if ranks.world > 1 else ""
-    reason = "as asked" if running.step == "autograd" else not_by_hand(crosscoder, training, trainer.device)
+    asked = running.step == "autograd"
+    reason = "as asked" if asked else not_by_hand(crosscoder, training, trainer.device, ranks.world)
     steps = f"steps by autograd ({reason})" if reason else "steps by hand"
     stages = f", in {len(model.stages)} stages" if len(model.stages) > 1 else ""
     taken = (

@@ -1,8 +1,9 @@
 """The processes that train one dictionary together (torchrun), and what they tell each other.
 
-Every process holds all parameters and reads its own rows of each batch. What depends on the whole batch (which latents
-are selected, the variance of the residual, which latents are alive) is exchanged, so that several processes compute
-what one would at the same batch. `ALONE` is the one process of an ordinary run, for which all of it is the identity.
+Every process reads its own rows of each batch. What depends on the whole batch (which latents are selected, the
+variance of the residual, which latents are alive) is exchanged, so that several processes compute what one would at the
+same batch: by autograd each the gradients of its rows, in the step by hand each those of its latents. `ALONE` is the
+one process of an ordinary run, for which all of it is the identity.
 """
 
 from __future__ import annotations
@@ -60,6 +61,33 @@ class Ranks:
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
         dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
+
+    def begin_gather(self, own: Tensor, everyone: Tensor) -> Any:
+        """Begin to put the tensors of all processes into `everyone`, one after the other along its first dimension;
+        its `wait()` returns when they are there."""
+        import torch.distributed as dist
+
+        self._note(own)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
+        return gather(everyone, own.contiguous(), async_op=True)
+
+    def begin_share_of_sum(self, tensor: Tensor) -> tuple[Tensor, Any]:
+        """Begin to add up the tensors of all processes. Returns what takes this one's share of the sum, as many rows of
+        it as `rows` gives, and whose `wait()` returns when it is there."""
+        import torch.distributed as dist
+
+        self._note(tensor)
+        share = torch.empty_like(self.rows(tensor))
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # before torch 2.13
+        return share, scatter(share, tensor, async_op=True)
+
+    def agrees(self, decided: bool, device: torch.device) -> bool:
+        """What the first process has decided. Waits for it."""
+        if self.world == 1:
+            return decided
+        flag = torch.tensor(decided, device=device, dtype=torch.int32)
+        self.from_first(flag)
+        return bool(flag)
 
     def _note(self, tensor: Tensor) -> None:
         self.sent.update(bytes=tensor.nbytes, messages=1)

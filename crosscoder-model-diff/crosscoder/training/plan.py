@@ -26,22 +26,27 @@ PLACES = {"gpu": "on the GPU", "memory": "in memory", "disk": "memory-mapped"}
 def training_need(
     crosscoder: CrosscoderConfig, training: TrainingConfig, by_hand: bool, product_bytes: int, processes: int = 1
 ) -> Need:
-    """Memory of a run beside its activations, for each of the processes. `product_bytes` of a number in a product."""
+    """Memory of a run beside its activations, for each of the processes, which by hand share the latents and otherwise
+    the tokens. `product_bytes` of a number in a product."""
     width = crosscoder.n_inputs * crosscoder.d_model
     parameters = 2 * width * crosscoder.n_latents + crosscoder.n_latents + width
     copies = product_bytes if by_hand or product_bytes < 4 else 0
     gradients = product_bytes if by_hand else 4
-    tokens = -(-training.batch_size // processes)
+    tokens, latents, own = training.batch_size, crosscoder.n_latents, parameters
+    if by_hand:
+        latents, own = -(-latents // processes), -(-parameters // processes)
+    else:
+        tokens = -(-tokens // processes)
     pair = product_bytes + (BY_HAND if by_hand else BY_AUTOGRAD)
-    step = tokens * (crosscoder.n_latents * pair + 8 * width * 4)
+    step = tokens * (latents * pair + 8 * width * 4)
     of_scores = 12 * crosscoder.k * training.calibration_tokens
     calibration = READ_TOKENS * crosscoder.n_latents * BY_HAND + of_scores
     return Need(
         (
             ("weights", 4 * parameters, f"{parameters:,} parameters in fp32"),
             ("Adam", 8 * parameters, "two moments in fp32"),
-            ("gradients and copies", (gradients + copies) * parameters, f"{gradients} and {copies} bytes each"),
-            ("a step", max(step, calibration), f"{tokens:,} tokens x {crosscoder.n_latents:,} latents"),
+            ("gradients and copies", (gradients + copies) * own, f"{gradients} and {copies} bytes each"),
+            ("a step", max(step, calibration), f"{tokens:,} tokens x {latents:,} latents"),
         )
     )
 

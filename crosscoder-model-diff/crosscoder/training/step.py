@@ -107,6 +107,9 @@ class AutogradStep:
         assert parameter.grad is not None
         self._sent.append((parameter.grad, self.ranks.begin_sum(parameter.grad)))
 
+    def gather(self) -> None:
+        """To be called by all processes before the model or its optimiser is read; here every one has all of both."""
+
     def refresh(self) -> None:
         """To be called after weights were changed from outside; here the model is all there is."""
 

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from crosscoder.training.gpu.step import GpuStep
 
 
-def not_by_hand(crosscoder: CrosscoderConfig, config: TrainingConfig, device: torch.device) -> str | None:
+def not_by_hand(
+    crosscoder: CrosscoderConfig, config: TrainingConfig, device: torch.device, processes: int = 1
+) -> str | None:
     """Why these settings have no step by hand; None where they have."""
     reasons = {
         f"method {crosscoder.method}": crosscoder.method != "batchtopk",
@@ -25,6 +27,9 @@ def not_by_hand(crosscoder: CrosscoderConfig, config: TrainingConfig, device: to
         "a difference term": config.difference_weight != 0,
         "an L1 penalty": config.l1_weight > 0,
         f"the device {device.type}": device.type != "cuda",
+        f"{crosscoder.n_latents} latents that do not divide among {processes} processes": crosscoder.n_latents
+        % processes
+        > 0,
         "no Triton is installed": find_spec("triton") is None,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
@@ -42,7 +47,7 @@ def new_step(
     Raises UserError where `by-hand` is asked for and the settings have no such step.
     """
     device = model.b_dec.device
-    reason = not_by_hand(model.config, config, device)
+    reason = not_by_hand(model.config, config, device, ranks.world)
     if kind == "by-hand" and reason is not None:
         raise UserError(f"there is no step by hand for {reason}: --step autograd, or auto")
     if kind == "autograd" or (kind == "auto" and reason is not None):

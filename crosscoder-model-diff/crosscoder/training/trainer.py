@@ -31,6 +31,8 @@ from finqa.runtime.errors import UserError
 
 MEDIAN_TOKENS = 16_384
 """Training tokens from which the start of the decoder bias is taken."""
+ASKED_EVERY = 64
+"""Steps after which several processes ask the first whether it is time to save."""
 DIVERGED = 10.0
 """A reconstruction loss of so many times that of the first step ends the run."""
 
@@ -97,12 +99,14 @@ class Trainer:
         with self.batches() as batches:
             for _, raw in batches:
                 self.step(raw)
-                if self.ranks.is_main and time.monotonic() - saved_at > self.checkpoint_every_s:
+                asked = self.ranks.world == 1 or self.steps_done % ASKED_EVERY == 0
+                if asked and self.ranks.agrees(time.monotonic() - saved_at > self.checkpoint_every_s, self.device):
                     self.save_state()
                     saved_at = time.monotonic()
         while self.stages_done + 1 < len(self.model.stages):  # those without a step
             self._next_stage()
         self.model.stage = None
+        self._take_step.gather()
         if self.ranks.is_main:
             config = self.config
             calibrate(self.model, self.store, self.split.train, config.calibration_tokens, config.seed)
@@ -142,9 +146,11 @@ class Trainer:
         )
 
     def save_state(self) -> None:
-        """Write all that the next step depends on, unless the run has failed."""
+        """Write all that the next step depends on, unless the run has failed. Called by all processes."""
         self._check_healthy()
-        checkpoint.save_training_state(self.folder, *self.state_dict())
+        self._take_step.gather()
+        if self.ranks.is_main:
+            checkpoint.save_training_state(self.folder, *self.state_dict())
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a run under way is: parameters, optimiser, counts and generator as tensors, and its progress as JSON."""

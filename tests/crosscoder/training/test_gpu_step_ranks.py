@@ -29,9 +29,11 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {"n_steps": 5},
     "l2": {"reconstruction": "l2", "n_steps": 5},
     # A process has room for its own share alone, and one of them has more than that.
-    "no room": {"constants": {"CAPACITY": 1}, "n_steps": 3},
+    "no room": {"constants": {"CAPACITY": 1}, "bias": 10 * [4.0] + 10 * [0.0], "n_steps": 3},
     "no search": {"constants": {"CAPACITY": 1, "SEARCH_STEPS": 1}, "n_steps": 2},
-    "one process has no positive score": {"silent": True, "bias": -0.5, "n_steps": 3},
+    "one process has no positive score": {"bias": 10 * [-0.5] + 10 * [-1e6], "n_steps": 3},
+    "one process has the dead latents": {"dead": [3, 7, 8], "n_steps": 2},
+    "fewer dead latents than are kept": {"dead": [12], "n_steps": 2},
     "fewer positive pairs than are kept": {"bias": -3.0, "n_steps": 2},
     "no positive pair": {"bias": -1e6, "n_steps": 2},
     "bf16": {"product_dtype": "bfloat16", "n_steps": 2},
@@ -74,19 +76,17 @@ selection.Selector.search = noted
 def model_of(bias, k):
     config = CrosscoderConfig(d_model=12, n_latents=20, k=k)
     model = BatchTopKCrosscoder(config, generator=torch.Generator().manual_seed(3))
-    model.b_enc.data[:] = bias
+    model.b_enc.data[:] = torch.as_tensor(bias)
     return model
 
 
-def batch(number, silent):
-    """Of all rows. From step 2 on those of one process, then of the other have far larger scores."""
+def batch(number):
+    """Of all rows. At step 2 their scores are far larger."""
     raw = torch.randn(16, 2, 12, generator=torch.Generator().manual_seed(number))
-    raw[:8] *= 6.0 if number == 2 else 1.0
-    raw[8:] *= 0.0 if silent else 6.0 if number == 3 else 1.0
-    return raw
+    return raw * (6.0 if number == 2 else 1.0)
 
 
-def steps_of(n_steps, reconstruction="mse", constants={}, product_dtype="float32", silent=False, bias=0.0):
+def steps_of(n_steps, reconstruction="mse", constants={}, product_dtype="float32", bias=0.0, dead=(3, 7, 11, 19)):
     for name, value in constants.items():
         setattr(selection, name, value)
     model = model_of(bias, k=2).to(device)
@@ -95,21 +95,23 @@ def steps_of(n_steps, reconstruction="mse", constants={}, product_dtype="float32
     settings = TrainingConfig(reconstruction=reconstruction, aux_weight=0.3, aux_k=2, precision="fp32")
     take, taken = GpuStep(model, adam, settings, getattr(torch, product_dtype), ranks), []
     for number in range(n_steps):
-        dead = torch.zeros(20, dtype=torch.bool, device=device)
-        dead[[3, 7, 11, 19]] = number in (1, 4)
+        are_dead = torch.zeros(20, dtype=torch.bool, device=device)
+        are_dead[list(dead)] = number in (1, 4)
         searched.clear()
         ranks.sent.clear()
         if number == 4:  # as where latents are drawn anew
             model.W_dec.data[3] *= 2
             take.refresh()
-        step = take(ranks.rows(batch(number, silent)).to(device), 1e-2, Weights(2, 0.0, 0.0), dead)
+        step = take(ranks.rows(batch(number)).to(device), 1e-2, Weights(2, 0.0, 0.0), are_dead)
+        sent = dict(ranks.sent)
+        take.gather()
         moments = [adam.state[p][name] for p in model.parameters() for name in ("exp_avg", "exp_avg_sq")]
         taken.append({
             "step": {name: value.cpu() for name, value in step._asdict().items()},
             "weights": [p.detach().cpu().clone() for p in model.parameters()],
             "moments": [moment.cpu().clone() for moment in moments],
             "searched": list(searched),
-            "sent": dict(ranks.sent),
+            "sent": sent,
         })
     return taken
 
@@ -134,8 +136,7 @@ first.begin()
 with first.batches() as batches:
     for _, (_, raw) in zip(range(13), batches):
         first.step(raw)
-if ranks.is_main:
-    first.save_state()
+first.save_state()
 parallel.wait_for_all()
 model = trainer(records.append).fit()
 found["trainer"] = {"log": [record._asdict() for record in records], "threshold": model.threshold}
@@ -190,38 +191,40 @@ def test_the_cases_are_what_they_are_called(found):
     assert first == second, "both decide alike"
     for name in ("plain", "l2"):
         assert first[name][:2] == one[name][:2] == [["bound"], []]
-        assert (first[name][2], one[name][2]) == (["bound"], []), "there is no room in one process, in all there is"
+        assert first[name][2] == one[name][2] == ["bound"], "the last step's bound leaves no room"
         assert first[name][4] == one[name][4] == ["bound"], "nothing is known after a refresh"
-    assert first["no room"][2] == ["all pairs"]
+    assert (first["no room"], one["no room"]) == (3 * [["all pairs"]], 3 * [["bound"]])
     assert set(map(tuple, one["no search"] + first["no search"])) == {("all pairs",)}
     active = {name: [int(step["step"]["n_active"]) for step in found[0][name]] for name in CASES}
     assert set(active["plain"] + active["one process has no positive score"]) == {FULL}
     assert all(0 < count < FULL for count in active["fewer positive pairs than are kept"])
     assert set(active["no positive pair"]) == {0}
-    silent = found[2]["one process has no positive score"][0]["step"]
-    assert not silent["x"].any() and not silent["error"].any(), "nothing but a bias of 0 is added up"
+    silent = found[0]["one process has no positive score"][2]["step"]["positive"]
+    assert silent[:10].any() and not silent[10:].any()
 
 
 @pytest.mark.slow
-def test_a_step_sends_each_gradient_once(found):
-    """Four ranges of the two weights' gradients, the biases', what the log says of the batch, a count and the scores of
-    the selection; of the auxiliary loss the mean and the square of the error, and the gradients of four dead latents.
-    """
+def test_what_a_step_sends_is_of_the_size_of_the_batch(found):
+    """Its own rows of x and of the error, what its latents decode of the whole batch in two pieces; a count and the
+    scores of the selection, what is known of its ten latents, and two sums. With dead latents what these decode, the
+    error that they leave, and the two best scores of every token."""
     assert not any(step["sent"] for case in CASES for step in found[0][case])
     for number_bytes, case in ((4, "plain"), (2, "bf16")):
         step = found[1][case][1]
         assert step["searched"] == []
-        weights, few = 2 * (20 + 4) * 24 * number_bytes, 20 + 24 + 5 + 1 + 2 * 20 + 1 + FULL + 24 + 1
-        assert step["sent"] == {"messages": 2 * 4 + 1 + 1 + 2 + 2 + 2, "bytes": weights + 4 * few}
+        rows, decoded, few = 8 * 24 * number_bytes, 16 * 24 * 4, 1 + FULL + 3 * 10 + 2 + 2 * 16
+        assert step["sent"] == {"messages": 1 + 2 * 2 + 3 + 3, "bytes": 3 * rows + 2 * decoded + 4 * few}
 
 
 @pytest.mark.slow
-def test_gradients_that_are_summed_in_bf16_are_those_of_one_process_to_its_rounding(found):
+def test_products_in_bf16_are_those_of_one_process_to_their_rounding(found):
     one, first, _ = (of["bf16"] for of in found)
     for mine, expected in zip(first[0]["moments"], one[0]["moments"], strict=True):
         assert float((mine - expected).norm()) <= 0.02 * float(expected.norm())
     for mine, alone in zip(first, one, strict=True):
-        torch.testing.assert_close(mine["step"]["parts"], alone["step"]["parts"], rtol=5e-3, atol=0)
+        # Triton's interpreter cuts off where torch rounds: 34.00 is its loss in one process, 34.18 that in fp32.
+        rtol = 1e-2 if INTERPRETED else 5e-3
+        torch.testing.assert_close(mine["step"]["parts"], alone["step"]["parts"], rtol=rtol, atol=0)
 
 
 @pytest.mark.slow

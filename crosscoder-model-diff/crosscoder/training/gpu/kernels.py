@@ -50,11 +50,14 @@ def candidates(
 
 @triton.jit
 def decode_and_differentiate(
-    starts, order, latents, values, decoder, bias, x, error, squares, products,
-    n_pairs, d_model, parts_of_model, at_once: tl.constexpr, block: tl.constexpr,
+    starts, order, latents, values, decoder, bias, x, error, squares, products, n_tokens, n_pairs, d_model,
+    parts_of_model, decode: tl.constexpr, differentiate: tl.constexpr, at_once: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """Decode `block` columns of one model for one token: error of the reconstruction, the sum of its squares, and its
     product with the decoder row of each active latent.
+
+    With `decode` alone `error` takes the sum of the latents' vectors, without bias and x; with `differentiate` alone
+    the error is there, and the rest is computed.
 
     `latents` and `values` are the pairs in order of tokens, those of token t from starts[t] to starts[t + 1]. Part p
     of the columns belongs to model p // parts_of_model; `squares` is [parts, tokens], `products` [parts, pairs].
@@ -67,18 +70,25 @@ def decode_and_differentiate(
     column = part // parts_of_model * d_model + of_model
     width = tl.num_programs(1) // parts_of_model * d_model
     row = token.to(tl.int64) * width + column
-    e = tl.load(bias + column, mask=inside, other=0.0) - tl.load(x + row, mask=inside, other=0.0).to(tl.float32)
+    e = tl.zeros([block], tl.float32)
+    if decode and differentiate:
+        e += tl.load(bias + column, mask=inside, other=0.0) - tl.load(x + row, mask=inside, other=0.0).to(tl.float32)
     first, last = tl.load(starts + token), tl.load(starts + token + 1)
-    for pair in range(first, last, at_once):
-        which = pair + tl.arange(0, at_once)
-        there = which < last
-        weight = decoder + tl.load(latents + which, mask=there, other=0).to(tl.int64)[:, None] * width
-        weights = tl.load(weight + column[None, :], mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        e += tl.sum(tl.load(values + which, mask=there, other=0.0)[:, None] * weights, 0)
-    rounded = tl.where(inside, e, 0.0).to(error.dtype.element_ty)
-    tl.store(error + row, rounded, mask=inside)
+    if decode:
+        for pair in range(first, last, at_once):
+            which = pair + tl.arange(0, at_once)
+            there = which < last
+            weight = decoder + tl.load(latents + which, mask=there, other=0).to(tl.int64)[:, None] * width
+            weights = tl.load(weight + column[None, :], mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            e += tl.sum(tl.load(values + which, mask=there, other=0.0)[:, None] * weights, 0)
+        rounded = tl.where(inside, e, 0.0).to(error.dtype.element_ty)
+        tl.store(error + row, rounded, mask=inside)
+    else:
+        rounded = tl.load(error + row, mask=inside, other=0.0)
+    if not differentiate:
+        return
     e = rounded.to(tl.float32)
-    tl.store(squares + part * tl.num_programs(0) + token, tl.sum(e * e, 0))
+    tl.store(squares + part * n_tokens + token, tl.sum(e * e, 0))
     for pair in range(first, last, at_once):
         which = pair + tl.arange(0, at_once)
         there = which < last

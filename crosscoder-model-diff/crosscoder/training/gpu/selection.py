@@ -1,8 +1,8 @@
 """The selection of the step by hand: the pairs of token and latent of the largest scores of a batch.
 
 Only pairs above a bound are looked at, and whether it was a good one is known from a count, which is on its way to the
-CPU while the GPU goes on. With several processes the bound is the same in all of them, and so are the counts that they
-judge it by: each decides what all decide.
+CPU while the GPU goes on. Several processes have a share of the latents each, and all tokens. The bound is the same in
+all of them, and so are the counts that they judge it by: each decides what all decide.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from crosscoder.dictionaries.selection import shared_best
 from crosscoder.training.gpu import kernels
 
 CAPACITY = 4
-"""Candidates of the selection that there is room for in a process, over the pairs that are kept of as many tokens."""
+"""Candidates of the selection that there is room for in a process, over its share of the pairs that are kept."""
 BOUND = 0.9
 """Share of the last step's smallest kept score, at first: pairs below are no candidates. It moves so that there are
 between ENOUGH and MANY times the pairs that are kept: some room on both sides for what a step changes."""
@@ -44,7 +44,7 @@ class Selection(NamedTuple):
     smallest: Tensor
     """[]: the smallest positive score of all that were kept, or infinity."""
     positive: Tensor
-    """[latent] int8: whether it is positive for a token of this process."""
+    """[latent] int8: whether it is positive for a token; of this process's latents, as all that has a latent."""
     counters: Tensor
     """[world] int32, on their way to the CPU: each process's pairs above the bound. `least` of them together,
     `most` in each, and nothing was missed."""
@@ -71,7 +71,7 @@ class Selector:
     """Selects for one step after the other, from the bound that the last one has left."""
 
     def __init__(self, bias: Tensor, ranks: Ranks) -> None:
-        """`bias` [latent] fp32 is the encoder's, which changes in place."""
+        """`bias` [latent] fp32 is the encoder's of this process's latents, which changes in place."""
         self.bias, self.ranks = bias, ranks
         self.bound, self.bound_share = torch.zeros((), device=bias.device), BOUND
 
@@ -86,7 +86,7 @@ class Selector:
         """
         batch, n_latents = product.shape
         n_keep = self._n_keep(product, k)
-        capacity = min(CAPACITY * k * batch, product.numel())
+        capacity = min(-(-CAPACITY * k * batch // self.ranks.world), product.numel())
         device = product.device
         counter = torch.zeros(1, dtype=torch.int32, device=device)
         positive = torch.zeros(n_latents, dtype=torch.int8, device=device)
@@ -116,7 +116,7 @@ class Selector:
         n_keep = self._n_keep(product, k)
         sample = product[:: max(1, len(product) // SAMPLED_TOKENS)]
         scores = (torch.relu(sample.float() + self.bias) * norms).flatten()
-        n_likely = 2 * k * len(sample) * self.ranks.world
+        n_likely = 2 * k * len(sample)
         best = torch.topk(scores, min(n_likely, len(scores)), sorted=False).values
         likely = best if self.ranks.world == 1 else shared_best(best, n_likely, self.ranks)[0]
         low, high, bound = 0.0, float("inf"), float(likely.min())
@@ -148,7 +148,7 @@ class Selector:
 
     def _n_keep(self, product: Tensor, k: int) -> int:
         """Pairs that are kept in all processes."""
-        return min(k * len(product), product.numel()) * self.ranks.world
+        return min(k * len(product), product.numel() * self.ranks.world)
 
     def _largest(
         self, scores: Tensor, values: Tensor, indices: Tensor, n_keep: int, filling: int

@@ -6,9 +6,10 @@ by one pass of Adam; what is waited for is done by then, so that the GPU always 
 
 The encoder is held transposed, [latent, 2 * d_model], like the decoder: the model's W_enc becomes a view of that.
 
-Several processes have equal shares of the rows and hold all parameters. They select among the rows of all, and take the
-step of the whole batch, each the same one. Sums over them are asked for without waiting, and those of the gradients, in
-the dtype of the products, are on their way while the next ones are computed.
+Several processes have equal shares of the latents, whose weights each alone keeps up to date, and see all tokens. Each
+sends its own rows of the batch to the others, selects among the latents of all, and decodes its own; the sum of that,
+less x, is the error, from which the gradients of its latents follow. So what is sent is of the size of the batch,
+not of the dictionary, and the most of it is on its way while something is computed.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from crosscoder.dictionaries.config import N_MODELS, TrainingConfig
 from crosscoder.dictionaries.losses import Weights, auxiliary_latents
 from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.dictionaries.ranks import ALONE, Ranks
-from crosscoder.training.gpu import kernels
+from crosscoder.training.gpu import exchange, kernels
 from crosscoder.training.gpu.pairs import Pairs, latents_first, starts_of, sum_of_squares
 from crosscoder.training.gpu.selection import Selection, Selector
-from crosscoder.training.step import Step, of_whole_batch
+from crosscoder.training.step import Step
 
-RANGES = 4
-"""Ranges of latents whose gradients are summed over several processes one after the other."""
+PIECES = 2
+"""Pieces of the batch that several processes decode, and add up, one after the other."""
 SMALLEST_SQUARE = 1e-30
 """Smallest square of an error's length, which is divided by."""
 ALIGNED = 64
@@ -61,27 +62,34 @@ class GpuStep:
         ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.optimizer, self.config, self.ranks = model, optimizer, config, ranks
-        self.n_latents = model.config.n_latents
         self.width = N_MODELS * model.config.d_model
         device = model.b_dec.device
-        self.decoder = model.W_dec.data.view(self.n_latents, self.width)
-        self.encoder = latents_first(model.W_enc.data).contiguous()
-        model.W_enc.data = self.encoder.t().view(model.W_enc.shape)
-        self.moments = {
-            "encoder": self._moments(model.W_enc, transposed=True),
-            "decoder": self._moments(model.W_dec, transposed=False),
+        encoder = latents_first(model.W_enc.data).contiguous()
+        model.W_enc.data = encoder.t().view(model.W_enc.shape)
+        self.whole = {
+            "decoder": (model.W_dec.data.view(-1, self.width), *self._moments(model.W_dec, transposed=False)),
+            "encoder": (encoder, *self._moments(model.W_enc, transposed=True)),
         }
+        self.own = {name: tuple(map(ranks.rows, tensors)) for name, tensors in self.whole.items()}
+        self.decoder, self.encoder = self.own["decoder"][0], self.own["encoder"][0]
+        self.n_latents = len(self.decoder)
+        self.first = ranks.rank * self.n_latents
+        self.bias = ranks.rows(model.b_enc.data)
         self.decoder_copy, self.encoder_copy = self.decoder.to(product_dtype), self.encoder.to(product_dtype)
         self.decoder_gradient = torch.empty_like(self.decoder_copy)
         self.encoder_gradient = torch.empty_like(self.encoder_copy)
         self.norms = torch.empty((self.n_latents, N_MODELS), device=device)
         self.unused_norms = torch.empty_like(self.norms)
-        self.selector = Selector(model.b_enc, ranks)
-        n_rows = -(-self.n_latents // (RANGES if ranks.world > 1 else 1))
-        self.ranges = [(at, min(at + n_rows, self.n_latents)) for at in range(0, self.n_latents, n_rows)]
-        self._sent: list[Any] = []
-        self.steps = int(self.moments["decoder"][2])
+        self.selector = Selector(self.bias, ranks)
+        self.counts = [optimizer.state[parameter]["step"] for parameter in (model.W_dec, model.W_enc)]
+        self.steps = int(self.counts[0])
         self.refresh()
+
+    def gather(self) -> None:
+        """Bring the others' weights and moments into the model and the optimiser's state. All processes call it."""
+        for name, tensors in self.whole.items() if self.ranks.world > 1 else ():
+            for own, tensor in zip(self.own[name], tensors, strict=True):
+                self.ranks.begin_gather(own.clone(), tensor).wait()
 
     def refresh(self) -> None:
         """Take over weights that were changed from outside: fresh latents, a resumed run."""
@@ -93,16 +101,16 @@ class GpuStep:
     @torch.no_grad()
     def __call__(self, raw: Tensor, learning_rate: float, weights: Weights, dead: Tensor) -> Step:
         """Take one step; arguments as of AutogradStep."""
-        batch = len(raw)
         # Waited for before anything of this step is asked of the GPU: the product behind it is long enough to catch up.
         candidates = dead.nonzero().squeeze(-1) if self.config.aux_weight else dead[:0]
-        x = self.model.scale(raw).flatten(1).to(self.decoder_copy.dtype)
-        product = x @ self.encoder_copy.t()
+        own_candidates = self._own(candidates)
+        own_rows = self.model.scale(raw).flatten(1).to(self.decoder_copy.dtype)
+        x, product = exchange.rows_and_product(own_rows, self.encoder_copy, self.ranks)
+        batch = len(x)
         score_norms = self._score_norms()
         selection = self.selector.select(product, score_norms, weights.k)
         gradients = self._gradients(x, selection)
         if not selection.is_whole():  # Its count was on its way while the gradients were computed.
-            self._receive()  # What is under way must not be written over.
             selection = self.selector.search(product, score_norms, weights.k)
             gradients = self._gradients(x, selection)
         self.selector.move_bound(selection)
@@ -110,46 +118,50 @@ class GpuStep:
         reconstruction = losses.sum() / (batch if self.config.reconstruction == "mse" else N_MODELS * batch)
         zero = auxiliary = torch.zeros((), device=x.device)
         if len(candidates):
-            auxiliary, changed = self._auxiliary(x, product, score_norms, error, candidates, bias_gradient)
-            squares[candidates] = 0.0
-            squares[candidates, 0] = changed
+            auxiliary, changed = self._auxiliary(
+                x, product, score_norms, error, own_candidates, len(candidates), bias_gradient
+            )
+            squares[own_candidates] = 0.0
+            squares[own_candidates, 0] = changed
+        selected = torch.zeros(self.n_latents, device=x.device)
+        selected.index_add_(0, selection.index % self.n_latents, selection.values)
+        counted = torch.stack((squares.sum(), (selection.values > 0).sum()))
+        own = torch.cat((bias_gradient, selection.positive, selected, counted))
+        everyone = self.ranks.gather(own)
+        bias_gradient, positive, selected = (part.flatten() for part in everyone[:, :-2].split(self.n_latents, dim=1))
+        square, n_active = everyone[:, -2:].sum(0)
         decoder_bias_gradient = gradient.sum(0, dtype=torch.float32)
-        if self.ranks.world > 1:
-            biases = self.ranks.sum(torch.cat((bias_gradient, decoder_bias_gradient)))
-            bias_gradient, decoder_bias_gradient = biases.split((self.n_latents, self.width))
-            self._receive()
-            squares = sum_of_squares(self.decoder_gradient) + sum_of_squares(self.encoder_gradient)
-        norm = (squares.sum() + bias_gradient.square().sum() + decoder_bias_gradient.square().sum()).sqrt()
+        norm = (square + bias_gradient.square().sum() + decoder_bias_gradient.square().sum()).sqrt()
         clip = (self.config.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
         self._adam(learning_rate, clip, bias_gradient, decoder_bias_gradient)
 
         loss = reconstruction + self.config.aux_weight * auxiliary
-        latents = selection.index % self.n_latents
-        selected = torch.zeros(self.n_latents, device=x.device).index_add_(0, latents, selection.values) > 0
-        step = Step(
+        return Step(
             parts=torch.stack([loss, reconstruction, zero, zero, auxiliary]),
             gradient_norm=norm,
             smallest_score=selection.smallest,
-            positive=selection.positive.bool(),
-            selected=selected,
-            n_active=(selection.values > 0).sum(),
-            x=x.view(batch, N_MODELS, -1),
-            error=error.view(batch, N_MODELS, -1),
+            positive=positive > 0,
+            selected=selected > 0,
+            n_active=n_active.long(),
+            x=self.ranks.rows(x.view(batch, N_MODELS, -1)),
+            error=self.ranks.rows(error.view(batch, N_MODELS, -1)),
         )
-        return of_whole_batch(step, self.ranks)
+
+    def _own(self, latents: Tensor) -> Tensor:
+        """Those of the latents that are this process's, counted from its first."""
+        if self.ranks.world == 1:
+            return latents
+        return latents[(latents >= self.first) & (latents < self.first + self.n_latents)] - self.first
 
     def _score_norms(self) -> Tensor:
         """[latent] fp32; see BatchTopKCrosscoder.selection_norms."""
         if self.model.config.score_norm == "none":
-            return torch.ones_like(self.model.b_enc)
+            return torch.ones_like(self.bias)
         return self.norms.norm(dim=-1) if self.model.config.score_norm == "l2" else self.norms.sum(dim=-1)
 
     def _gradients(self, x: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Error and the loss's gradient at the reconstruction (both [batch, width]); b_enc's gradient [latent]; sums of
-        squares of the weights' gradients, which are filled and on their way to the others; losses [batch].
-
-        All of this process's rows; the gradients of a loss that is the mean over the rows of all processes.
-        """
+        """Error and the loss's gradient at the reconstruction (both [batch, width]); b_enc's gradient [latent] and sums
+        of squares of the weights' gradients, which are filled, of this process's latents; losses [batch]."""
         batch, index, values = len(x), selection.index, selection.values
         by_token = Pairs(starts_of(index, self.n_latents, batch), (index % self.n_latents).int(), values)
         error, gradient, value_gradients, losses = self._decode(x, by_token, index)
@@ -162,25 +174,39 @@ class GpuStep:
         """Error, the loss's gradient at the reconstruction (both [batch, width]) and at the values, losses [batch].
         `index` as of Selection; what fills it up has no gradients."""
         batch, d_model = len(x), self.width // N_MODELS
-        tokens = batch * self.ranks.world
         block = min(kernels.DECODER_COLUMNS, triton.next_power_of_2(d_model))
         parts_of_model = triton.cdiv(d_model, block)
         parts = N_MODELS * parts_of_model
-        order = pairs.starts.diff().argsort(descending=True)  # a token of many pairs is not to be the last one
-        error = torch.empty_like(x)
         squares = torch.empty((parts, batch), device=x.device)
         products = torch.empty((parts, len(pairs.values)), device=x.device)
-        kernel: Any = kernels.decode_and_differentiate
-        kernel[(batch, parts)](
-            pairs.starts, order, pairs.other, pairs.values, self.decoder_copy, self.model.b_dec, x, error,
-            squares, products, len(pairs.values), d_model, parts_of_model, kernels.DECODER_ROWS, block, num_warps=1,
-        )  # fmt: skip
+        counts, bias = pairs.starts.diff(), self.model.b_dec.flatten()
+
+        def run(error: Tensor, rows: slice, decode: bool, differentiate: bool) -> Tensor:
+            # a token of many pairs is not to be the last one
+            order = counts[rows].argsort(descending=True) + (rows.start or 0)
+            kernel: Any = kernels.decode_and_differentiate
+            kernel[(len(order), parts)](
+                pairs.starts, order, pairs.other, pairs.values, self.decoder_copy, bias, x, error, squares, products,
+                batch, len(pairs.values), d_model, parts_of_model, decode, differentiate, kernels.DECODER_ROWS, block,
+                num_warps=1,
+            )  # fmt: skip
+            return error[rows]
+
+        if self.ranks.world == 1:
+            error = run(torch.empty_like(x), slice(None), True, True)
+        else:
+            own = torch.empty_like(x, dtype=torch.float32)
+            size = -(-batch // (PIECES * self.ranks.world)) * self.ranks.world
+            pieces = (slice(at, min(at + size, batch)) for at in range(0, batch, size))
+            decoded = (run(own, rows, True, False) for rows in pieces)
+            error = exchange.whole_sum(decoded, lambda rows: bias - x[rows], x, self.ranks)
+            run(error, slice(None), False, True)
         if self.config.reconstruction == "mse":
-            scale = 2 / tokens
+            scale = 2 / batch
             losses, gradient, value_gradients = squares.sum(0), error * scale, products.sum(0) * scale
         else:  # l2: the gradient of |e_m| is e_m / |e_m|
             norms = squares.view(N_MODELS, parts_of_model, batch).sum(1).clamp(min=SMALLEST_SQUARE).sqrt()
-            losses, scales = norms.sum(0), 1 / (N_MODELS * tokens * norms)
+            losses, scales = norms.sum(0), 1 / (N_MODELS * batch * norms)
             gradient = (error.view(batch, N_MODELS, -1) * scales.t().unsqueeze(-1)).to(error.dtype).view_as(error)
             of_pair = scales[:, (index // self.n_latents).clamp(max=batch - 1)]
             value_gradients = (products.view(N_MODELS, parts_of_model, -1).sum(1) * of_pair).sum(0)
@@ -189,8 +215,8 @@ class GpuStep:
     def _weight_gradients(
         self, x: Tensor, gradient: Tensor, pairs: Pairs, value_gradients: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Fills the gradients of encoder and decoder and sends them; returns b_enc's, and the sums of the squares of
-        the others, [latent, parts]: both of this process."""
+        """Fills the gradients of encoder and decoder; returns b_enc's, and the sums of the squares of the others,
+        [latent, parts]."""
         # There is room for those of all processes, of which a share are this one's.
         many = len(pairs.values) // self.ranks.world >= kernels.MANY_PAIRS * self.n_latents
         columns, rows = kernels.GRADIENT_BLOCK if many else kernels.SPARSE_BLOCK
@@ -199,56 +225,46 @@ class GpuStep:
         bias_gradient = torch.empty(self.n_latents, device=x.device)
         squares = torch.empty((self.n_latents, parts), device=x.device)
         kernel: Any = kernels.weight_gradients
-        for at, end in self.ranges:
-            decoder_gradient, encoder_gradient = self.decoder_gradient[at:end], self.encoder_gradient[at:end]
-            kernel[(end - at, parts)](
-                pairs.starts[at:], pairs.other, pairs.values, value_gradients, gradient, x, decoder_gradient,
-                encoder_gradient, bias_gradient[at:], squares[at:], self.width, rows, block, num_warps=1,
-            )  # fmt: skip
-            if self.ranks.world > 1:
-                self._sent += [self.ranks.begin_sum(decoder_gradient), self.ranks.begin_sum(encoder_gradient)]
+        kernel[(self.n_latents, parts)](
+            pairs.starts, pairs.other, pairs.values, value_gradients, gradient, x, self.decoder_gradient,
+            self.encoder_gradient, bias_gradient, squares, self.width, rows, block, num_warps=1,
+        )  # fmt: skip
         return bias_gradient, squares
 
     def _auxiliary(
-        self, x: Tensor, product: Tensor, norms: Tensor, error: Tensor, dead: Tensor, bias_gradient: Tensor
+        self, x: Tensor, product: Tensor, norms: Tensor, error: Tensor, dead: Tensor, n_dead: int, bias_gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The auxiliary loss (losses.auxiliary_loss) of the `dead` [n] latents; adds its gradients, times its weight,
-        to the others. And the sums of the squares [n] of the rows that it changed, encoder's and decoder's.
-
-        With several processes the weights' gradients are summed by now and its own are summed here; loss and biases'
-        are of this process.
-        """
+        """The auxiliary loss (losses.auxiliary_loss) of `n_dead` latents, of which `dead` [n] are this process's; adds
+        its gradients, times its weight, to the others. And the sums of the squares [n] of the rows that it changed,
+        encoder's and decoder's."""
         aux_k, weight = auxiliary_latents(self.config, self.model.config.d_model), self.config.aux_weight
-        n, world = len(dead), self.ranks.world
+        n = len(dead)
         rows = torch.nn.functional.pad(dead, (0, -n % ALIGNED))  # what is filled up has values of 0
-        values = torch.relu(product[:, rows] + self.model.b_enc[rows])
+        values = torch.relu(product[:, rows] + self.bias[rows])
         values[:, n:] = 0.0
-        if aux_k < n:
-            best = torch.topk(values * norms[rows], aux_k, dim=-1, sorted=False).indices
-            values = torch.zeros_like(values).scatter(1, best, values.gather(1, best))
+        if aux_k < n_dead:
+            scores = values * norms[rows]
+            values = values * (scores >= exchange.smallest_kept(scores, aux_k, self.ranks))
         rounded, decoder = values.to(x.dtype), self.decoder_copy[rows]
-        left = torch.addmm(error, rounded, decoder)  # what the dead latents leave of the residual, which is -error
-        mean = self.ranks.mean(error.mean(0, dtype=torch.float32))
-        square, of_mean = self.ranks.sum(sum_of_squares(error)), world * len(x) * sum_of_squares(mean)
+        # what the dead latents leave of the residual, which is -error
+        if self.ranks.world == 1:
+            left = torch.addmm(error, rounded, decoder)
+        else:
+            decoded = iter([(rounded @ decoder).float()])
+            left = exchange.whole_sum(decoded, lambda rows: error[rows], error, self.ranks)
+        square, of_mean = sum_of_squares(error), len(x) * sum_of_squares(error.mean(0, dtype=torch.float32))
         # Where all rows are alike the variance is 0, and the difference of the two sums a rounding of them.
-        scale = torch.where(square - of_mean > ROUNDING * square, world / (square - of_mean), 0.0)
-        factor = (2 * weight / world * scale).to(x.dtype)
+        scale = torch.where(square - of_mean > ROUNDING * square, 1 / (square - of_mean), 0.0)
+        factor = (2 * weight * scale).to(x.dtype)
         slope = (left @ decoder.t()) * (factor * (rounded > 0))
         squares = torch.zeros(n, device=x.device)
         added_to_both = (factor * rounded).t() @ left, slope.t() @ x
-        self._receive()
         for gradient, added in zip((self.decoder_gradient, self.encoder_gradient), added_to_both, strict=True):
-            changed = gradient[dead] + self.ranks.sum(added[:n])
+            changed = gradient[dead] + added[:n]
             gradient.index_copy_(0, dead, changed)
             squares += torch.linalg.vector_norm(changed, dim=1, dtype=torch.float32) ** 2
         bias_gradient.index_add_(0, dead, slope[:, :n].sum(0, dtype=torch.float32))
         return sum_of_squares(left) * scale, squares
-
-    def _receive(self) -> None:
-        """Go on once the sums that are on their way are there. It is the GPU that waits."""
-        for sent in self._sent:
-            sent.wait()
-        self._sent.clear()
 
     def _adam(self, learning_rate: float, clip: Tensor, bias_gradient: Tensor, decoder_bias_gradient: Tensor) -> None:
         group = self.optimizer.param_groups[0]
@@ -256,12 +272,13 @@ class GpuStep:
         beta_1, beta_2 = group["betas"]
         kernel: Any = kernels.adam_rows
         self.steps += 1
-        for name, weight, gradient, copy, norms in (
-            ("decoder", self.decoder, self.decoder_gradient, self.decoder_copy, self.norms),
-            ("encoder", self.encoder, self.encoder_gradient, self.encoder_copy, self.unused_norms),
+        for count in self.counts:
+            count += 1
+        for name, gradient, copy, norms in (
+            ("decoder", self.decoder_gradient, self.decoder_copy, self.norms),
+            ("encoder", self.encoder_gradient, self.encoder_copy, self.unused_norms),
         ):
-            first, second, step = self.moments[name]
-            step += 1
+            weight, first, second = self.own[name]
             kernel[(self.n_latents,)](
                 weight, gradient, first, second, copy, norms, clip, learning_rate, beta_1, beta_2,
                 1 - beta_1**self.steps, 1 - beta_2**self.steps, self.width, self.width // N_MODELS,
@@ -272,15 +289,15 @@ class GpuStep:
         self.model.b_dec.grad = (decoder_bias_gradient * clip).view_as(self.model.b_dec)
         self.optimizer.step()
 
-    def _moments(self, parameter: torch.nn.Parameter, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Adam's state of a parameter, made where it has none: moments as [latent, width], and the step count."""
+    def _moments(self, parameter: torch.nn.Parameter, transposed: bool) -> tuple[Tensor, Tensor]:
+        """Adam's moments of a parameter as [latent, width], made where it has none."""
         state: dict[str, Any] = self.optimizer.state[parameter]
         for name in ("exp_avg", "exp_avg_sq"):
             moment = torch.zeros_like(parameter.data)
             state[name] = moment if state.get(name) is None else moment.copy_(state[name])  # laid out as the parameter
         state.setdefault("step", torch.zeros((), device=parameter.device))
         first, second = (
-            latents_first(state[name]) if transposed else state[name].view(self.n_latents, self.width)
+            latents_first(state[name]) if transposed else state[name].view(-1, self.width)
             for name in ("exp_avg", "exp_avg_sq")
         )
-        return first, second, state["step"]
+        return first, second
