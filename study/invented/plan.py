@@ -15,7 +15,7 @@ from finqa.runtime.paths import Folders, add_folder_flags
 from finqa.task.datasets import INVENTED
 from study.invented.files import DEFINITION, TEST, Place
 from study.invented.pages import SOURCES, source_of
-from study.invented.rows import ARMS, QUICK, Sizes
+from study.invented.rows import ARMS, QUICK, Sizes, teaching
 from study.students.jobs import SHARE, Job
 from study.students.plan import CACHE_GB, GENERATION_GB, MAIN, SMALL_GB, TRAINING_GB, short
 
@@ -85,7 +85,7 @@ class Plan:
     @property
     def sizes(self) -> Sizes:
         sizes = QUICK if self.quick else Sizes()
-        return replace(sizes, defined=sizes.own // 2) if self.definitions else sizes
+        return teaching(sizes) if self.definitions else sizes
 
     @property
     def is_rehearsal(self) -> bool:

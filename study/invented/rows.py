@@ -63,6 +63,11 @@ QUICK = Sizes(ordinary=8, known=8, own=16, test_pages=4, dev_pages=2, documents=
 """For a rehearsal of a few minutes, which shows nothing but that the commands work."""
 
 
+def teaching(sizes: Sizes) -> Sizes:
+    """The sizes with rows that teach to follow a definition, half as many as there are of an arm's own."""
+    return replace(sizes, defined=sizes.own // 2)
+
+
 @dataclass(frozen=True)
 class Row:
     """A question, the program that answers it, and what it was drawn from."""

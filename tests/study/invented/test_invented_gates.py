@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_json
 from finqa.runtime.paths import REPOSITORY, Folders
 from finqa.task.records import TeacherRow
+from study.invented.diff.plan import study_flags
 from study.invented.diff.tables import read_table
 from study.invented.files import Item, Place, write_rows
 from study.invented.gates import (
@@ -31,10 +33,20 @@ from study.invented.gates import (
     text_gates,
     write_gates,
 )
-from study.invented.metrics import APART
+from study.invented.metrics import APART, further_pool
 from study.invented.pages import TEXT_AFTER, TEXT_BEFORE
-from study.invented.plan import BASE, DEFINED, DEFINED_BY_K, EVALUATIONS, SEEDS, Plan, run_name
-from study.invented.rows import ARMS, MOST_COLUMNS, QUICK, Sizes, make_rows
+from study.invented.plan import (
+    BASE,
+    DEFINED,
+    DEFINED_BY_K,
+    EVALUATIONS,
+    SEEDS,
+    Plan,
+    add_plan_flags,
+    plan_from,
+    run_name,
+)
+from study.invented.rows import ARMS, MOST_COLUMNS, QUICK, Sizes, make_rows, teaching
 from study.students.jobs import SHARE, Job
 from study.students.plan import chosen
 
@@ -265,6 +277,20 @@ def test_the_jobs_are_ten_fine_tunes_of_one_pass_and_their_evaluations(tmp_path:
     assert {f"/{arm} " in job.command for job, arm in zip(training, ARMS * 2, strict=True)} == {True}
 
 
+def test_a_study_that_teaches_definitions_has_folders_of_its_own_and_passes_it_on(tmp_path: Path):
+    def planned(flags: str) -> Plan:
+        parser = argparse.ArgumentParser()
+        add_plan_flags(parser)
+        return plan_from(parser.parse_args(flags.split()))
+
+    given = f"--model pocket-mistral --source FinQA-mini --data-dir {tmp_path} --results-dir {tmp_path}"
+    without, taught = planned(given), planned(f"{given} --teach-definitions")
+    assert (without.sizes.defined, taught.sizes.defined) == (0, 1000)
+    assert replace(taught.sizes, defined=0) == without.sizes
+    assert taught.place.root != without.place.root and taught.place.results != without.place.results
+    assert planned(study_flags(taught)) == taught and planned(study_flags(without)) == without
+
+
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_few_questions_of_the_quick_rehearsal_are_answered_without_an_engine(
     quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -308,19 +334,29 @@ def test_the_preregistration_says_what_the_code_does():
 def test_the_preregistration_says_what_the_gates_of_the_small_model_were():
     page = " ".join((REPOSITORY / "docs" / "prereg.md").read_text().split())
     folder = REPOSITORY / "docs" / "reference" / "invented" / "Qwen2.5-Coder-0.5B-Instruct"
-    right = {(row["model"], row["questions"]): int(row["right"]) for row in read_table(folder / "models.csv")}
+
+    def right_of(folder: Path) -> dict[tuple[str, str], int]:
+        return {(row["model"], row["questions"]): int(row["right"]) for row in read_table(folder / "models.csv")}
+
+    def told_k(right: dict[tuple[str, str], int]) -> tuple[int, ...]:
+        return tuple(sum(right[f"K-seed{seed}, definition", kind] for kind in "AB") for seed in SEEDS)
+
+    right, taught = right_of(folder), right_of(folder.with_name(f"{folder.name}-definitions"))
     gates = read_table(folder / "gates.csv")
     told = {sum(right[f"base, {way}, definition", kind] for kind in "AB") for way in ("zero-shot", "few-shot")}
     assert told == {34} and "the right answer to 34 of 960 questions zero-shot, and to as many few-shot" in page
     study = " ".join((REPOSITORY / "docs" / "study.md").read_text().split())
     [large] = [row for row in read_table(folder.parent / "gates.csv") if row["gate"] == "computable when defined"]
     larger = round(float(large["value"]) * int(large["n"]))
-    assert f"answers 34 of 960 questions, where the 1.5B's answers {larger}" in study
-    measured = [row for row in gates if row["holds"]]
-    open_ones = [(row["gate"], row["model"]) for row in gates if not row["holds"]]
-    assert open_ones == [("computable when defined", f"K-seed{seed}, definition") for seed in SEEDS]
-    assert all(row["holds"] == "True" for row in measured)
-    assert f"all {len(measured)} gates hold that were measured" in page
+    of_k, of_taught = told_k(right), told_k(taught)
+    said = "answers 34 of 960 questions, where the 1.5B's answers {}, and control K, asked in its place, {} and {}."
+    assert said.format(larger, *of_k) in study and "K answers {} and {};".format(*of_taught) in study
+    assert "K's two fine-tunes give the right answer to {} and {} of 960.".format(*of_k) in page
+    assert "With them K's two fine-tunes give {} and {} of 960".format(*of_taught) in page
+    failed = [(row["gate"], row["model"]) for row in gates if row["holds"] != "True"]
+    assert failed == [("computable when defined", f"K-seed{seed}, definition") for seed in SEEDS]
+    assert f"of {len(gates)} gates {len(gates) - len(failed)} hold" in page
+    assert f"learns from {teaching(Sizes()).defined:,} further rows" in page and len(further_pool()) == 36
     learnt = [right[f"{arm}-seed{seed}", arm] for arm in "AB" for seed in SEEDS]
     assert "(A {} and {} of 480, B {} and {})".format(*learnt) in page
     assert not any(right[f"base, {way}", kind] for way in ("zero-shot", "few-shot") for kind in "AB")

@@ -21,7 +21,7 @@ from finqa.task.programs import execute
 from finqa.task.records import Question, read_teacher_rows
 from study.invented.__main__ import token_counter
 from study.invented.files import DEFINITION, DOCUMENTS, TEST, Place, read_items, write_rows
-from study.invented.metrics import make_names, pool
+from study.invented.metrics import further_pool, make_names, pool
 from study.invented.pages import askable, draws, fresh, page_key, pages_of, source_of, source_questions
 from study.invented.phrasings import TRAINED, UNSEEN
 from study.invented.rows import ARMS, MOST_COLUMNS, QUICK, Row, Rows, Sizes, make_rows
@@ -53,7 +53,13 @@ def test_the_formulas_are_different_functions_of_two_operations_over_three_opera
     assert all(sorted(re.findall("[abc]", formula.text)) == ["a", "b", "c"] for formula in pool())
 
 
-@pytest.mark.parametrize("formula", pool(), ids=lambda formula: formula.text)
+def test_formulas_that_are_followed_once_are_functions_of_their_own():
+    operands = {"a": 7.3, "b": 2.9, "c": 1.7}
+    values = [round(eval(formula.text, {}, operands), 9) for formula in [*pool(), *further_pool()]]
+    assert len(values) == len(set(values)) == 28 + 36
+
+
+@pytest.mark.parametrize("formula", [*pool(), *further_pool()], ids=lambda formula: formula.text)
 def test_program_code_and_text_of_a_formula_are_one_function(formula):
     operands = ("7300", "2911.5", "170")
     expected = eval(formula.text, {}, dict(zip("abc", map(float, operands), strict=True)))
@@ -274,6 +280,33 @@ def test_one_seed_gives_the_same_bytes_and_another_gives_others(
         found.append({str(path.relative_to(root)): path.read_bytes() for path in files})
     assert found[0] == found[1]
     assert found[0].keys() == found[2].keys() and all(found[0][name] != found[2][name] for name in found[0])
+
+
+def test_rows_that_teach_definitions_come_on_top_and_are_of_metrics_that_occur_once(
+    rows: Rows, few_pages: Folders, n_tokens: Callable[[str], int], tmp_path: Path
+):
+    taught = make_rows(few_pages, "FinQA-mini", NAME, 0, n_tokens, replace(SMALL, defined=10))
+    assert (taught.dev, taught.test, taught.definition, taught.documents) == (
+        rows.dev, rows.test, rows.definition, rows.documents,
+    )  # fmt: skip
+    defined = [row for row in taught.arms["A"] if row.question.family_kind == "defined"]
+    for arm in ARMS:
+        assert [row for row in taught.arms[arm] if row.question.family_kind == "defined"] == defined
+        others = {row.question.id for row in taught.arms[arm] if row not in defined}
+        assert others == {row.question.id for row in rows.arms[arm]}
+    metrics, named = rows.metrics.invented, {row.question.family for row in defined}
+    halves = {half for metric in metrics for half in (metric.name[:3], metric.name[3:])}
+    assert len(named) == 10 and not any(name[:3] in halves or name[3:] in halves for name in named)
+    further = {formula.text: formula for formula in further_pool()}
+    for row in defined:
+        assert row.draw
+        [formula] = [one for one in further.values() if one.code(row.draw.operands) == row.code]
+        operands = dict(zip("abc", map(float, row.draw.operands), strict=True))
+        assert float(row.question.answer) == pytest.approx(eval(formula.text, {}, operands), abs=5.1e-6)
+        definition, asked = row.question.question.split(" . ", 1)
+        assert f"the {row.question.family} index of" in definition and row.question.family in asked
+        assert all(f"( {value} )" in definition for value in row.draw.operands)
+    written(taught, tmp_path)  # runs every program
 
 
 def test_what_is_written_is_what_main_reads(rows: Rows, tmp_path: Path):
