@@ -85,16 +85,15 @@ def decode_and_differentiate(
         tl.store(error + row, rounded, mask=inside)
     else:
         rounded = tl.load(error + row, mask=inside, other=0.0)
-    if not differentiate:
-        return
-    e = rounded.to(tl.float32)
-    tl.store(squares + part * n_tokens + token, tl.sum(e * e, 0))
-    for pair in range(first, last, at_once):
-        which = pair + tl.arange(0, at_once)
-        there = which < last
-        weight = decoder + tl.load(latents + which, mask=there, other=0).to(tl.int64)[:, None] * width
-        weights = tl.load(weight + column[None, :], mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        tl.store(products + part.to(tl.int64) * n_pairs + which, tl.sum(weights * e[None, :], 1), mask=there)
+    if differentiate:
+        e = rounded.to(tl.float32)
+        tl.store(squares + part * n_tokens + token, tl.sum(e * e, 0))
+        for pair in range(first, last, at_once):
+            which = pair + tl.arange(0, at_once)
+            there = which < last
+            weight = decoder + tl.load(latents + which, mask=there, other=0).to(tl.int64)[:, None] * width
+            weights = tl.load(weight + column[None, :], mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            tl.store(products + part.to(tl.int64) * n_pairs + which, tl.sum(weights * e[None, :], 1), mask=there)
 
 
 @triton.jit
