@@ -149,7 +149,7 @@ class GpuStep:
 
     def _own(self, latents: Tensor) -> Tensor:
         """Those of the latents that are this process's, counted from its first."""
-        if self.ranks.world == 1:
+        if self.ranks.world == 1 or not len(latents):
             return latents
         return latents[(latents >= self.first) & (latents < self.first + self.n_latents)] - self.first
 
