@@ -20,8 +20,8 @@ where no flag gives them (crosscoder/training/sizing.py). Before anything is loa
 what there is; the activations are held on the GPU if they fit beside the dictionary, else in memory if they fit there,
 else read from disk (--store). --preset published takes the published run's settings where no flag gives others, and
 prints what of that run it does not reproduce. Under torchrun each process reads an equal share of every batch, latents
-are selected over the whole batch, and the first process alone writes. Where steps are taken by hand (on GPUs) each has an
-equal share of the latents, and by autograd all of them.
+are selected over the whole batch, and the first process alone writes. Where steps are taken by hand (on GPUs, where
+the latents divide among the processes) each has an equal share of the latents, and by autograd all of them.
 
 Writes the checkpoint D/models/crosscoders/<name>/ (model.safetensors, config.json; while under way the training state,
 from which the same command goes on after an interruption), and crosscoder-model-diff/results/<name>/: metrics.json,

@@ -62,12 +62,13 @@ class Ranks:
         dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
 
-    def begin_gather(self, own: Tensor, everyone: Tensor) -> Any:
+    def begin_gather(self, own: Tensor, everyone: Tensor, counted: bool = True) -> Any:
         """Begin to put the tensors of all processes into `everyone`, one after the other along its first dimension;
-        its `wait()` returns when they are there."""
+        its `wait()` returns when they are there. `sent` has it where it is to be `counted`."""
         import torch.distributed as dist
 
-        self._note(own)
+        if counted:
+            self._note(own)
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
         return gather(everyone, own.contiguous(), async_op=True)
 
@@ -81,13 +82,13 @@ class Ranks:
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # before torch 2.13
         return share, scatter(share, tensor, async_op=True)
 
-    def agrees(self, decided: bool, device: torch.device) -> bool:
-        """What the first process has decided. Waits for it."""
+    def number_of_first(self, own: int, device: torch.device) -> int:
+        """The first process's number. Waits for it."""
         if self.world == 1:
-            return decided
-        flag = torch.tensor(decided, device=device, dtype=torch.int32)
-        self.from_first(flag)
-        return bool(flag)
+            return own
+        number = torch.tensor(own, device=device)
+        self.from_first(number)
+        return int(number)
 
     def _note(self, tensor: Tensor) -> None:
         self.sent.update(bytes=tensor.nbytes, messages=1)

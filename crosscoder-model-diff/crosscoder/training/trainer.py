@@ -31,8 +31,8 @@ from finqa.runtime.errors import UserError
 
 MEDIAN_TOKENS = 16_384
 """Training tokens from which the start of the decoder bias is taken."""
-ASKED_EVERY = 64
-"""Steps after which several processes ask the first whether it is time to save."""
+LONGEST_PAUSE = 64
+"""Steps after which several processes ask the first again whether it is time to save, at most: they wait for it."""
 DIVERGED = 10.0
 """A reconstruction loss of so many times that of the first step ends the run."""
 
@@ -95,14 +95,20 @@ class Trainer:
         """Train to the end, set the threshold, write the checkpoint; returns the model. Of several processes only the
         first has the threshold."""
         self.begin()
-        saved_at = time.monotonic()
+        saved_at = began = time.monotonic()
+        first = ask_at = self.steps_done + 1
         with self.batches() as batches:
             for _, raw in batches:
                 self.step(raw)
-                asked = self.ranks.world == 1 or self.steps_done % ASKED_EVERY == 0
-                if asked and self.ranks.agrees(time.monotonic() - saved_at > self.checkpoint_every_s, self.device):
+                if self.steps_done < ask_at:
+                    continue
+                now = time.monotonic()
+                a_step = (now - began) / (self.steps_done - first + 1)
+                pause = self._pause(self.checkpoint_every_s - (now - saved_at), a_step)
+                if pause == 0:
                     self.save_state()
                     saved_at = time.monotonic()
+                ask_at = self.steps_done + max(1, pause)
         while self.stages_done + 1 < len(self.model.stages):  # those without a step
             self._next_stage()
         self.model.stage = None
@@ -145,6 +151,13 @@ class Trainer:
             difference=self.difference_weight,
         )
 
+    def _pause(self, seconds: float, seconds_a_step: float) -> int:
+        """Steps until it is asked again whether to save, where so many seconds are left by the first process's clock; 0
+        where it is time."""
+        likely = seconds / (2 * seconds_a_step)
+        pause = 0 if seconds <= 0 else round(min(max(likely, 1), LONGEST_PAUSE)) if self.ranks.world > 1 else 1
+        return self.ranks.number_of_first(pause, self.device)
+
     def save_state(self) -> None:
         """Write all that the next step depends on, unless the run has failed. Called by all processes."""
         self._check_healthy()
@@ -153,7 +166,8 @@ class Trainer:
             checkpoint.save_training_state(self.folder, *self.state_dict())
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a run under way is: parameters, optimiser, counts and generator as tensors, and its progress as JSON."""
+        """What a run under way is: parameters, optimiser, counts and generator as tensors, and its progress as JSON. Of
+        several processes by hand only once their weights were gathered, as `save_state` does."""
         tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         for name, parameter in self.model.named_parameters():
             tensors |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}

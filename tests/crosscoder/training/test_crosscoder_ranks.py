@@ -7,6 +7,8 @@ import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import started
@@ -15,6 +17,7 @@ from made_up_activations import planted_activations, write_store
 
 from crosscoder.dictionaries.ranks import Ranks
 from crosscoder.dictionaries.selection import batch_topk
+from crosscoder.training.trainer import LONGEST_PAUSE, Trainer
 from finqa.runtime.paths import REPOSITORY
 
 METHODS = ("batchtopk", "l1", "partition", "dedicated", "difference-sae", "stagewise-sae")
@@ -57,6 +60,13 @@ def counted(self, *of_step):
 for name in ("all_reduce", "all_gather", "broadcast"):
     setattr(dist, name, noted(name, getattr(dist, name)))
 AutogradStep.__call__ = counted
+saved, save = [], Trainer.save_state
+
+def noted_save(self):
+    saved.append(self.steps_done)
+    save(self)
+
+Trainer.save_state = noted_save
 
 torch.set_num_threads(1)
 store, root, epochs = ActivationStore(Path(sys.argv[1])), Path(sys.argv[2]), float(sys.argv[3])
@@ -79,6 +89,8 @@ for method in sys.argv[4:]:
     parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
     torch.save(parameters, folder / f"parameters-{ranks.rank}.pt")
     (root / f"exchanged-{method}.json").write_text(json.dumps(in_last_step))
+    (root / f"saved-{method}-{ranks.rank}.json").write_text(json.dumps(saved))
+    saved.clear()
 '''.replace("\\\\", "\\")
 
 
@@ -113,6 +125,19 @@ def one_and_two(worker, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return root / "one", root / "two"
 
 
+@pytest.mark.parametrize(
+    ("seconds", "seconds_a_step", "pause"),
+    [(60.0, 0.001, LONGEST_PAUSE), (60.0, 10.0, 3), (60.0, 100.0, 1), (0.1, 1.0, 1), (0.0, 1.0, 0), (-5.0, 1.0, 0)],
+)
+def test_processes_ask_the_first_sooner_where_steps_are_slow(seconds: float, seconds_a_step: float, pause: int):
+    def asked(world: int) -> int:
+        ranks: Any = SimpleNamespace(world=world, number_of_first=lambda own, device: own)
+        trainer: Any = SimpleNamespace(ranks=ranks, device=torch.device("cpu"))
+        return Trainer._pause(trainer, seconds, seconds_a_step)
+
+    assert (asked(2), asked(1)) == (pause, min(1, pause))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_have_the_loss_of_one(one_and_two: tuple[Path, Path], method: str):
@@ -127,6 +152,9 @@ def test_two_processes_have_the_loss_of_one(one_and_two: tuple[Path, Path], meth
         assert {name: b[name] for name in same} == {name: a[name] for name in same}
     if method != "l1":
         assert any(record["auxiliary"] > 0 for record in alone)
+    # No time may pass between two checkpoints: there is one after every step, which all processes have a part in.
+    parts = (one.parent / f"saved-{method}-0.json", *(two.parent / f"saved-{method}-{rank}.json" for rank in range(2)))
+    assert [json.loads(path.read_text()) for path in parts] == 3 * [list(range(1, len(alone) + 1))]
     # Both processes hold the same parameters to the last bit, and the first alone has written.
     mine, other = (torch.load(two / f"parameters-{rank}.pt") for rank in range(2))
     assert torch.equal(mine, other)

@@ -1,6 +1,6 @@
 """What several processes of the step by hand exchange, each of which has its own latents and all tokens.
 
-Sums are of fp32 numbers and rounded once, as in one process.
+Sums are of fp32 numbers and rounded once, as in one process; of the auxiliary loss each process rounds what it adds.
 """
 
 from __future__ import annotations

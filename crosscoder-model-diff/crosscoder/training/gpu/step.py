@@ -86,10 +86,11 @@ class GpuStep:
         self.refresh()
 
     def gather(self) -> None:
-        """Bring the others' weights and moments into the model and the optimiser's state. All processes call it."""
+        """Bring the others' weights and moments into the model and the optimiser's state. All processes call it. Not
+        counted as sent, which is of steps."""
         for name, tensors in self.whole.items() if self.ranks.world > 1 else ():
             for own, tensor in zip(self.own[name], tensors, strict=True):
-                self.ranks.begin_gather(own.clone(), tensor).wait()
+                self.ranks.begin_gather(own.clone(), tensor, counted=False).wait()
 
     def refresh(self) -> None:
         """Take over weights that were changed from outside: fresh latents, a resumed run."""
