@@ -264,7 +264,7 @@ def check_gates(plan: Plan) -> None:
     if failed:
         raise UserError(
             f"{len(failed)} gates do not hold, or were not measured: {', '.join(failed[:6])}; mend them before a "
-            "dictionary is trained (docs/prereg.md)"
+            "dictionary is trained (docs/prereg.md says how; where definitions are not followed: --teach-definitions)"
         )
 
 
