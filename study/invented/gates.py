@@ -20,6 +20,8 @@ from study.invented.text_only import length_aurocs, word_aurocs
 
 CONTROLS = ("K", "N")
 UNKNOWN_AT_MOST = 1 / 60
+GUESSED_AT_LEAST = 0.01
+"""The chance with which a model that gives a formula to every name alike gives it so often to the formula's own."""
 DEFINED_AT_LEAST = 0.6
 LEARNT_AT_LEAST = 0.8
 KNOWN_WITHIN = 0.02
@@ -60,6 +62,7 @@ def gate(name: str, model: str, family: str, of: Share, low: float | None = None
 def model_gates(items: Sequence[Item], answers: Answers) -> Iterator[Gate]:
     """The gates that predictions decide, each with None as its value where an evaluation is not there."""
     test = {item.id: item for item in items if item.split == "test"}
+    labels = {(item.page, item.family): item.answer for item in test.values()}
     metrics = [(f, "A") for f in families(test.values(), "A")] + [(f, "B") for f in families(test.values(), "B")]
 
     def of(model: str, wanted: Callable[[Item], bool], expected: Callable[[Item], str] = lambda i: i.answer) -> Share:
@@ -74,7 +77,12 @@ def model_gates(items: Sequence[Item], answers: Answers) -> Iterator[Gate]:
     controls = [run_name(arm, seed) for arm in CONTROLS for seed in SEEDS]
     for model in [*(evaluation.name for evaluation in BASE), *controls]:
         for family, _ in metrics:
-            yield gate("unknown before", model, family, of(model, named(family)), high=UNKNOWN_AT_MOST)
+            own, high = of(model, named(family)), UNKNOWN_AT_MOST
+            if own[0] is not None and own[0] > high:
+                elsewhere = of(model, lambda i, f=family: i.kind != "known" and i.family != f,
+                               lambda i, f=family: labels[i.page, f])  # fmt: skip
+                high = max(high, most_guessed(own[1], elsewhere[0]))
+            yield gate("unknown before", model, family, own, high=high)
 
     def told(e: Evaluation) -> Gate:
         share = of(e.name, lambda item: item.kind != "known")
@@ -95,6 +103,20 @@ def model_gates(items: Sequence[Item], answers: Answers) -> Iterator[Gate]:
             model = run_name(arm, seed)
             yield gate("own mapping", model, "A", of(model, of_kind("A"), own), low=LEARNT_AT_LEAST)
             yield gate("other mapping", model, "A", of(model, of_kind("A"), other), high=OTHERS_AT_MOST)
+
+
+def most_guessed(n: int, elsewhere: float | None) -> float:
+    """The largest share of `n` replies to a metric's name that a model may give right that does not know the name.
+
+    `elsewhere` is the share of its replies to the other names that give the metric's formula. The bound is the largest
+    share that n draws at this rate reach with a chance of GUESSED_AT_LEAST (binomial), and 0 where the formula is given
+    to more than OTHERS_AT_MOST of the other names: then it is too common to tell who has learnt it.
+    """
+    from scipy.stats import binom
+
+    if elsewhere is None or elsewhere > OTHERS_AT_MOST:
+        return 0.0
+    return float(binom.isf(GUESSED_AT_LEAST, n, elsewhere)) / n
 
 
 def known_gate(arm: str, own: Sequence[Share], control: Sequence[Share]) -> Gate:
@@ -186,8 +208,10 @@ def summary(gates: Sequence[Gate]) -> str:
         line = f"{verdict:<6}{name}, {model}: {held} of {len(those)} hold"
         if measured:
             worst = min(measured, key=margin)
-            line += f"; nearest to failing or furthest beyond: {worst.family} {worst.value:.3f}"
-        lines.append(f"{line} ({bounds(those[0])})")
+            line += f"; nearest to failing or furthest beyond: {worst.family} {worst.value:.3f} ({bounds(worst)})"
+        else:
+            line += f" ({bounds(those[0])})"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -198,7 +222,7 @@ def bounds(one: Gate) -> str:
 
 
 def margin(one: Gate) -> float:
-    """How far a measured value is inside its bounds; below 0 where it fails."""
+    """How far a measured value is inside its bounds, in units of the bound; below 0 where it fails."""
     assert one.value is not None, one
-    inside = [one.value - one.low] if one.low is not None else []
-    return min(inside + ([one.high - one.value] if one.high is not None else []))
+    inside = [(one.value - one.low) / abs(one.low)] if one.low is not None else []
+    return min(inside + ([(one.high - one.value) / one.high] if one.high is not None else []))

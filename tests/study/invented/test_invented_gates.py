@@ -29,6 +29,7 @@ from study.invented.gates import (
     UNKNOWN_AT_MOST,
     Gate,
     model_gates,
+    most_guessed,
     summary,
     text_gates,
     write_gates,
@@ -120,6 +121,14 @@ def but(answer: Answer, family: str, pages: int) -> Answer:
     return lambda item: None if item.family == family and item.page < pages else answer(item)
 
 
+def guessed(family: str, own: int, others: int) -> Answer:
+    """The formula of a family, in `own` replies to its name and in `others` to the other fifteen."""
+    place = (A + B).index(family)
+    elsewhere = [(page, name) for page in range(PAGES) for name in A + B if name != family][:others]
+    wanted = {*elsewhere, *((page, family) for page in range(own))}
+    return lambda i: 100 * i.page + place + 1.0 if (i.page, i.family) in wanted else right("known")(i)
+
+
 def by_the_other_mapping(pages: int) -> Answer:
     """Arm A, but on the first pages by the formulas of A'."""
     return lambda item: permuted(item) if item.page < pages and item.kind == "A" else right("A", "known")(item)
@@ -148,6 +157,12 @@ def test_every_gate_of_the_protocol_is_there_and_holds_where_it_should():
         ({"base__few_shot": also(right("known"), "b0", 2)}, {("unknown before", "base, few-shot"): 1}),
         ({"K_seed4": also(right("known"), "b0", 2)}, {("unknown before", "K-seed4"): 1}),
         ({"N_seed3": right("known", "A")}, {("unknown before", "N-seed3"): 8}),
+        ({"N_seed3": guessed("a3", own=4, others=37)}, {}),
+        ({"N_seed3": guessed("a3", own=7, others=37)}, {}),
+        ({"N_seed3": guessed("a3", own=8, others=37)}, {("unknown before", "N-seed3"): 1}),
+        ({"N_seed3": guessed("a3", own=2, others=2)}, {("unknown before", "N-seed3"): 1}),
+        ({"N_seed3": guessed("a3", own=3, others=45)}, {}),
+        ({"N_seed3": guessed("a3", own=3, others=46)}, {("unknown before", "N-seed3"): 1}),
         ({"A_seed3": but(right("A", "known"), "a1", 12)}, {}),
         ({"A_seed3": but(right("A", "known"), "a1", 13)}, {("learnt", "A-seed3"): 1}),
         ({"B_seed4": but(right("B", "known"), "b7", 60)}, {("learnt", "B-seed4"): 1}),
@@ -350,13 +365,26 @@ def test_the_preregistration_says_what_the_gates_of_the_small_model_were():
     larger = round(float(large["value"]) * int(large["n"]))
     of_k, of_taught = told_k(right), told_k(taught)
     said = "answers 34 of 960 questions, where the 1.5B's answers {}, and control K, asked in its place, {} and {}."
-    assert said.format(larger, *of_k) in study and "K answers {} and {};".format(*of_taught) in study
+    assert said.format(larger, *of_k) in study and "K answers {} and {},".format(*of_taught) in study
     assert "K's two fine-tunes give the right answer to {} and {} of 960.".format(*of_k) in page
     assert "With them K's two fine-tunes give {} and {} of 960".format(*of_taught) in page
     failed = [(row["gate"], row["model"]) for row in gates if row["holds"] != "True"]
     assert failed == [("computable when defined", f"K-seed{seed}, definition") for seed in SEEDS]
     assert f"of {len(gates)} gates {len(gates) - len(failed)} hold" in page
     assert f"learns from {teaching(Sizes()).defined:,} further rows" in page and len(further_pool()) == 36
-    learnt = [right[f"{arm}-seed{seed}", arm] for arm in "AB" for seed in SEEDS]
-    assert "(A {} and {} of 480, B {} and {})".format(*learnt) in page
+    for of, said in ((right, "(A {} and {} of 480, B {} and {})"), (taught, "A answers {} and {} of 480, B {} and {}.")):
+        assert said.format(*(of[f"{arm}-seed{seed}", arm] for arm in "AB" for seed in SEEDS)) in page
     assert not any(right[f"base, {way}", kind] for way in ("zero-shot", "few-shot") for kind in "AB")
+    again = read_table(folder.with_name(f"{folder.name}-definitions") / "gates.csv")
+    assert all(row["holds"] == "True" for row in again) and f"all {len(again)} gates hold, one of them by" in page
+    given_way = [row for row in again if row["gate"] == "unknown before" and round(float(row["value"]) * 60) > 1]
+    assert [(row["model"], row["family"]) for row in given_way] == [("N-seed3", "taldok")]
+    assert round(float(given_way[0]["value"]) * 60) == 4 and "4 to its own name and 37 of 900" in page
+    assert float(given_way[0]["high"]) == pytest.approx(most_guessed(60, 37 / 900), abs=1e-6)
+    sites = read_table(folder.with_name(f"{folder.name}-definitions") / "ceilings.csv")
+    carried = {row["site"]: 0 for row in sites}
+    for row in sites:
+        carried[row["site"]] += int(row["whole"])
+    of_all = sum(int(row["fine_tuned"]) for row in sites if row["site"] == "residual18")
+    assert [site for site, n in carried.items() if n] == ["residual18"]
+    assert f"the whole site gives {carried['residual18']} of {of_all} right answers, elsewhere none" in study
