@@ -372,7 +372,8 @@ def test_the_preregistration_says_what_the_gates_of_the_small_model_were():
     assert failed == [("computable when defined", f"K-seed{seed}, definition") for seed in SEEDS]
     assert f"of {len(gates)} gates {len(gates) - len(failed)} hold" in page
     assert f"learns from {teaching(Sizes()).defined:,} further rows" in page and len(further_pool()) == 36
-    for of, said in ((right, "(A {} and {} of 480, B {} and {})"), (taught, "A answers {} and {} of 480, B {} and {}.")):
+    sentences = ((right, "(A {} and {} of 480, B {} and {})"), (taught, "A answers {} and {} of 480, B {} and {}."))
+    for of, said in sentences:
         assert said.format(*(of[f"{arm}-seed{seed}", arm] for arm in "AB" for seed in SEEDS)) in page
     assert not any(right[f"base, {way}", kind] for way in ("zero-shot", "few-shot") for kind in "AB")
     again = read_table(folder.with_name(f"{folder.name}-definitions") / "gates.csv")
