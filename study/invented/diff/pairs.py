@@ -82,10 +82,14 @@ def compare(plan: Plan, compared: Compared, target: Target, part: Part, method: 
 
 
 def record(plan: Plan, compared: Compared, target: Target) -> str:
-    """Record a pair for the jobs that share it, unless they have nothing left to do; returns a line that says so."""
+    """Record a pair for the jobs that share it, unless they have nothing left to do; returns a line that says so.
+
+    Raises UserError where a gate does not hold: what is recorded is for dictionaries alone.
+    """
     main = compared.arm in ADDED
     if main and not _missing(plan, compared, target, _all_subjects(plan, compared, "diff")):
         return f"{compared.run}: all files are there"
+    dicts.check_gates(plan)
     return dicts.recorded(plan, compared, target).name
 
 
