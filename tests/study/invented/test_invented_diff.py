@@ -448,13 +448,14 @@ def test_programs_are_read_at_their_look_ups_whatever_the_formula():
     assert spelled == ["\nvalue = 5\nvalue_2 = -4\nvalue_3 = 7.5\n"] * 2
 
 
-def test_nothing_is_recorded_and_no_dictionary_trained_before_the_gates_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_nothing_is_recorded_or_trained_before_the_gates_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     plan = Plan(Place(Folders(tmp_path, tmp_path), "m"), "pocket-mistral", "FinQA-mini")
     dictionaries.check_gates(plan)  # a rehearsal gives no verdict
     monkeypatch.setattr(Plan, "is_rehearsal", False)
     learnt = Gate("learnt", "A-seed3", "x", 60, 0.5, 0.8, None, False)
     monkeypatch.setattr(dictionaries, "all_gates", lambda *_: [learnt, replace(learnt, gate="own mapping", holds=True)])
-    site, refused = sites(plan)["residual2"], r"1 gates do not hold, or were not measured: learnt \(A-seed3\); mend them"
+    site = sites(plan)["residual2"]
+    refused = r"1 gates do not hold, or were not measured: learnt \(A-seed3\); mend them"
     with pytest.raises(UserError, match=refused):
         dictionaries.choose_settings(plan, BY_RUN["K-seed3"], site, "L1")
     with pytest.raises(UserError, match=refused):
