@@ -47,6 +47,8 @@ from finqa.runtime.paths import REPOSITORY, Folders
 DATASET = "FinQA-mini"
 REPLY_TOKENS = 131
 """As FinQA's programs have on average; random weights never end one."""
+ENGINES = {"evaluation": "--data-parallel", "evaluation, one engine": "--tensor-parallel"}
+"""The flag that gives vLLM its GPUs, by the stage's name in the record."""
 PREPARATION = ("preprocess_finqa", "process_finqa_code_generation --teacher program", "filter_valid_answers")
 COLLECT, TRAIN = (REPOSITORY / "crosscoder-model-diff" / name for name in ("collect_activations.py", "train.py"))
 
@@ -162,18 +164,24 @@ def crosscoder(model: Path, folders: Folders, processes: int, args: argparse.Nam
 
 
 def evaluation(model: Path, folders: Folders, processes: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Replies/s of the base by as many engines, and by one engine over as many GPUs."""
-    found = {}
-    for name, flag in (("evaluation", "--data-parallel"), ("evaluation, one engine", "--tensor-parallel")):
-        results = folders.results / f"{name} {processes}"
-        words = [*student(model, args.processes[0]), "-NT", "-T", "-ET", "zero-shot", "--VLLM", flag, str(processes)]
-        words += ["--max-new-tokens", str(REPLY_TOKENS)]
-        command([sys.executable, "main.py", *words, "--results-dir", str(results)], folders, 1)
-        [path] = results.rglob("metrics.json")
-        metrics = json.loads(path.read_text())
-        rate = metrics["n"] / metrics["seconds"]["generate"]
-        found[name] = {"replies_per_second": round(rate, 2), "sent_bytes": None, "memory_gb": None}
+    """Replies/s of the base by as many engines, and by one engine over as many GPUs: with one GPU the same thing."""
+    found: dict[str, Any] = {}
+    for name in ENGINES:
+        same = dict(found.get("evaluation", {})) if processes == 1 else {}
+        found[name] = same or replies(model, folders, processes, args, name)
     return found
+
+
+def replies(model: Path, folders: Folders, processes: int, args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Replies/s of the base in one of the ways of ENGINES."""
+    results = folders.results / f"{name} {processes}"
+    words = [*student(model, args.processes[0]), "-NT", "-T", "-ET", "zero-shot", "--max-new-tokens", str(REPLY_TOKENS)]
+    words += ["--VLLM", ENGINES[name], str(processes)]
+    command([sys.executable, "main.py", *words, "--results-dir", str(results)], folders, 1)
+    [path] = results.rglob("metrics.json")
+    metrics = json.loads(path.read_text())
+    rate = metrics["n"] / metrics["seconds"]["generate"]
+    return {"replies_per_second": round(rate, 2), "sent_bytes": None, "memory_gb": None}
 
 
 def launched(script: str, processes: int, words: list[str]) -> list[str]:
