@@ -51,12 +51,12 @@ def test_evaluation_is_timed_with_as_many_engines_and_with_one_over_as_many_gpus
         (written / "metrics.json").write_text(json.dumps({"n": 800, "seconds": {"generate": 20.0}}))
 
     monkeypatch.setattr(bench, "command", command)
-    found = bench.evaluation(tmp_path, folders, 2, SimpleNamespace(processes=[1, 2]))  # pyright: ignore[reportArgumentType]
-    assert [run["replies_per_second"] for run in found.values()] == [40.0, 40.0]
-    assert all(
-        words[words.index(flag) + 1] == "2"
-        for words, flag in zip(asked, ("--data-parallel", "--tensor-parallel"), strict=True)
-    )
+    args = SimpleNamespace(processes=[1, 2])
+    for processes in (1, 2):
+        found = bench.evaluation(tmp_path, folders, processes, args)  # pyright: ignore[reportArgumentType]
+        assert [run["replies_per_second"] for run in found.values()] == [40.0, 40.0]
+    ways = [("--data-parallel", "1"), ("--data-parallel", "2"), ("--tensor-parallel", "2")]
+    assert all(words[words.index(flag) + 1] == n for words, (flag, n) in zip(asked, ways, strict=True))
 
 
 def test_one_process_is_started_without_a_launcher():
