@@ -98,7 +98,7 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
             }
     else:
         settings |= {"gpu_memory_utilization": config.gpu_memory_utilization, "enforce_eager": config.enforce_eager}
-        settings |= over_machines(config.tensor_parallel)
+        settings |= over_machines(config.tensor_parallel) | without_multicast(config.tensor_parallel)
         # vLLM forks its engine where CUDA is not initialised. Having asked how many GPUs there are does not count as
         # that, but a process forked after it can use none.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
@@ -159,6 +159,17 @@ def over_machines(tensor_parallel: int) -> dict[str, str]:
             "join machines by Ray, which is not installed (docs/reproduce.md, Several GPUs and machines)"
         )
     return {"distributed_executor_backend": "ray"}
+
+
+def without_multicast(tensor_parallel: int) -> dict[str, Any]:
+    """What vLLM has to be told where NCCL's variable says that NVLink multicast is off on this machine.
+
+    Flashinfer's sums over GPUs, which vLLM takes on Hopper where flashinfer is installed, use it and do not ask.
+    """
+    if tensor_parallel == 1 or os.environ.get("NCCL_NVLS_ENABLE") != "0":
+        return {}
+    os.environ |= {"VLLM_ALLREDUCE_USE_FLASHINFER": "0", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
+    return {"compilation_config": {"pass_config": {"fuse_allreduce_rms": False}}}
 
 
 def _check_one_copy(model: Path) -> None:

@@ -498,3 +498,22 @@ def test_an_engine_over_more_gpus_than_are_here_is_rays_where_ray_is_installed(m
         over_machines(4)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert over_machines(4) == {"distributed_executor_backend": "ray"}
+
+
+def test_vllm_keeps_from_nvlink_multicast_where_the_machine_says_so(monkeypatch: pytest.MonkeyPatch):
+    import os
+
+    from finqa.evaluation.engines.vllm_engine import without_multicast
+
+    names = ("VLLM_ALLREDUCE_USE_FLASHINFER", "VLLM_ALLREDUCE_USE_SYMM_MEM")
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
+    assert without_multicast(2) == {}
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
+    assert without_multicast(1) == {} and os.environ[names[0]] == "1"
+    told = without_multicast(2)["compilation_config"]
+    assert [os.environ[name] for name in names] == ["0", "0"]
+    envs, config = pytest.importorskip("vllm.envs"), pytest.importorskip("vllm.config")
+    assert not any(getattr(envs, name) for name in names)
+    assert config.CompilationConfig(**told).pass_config.fuse_allreduce_rms is False
