@@ -196,8 +196,9 @@ def test_the_processes_of_one_step_are_there_for_the_next(rehearsal, monkeypatch
         in_parallel(rehearsal, "whose", whose, [Pair(BASE, SHAM), Pair(BASE, OTHER)], lambda f: f"{seen.add(f['pid'])}")
         return seen
 
-    first, second = processes(), processes()
-    assert os.getpid() not in first | second and first & second
+    # A step is over in a moment, so that one of the two may do all of it: new processes would be three by the third.
+    used = processes() | processes() | processes()
+    assert os.getpid() not in used and len(used) <= 2
 
 
 @pytest.mark.parametrize("workers", [1, 2])
