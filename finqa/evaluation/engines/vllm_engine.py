@@ -162,10 +162,7 @@ def over_machines(tensor_parallel: int) -> dict[str, str]:
 
 
 def without_multicast(tensor_parallel: int) -> dict[str, Any]:
-    """What vLLM has to be told where NCCL's variable says that NVLink multicast is off on this machine.
-
-    Flashinfer's sums over GPUs, which vLLM takes on Hopper where flashinfer is installed, use it and do not ask.
-    """
+    """What vLLM is told where NCCL's variable says that NVLink multicast is off: flashinfer's sums do not ask it."""
     if tensor_parallel == 1 or os.environ.get("NCCL_NVLS_ENABLE") != "0":
         return {}
     os.environ |= {"VLLM_ALLREDUCE_USE_FLASHINFER": "0", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
@@ -176,9 +173,7 @@ def _check_one_copy(model: Path) -> None:
     """UserError where vLLM would read two copies of the weights: without an index it takes every file that is there."""
     second = sorted(model.glob("consolidated*.safetensors"))
     if second and (model / "model.safetensors").exists():
-        raise UserError(
-            f"{second[0]} is a second copy of the weights, which vLLM would mix in; move it out of the folder"
-        )
+        raise UserError(f"{second[0]} is a second copy of the weights, which vLLM would mix in; move it elsewhere")
 
 
 def _check_gpus_are_free(config: GenerationConfig) -> None:
