@@ -165,11 +165,9 @@ def crosscoder(model: Path, folders: Folders, processes: int, args: argparse.Nam
 
 def evaluation(model: Path, folders: Folders, processes: int, args: argparse.Namespace) -> dict[str, Any]:
     """Replies/s of the base by as many engines, and by one engine over as many GPUs: with one GPU the same thing."""
-    found: dict[str, Any] = {}
-    for name in ENGINES:
-        same = dict(found.get("evaluation", {})) if processes == 1 else {}
-        found[name] = same or replies(model, folders, processes, args, name)
-    return found
+    ways = list(ENGINES) if processes > 1 else ["evaluation"]
+    found = {name: replies(model, folders, processes, args, name) for name in ways}
+    return {name: dict(found.get(name, found["evaluation"])) for name in ENGINES}
 
 
 def replies(model: Path, folders: Folders, processes: int, args: argparse.Namespace, name: str) -> dict[str, Any]:
