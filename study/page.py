@@ -16,6 +16,8 @@ from study.pocket.tables import KINDS, named, read_csv
 
 PAGE = REPOSITORY / "docs" / "study.md"
 Row = dict[str, str]
+Lines = tuple[list[str], list[list[str]]]
+"""A table's header and its rows."""
 BLOCK = re.compile(r"(<!-- table: ([a-z-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 MAIN = f"{BASE.name} -> {FINE_TUNED.name}"
 ADD_NEW = {pair.compared for pair in FULL.pairs if "new" in pair.added}
@@ -211,6 +213,10 @@ def settings(folder: Path) -> str:
 
 
 def verdicts(folder: Path) -> str:
+    return markdown(["method", *FIRST_RULES, "D3, name or formula"], verdict_lines(folder))
+
+
+def verdict_lines(folder: Path) -> list[list[str]]:
     """A row a method: the verdict of each rule, with the first figure of D1 and of D2, its interval, and the conditions
     that do not hold."""
     rows = [row for row in read_csv(folder / "findings.csv") if row["verdict"] != "no verdict"]
@@ -226,7 +232,7 @@ def verdicts(folder: Path) -> str:
             failed = "; fails: " + "; ".join(SHORTER.get(one, one) for one in conditions) if conditions else ""
             line.append(f"{first['verdict']}{value}{failed}" if first else NOTHING)
         lines.append(line)
-    return markdown(["method", "D1, finds", "D2, carries", "D3, name or formula"], lines)
+    return lines
 
 
 SHORTER = {
@@ -250,6 +256,10 @@ def objections(folder: Path) -> str:
 
 
 def hits(folder: Path) -> str:
+    return markdown(*hit_lines(folder))
+
+
+def hit_lines(folder: Path) -> Lines:
     """A row a method and form, baselines last, a column a ranking: how many metrics are hit where they were added /
     where they were not, of those measured in every fine-tune of A and of B and with every dictionary."""
     every = read_csv(folder / "items.csv")
@@ -265,13 +275,17 @@ def hits(folder: Path) -> str:
             both = [counted.get((name, ranking, added), []) for added in (True, False)]
             line.append(" / ".join(_of(sum(its), len(its)) for its in both) if any(both) else NOTHING)
         lines.append(line)
-    return markdown(["method", *HIT_RANKINGS.values()], lines)
+    return ["method", *HIT_RANKINGS.values()], lines
 
 
 HIT_RANKINGS = {ENERGY: "first 20 by energy", BY_NU: "first 20 by 1 - nu", ANY_ITEM: "any item"}
 
 
 def explored(folder: Path) -> str:
+    return markdown(*explored_lines(folder))
+
+
+def explored_lines(folder: Path) -> Lines:
     """A row a method and form, baselines last, a column a set that was put into the base without a verdict: right
     answers on the arm's own metrics, of all that were asked."""
     rows = read_csv(folder / "explored.csv")
@@ -281,10 +295,24 @@ def explored(folder: Path) -> str:
         right, n = sums.get(key, (0, 0))
         sums[key] = right + int(row["right"]), n + int(row["n"])
     sets = [name for name in EXPLORED if any(row["set"] == name for row in rows)]
-    return markdown(
-        ["put in", *sets],
-        [[name, *(_of(*sums.get((name, one), (0, 0))) for one in sets)] for name in _methods_first(rows)],
-    )
+    return ["put in", *sets], [
+        [name, *(_of(*sums.get((name, one), (0, 0))) for one in sets)] for name in _methods_first(rows)
+    ]
+
+
+def short_form(folder: Path) -> str:
+    """The invented metrics on the small model, a row a trained method: verdicts, metrics hit, and right answers by two
+    of the sets that were put into the base."""
+    lines = [dict(zip(("method", *FIRST_RULES), line, strict=False)) for line in verdict_lines(folder / SHORT_FORM)]
+    for header, rows in (hit_lines(folder / SHORT_FORM), explored_lines(folder / SHORT_FORM)):
+        by_name = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+        lines = [line | by_name.get(line["method"], {}) for line in lines]
+    columns = ["method", *FIRST_RULES, *HIT_RANKINGS.values(), "first 400", "all and bias"]
+    return markdown(columns, [[line.get(name, NOTHING).partition(";")[0] for name in columns] for line in lines])
+
+
+FIRST_RULES = ("D1, finds", "D2, carries")
+SHORT_FORM = "Qwen2.5-Coder-0.5B-Instruct-definitions"
 
 
 def invented_name(row: Row) -> str:
@@ -308,6 +336,6 @@ STUDIES: dict[str, dict[str, Callable[[Path], str]]] = {
     "pocket": {"accuracy": accuracy, "glance": glance, "untrained": untrained, "causal": causal},
     "invented": {
         "gates": gates, "arms": arms, "whole-sites": whole_sites, "settings": settings, "verdicts": verdicts,
-        "objections": objections, "hits": hits, "explored": explored,
+        "objections": objections, "hits": hits, "explored": explored, "short-form": short_form,
     },
 }  # fmt: skip

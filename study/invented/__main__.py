@@ -67,8 +67,8 @@ def main() -> None:
             from study.invented.diff.tables import REFERENCE, write_tables
 
             output, found = write_tables(plan, gates)
-            if output == REFERENCE:
-                write_atomically(page.PAGE, page.fill(page.PAGE.read_text(), output, "invented"))
+            if output.is_relative_to(REFERENCE):
+                write_atomically(page.PAGE, page.fill(page.PAGE.read_text(), REFERENCE, "invented"))
             rehearsed = "a rehearsal, which no verdict is given on:\n" if plan.is_rehearsal else ""
             print(f"{rehearsed}{verdicts.summary(found)}\ntables and figure in {output}")
 

@@ -388,4 +388,10 @@ def test_the_preregistration_says_what_the_gates_of_the_small_model_were():
         carried[row["site"]] += int(row["whole"])
     of_all = sum(int(row["fine_tuned"]) for row in sites if row["site"] == "residual18")
     assert [site for site, n in carried.items() if n] == ["residual18"]
+    patched: Counter[tuple[str, str]] = Counter()
+    for row in read_table(folder.with_name(f"{folder.name}-definitions") / "causal_norm.csv"):
+        if row["method"] == "fine-tuned" and row["group"] == "own":
+            patched[row["arm"], row["seed"]] += int(row["right"])
+    answers = [patched[arm, str(seed)] for arm in "AB" for seed in SEEDS]
+    assert "patched runs A answers {} and {}, B {} and {} of 480.".format(*answers) in page
     assert f"the whole site gives {carried['residual18']} of {of_all} right answers, elsewhere none" in study

@@ -157,13 +157,13 @@ def values_of(folder: Path) -> list[float]:
     """Of one run; again.csv has another run's too."""
     texts = {
         text
-        for path in folder.glob("*.csv")
+        for path in folder.rglob("*.csv")
         if path.name != "again.csv"
         for row in read_csv(path)
         for text in row.values()
     }
     values = [float(number) for text in texts for number in re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", text)]
-    return values + sums_of(folder)
+    return values + [total for path in folder.rglob("items.csv") for total in sums_of(path.parent)]
 
 
 def sums_of(folder: Path) -> list[float]:
@@ -278,6 +278,24 @@ def test_the_tables_of_the_invented_metrics_say_what_is_measured_and_what_is_not
     assert made["explored"](tmp_path) == ""
 
 
+def hits_of(items: list[page.Row]) -> Counter[tuple[str, ...]]:
+    """Metrics hit, by ranking, form, method, and whether the metric was added."""
+    hits: Counter[tuple[str, ...]] = Counter()
+    for row in items:
+        hits[row["ranking"], row["form"], row["method"], str(row["kind"] == row["arm"])] += row["hit"] == "True"
+    return hits
+
+
+def rates_by_nu(items: list[page.Row]) -> dict[str, Rates]:
+    own = [row for row in items if (row["ranking"], row["form"]) == ("1 - nu", "trained")]
+    return {method: Rates.of(own, method, "trained") for method in {row["method"] for row in own}}
+
+
+def hits_of_l1_in_a(items: list[page.Row]) -> list[page.Row]:
+    kinds = [(row["method"], row["form"], row["ranking"], row["arm"], row["kind"], row["hit"]) for row in items]
+    return [row for row, of in zip(items, kinds, strict=True) if of == ("L1", "trained", "1 - nu", "A", "A", "True")]
+
+
 def test_what_the_page_says_in_words_is_in_the_committed_figures():
     text = PAGE.read_text().partition("- **On pocket-mistral,")[2].partition("## Invented metrics")[0]
     numbers, values = set(NUMBER.findall(text)), values_of(COMMITTED["pocket"])
@@ -318,9 +336,7 @@ def test_what_the_page_says_of_invented_metrics_is_in_the_committed_tables():
     assert [(row["arm"], row["seed"], row["metric"], row["right"]) for row in learnt] == [("B", "3", "daklir", "23")]
     assert "daklir, is at 23 of 60" in text
 
-    hits: Counter[tuple[str, ...]] = Counter()
-    for row in items:
-        hits[row["ranking"], row["form"], row["method"], str(row["kind"] == row["arm"])] += row["hit"] == "True"
+    hits = hits_of(items)
     by = {(ranking, form): sorted(hits[ranking, form, method, "True"] for method in seven)
           for ranking in ("energy", "any item") for form in ("trained", "untrained")}  # fmt: skip
     assert not any(number for key, number in hits.items() if key[0] == "energy")
@@ -333,8 +349,7 @@ def test_what_the_page_says_of_invented_metrics_is_in_the_committed_tables():
     fewest, most = by["any item", "trained"][0], by["any item", "trained"][-1]
     assert f"tell {fewest} to {most} of 32 and untrained ones at most {by['any item', 'untrained'][-1]}." in text
 
-    rates = {method: Rates.of([row for row in items if row["ranking"] == "1 - nu"], method, "trained")
-             for method in seven if hits["1 - nu", "trained", method, "True"]}  # fmt: skip
+    rates = rates_by_nu(items)
     p = holm({method: one.p or 1.0 for method, one in rates.items()})["L1"]
     low, high = rates["L1"].interval or (0.0, 0.0)
     assert f"all of D1: {rates['L1'].difference:.2f} ({low:.2f} to {high:.2f}), p after Holm {p:.4f}." in text
@@ -342,8 +357,7 @@ def test_what_the_page_says_of_invented_metrics_is_in_the_committed_tables():
     assert len(rates) == 5 and f"fail at {rates['plain'].difference:.2f}, and the three others" in text
     assert f"at {others} at most" in text
 
-    followed = [row for row in items if (row["method"], row["form"], row["ranking"]) == ("L1", "trained", "1 - nu")
-                and row["arm"] == row["kind"] == "A" and row["hit"] == "True"]  # fmt: skip
+    followed = hits_of_l1_in_a(items)
     formula = [row for row in followed if float(row["permuted_formula"]) >= 0.9]
     assert max(float(row["permuted_name"]) for row in followed) < 0.9
     assert len([row for row in followed if float(row["look_up"]) >= 0.9]) == 1
@@ -383,10 +397,63 @@ def test_what_the_page_says_of_invented_metrics_is_in_the_committed_tables():
     assert f"{thirty_two * asked / whole:.2f} with 32 metrics and fine-tunes" in text
 
 
+def test_what_the_page_says_of_the_small_model_is_in_its_figures():
+    text = " ".join(page.BLOCK.sub("", PAGE.read_text()).partition("### The 0.5B, in the short form")[2].split())
+    folder = COMMITTED["invented"] / page.SHORT_FORM
+    tables = {name: read_csv(folder / f"{name}.csv")
+              for name in ("items", "causal_norm", "dictionaries", "explored", "findings")}  # fmt: skip
+    seven = {row["method"] for row in tables["dictionaries"]}
+    given = {(row["rule"], row["verdict"]) for row in tables["findings"] if row["form"] == "trained"}
+    assert given == {("D1", "does not find"), ("D2", "does not carry"), ("D3", "unresolved")} and len(seven) == 7
+    trained = [row for row in tables["dictionaries"] if row["form"] == "trained"]
+    assert {row["converged"] for row in trained} == {"True"} and len(trained) == 28
+
+    carried: Counter[tuple[str, str]] = Counter()
+    for row in tables["causal_norm"]:
+        if row["group"] == "own" and row["multiple"] == "1.0" and not row["scaled_to"] and row["form"] != "untrained":
+            carried["right", row["method"]] += int(row["right"])
+            carried["asked", row["method"]] += int(row["n"])
+    methods = {method for _, method in carried} - {"whole site", "fine-tuned"}
+    assert seven < methods and not any(carried["right", method] for method in methods)
+    whole, asked = (carried[name, "whole site"] for name in ("right", "asked"))
+    assert f"on the test it gives {whole:,} of {asked:,}" in text and {carried["asked", m] for m in methods} == {asked}
+    assert f"site gives, is {(1 - 0.025 ** (1 / 16)) * asked / whole:.3f} here" in text
+
+    hits = hits_of(tables["items"])
+    assert {key: n for key, n in hits.items() if key[0] == "energy" and n} == {
+        ("energy", "trained", "partition", "True"): 1
+    }
+    added, absent = [hits["1 - nu", "trained", "L1", which] for which in ("True", "False")]
+    assert f"L1 hits {added} of 32 where they were added and {absent} where not" in text
+    rates = rates_by_nu(tables["items"])
+    p, (low, high) = holm({method: one.p or 1.0 for method, one in rates.items()})["L1"], rates["L1"].interval or (0, 0)
+    assert f"{rates['L1'].difference:.2f} ({low:.2f} to {high:.2f}), below the 0.5" in text
+    assert f"p after Holm {p:.3f}." in text and len(rates) == 5
+    followed = hits_of_l1_in_a(tables["items"])
+    name, formula = (sum(float(row[f"permuted_{by}"]) >= 0.9 for row in followed) for by in ("name", "formula"))
+    assert f"{formula} of its {len(followed)} hits follow the formula" in text and name == 1
+
+    def told(form: str, added: str) -> list[int]:
+        return sorted(hits["any item", form, method, added] for method in seven)
+
+    best, wrong, untrained = told("trained", "True"), told("trained", "False"), told("untrained", "True")
+    assert f"tells {best[0]} to {best[-1]} of 32 where they were added, {wrong[0]} to {wrong[-1]} where not" in text
+    assert f"and {untrained[-1]} at most untrained." in text
+
+    right: Counter[tuple[str, str, str]] = Counter()
+    for row in tables["explored"]:
+        right[row["method"], row["form"], row["set"]] += int(row["right"])
+    decoded = sorted(right[method, "trained", "all and bias"] for method in seven)
+    most = max(right[method, "trained", "first 400"] for method in seven)
+    site, hundred = right["whole site", "baseline", "all"], right["PCA of the difference", "baseline", "first 100"]
+    assert f"give {decoded[0]} to {decoded[-1]} of 480 right answers, the whole site {site}" in text
+    assert f"by energy {most} at most, and 100 principal components {hundred}." in text
+
+
 def test_what_readme_says_of_the_study_is_in_the_committed_figures():
     text = (REPOSITORY / "README.md").read_text().partition("**Does such a comparison find")[2].partition("[docs/")[0]
     numbers, values = set(NUMBER.findall(text)), [*values_of(COMMITTED["pocket"]), *values_of(COMMITTED["invented"])]
-    assert {"22", "32", "92.5", "233.5"} <= numbers
+    assert {"22", "32", "16", "92.5", "233.5"} <= numbers
     assert not [number for number in numbers if not is_in(number, values)]
 
 
