@@ -5,24 +5,20 @@ A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; `fill
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from finqa.runtime.paths import REPOSITORY
 from study.invented.diff.plan import ADDED, ANY_ITEM, BY_NU, ENERGY, EXPLORED
+from study.markdown import NOTHING, Lines, count, fill_tables, markdown, number, percent, share
 from study.pocket.plan import BASE, FINE_TUNED, FULL, SHOWN_STRATUM
 from study.pocket.tables import KINDS, named, read_csv
 
 PAGE = REPOSITORY / "docs" / "study.md"
 Row = dict[str, str]
-Lines = tuple[list[str], list[list[str]]]
-"""A table's header and its rows."""
-BLOCK = re.compile(r"(<!-- table: ([a-z-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 MAIN = f"{BASE.name} -> {FINE_TUNED.name}"
 ADD_NEW = {pair.compared for pair in FULL.pairs if "new" in pair.added}
 NOT_RUN = "*Not there yet: `python -m study.{study}` writes it.*\n"
-NOTHING = "-"
 
 
 def fill(page: str, folder: Path, study: str) -> str:
@@ -37,41 +33,6 @@ def fill(page: str, folder: Path, study: str) -> str:
         return own[name](folder) or NOT_RUN.format(study=study) if name in own else None
 
     return fill_tables(page, table)
-
-
-def fill_tables(page: str, table: Callable[[str], str | None]) -> str:
-    """The page with what stands in each of its blocks replaced by the Markdown that `table` gives for its name; where
-    that is None, it stays."""
-
-    def filled(found: re.Match[str]) -> str:
-        made = table(found[2])
-        return found[0] if made is None else f"{found[1]}{made}{found[4]}"
-
-    return BLOCK.sub(filled, page)
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) if rows else ""
-
-
-def share(text: str) -> str:
-    """A share as a percentage of a whole number of points; what rounds to nothing has no sign."""
-    shown = f"{float(text):.0%}" if text else NOTHING
-    return "0%" if shown == "-0%" else shown
-
-
-def number(text: str, digits: int = 2) -> str:
-    shown = f"{float(text):.{digits}f}" if text else NOTHING
-    return shown.removeprefix("-") if shown.strip("-0.") == "" and text else shown
-
-
-def count(text: str) -> str:
-    """A count, or a mean of counts with one decimal."""
-    if not text:
-        return NOTHING
-    value = float(text)
-    return f"{value:.0f}" if value == int(value) else f"{value:.1f}"
 
 
 def accuracy(folder: Path) -> str:
@@ -180,11 +141,6 @@ def arms(folder: Path) -> str:
     models = dict.fromkeys(row["model"] for row in rows)
     lines = [[model, *(percent(found.get((model, kind), "")) for kind in asked)] for model in models]
     return markdown(["model", *asked], lines)
-
-
-def percent(text: str) -> str:
-    """A share with one decimal of a point."""
-    return f"{float(text):.1%}" if text else NOTHING
 
 
 def whole_sites(folder: Path) -> str:

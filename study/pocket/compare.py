@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finqa.runtime.errors import UserError, report_errors
-from study.page import markdown
+from study.markdown import markdown
 from study.pocket.plan import SHOWN_STRATUM
 from study.pocket.tables import named, read_csv, write_csv
 

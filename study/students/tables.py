@@ -15,7 +15,7 @@ from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_json
 from finqa.runtime.paths import REPOSITORY, write_atomically
 from finqa.task.answers import normalise
-from study.page import NOTHING, fill_tables, markdown
+from study.markdown import NOTHING, fill_tables, markdown
 from study.students.figures import draw_accuracy, draw_curve
 from study.students.plan import (
     CURVE,

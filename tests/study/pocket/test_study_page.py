@@ -15,6 +15,7 @@ from finqa.runtime.paths import REPOSITORY
 from study import page
 from study.inference import holm
 from study.invented.verdicts import Rates
+from study.markdown import BLOCK
 from study.pocket import compare, tables
 from study.pocket.tables import read_csv, write_csv
 
@@ -138,7 +139,7 @@ def shown_numbers(text: str, study: str = "pocket") -> set[str]:
     """Every number in the cells of a study's tables, as it is written there; names of things are left out."""
     cells = [
         cell.strip()
-        for block in page.BLOCK.finditer(text)
+        for block in BLOCK.finditer(text)
         if block[2] in page.STUDIES[study]
         for line in block[3].splitlines()[2:]
         for cell in line.strip("|").split("|")
@@ -398,7 +399,7 @@ def test_what_the_page_says_of_invented_metrics_is_in_the_committed_tables():
 
 
 def test_what_the_page_says_of_the_small_model_is_in_its_figures():
-    text = " ".join(page.BLOCK.sub("", PAGE.read_text()).partition("### The 0.5B, in the short form")[2].split())
+    text = " ".join(BLOCK.sub("", PAGE.read_text()).partition("### The 0.5B, in the short form")[2].split())
     folder = COMMITTED["invented"] / page.SHORT_FORM
     tables = {name: read_csv(folder / f"{name}.csv")
               for name in ("items", "causal_norm", "dictionaries", "explored", "findings")}  # fmt: skip
@@ -482,7 +483,7 @@ def test_two_runs_agree_where_their_spreads_overlap(folder: Path, tmp_path_facto
 def test_filling_again_changes_nothing_and_other_text_stays(folder: Path):
     once = page.fill(PAGE.read_text(), folder, "pocket")
     assert page.fill(once, folder, "pocket") == once
-    assert page.BLOCK.sub("", once) == page.BLOCK.sub("", PAGE.read_text())
+    assert BLOCK.sub("", once) == BLOCK.sub("", PAGE.read_text())
 
 
 def test_a_table_that_nobody_knows_is_an_error():

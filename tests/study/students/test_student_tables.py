@@ -20,7 +20,7 @@ from finqa.evaluation.rows import EvalRow
 from finqa.runtime.errors import UserError
 from finqa.runtime.paths import Folders
 from finqa.task.records import Question, read_questions, write_questions
-from study.page import BLOCK
+from study.markdown import BLOCK
 from study.students import tables
 from study.students.plan import MAIN, METHODS, Plan, dictionary_name, short
 from study.students.results import judged_again, manifests, read_results
