@@ -115,7 +115,7 @@ class GpuStep:
             selection = self.selector.search(product, score_norms, weights.k)
             gradients = self._gradients(x, selection)
         self.selector.move_bound(selection)
-        error, gradient, bias_gradient, squares, losses = gradients
+        error, gradient, bias_gradient, squares, losses, selected = gradients
         reconstruction = losses.sum() / (batch if self.config.reconstruction == "mse" else N_MODELS * batch)
         zero = auxiliary = torch.zeros((), device=x.device)
         if len(candidates):
@@ -124,8 +124,6 @@ class GpuStep:
             )
             squares[own_candidates] = 0.0
             squares[own_candidates, 0] = changed
-        selected = torch.zeros(self.n_latents, device=x.device)
-        selected.index_add_(0, selection.index % self.n_latents, selection.values)
         counted = torch.stack((squares.sum(), (selection.values > 0).sum()))
         own = torch.cat((bias_gradient, selection.positive, selected, counted))
         everyone = self.ranks.gather(own)
@@ -160,16 +158,17 @@ class GpuStep:
             return torch.ones_like(self.bias)
         return self.norms.norm(dim=-1) if self.model.config.score_norm == "l2" else self.norms.sum(dim=-1)
 
-    def _gradients(self, x: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _gradients(self, x: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Error and the loss's gradient at the reconstruction (both [batch, width]); b_enc's gradient [latent] and sums
-        of squares of the weights' gradients, which are filled, of this process's latents; losses [batch]."""
+        of squares of the weights' gradients, which are filled, of this process's latents; losses [batch]; and the pairs
+        that were kept of each of its latents [latent] int32."""
         batch, index, values = len(x), selection.index, selection.values
         by_token = Pairs(starts_of(index, self.n_latents, batch), (index % self.n_latents).int(), values)
         error, gradient, value_gradients, losses = self._decode(x, by_token, index)
         index, order = torch.sort((index % self.n_latents) * batch + index // self.n_latents)
         by_latent = Pairs(starts_of(index, batch, self.n_latents), (index % batch).int(), values[order])
         bias_gradient, squares = self._weight_gradients(x, gradient, by_latent, value_gradients[order])
-        return error, gradient, bias_gradient, squares, losses
+        return error, gradient, bias_gradient, squares, losses, by_latent.starts.diff()
 
     def _decode(self, x: Tensor, pairs: Pairs, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Error, the loss's gradient at the reconstruction (both [batch, width]) and at the values, losses [batch].
