@@ -5,12 +5,13 @@
 
 A model of Mistral-7B's shapes with random weights is written to disk, with a tokenizer made on the spot; its data are
 FinQA-mini's pages. Each number of processes runs main.py (the published recipe: one row an update and process),
-collect_activations.py (layer 17, base and fine-tuned model, written to disk) and train.py (the published size) as a
-user would, by torchrun, and the rates are those that the commands write down:
+collect_activations.py (layer 17, base and fine-tuned model, written to disk) and train.py (the published size, and one
+four times as large) as a user would, by torchrun, and the rates are those that the commands write down:
 
     fine-tuning     tokens/s over the second half of the updates (training_log.jsonl): compiling is left out
     recording       tokens/s of both models, from the first batch to the last shard (run.json); loading is left out
-    crosscoder      tokens/s from the first step on (run.json): the same batch whatever the number of processes
+    crosscoder      tokens/s from the first step on (run.json): the same batch whatever the number of processes; of
+                    every number of --latents
     evaluation      replies/s of the base by vLLM with as many engines (--data-parallel), on GPUs alone and where it is
                     installed; and with one engine over as many GPUs (--tensor-parallel)
 
@@ -20,7 +21,7 @@ there are), the memory that the first process held, and the bytes that a process
 More processes see more rows in an update, which is another recipe: what is compared is how fast rows pass. Where
 bitsandbytes is missing, torch's fused AdamW takes the place of the recipe's 8-bit one, and the record says so.
 
-Needs 60 GB of disk below --scratch. Writes benchmarks/results/processes*.json and .md after every number.
+Needs 60 GB of disk below --scratch. Writes benchmarks/results/processes*.json and .md after every stage.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -58,7 +61,7 @@ def main() -> None:
 
     args = parse_arguments()
     check_gpus(args.processes)
-    runs: dict[int, dict[str, Any]] = {}
+    runs: dict[int, dict[str, Any]] = {processes: {} for processes in args.processes}
     table = ""
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         folders = Folders(data=Path(scratch) / "data", results=Path(scratch) / "results")
@@ -66,17 +69,20 @@ def main() -> None:
         torch.cuda.empty_cache()  # the made-up model was on a GPU that the commands need
         for words in PREPARATION:
             command([sys.executable, "-m", *f"preprocessing.{words}".split(), "--dataset", DATASET], folders, 1)
-        replies = default_device() == "cuda" and find_spec("vllm") is not None
-        for processes in args.processes:
-            runs[processes] = {
-                "fine-tuning": fine_tuning(model, folders, processes, args),
-                "recording": recording(model, folders, processes, args),
-                "crosscoder": crosscoder(model, folders, processes, args),
-                **(evaluation(model, folders, processes, args) if replies else {}),
-            }
-            print(processes, runs[processes], flush=True)
+        for name, measure in stages(args).items():
+            for processes, run in runs.items():
+                run[name] = measure(model, folders, processes, args)
+                print(name, processes, run[name], flush=True)
             table = report(runs, args)
     print(table)
+
+
+def stages(args: argparse.Namespace) -> dict[str, Callable[..., dict[str, Any]]]:
+    """What measures each stage, by its name, in an order in which each finds what it needs."""
+    dictionaries = {f"crosscoder, {n:,} latents": partial(crosscoder, n_latents=n) for n in args.latents}
+    with_vllm = default_device() == "cuda" and find_spec("vllm") is not None
+    engines = {name: partial(replies, name=name) for name in ENGINES} if with_vllm else {}
+    return {"fine-tuning": fine_tuning, "recording": recording, **dictionaries, **engines}
 
 
 def gpus() -> int:
@@ -148,12 +154,15 @@ def recorded(args: argparse.Namespace) -> list[str]:
     return ["--split", "train", "--num-samples", str(args.documents), "--layer", str(args.layer)]
 
 
-def crosscoder(model: Path, folders: Folders, processes: int, args: argparse.Namespace) -> dict[str, Any]:
+def crosscoder(
+    model: Path, folders: Folders, processes: int, args: argparse.Namespace, n_latents: int
+) -> dict[str, Any]:
     """Train a dictionary on the set that was recorded last."""
-    which = [*student(model, args.processes[0]), *recorded(args), "--latents", str(args.latents), "--epochs", "1"]
-    own = ["--name", f"by-{processes}", "--results-dir", str(folders.results)]
+    which = [*student(model, args.processes[0]), *recorded(args), "--latents", str(n_latents), "--epochs", "1"]
+    name = f"{n_latents}-by-{processes}"
+    own = ["--name", name, "--results-dir", str(folders.results)]
     command(launched(str(TRAIN), processes, [*which, *own]), folders, processes)
-    manifest = json.loads((folders.results / f"by-{processes}" / "run.json").read_text())
+    manifest = json.loads((folders.results / name / "run.json").read_text())
     steps = manifest["sent"].get("bytes", 0) and -(-manifest["tokens"] // manifest["training"]["batch_size"])
     return {
         "tokens_per_second": manifest["tokens_per_second"],
@@ -163,19 +172,13 @@ def crosscoder(model: Path, folders: Folders, processes: int, args: argparse.Nam
     }
 
 
-def evaluation(model: Path, folders: Folders, processes: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Replies/s of the base by as many engines, and by one engine over as many GPUs: with one GPU the same thing."""
-    ways = list(ENGINES) if processes > 1 else ["evaluation"]
-    found = {name: replies(model, folders, processes, args, name) for name in ways}
-    return {name: dict(found.get(name, found["evaluation"])) for name in ENGINES}
-
-
 def replies(model: Path, folders: Folders, processes: int, args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Replies/s of the base in one of the ways of ENGINES."""
-    results = folders.results / f"{name} {processes}"
+    """Replies/s of the base in one of the ways of ENGINES, which are the same thing with one GPU and run once there."""
+    results = folders.results / (f"{name} {processes}" if processes > 1 else "one GPU")
     words = [*student(model, args.processes[0]), "-NT", "-T", "-ET", "zero-shot", "--max-new-tokens", str(REPLY_TOKENS)]
     words += ["--VLLM", ENGINES[name], str(processes)]
-    command([sys.executable, "main.py", *words, "--results-dir", str(results)], folders, 1)
+    if not results.exists():
+        command([sys.executable, "main.py", *words, "--results-dir", str(results)], folders, 1)
     [path] = results.rglob("metrics.json")
     metrics = json.loads(path.read_text())
     rate = metrics["n"] / metrics["seconds"]["generate"]
@@ -230,7 +233,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--updates", type=int, default=80, help="of fine-tuning (default: %(default)s)")
     add("--documents", type=int, default=2048, help="that are recorded (default: %(default)s)")
     add("--layer", type=int, default=17, help="whose MLP output is recorded (default: %(default)s)")
-    add("--latents", type=int, default=16_384, help="of the crosscoder (default: %(default)s)")
+    add("--latents", type=int, nargs="+", default=[16_384, 65_536], help="of the crosscoders (default: %(default)s)")
     add("--layers", type=int, default=SHAPES["num_hidden_layers"], help="of the 7B shapes (default: %(default)s)")
     add("--scratch", type=Path, help="folder for the model and what is made of it (default: the system's)")
     add("--output-dir", type=Path, default=RESULTS, help="where the record goes (default: %(default)s)")

@@ -30,10 +30,11 @@ def test_two_processes_fine_tune_and_record_and_their_rates_are_kept(
     assert 2 * 300 < rate * ms / 1000 < 2 * 700, "tokens an update are those of two rows"
     tokens = int(printed.split(" tokens of 8 documents")[0].split()[-1].replace(",", ""))
     assert run["recording"]["tokens"] == tokens
-    assert run["recording"]["tokens_per_second"] > 0 and run["crosscoder"]["tokens_per_second"] > 0
+    small = run["crosscoder, 64 latents"]
+    assert run["recording"]["tokens_per_second"] > 0 and small["tokens_per_second"] > 0
     # Gradients in fp32: those of the adapter (rank 512 on q, k, v, o of five layers), those of 64 latents of 2 x 256.
     assert run["fine-tuning"]["sent_bytes"] == 4 * 5 * 512 * 2 * (2 * 256 + 256 + 128)
-    assert 4 * (2 * 512 * 64) < run["crosscoder"]["sent_bytes"] < 1.3 * 4 * (2 * 512 * 64)
+    assert 4 * (2 * 512 * 64) < small["sent_bytes"] < 1.3 * 4 * (2 * 512 * 64)
     assert all(stage["memory_gb"] > 0 and stage["efficiency"] == 1 for stage in run.values())
     assert [path.name for path in tmp_path.iterdir()] == ["record"], "the model and the sets are gone"
 
@@ -51,10 +52,14 @@ def test_evaluation_is_timed_with_as_many_engines_and_with_one_over_as_many_gpus
         (written / "metrics.json").write_text(json.dumps({"n": 800, "seconds": {"generate": 20.0}}))
 
     monkeypatch.setattr(bench, "command", command)
-    args = SimpleNamespace(processes=[1, 2])
+    monkeypatch.setattr(bench, "default_device", lambda: "cuda")
+    monkeypatch.setattr(bench, "find_spec", lambda name: name == "vllm")
+    args = SimpleNamespace(processes=[1, 2], latents=[64])
+    engines = {name: measure for name, measure in bench.stages(args).items() if name in bench.ENGINES}  # pyright: ignore[reportArgumentType]
+    assert len(engines) == 2
     for processes in (1, 2):
-        found = bench.evaluation(tmp_path, folders, processes, args)  # pyright: ignore[reportArgumentType]
-        assert [run["replies_per_second"] for run in found.values()] == [40.0, 40.0]
+        for measure in engines.values():
+            assert measure(tmp_path, folders, processes, args)["replies_per_second"] == 40.0
     ways = [("--data-parallel", "1"), ("--data-parallel", "2"), ("--tensor-parallel", "2")]
     assert all(words[words.index(flag) + 1] == n for words, (flag, n) in zip(asked, ways, strict=True))
 
@@ -91,7 +96,7 @@ def test_the_table_has_the_efficiency_over_the_number_that_came_first(tmp_path: 
         of_all = {"memory_gb": 1.5, "sent_bytes": 2_000_000}
         return {"fine-tuning": {"tokens_per_second": rate} | of_all, "evaluation": {"replies_per_second": 2.5} | of_all}
 
-    args = SimpleNamespace(small=True, updates=1, documents=1, layer=3, latents=64, output_dir=tmp_path)
+    args = SimpleNamespace(small=True, updates=1, documents=1, layer=3, latents=[64], output_dir=tmp_path)
     table = bench.report({1: run(100), 4: run(380), 2: run(195)}, args)  # pyright: ignore[reportArgumentType]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
     assert [row[:4] for row in rows] == [
@@ -116,4 +121,4 @@ def test_as_many_gpus_fine_tune_record_and_train_a_crosscoder(
     monkeypatch.setattr(sys, "argv", words)
     bench.main()
     run = json.loads((tmp_path / "record" / "processes_small.json").read_text())["processes"][str(processes)]
-    assert set(run) == {"fine-tuning", "recording", "crosscoder", "evaluation", "evaluation, one engine"}
+    assert set(run) == {"fine-tuning", "recording", "crosscoder, 256 latents", *bench.ENGINES}

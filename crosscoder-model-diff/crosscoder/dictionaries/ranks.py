@@ -55,12 +55,9 @@ class Ranks:
         """[world, ...]: the tensors of all processes, which are of one shape, in their order."""
         if self.world == 1:
             return tensor[None]
-        import torch.distributed as dist
-
-        self._note(tensor)
-        parts = [torch.empty_like(tensor) for _ in range(self.world)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.stack(parts)
+        everyone = tensor.new_empty(self.world * tensor.numel())
+        self.begin_gather(tensor.flatten(), everyone).wait()
+        return everyone.view(self.world, *tensor.shape)
 
     def begin_gather(self, own: Tensor, everyone: Tensor, counted: bool = True) -> Any:
         """Begin to put the tensors of all processes into `everyone`, one after the other along its first dimension;

@@ -29,6 +29,23 @@ SAMPLED_TOKENS = 64
 """Tokens whose scores the search of a bound starts from."""
 
 
+class OnCpu:
+    """A tensor on its way to the CPU, where it arrives once the GPU has done what it had been asked for by then."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._copied = tensor, None
+        if tensor.device.type == "cuda":
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait(self) -> Tensor:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._tensor
+
+
 class Selection(NamedTuple):
     """The k * batch pairs of token and latent of the largest scores; of several processes each one's part of them.
 
@@ -45,26 +62,23 @@ class Selection(NamedTuple):
     """[]: the smallest positive score of all that were kept, or infinity."""
     positive: Tensor
     """[latent] int8: whether it is positive for a token; of this process's latents, as all that has a latent."""
-    counters: Tensor
-    """[world] int32, on their way to the CPU: each process's pairs above the bound. `least` of them together,
-    `most` in each, and nothing was missed."""
-    counted: torch.cuda.Event | None
+    counters: OnCpu
+    """[world] int32: each process's pairs above the bound. `least` of them together, `most` in each, and nothing was
+    missed."""
     least: int
     most: int
 
     def is_whole(self) -> bool:
-        if self.counted is not None:
-            self.counted.synchronize()
         return self.least <= self.count and self.has_room
 
     @property
     def count(self) -> int:
-        """Pairs above the bound, once they have been counted."""
-        return sum(self.counters.tolist())
+        """Pairs above the bound. Waits until they have been counted, as `has_room` does."""
+        return sum(self.counters.wait().tolist())
 
     @property
     def has_room(self) -> bool:
-        return max(self.counters.tolist()) <= self.most
+        return max(self.counters.wait().tolist()) <= self.most
 
 
 class Selector:
@@ -99,14 +113,9 @@ class Selector:
             product, self.bias, norms, self.bound if bound is None else bound, counter, scores, values, indices,
             positive, batch, n_latents, capacity, *tile,
         )  # fmt: skip
-        counters, counted = self.ranks.gather(counter).flatten(), None
-        if device.type == "cuda":
-            on_cpu = torch.empty(counters.shape, dtype=torch.int32, pin_memory=True)
-            counters = on_cpu.copy_(counters, non_blocking=True)
-            counted = torch.cuda.Event()
-            counted.record()
+        counters = OnCpu(self.ranks.gather(counter).flatten())
         kept = self._largest(scores, values, indices, n_keep, outside(product))
-        return Selection(*kept, positive, counters, counted, n_keep, capacity)
+        return Selection(*kept, positive, counters, n_keep, capacity)
 
     def search(self, product: Tensor, norms: Tensor, k: int) -> Selection:
         """The selection where nothing is known of the scores, as at the first step: tries bounds, and waits.
@@ -135,7 +144,7 @@ class Selector:
         indices = torch.arange(product.numel(), dtype=index_type(product), device=product.device)
         indices.masked_fill_(scores <= 0, outside(product))
         chosen = self._largest(scores, values.flatten(), indices, n_keep, outside(product))
-        return Selection(*chosen, found.positive, found.counters, None, 0, product.numel())
+        return Selection(*chosen, found.positive, found.counters, 0, product.numel())
 
     def move_bound(self, selection: Selection) -> None:
         """Set the next step's bound from the count, which is there by now, and the smallest score, which may not be."""

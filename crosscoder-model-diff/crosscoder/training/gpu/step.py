@@ -26,7 +26,7 @@ from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.dictionaries.ranks import ALONE, Ranks
 from crosscoder.training.gpu import exchange, kernels
 from crosscoder.training.gpu.pairs import Pairs, latents_first, starts_of, sum_of_squares
-from crosscoder.training.gpu.selection import Selection, Selector
+from crosscoder.training.gpu.selection import OnCpu, Selection, Selector
 from crosscoder.training.step import Step
 
 PIECES = 2
@@ -73,7 +73,6 @@ class GpuStep:
         self.own = {name: tuple(map(ranks.rows, tensors)) for name, tensors in self.whole.items()}
         self.decoder, self.encoder = self.own["decoder"][0], self.own["encoder"][0]
         self.n_latents = len(self.decoder)
-        self.first = ranks.rank * self.n_latents
         self.bias = ranks.rows(model.b_enc.data)
         self.decoder_copy, self.encoder_copy = self.decoder.to(product_dtype), self.encoder.to(product_dtype)
         self.decoder_gradient = torch.empty_like(self.decoder_copy)
@@ -102,9 +101,8 @@ class GpuStep:
     @torch.no_grad()
     def __call__(self, raw: Tensor, learning_rate: float, weights: Weights, dead: Tensor) -> Step:
         """Take one step; arguments as of AutogradStep."""
-        # Waited for before anything of this step is asked of the GPU: the product behind it is long enough to catch up.
-        candidates = dead.nonzero().squeeze(-1) if self.config.aux_weight else dead[:0]
-        own_candidates = self._own(candidates)
+        # asked for before the rest, so that it is there while the GPU still has work when it is waited for
+        dead_on_cpu = OnCpu(dead if self.config.aux_weight else dead[:0])
         own_rows = self.model.scale(raw).flatten(1).to(self.decoder_copy.dtype)
         x, product = exchange.rows_and_product(own_rows, self.encoder_copy, self.ranks)
         batch = len(x)
@@ -118,12 +116,13 @@ class GpuStep:
         error, gradient, bias_gradient, squares, losses, selected = gradients
         reconstruction = losses.sum() / (batch if self.config.reconstruction == "mse" else N_MODELS * batch)
         zero = auxiliary = torch.zeros((), device=x.device)
-        if len(candidates):
-            auxiliary, changed = self._auxiliary(
-                x, product, score_norms, error, own_candidates, len(candidates), bias_gradient
-            )
-            squares[own_candidates] = 0.0
-            squares[own_candidates, 0] = changed
+        n_dead = int(dead_on_cpu.wait().sum())
+        if n_dead:
+            own_dead = self.ranks.rows(dead_on_cpu.wait()).nonzero().squeeze(-1)
+            own_dead = (own_dead.pin_memory() if x.is_cuda else own_dead).to(x.device, non_blocking=True)
+            auxiliary, changed = self._auxiliary(x, product, score_norms, error, own_dead, n_dead, bias_gradient)
+            squares[own_dead] = 0.0
+            squares[own_dead, 0] = changed
         counted = torch.stack((squares.sum(), (selection.values > 0).sum()))
         own = torch.cat((bias_gradient, selection.positive, selected, counted))
         everyone = self.ranks.gather(own)
@@ -145,12 +144,6 @@ class GpuStep:
             x=self.ranks.rows(x.view(batch, N_MODELS, -1)),
             error=self.ranks.rows(error.view(batch, N_MODELS, -1)),
         )
-
-    def _own(self, latents: Tensor) -> Tensor:
-        """Those of the latents that are this process's, counted from its first."""
-        if self.ranks.world == 1 or not len(latents):
-            return latents
-        return latents[(latents >= self.first) & (latents < self.first + self.n_latents)] - self.first
 
     def _score_norms(self) -> Tensor:
         """[latent] fp32; see BatchTopKCrosscoder.selection_norms."""
