@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from finqa.models import students
 from finqa.runtime.commands import CROSSCODER_FOLDER, run_into
 from finqa.runtime.errors import UserError
 from finqa.runtime.manifest import write_json
+from finqa.runtime.progress import StepProgress
 from study.invented.diff.plan import GAIN, METHODS, Compared, Form, Subject, equal_l0, lengths, site_name, slug
 from study.invented.files import DOCUMENTS
 from study.invented.gates import all_gates
@@ -118,6 +120,7 @@ def train(
     from crosscoder.analysis.measures import explained_variance
     from crosscoder.dictionaries.checkpoint import CONFIG_FILE, load_dictionary, save_dictionary
     from crosscoder.dictionaries.methods import new_dictionary
+    from crosscoder.training.run_log import progress_line
     from crosscoder.training.sizing import default_learning_rate, sized_configs
     from crosscoder.training.trainer import Trainer
 
@@ -145,7 +148,11 @@ def train(
     else:
         generator = torch.Generator().manual_seed(seed)
         made = new_dictionary(crosscoder, training.decoder_norm, generator, training.directions)
-        model = Trainer(made, store, training, folder, checkpoint_every_s=30.0, device=device).fit()
+        run = Trainer(made, store, training, folder, checkpoint_every_s=30.0, device=device)
+        print(f"{folder.name}: {run.total_steps:,} steps", flush=True)
+        with closing(StepProgress(run.total_steps)) as progress:
+            run.on_log = lambda record: progress.show(record.step, progress_line(record, None))
+            model = run.fit()
         read_at(model, store, split.train, l0)
         about = {"training": asdict(training), "activations": store.config.recorded}
         save_dictionary(model, folder, **about)
