@@ -1,7 +1,4 @@
-"""The tables of docs/study.md, filled from the CSVs of its two studies; no number in them is typed.
-
-A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; `fill` writes it anew.
-"""
+"""The tables of docs/study.md, filled from the CSVs of its two studies; no number in them is typed."""
 
 from __future__ import annotations
 
@@ -269,6 +266,7 @@ def short_form(folder: Path) -> str:
 
 FIRST_RULES = ("D1, finds", "D2, carries")
 SHORT_FORM = "Qwen2.5-Coder-0.5B-Instruct-definitions"
+"""Folder of the small model's tables, beside those of the main one."""
 
 
 def invented_name(row: Row) -> str:

@@ -54,9 +54,17 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_read_with_equally_many_latents_active(
-    store: ActivationStore, method: str, form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: ActivationStore,
+    method: str,
+    form: Form,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     made = train(store, method, form, 0, SETTINGS, tmp_path / "one", L0)
+    begun, *log = capsys.readouterr().out.splitlines()
+    steps = int(begun.removeprefix("one: ").removesuffix(" steps"))
+    assert (steps == 0) == (form == "untrained") and (f"step {steps} of {steps}: loss" in "".join(log)) == (steps > 0)
     assert made.quality["l0"] == pytest.approx(L0, rel=0.12)
     assert (made.quality["passes"] == 0) == (form == "untrained")
     again = train(store, method, form, 0, SETTINGS, tmp_path / "one", L0)  # that is there, and is not trained again

@@ -428,6 +428,8 @@ def test_what_the_page_says_of_the_small_model_is_in_its_figures():
     assert f"L1 hits {added} of 32 where they were added and {absent} where not" in text
     whole_page = " ".join(PAGE.read_text().split())
     assert f"On the 0.5B L1 tells {added}, and {absent} where they were not." in whole_page
+    readme = " ".join((REPOSITORY / "README.md").read_text().split())
+    assert f"by 1 - nu tell {added} of the 32, and {absent} of those that were not added." in readme
     rates = rates_by_nu(tables["items"])
     p, (low, high) = holm({method: one.p or 1.0 for method, one in rates.items()})["L1"], rates["L1"].interval or (0, 0)
     assert f"{rates['L1'].difference:.2f} ({low:.2f} to {high:.2f}), below the 0.5" in text
