@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import triton  # pyright: ignore[reportMissingImports]  not installed without a GPU
 from torch import Tensor
@@ -101,7 +102,8 @@ class GpuStep:
     @torch.no_grad()
     def __call__(self, raw: Tensor, learning_rate: float, weights: Weights, dead: Tensor) -> Step:
         """Take one step; arguments as of AutogradStep."""
-        # asked for before the rest, so that it is there while the GPU still has work when it is waited for
+        # Asked for before the rest, so that it is there while the GPU still has work when it is waited for. NumPy
+        # counts it: torch takes all cores for more than 32,768 values, and waking them lasts longer than the step.
         dead_on_cpu = OnCpu(dead if self.config.aux_weight else dead[:0])
         own_rows = self.model.scale(raw).flatten(1).to(self.decoder_copy.dtype)
         x, product = exchange.rows_and_product(own_rows, self.encoder_copy, self.ranks)
@@ -116,9 +118,9 @@ class GpuStep:
         error, gradient, bias_gradient, squares, losses, selected = gradients
         reconstruction = losses.sum() / (batch if self.config.reconstruction == "mse" else N_MODELS * batch)
         zero = auxiliary = torch.zeros((), device=x.device)
-        n_dead = int(dead_on_cpu.wait().sum())
+        n_dead = np.count_nonzero(dead_on_cpu.wait().numpy())
         if n_dead:
-            own_dead = self.ranks.rows(dead_on_cpu.wait()).nonzero().squeeze(-1)
+            own_dead = torch.from_numpy(np.flatnonzero(self.ranks.rows(dead_on_cpu.wait()).numpy()))
             own_dead = (own_dead.pin_memory() if x.is_cuda else own_dead).to(x.device, non_blocking=True)
             auxiliary, changed = self._auxiliary(x, product, score_norms, error, own_dead, n_dead, bias_gradient)
             squares[own_dead] = 0.0
