@@ -103,8 +103,9 @@ def wait_for_all() -> None:
     from accelerate import PartialState
 
     loaded_before_joining()
-    own_device("cuda" if torch.cuda.is_available() else "cpu")
-    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE).wait_for_everyone()
+    device = torch.device(own_device("cuda" if torch.cuda.is_available() else "cpu"))
+    bound = {"device_id": device} if device.type == "cuda" else {}  # else NCCL guesses it, and says so
+    PartialState(cpu=not bound, timeout=PATIENCE, **bound).wait_for_everyone()
 
 
 def check_shared(folder: Path, seen: str) -> None:

@@ -7,6 +7,7 @@ it is built on: import it where training starts.
 
 from __future__ import annotations
 
+import math
 import time
 from functools import partial
 from inspect import signature
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from finqa.runtime import parallel
+from finqa.runtime.errors import UserError
 from finqa.runtime.journal import Journal
 from finqa.runtime.memory.free import memory_used
 from finqa.runtime.paths import json_text
@@ -88,7 +90,8 @@ class CompletionTrainer(Trainer):
 
 
 class TrainingLog(TrainerCallback):
-    """Keeps the log of a run; of several processes the first one does, for all of them.
+    """Keeps the log of a run; of several processes the first one does, for all of them. A loss that is no number ends
+    the run (UserError).
 
     `tokens_per_second` is the rate since the record before: the first one has the compiling of the layers in it.
     """
@@ -120,6 +123,11 @@ class TrainingLog(TrainerCallback):
         tokens = int(parallel.total(self.trainer.tokens_seen))
         if not state.is_world_process_zero:
             return
+        if not math.isfinite(logs["loss"]):
+            raise UserError(
+                f"by update {state.global_step} the loss is no number ({logs['loss']}): training diverged; begin it "
+                "again with a lower --learning-rate and a --run-name of its own"
+            )
         now = time.monotonic()
         rate = (tokens - self._tokens) / (now - self._recorded)
         self._tokens, self._recorded = tokens, now

@@ -242,6 +242,7 @@ def training_arguments(
         save_total_limit=CHECKPOINTS_KEPT,
         logging_steps=10,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # it waits for the GPU in every update, and hides a loss that is no number
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,

@@ -130,9 +130,10 @@ def ranks_from_environment(device: torch.device | str) -> Ranks:
 
     if not dist.is_initialized():
         parallel.loaded_before_joining()
-        on_gpu = torch.device(device).type == "cuda"
-        if on_gpu:
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=parallel.PATIENCE)
+        device = torch.device(device)
+        bound = device if device.type == "cuda" else None
+        if bound:
+            torch.cuda.set_device(bound)
+        dist.init_process_group("nccl" if bound else "gloo", timeout=parallel.PATIENCE, device_id=bound)
         atexit.register(dist.destroy_process_group)  # its threads, still there at the end, would abort the process
     return Ranks(dist.get_rank(), dist.get_world_size())

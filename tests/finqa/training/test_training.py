@@ -210,3 +210,11 @@ def test_a_process_that_sees_several_gpus_takes_the_rows_of_one_for_an_update(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     arguments = training_arguments(run, TrainingConfig(), 100, False, "cuda", tmp_path)
     assert arguments.train_batch_size == SETTINGS.batch_size
+
+
+def test_a_run_whose_loss_is_no_number_ends_and_says_what_to_change(folders: Folders, run: StudentRun):
+    run = replace(run, settings=replace(SETTINGS, learning_rate=1e38, num_epochs=3))
+    with pytest.raises(UserError, match=r"by update 10 the loss is no number \(nan\).*lower --learning-rate"):
+        fine_tune(run, TrainingConfig(save_steps=1000), folders)
+    log = folders.model("FinQA-mini", run.model_id) / "training_log.jsonl"
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1], "what is no number is no record"
