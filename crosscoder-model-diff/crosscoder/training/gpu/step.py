@@ -118,7 +118,7 @@ class GpuStep:
         error, gradient, bias_gradient, squares, losses, selected = gradients
         reconstruction = losses.sum() / (batch if self.config.reconstruction == "mse" else N_MODELS * batch)
         zero = auxiliary = torch.zeros((), device=x.device)
-        n_dead = np.count_nonzero(dead_on_cpu.wait().numpy())
+        n_dead = int(np.count_nonzero(dead_on_cpu.wait().numpy()))
         if n_dead:
             own_dead = torch.from_numpy(np.flatnonzero(self.ranks.rows(dead_on_cpu.wait()).numpy()))
             own_dead = (own_dead.pin_memory() if x.is_cuda else own_dead).to(x.device, non_blocking=True)
