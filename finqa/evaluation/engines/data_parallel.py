@@ -1,8 +1,7 @@
 """Several vLLM engines beside each other, each a process with GPUs of its own; the prompts are dealt out to them.
 
 With --data-parallel N and --tensor-parallel T engine i takes the GPUs i*T to i*T + T - 1 of those that are visible. On
-a CPU the engines share the cores, which is no faster and lets the same code be tested there. Two engines were run on a
-CPU; several on GPUs were not run here, nor was a tensor parallel of more than one.
+a CPU the engines share the cores, which is no faster and lets the same code be tested there.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from finqa.evaluation.engines.devices import device_shares
 from finqa.evaluation.engines.vllm_engine import EngineArguments, vllm_engine, vllm_generate
 from finqa.evaluation.generation import Generate, Reply
 from finqa.models.students import default_device
@@ -51,23 +51,6 @@ def parallel_engines(
             if worker.is_alive():
                 worker.terminate()
                 worker.join()
-
-
-def device_shares(engines: int, each: int) -> list[list[str]]:
-    """The devices of each engine: ids of visible GPUs, or numbers of processors. Raises UserError with too few GPUs."""
-    if default_device() == "cpu":
-        cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
-        return [cores[number::engines] or cores for number in range(engines)]
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())]
-    if len(gpus) < engines * each:
-        raise UserError(
-            f"--data-parallel {engines} with --tensor-parallel {each} needs {engines * each} GPUs and {len(gpus)} are "
-            "visible; give a smaller number"
-        )
-    return [gpus[number * each : (number + 1) * each] for number in range(engines)]
 
 
 def _shared_out(pipes: Sequence[Connection], adapted: bool, ends: set[int]) -> Generate:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from finqa.evaluation.engines.devices import check_gpus_are_free, over_machines, share_cores, without_multicast
 from finqa.evaluation.generation import (
     FinishReason,
     Generate,
@@ -85,8 +85,9 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
         settings |= {
             "enforce_eager": True,
             "max_num_seqs": CPU_SEQUENCES,
-            "kv_cache_memory_bytes": _cpu_cache_bytes(shape, settings["max_model_len"], config.data_parallel),
+            "kv_cache_memory_bytes": _cpu_cache_bytes(shape, settings["max_model_len"], config),
         }
+        share_cores(config.tensor_parallel)
         if not multiplies_bf16(device):
             settings["dtype"] = "float32"
         if config.temperature:
@@ -129,7 +130,7 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
             )
         except (RuntimeError, ValueError):
             if device != "cpu":
-                _check_gpus_are_free(config)
+                check_gpus_are_free(config)
             raise
     facts = {"engine": "vllm", "device": device, "dtype": str(engine.model_config.dtype).removeprefix("torch.")}
     try:
@@ -143,52 +144,11 @@ def vllm_engine(arguments: EngineArguments) -> Iterator[tuple[Any, dict[str, Any
         gc.collect()
 
 
-def over_machines(tensor_parallel: int) -> dict[str, str]:
-    """What vLLM has to be told where an engine takes more GPUs than this machine has: the others are Ray's.
-
-    Raises UserError where Ray is not installed.
-    """
-    import torch
-
-    there = torch.cuda.device_count()
-    if tensor_parallel <= max(1, there):
-        return {}
-    if importlib.util.find_spec("ray") is None:
-        raise UserError(
-            f"--tensor-parallel {tensor_parallel} needs as many GPUs, and {there} are here; give a smaller number, or "
-            "join machines by Ray, which is not installed (docs/reproduce.md, Several GPUs and machines)"
-        )
-    return {"distributed_executor_backend": "ray"}
-
-
-def without_multicast(tensor_parallel: int) -> dict[str, Any]:
-    """What vLLM is told where NCCL's variable says that NVLink multicast is off: flashinfer's sums do not ask it."""
-    if tensor_parallel == 1 or os.environ.get("NCCL_NVLS_ENABLE") != "0":
-        return {}
-    os.environ |= {"VLLM_ALLREDUCE_USE_FLASHINFER": "0", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
-    return {"compilation_config": {"pass_config": {"fuse_allreduce_rms": False}}}
-
-
 def _check_one_copy(model: Path) -> None:
     """UserError where vLLM would read two copies of the weights: without an index it takes every file that is there."""
     second = sorted(model.glob("consolidated*.safetensors"))
     if second and (model / "model.safetensors").exists():
         raise UserError(f"{second[0]} is a second copy of the weights, which vLLM would mix in; move it elsewhere")
-
-
-def _check_gpus_are_free(config: GenerationConfig) -> None:
-    """UserError where something else holds what an engine is to take. Asked when a start has failed: to ask takes
-    memory of the GPU itself."""
-    import torch
-
-    for gpu in range(min(config.tensor_parallel, torch.cuda.device_count())):
-        free, there = torch.cuda.mem_get_info(gpu)
-        if free < config.gpu_memory_utilization * there:
-            raise UserError(
-                f"vLLM is to take {config.gpu_memory_utilization:.0%} of GPU {gpu}, and {free / 1e9:.1f} of its "
-                f"{there / 1e9:.1f} GB are free; end what else uses it, or give a smaller share "
-                f"(--gpu-memory-utilization {max(0, int(100 * free / there) - 2) / 100})"
-            )
 
 
 def vllm_generate(engine: Any, ends: Collection[int], config: GenerationConfig, adapter: Path | None) -> Generate:
@@ -294,10 +254,11 @@ def _rank_limit(adapter: Path) -> int:
     return min(allowed)
 
 
-def _cpu_cache_bytes(shape: dict[str, Any], max_model_len: int, engines: int) -> int:
-    """Cache for all sequences at full length, but for all engines at most a third of the memory that is free."""
-    wanted = _token_bytes(shape) * max_model_len * CPU_SEQUENCES
-    return max(1 << 26, min(wanted, int(free_memory("cpu")) // (3 * engines)))
+def _cpu_cache_bytes(shape: dict[str, Any], max_model_len: int, config: GenerationConfig) -> int:
+    """Cache for all sequences at full length, but for all processes at most a third of the memory that is free."""
+    wanted = _token_bytes(shape) * max_model_len * CPU_SEQUENCES // config.tensor_parallel
+    processes = config.data_parallel * config.tensor_parallel
+    return max(1 << 26, min(wanted, int(free_memory("cpu")) // (3 * processes)))
 
 
 def _token_bytes(shape: dict[str, Any]) -> int:

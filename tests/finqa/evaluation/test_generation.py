@@ -440,18 +440,20 @@ def test_vllm_replies_as_hugging_face_does_for_base_and_for_the_merged_adapter(
     assert found["kl_base_on_vllm_tokens"] <= found["kl_base"] * 1.001
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 4, reason="two engines take minutes on fewer than four cores")
+@pytest.mark.skipif((os.cpu_count() or 1) < 4, reason="two processes of vLLM take minutes on fewer than four cores")
 @pytest.mark.slow
-def test_two_engines_share_the_prompts_and_sample_as_one_does(pocket: tuple[StudentRun, Path, list[list[int]]]):
+@pytest.mark.parametrize("way", ["data_parallel", "tensor_parallel"])
+def test_two_processes_of_vllm_reply_and_sample_as_one_does(pocket: tuple[StudentRun, Path, list[list[int]]], way: str):
     pytest.importorskip("vllm")
     run, _, asked = pocket
     config = GenerationConfig(vllm=True, max_new_tokens=60, batch_size=40, samples=2, temperature=0.7)
     twice = [prompt for prompt in asked[:20] for _ in range(2)]
     [alone] = [dict(s.generate(twice)) for s in served_models(run, None, ["base"], config)]
-    shared, done = replace(config, data_parallel=2), {0, 5, 39}
+    shared, done = replace(config, **{way: 2}), {0, 5, 39}
     for served in served_models(run, None, ["base"], shared):
         together = dict(served.generate(twice, done))
-        assert served.facts["data_parallel"] == 2
+        told = served.facts if way == "data_parallel" else served.facts["settings"]
+        assert told[way if way == "data_parallel" else f"{way}_size"] == 2
     assert set(together) == set(range(40)) - done
     # The seed of a place is the same wherever it is drawn; near-ties in bf16 may fall the other way.
     assert sum(alone[place] == reply for place, reply in together.items()) >= 30
@@ -489,7 +491,7 @@ def test_an_engine_over_more_gpus_than_are_here_is_rays_where_ray_is_installed(m
 
     import torch
 
-    from finqa.evaluation.engines.vllm_engine import over_machines
+    from finqa.evaluation.engines.devices import over_machines
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -503,7 +505,7 @@ def test_an_engine_over_more_gpus_than_are_here_is_rays_where_ray_is_installed(m
 def test_vllm_keeps_from_nvlink_multicast_where_the_machine_says_so(monkeypatch: pytest.MonkeyPatch):
     import os
 
-    from finqa.evaluation.engines.vllm_engine import without_multicast
+    from finqa.evaluation.engines.devices import without_multicast
 
     names = ("VLLM_ALLREDUCE_USE_FLASHINFER", "VLLM_ALLREDUCE_USE_SYMM_MEM")
     for name in names:
@@ -517,3 +519,18 @@ def test_vllm_keeps_from_nvlink_multicast_where_the_machine_says_so(monkeypatch:
     envs, config = pytest.importorskip("vllm.envs"), pytest.importorskip("vllm.config")
     assert not any(getattr(envs, name) for name in names)
     assert config.CompilationConfig(**told).pass_config.fuse_allreduce_rms is False
+
+
+def test_the_processes_of_an_engine_on_a_cpu_take_a_part_of_its_cores_each(monkeypatch: pytest.MonkeyPatch):
+    from finqa.evaluation.engines.devices import share_cores
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5})
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "")
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND")
+    with pytest.raises(UserError, match="--tensor-parallel 4 needs a core each, and an engine has 3 here"):
+        share_cores(4)
+    share_cores(1)
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in os.environ
+    share_cores(2)
+    share_cores(3)
+    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0,5|1", "what is set already stays"
