@@ -3,6 +3,7 @@
     python -m benchmarks.bench_crosscoder                            on one GPU, under eight minutes
     python -m benchmarks.bench_crosscoder --latents 16384 --steps 20 --ev-steps 0
     python -m benchmarks.bench_crosscoder --cpu                      small shapes, the same code
+    torchrun --nproc-per-node 2 -m benchmarks.bench_crosscoder --ev-steps 0        the project's steps, by several GPUs
 
 2 x 4,096 inputs, k 100, 4,096 tokens a step. The activations are made up (random directions, each rarely active, plus
 noise) and lie in a set on disk as collect_activations.py leaves it. A step is the trainer's: reading its tokens, the
@@ -47,12 +48,14 @@ from benchmarks.parts.other_dictionaries import OTHERS
 from benchmarks.parts.record import RESULTS, write_record
 from benchmarks.parts.step_tables import explained_table, step_table
 from benchmarks.parts.timing import timed
+from finqa.runtime import parallel
 from finqa.runtime.errors import report_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from crosscoder.activations.store import ActivationStore
+    from crosscoder.dictionaries.ranks import Ranks
     from crosscoder.training.step import StepKind
     from crosscoder.training.trainer import Trainer
 
@@ -66,42 +69,50 @@ OURS = (BY_HAND, FROM_MEMORY, AUXILIARY, AUTOGRAD, PLAIN)
 class Bench:
     """What was measured so far, and its record."""
 
-    def __init__(self, args: argparse.Namespace, store: ActivationStore) -> None:
-        self.args, self.store = args, store
+    def __init__(self, args: argparse.Namespace, store: ActivationStore, ranks: Ranks) -> None:
+        self.args, self.store, self.ranks = args, store, ranks
         self.steps: dict[int, dict[str, Any]] = {}
         """By latents: floor, and each way's milliseconds and memory, or why there are none."""
         self.explained: dict[str, Any] = {}
 
     def add(self, n_latents: int, way: str, result: Any) -> None:
         self.steps.setdefault(n_latents, {})[way] = result
-        print(f"{n_latents:,} latents, {way}: {result}", flush=True)
+        if self.ranks.is_main:
+            print(f"{n_latents:,} latents, {way}: {result}", flush=True)
         self.write()
 
     def write(self) -> str:
         settings = {name: value for name, value in vars(self.args).items() if name != "output_dir"}
         record = {"settings": settings, "steps": self.steps, "explained_variance": self.explained}
         table = step_table(self.steps) + explained_table(self.explained)
-        write_record(self.args.name, record, table, self.args.output_dir)
+        if self.ranks.is_main:
+            write_record(self.args.name, record, table, self.args.output_dir)
         return table
 
 
 def main() -> None:
+    from crosscoder.dictionaries.ranks import ranks_from_environment
+
     args = parse_arguments()
+    ranks = ranks_from_environment(parallel.own_device(args.device))  # makes the process's own GPU what `cuda` means
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
+        # Every process makes the same set for itself.
         store = made_up_store(Path(folder) / "activations", args.tokens, args.d_model, args.device)
-        bench = Bench(args, store)
+        bench = Bench(args, store, ranks)
         for n_latents in args.latents:
             bench.add(n_latents, "floor", floor(n_latents, args))
             for way in args.ways:
                 if way == FROM_MEMORY and n_latents != args.latents[0]:
                     continue
                 bench.add(n_latents, way, measured(lambda way=way, n=n_latents: ours(way, n, bench), args))
-        for other, make in OTHERS.items():
+        for other, make in OTHERS.items() if ranks.world == 1 else ():
             n_latents = args.latents[0]
             bench.add(n_latents, other, measured(lambda make=make, n=n_latents: theirs(make, n, bench), args))
         if args.ev_steps:
             compare_precisions(bench)
-        print(bench.write())
+        table = bench.write()
+    if ranks.is_main:
+        print(table)
 
 
 def measured(measure: Callable[[], dict[str, Any]], args: argparse.Namespace) -> dict[str, Any] | str:
@@ -177,7 +188,8 @@ def trainer_of(
         **settings,
     )
     torch.backends.cuda.matmul.allow_tf32 = False
-    return Trainer(model, bench.store, config, folder, device=args.device, step=step, log_every=10**9)
+    how: dict[str, Any] = {"device": args.device, "step": step, "log_every": 10**9, "ranks": bench.ranks}
+    return Trainer(model, bench.store, config, folder, **how)
 
 
 def hold_dead(run: Trainer, share: float) -> None:
@@ -274,9 +286,6 @@ def floor(n_latents: int, args: argparse.Namespace) -> dict[str, float]:
 def take(step: Callable[[Tensor], object], raws: Iterator[Tensor], steps: int) -> None:
     for _ in range(steps):
         step(next(raws))
-
-
-# The record
 
 
 def parse_arguments() -> argparse.Namespace:

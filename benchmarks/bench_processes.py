@@ -5,13 +5,14 @@
 
 A model of Mistral-7B's shapes with random weights is written to disk, with a tokenizer made on the spot; its data are
 FinQA-mini's pages. Each number of processes runs main.py (the published recipe: one row an update and process),
-collect_activations.py (layer 17, base and fine-tuned model, written to disk) and train.py (the published size, and one
-four times as large) as a user would, by torchrun, and the rates are those that the commands write down:
+collect_activations.py (layer 17, base and fine-tuned model, written to disk) and train.py (the first number of
+--latents) as a user would, by torchrun, and the rates are those that the commands write down:
 
     fine-tuning     tokens/s over the second half of the updates (training_log.jsonl): compiling is left out
     recording       tokens/s of both models, from the first batch to the last shard (run.json); loading is left out
-    crosscoder      tokens/s from the first step on (run.json): the same batch whatever the number of processes; of
-                    every number of --latents
+    crosscoder      tokens/s from the first step on (run.json): the same batch whatever the number of processes
+    a step          tokens/s of its steps alone, of every number of --latents, and with a tenth of the latents dead
+                    (bench_crosscoder; on GPUs by hand, elsewhere through autograd and none of them dead)
     evaluation      replies/s of the base by vLLM with as many engines (--data-parallel), on GPUs alone and where it is
                     installed; and with one engine over as many GPUs (--tensor-parallel)
 
@@ -39,6 +40,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench_crosscoder import AUTOGRAD, AUXILIARY, BY_HAND
 from benchmarks.bench_evaluation import shapes_of
 from benchmarks.parts.made_up_model import write_model
 from benchmarks.parts.mistral_7b import SHAPES, random_mistral_7b
@@ -79,10 +81,18 @@ def main() -> None:
 
 def stages(args: argparse.Namespace) -> dict[str, Callable[..., dict[str, Any]]]:
     """What measures each stage, by its name, in an order in which each finds what it needs."""
-    dictionaries = {f"crosscoder, {n:,} latents": partial(crosscoder, n_latents=n) for n in args.latents}
+    steps = {
+        f"a step, {n:,} latents{', a tenth dead' * (way == AUXILIARY)}": partial(a_step, n_latents=n, way=way)
+        for n in args.latents
+        for way in step_ways()
+    }
     with_vllm = default_device() == "cuda" and find_spec("vllm") is not None
     engines = {name: partial(replies, name=name) for name in ENGINES} if with_vllm else {}
-    return {"fine-tuning": fine_tuning, "recording": recording, **dictionaries, **engines}
+    return {"fine-tuning": fine_tuning, "recording": recording, "crosscoder": crosscoder, **steps, **engines}
+
+
+def step_ways() -> tuple[str, ...]:
+    return (BY_HAND, AUXILIARY) if default_device() == "cuda" else (AUTOGRAD,)
 
 
 def gpus() -> int:
@@ -154,12 +164,10 @@ def recorded(args: argparse.Namespace) -> list[str]:
     return ["--split", "train", "--num-samples", str(args.documents), "--layer", str(args.layer)]
 
 
-def crosscoder(
-    model: Path, folders: Folders, processes: int, args: argparse.Namespace, n_latents: int
-) -> dict[str, Any]:
+def crosscoder(model: Path, folders: Folders, processes: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train a dictionary on the set that was recorded last."""
-    which = [*student(model, args.processes[0]), *recorded(args), "--latents", str(n_latents), "--epochs", "1"]
-    name = f"{n_latents}-by-{processes}"
+    which = [*student(model, args.processes[0]), *recorded(args), "--latents", str(args.latents[0]), "--epochs", "1"]
+    name = f"crosscoder-by-{processes}"
     own = ["--name", name, "--results-dir", str(folders.results)]
     command(launched(str(TRAIN), processes, [*which, *own]), folders, processes)
     manifest = json.loads((folders.results / name / "run.json").read_text())
@@ -170,6 +178,24 @@ def crosscoder(
         "sent_bytes": round(manifest["sent"].get("bytes", 0) / max(1, steps)),
         "whole_command_s": manifest["seconds"],
     }
+
+
+def a_step(
+    model: Path, folders: Folders, processes: int, args: argparse.Namespace, n_latents: int, way: str
+) -> dict[str, Any]:
+    """Time the steps of a dictionary that trains on made-up activations, by bench_crosscoder: all ways in one go."""
+    out = folders.results / f"{n_latents}-latents-by-{processes}"
+    if not out.exists():
+        words = ["--latents", str(n_latents), "--ways", *step_ways(), "--ev-steps", "0", "--output-dir", str(out)]
+        words += ["--cpu"] if default_device() == "cpu" else []
+        command(launched("benchmarks.bench_crosscoder", processes, words, module=True), None, processes)
+    record = json.loads((out / "crosscoder_step.json").read_text())
+    step = record["steps"][str(n_latents)][way]
+    if isinstance(step, str):
+        raise UserError(f"a step of {n_latents:,} latents, {way}: {step}")
+    rate = round(1000 * record["settings"]["batch"] / step["ms"])
+    ms, memory = round(step["ms"], 2), step.get("peak_gb")
+    return {"tokens_per_second": rate, "ms_a_step": ms, "memory_gb": memory, "sent_bytes": None}
 
 
 def replies(model: Path, folders: Folders, processes: int, args: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -185,16 +211,17 @@ def replies(model: Path, folders: Folders, processes: int, args: argparse.Namesp
     return {"replies_per_second": round(rate, 2), "sent_bytes": None, "memory_gb": None}
 
 
-def launched(script: str, processes: int, words: list[str]) -> list[str]:
+def launched(script: str, processes: int, words: list[str], module: bool = False) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *(launcher if processes > 1 else []), script, *words]
+    return [sys.executable, *(launcher if processes > 1 else []), *(["-m"] if module else []), script, *words]
 
 
-def command(words: list[str], folders: Folders, processes: int) -> None:
-    """Run one of the project's commands on the scratch folders. Raises UserError with its output where it fails."""
+def command(words: list[str], folders: Folders | None, processes: int) -> None:
+    """Run one of the project's commands, on the scratch folders if it has any. Raises UserError with its output where
+    it fails."""
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     environment = os.environ | {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
-    words = [*words, "--data-dir", str(folders.data)]
+    words = [*words, *(["--data-dir", str(folders.data)] if folders else [])]
     done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     print(done.stdout, flush=True)
     if done.returncode:

@@ -30,11 +30,13 @@ def test_two_processes_fine_tune_and_record_and_their_rates_are_kept(
     assert 2 * 300 < rate * ms / 1000 < 2 * 700, "tokens an update are those of two rows"
     tokens = int(printed.split(" tokens of 8 documents")[0].split()[-1].replace(",", ""))
     assert run["recording"]["tokens"] == tokens
-    small = run["crosscoder, 64 latents"]
+    small = run["crosscoder"]
     assert run["recording"]["tokens_per_second"] > 0 and small["tokens_per_second"] > 0
     # Gradients in fp32: those of the adapter (rank 512 on q, k, v, o of five layers), those of 64 latents of 2 x 256.
     assert run["fine-tuning"]["sent_bytes"] == 4 * 5 * 512 * 2 * (2 * 256 + 256 + 128)
     assert 4 * (2 * 512 * 64) < small["sent_bytes"] < 1.3 * 4 * (2 * 512 * 64)
+    step = run.pop("a step, 64 latents")
+    assert step["tokens_per_second"] == pytest.approx(1000 * 128 / step["ms_a_step"], rel=0.01)
     assert all(stage["memory_gb"] > 0 and stage["efficiency"] == 1 for stage in run.values())
     assert [path.name for path in tmp_path.iterdir()] == ["record"], "the model and the sets are gone"
 
@@ -121,4 +123,5 @@ def test_as_many_gpus_fine_tune_record_and_train_a_crosscoder(
     monkeypatch.setattr(sys, "argv", words)
     bench.main()
     run = json.loads((tmp_path / "record" / "processes_small.json").read_text())["processes"][str(processes)]
-    assert set(run) == {"fine-tuning", "recording", "crosscoder, 256 latents", *bench.ENGINES}
+    steps = {"a step, 256 latents", "a step, 256 latents, a tenth dead"}
+    assert set(run) == {"fine-tuning", "recording", "crosscoder", *steps, *bench.ENGINES}
