@@ -70,6 +70,10 @@ class CompletionTrainer(Trainer):
         self._capture = True
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
+    def floating_point_ops(self, inputs: Any) -> int:
+        """None are counted: to count the parameters in every update takes milliseconds, and nothing here reads it."""
+        return 0
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         self.tokens_seen += int(inputs.pop("n_tokens"))
         if not self._capture:
@@ -81,7 +85,8 @@ class CompletionTrainer(Trainer):
             self.captured = CapturedSteps(trained, lambda batch, n: model(**batch, num_items_in_batch=n).loss)
             for parameter in trained:
                 parallel.from_first(parameter.data)
-        model.train()
+        if not model.training:  # to say so again walks through all modules
+            model.train()
         loss = self.captured(self._prepare_inputs(inputs), num_items_in_batch)
         if self.accelerator.sync_gradients:
             for gradients in self.captured.sums:
