@@ -187,7 +187,7 @@ def a_step(
     out = folders.results / f"{n_latents}-latents-by-{processes}"
     if not out.exists():
         words = ["--latents", str(n_latents), "--ways", *step_ways(), "--ev-steps", "0", "--output-dir", str(out)]
-        words += ["--cpu"] if default_device() == "cpu" else []
+        words += ["--d-model", str(shapes_of(args)["hidden_size"])] + ["--cpu"] * (default_device() == "cpu")
         command(launched("benchmarks.bench_crosscoder", processes, words, module=True), None, processes)
     record = json.loads((out / "crosscoder_step.json").read_text())
     step = record["steps"][str(n_latents)][way]
