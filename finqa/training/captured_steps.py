@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finqa.training.packing import LONGEST_GRAPH
-
 
 @dataclass
 class _Graph:
@@ -32,10 +30,13 @@ class CapturedSteps:
         parameters: What is trained. Gradients are added to tensors that stay the same from step to step, and those of
             one dtype lie one after the other, so that several processes add them up in one go.
         loss: Called with a batch and the number of labelled tokens (a 0-dim tensor); returns the loss, 0-dim.
+        longest: Tokens of a batch above which it is not recorded (packing.longest_graph).
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], loss: Callable[[dict[str, Any], Tensor], Tensor]) -> None:
-        self.loss = loss
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], loss: Callable[[dict[str, Any], Tensor], Tensor], longest: int
+    ) -> None:
+        self.loss, self.longest = loss, longest
         self.parameters = parameters
         self.sums, views = [], {}
         for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
@@ -60,7 +61,7 @@ class CapturedSteps:
         return loss
 
     def _run(self, shape: tuple[Any, ...], batch: dict[str, Any], n_items: Tensor) -> Tensor:
-        if batch["input_ids"].numel() > LONGEST_GRAPH or shape not in self.graphs:
+        if batch["input_ids"].numel() > self.longest or shape not in self.graphs:
             self.graphs.setdefault(shape, None)
             return self._step(batch, n_items)
         captured = self.graphs[shape]

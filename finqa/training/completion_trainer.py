@@ -24,6 +24,7 @@ from finqa.runtime.journal import Journal
 from finqa.runtime.memory.free import memory_used
 from finqa.runtime.paths import json_text
 from finqa.runtime.progress import StepProgress
+from finqa.training.packing import longest_graph
 from finqa.training.rows import LengthGrouped
 
 if TYPE_CHECKING:
@@ -82,7 +83,9 @@ class CompletionTrainer(Trainer):
             from finqa.training.captured_steps import CapturedSteps
 
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            self.captured = CapturedSteps(trained, lambda batch, n: model(**batch, num_items_in_batch=n).loss)
+            width = model.config.get_text_config()
+            longest = longest_graph(width.hidden_size, width.intermediate_size)
+            self.captured = CapturedSteps(trained, lambda batch, n: model(**batch, num_items_in_batch=n).loss, longest)
             for parameter in trained:
                 parallel.from_first(parameter.data)
         if not model.training:  # to say so again walks through all modules

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finqa.training.packing import LONGEST_GRAPH, packed_shape
+from finqa.training.packing import packed_shape
 from finqa.training.rows import NO_ROW, LengthGrouped
 from finqa.training.trainable import Speed
 
@@ -79,11 +79,11 @@ class Load:
     captured_targets: int = 0
 
     @classmethod
-    def of(cls, rows: Dataset, batch_size: int, epochs: int, seed: int, packed: bool) -> Load:
+    def of(cls, rows: Dataset, batch_size: int, epochs: int, seed: int, packed: bool, longest_graph: int) -> Load:
         """The largest of the run's own batches; a packed batch has its rows' tokens, any other is padded.
 
-        `rows` is a Dataset of finqa.training.rows.Example. A batch is recorded where it is packed and short, and
-        its shape comes more than once.
+        `rows` is a Dataset of finqa.training.rows.Example. A batch is recorded where it is packed, has no more than
+        `longest_graph` tokens, and its shape comes more than once.
         """
         lengths, prompts = list(rows["n_tokens"]), list(rows["n_prompt"])
         sampler = LengthGrouped(lengths, batch_size, seed)
@@ -96,7 +96,7 @@ class Load:
                 n_targets = n_tokens - sum(prompts[row] for row in batch)
                 padded = (len(batch), longest * len(batch), n_targets, longest)
                 shapes[packed_shape(len(batch), n_tokens, n_targets, longest) if packed else padded] += 1
-        captured = [shape for shape, times in shapes.items() if packed and times > 1 and shape[1] <= LONGEST_GRAPH]
+        captured = [shape for shape, times in shapes.items() if packed and times > 1 and shape[1] <= longest_graph]
         return cls(
             tokens=max(shape[1] for shape in shapes),
             longest=max(lengths),

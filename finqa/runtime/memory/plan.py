@@ -89,7 +89,8 @@ def plan_training(
         )
     on_gpu, processes = device != "cpu", parallel.world_size()
     packed = on_gpu and speed.packed and config.model_type in packing.FAMILIES
-    load = Load.of(rows, settings.batch_size, settings.num_epochs, seed, packed)
+    recorded = packing.longest_graph(model.hidden, model.intermediate)
+    load = Load.of(rows, settings.batch_size, settings.num_epochs, seed, packed, recorded)
     there = free_memory(device) / (1 if on_gpu else processes)
 
     def need(way: Speed, load: Load = load, bits: int = 4 if run.load_in_4bit else bits) -> Need:

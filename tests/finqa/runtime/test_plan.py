@@ -36,7 +36,7 @@ from finqa.runtime.memory.needs import (
     training_need,
 )
 from finqa.runtime.paths import REPOSITORY
-from finqa.training.packing import LENGTH_STEP, LONGEST_GRAPH, TARGETS_STEP
+from finqa.training.packing import LENGTH_STEP, LONGEST_GRAPH, TARGETS_STEP, longest_graph
 from finqa.training.rows import example
 from finqa.training.trainable import Speed, lora_config, made_trainable, seconds_of_compiling
 
@@ -97,7 +97,8 @@ def recorded_peaks() -> Iterator[Any]:
 def test_the_need_of_a_7b_run_is_its_recorded_peak_and_at_most_a_quarter_more(
     n_rows: int, variant: Any, peak_gb: float, mistral_7b: Sizes
 ):
-    load = Load.of(Dataset.from_list(random_rows(n_rows)), variant.rows, 1, 3, packed=True)
+    longest = longest_graph(mistral_7b.hidden, mistral_7b.intermediate)
+    load = Load.of(Dataset.from_list(random_rows(n_rows)), variant.rows, 1, 3, True, longest)
     bits = 4 if variant.load_in_4bit else 16
     planned = training_need(mistral_7b, load, "adamw_8bit", variant.speed, bits).total / GB
     assert peak_gb <= planned <= 1.25 * peak_gb
@@ -220,13 +221,13 @@ def test_4_bits_an_optimiser_in_fp32_and_all_weights_are_counted_as_what_they_ar
 
 def test_the_largest_update_is_that_of_the_runs_own_batches():
     rows = examples(30, 200, 40, 210)
-    assert Load.of(rows, 2, 1, 3, packed=True) == Load(4 * LENGTH_STEP, 210, TARGETS_STEP)
-    assert Load.of(rows, 2, 1, 3, packed=False) == Load(420, 210, 20)
+    assert Load.of(rows, 2, 1, 3, True, LONGEST_GRAPH) == Load(4 * LENGTH_STEP, 210, TARGETS_STEP)
+    assert Load.of(rows, 2, 1, 3, False, LONGEST_GRAPH) == Load(420, 210, 20)
 
 
 def test_what_is_recorded_is_the_largest_short_batch_whose_shape_comes_again():
-    def captured(*lengths: int, epochs: int = 1) -> tuple[int, int]:
-        load = Load.of(examples(*lengths), 1, epochs, 3, packed=True)
+    def captured(*lengths: int, epochs: int = 1, longest: int = LONGEST_GRAPH) -> tuple[int, int]:
+        load = Load.of(examples(*lengths), 1, epochs, 3, True, longest)
         return load.captured_tokens, load.captured_targets
 
     assert captured(200, 300, LONGEST_GRAPH) == (0, 0), "no shape comes twice"
@@ -234,7 +235,9 @@ def test_what_is_recorded_is_the_largest_short_batch_whose_shape_comes_again():
     assert captured(200, 300, 310, epochs=2) == (384, TARGETS_STEP)
     assert captured(200, LONGEST_GRAPH, LONGEST_GRAPH + 1, epochs=2) == (LONGEST_GRAPH, TARGETS_STEP)
     assert captured(LONGEST_GRAPH + 1, LONGEST_GRAPH + 1) == (0, 0), "longer batches run plain"
-    padded = Load.of(examples(200, 200), 1, 1, 3, packed=False)
+    both = LONGEST_GRAPH + 1, LONGEST_GRAPH + 200
+    assert captured(*both, longest=8192) == (LONGEST_GRAPH + 2 * LENGTH_STEP, TARGETS_STEP), "and have fewer lengths"
+    padded = Load.of(examples(200, 200), 1, 1, 3, False, LONGEST_GRAPH)
     assert padded.captured_tokens == 0
 
 

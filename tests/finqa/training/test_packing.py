@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from finqa.models.students import load_base
-from finqa.training.packing import LENGTH_STEP, TARGETS_STEP, packed_collator
+from finqa.training.packing import (
+    LENGTH_STEP,
+    LONGEST_GRAPH,
+    TARGETS_STEP,
+    longest_graph,
+    packed_collator,
+    packed_shape,
+)
 from finqa.training.rows import NO_LOSS, collator, example
 from finqa.training.trainable import loss_on_completion
 
@@ -49,6 +56,18 @@ def test_a_packed_batch_holds_each_row_and_where_it_begins():
     assert real[1:].sum() == real.sum(), "the Trainer leaves the first out of its count"
     learnt = batch["input_ids"][0, batch["predicting"][real] + 1]
     assert learnt.tolist() == batch["labels"][real].tolist() == [i for r in ROWS for i in r["ids"][r["n_prompt"] :]]
+
+
+def test_the_narrower_a_layer_the_longer_the_batches_that_are_recorded():
+    assert longest_graph(4096, 14336) == LONGEST_GRAPH, "Mistral-7B"
+    assert longest_graph(1536, 8960) == 2 * LONGEST_GRAPH, "Qwen2.5-Coder-1.5B"
+    assert longest_graph(896, 4864) > 3 * LONGEST_GRAPH, "Qwen2.5-Coder-0.5B"
+
+
+def test_batches_of_several_rows_have_few_shapes_and_attention_looks_as_far_as_the_longest_row():
+    assert packed_shape(1, 700, 60, 700) == packed_shape(1, 641, 10, 641) == (1, 768, 256, 768)
+    assert packed_shape(4, 3000, 300, 900) == packed_shape(4, 2950, 300, 1020) == (4, 3072, 512, 1024)
+    assert packed_shape(4, 4100, 300, 1030) == packed_shape(4, 4350, 300, 2000) == (4, 4352, 512, 2048)
 
 
 def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(tiny_student: Path, monkeypatch):

@@ -58,7 +58,7 @@ def test_a_recorded_step_gives_the_loss_and_gradients_of_a_plain_one_for_every_s
     import torch
 
     from finqa.training.captured_steps import CapturedSteps
-    from finqa.training.packing import packed_collator, use_packed
+    from finqa.training.packing import LONGEST_GRAPH, packed_collator, use_packed
     from finqa.training.rows import example
     from finqa.training.trainable import loss_on_completion
 
@@ -66,7 +66,7 @@ def test_a_recorded_step_gives_the_loss_and_gradients_of_a_plain_one_for_every_s
     assert use_packed(model)
     loss_on_completion(model)
     parameters = list(model.parameters())
-    steps = CapturedSteps(parameters, lambda batch, n: model(**batch, num_items_in_batch=n).loss)
+    steps = CapturedSteps(parameters, lambda batch, n: model(**batch, num_items_in_batch=n).loss, LONGEST_GRAPH)
     rows = [example(str(i), tuple(3 + (i * 7 + j) % 100 for j in range(60 + 40 * i)), 40) for i in range(6)]
     collate = packed_collator(0)
     for number, row in enumerate([*rows, *rows, *rows]):
