@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_processes [--processes 1 2 4]              # default: as many as GPUs are there
     python -m benchmarks.bench_processes --small --processes 1 2          # pocket-mistral's shapes, on a CPU too
+    python -m benchmarks.bench_processes --stages engines --name processes_engines
 
 A model of Mistral-7B's shapes with random weights is written to disk, with a tokenizer made on the spot; its data are
 FinQA-mini's pages. Each number of processes runs main.py (the published recipe: one row an update and process),
@@ -19,10 +20,11 @@ collect_activations.py (layer 17, base and fine-tuned model, written to disk) an
 Beside each rate stand its efficiency (the rate over that of the first number of processes, over how many times as many
 there are), the memory that the first process held, and the bytes that a process sends in an update or step.
 
-More processes see more rows in an update, which is another recipe: what is compared is how fast rows pass. Where
+More processes see more rows in an update, which is another recipe: what is compared is how fast rows pass. So the
+efficiency of fine-tuning is that of the time an update takes: its tokens/s also follow which rows an update has. Where
 bitsandbytes is missing, torch's fused AdamW takes the place of the recipe's 8-bit one, and the record says so.
 
-Needs 60 GB of disk below --scratch. Writes benchmarks/results/processes*.json and .md after every stage.
+Needs 60 GB of disk below --scratch. Writes benchmarks/results/processes.json and .md (--name) after every stage.
 """
 
 from __future__ import annotations
@@ -88,7 +90,8 @@ def stages(args: argparse.Namespace) -> dict[str, Callable[..., dict[str, Any]]]
     }
     with_vllm = default_device() == "cuda" and find_spec("vllm") is not None
     engines = {name: partial(replies, name=name) for name in ENGINES} if with_vllm else {}
-    return {"fine-tuning": fine_tuning, "recording": recording, "crosscoder": crosscoder, **steps, **engines}
+    every = {name: {name: measure} for name, measure in TRAINED.items()} | {"steps": steps, "engines": engines}
+    return {name: measure for kind in STAGES if kind in args.stages for name, measure in every[kind].items()}
 
 
 def step_ways() -> tuple[str, ...]:
@@ -211,6 +214,11 @@ def replies(model: Path, folders: Folders, processes: int, args: argparse.Namesp
     return {"replies_per_second": round(rate, 2), "sent_bytes": None, "memory_gb": None}
 
 
+TRAINED = {"fine-tuning": fine_tuning, "recording": recording, "crosscoder": crosscoder}
+"""Each needs what those before it made."""
+STAGES = (*TRAINED, "steps", "engines")
+
+
 def launched(script: str, processes: int, words: list[str], module: bool = False) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [sys.executable, *(launcher if processes > 1 else []), *(["-m"] if module else []), script, *words]
@@ -235,7 +243,8 @@ def report(runs: dict[int, dict[str, Any]], args: argparse.Namespace) -> str:
         unit = "replies/s" if "replies_per_second" in runs[first][stage] else "tokens/s"
         for processes, run in sorted(runs.items()):
             rate, before = (of[stage][unit.replace("/s", "_per_second")] for of in (run, runs[first]))
-            run[stage]["efficiency"] = round(rate / before * first / processes, 3)
+            ms, ms_before = (of[stage].get("ms_an_update") for of in (run, runs[first]))
+            run[stage]["efficiency"] = round(ms_before / ms if ms else rate / before * first / processes, 3)
             memory, sent = run[stage]["memory_gb"], run[stage]["sent_bytes"]
             rows.append(
                 (
@@ -248,7 +257,7 @@ def report(runs: dict[int, dict[str, Any]], args: argparse.Namespace) -> str:
     settings = {name: getattr(args, name) for name in ("updates", "documents", "layer", "latents")}
     shapes = "pocket-mistral" if args.small else f"Mistral-7B, {args.layers} layers"
     record = {"shapes": shapes, **settings, "processes": {str(n): run for n, run in runs.items()}}
-    write_record("processes" + ("_small" if args.small else ""), record, table, args.output_dir)
+    write_record(args.name, record, table, args.output_dir)
     return table
 
 
@@ -257,17 +266,23 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--processes", type=int, nargs="+", help="one after the other (default: those of 1 2 4 that have a GPU each)")
     add("--small", action="store_true", help="pocket-mistral's shapes")
+    add("--stages", nargs="+", choices=STAGES, default=STAGES, help="(default: all; a crosscoder needs the two before)")
     add("--updates", type=int, default=80, help="of fine-tuning (default: %(default)s)")
     add("--documents", type=int, default=2048, help="that are recorded (default: %(default)s)")
     add("--layer", type=int, default=17, help="whose MLP output is recorded (default: %(default)s)")
     add("--latents", type=int, nargs="+", default=[16_384, 65_536], help="of the crosscoders (default: %(default)s)")
     add("--layers", type=int, default=SHAPES["num_hidden_layers"], help="of the 7B shapes (default: %(default)s)")
     add("--scratch", type=Path, help="folder for the model and what is made of it (default: the system's)")
+    add("--name", help="of the record (default: processes, or processes_small)")
     add("--output-dir", type=Path, default=RESULTS, help="where the record goes (default: %(default)s)")
     args = parser.parse_args()
+    args.name = args.name or ("processes_small" if args.small else "processes")
     args.processes = args.processes or [n for n in (1, 2, 4) if n <= max(1, gpus())]
     if min(args.processes) < 1:
         parser.error("--processes must be at least 1 each")
+    asked = [stage for stage in TRAINED if stage in args.stages]
+    if asked != list(TRAINED)[: len(asked)]:
+        parser.error("--stages: recording needs fine-tuning, and a crosscoder both")
     return args
 
 

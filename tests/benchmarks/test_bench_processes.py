@@ -56,9 +56,9 @@ def test_evaluation_is_timed_with_as_many_engines_and_with_one_over_as_many_gpus
     monkeypatch.setattr(bench, "command", command)
     monkeypatch.setattr(bench, "default_device", lambda: "cuda")
     monkeypatch.setattr(bench, "find_spec", lambda name: name == "vllm")
-    args = SimpleNamespace(processes=[1, 2], latents=[64])
-    engines = {name: measure for name, measure in bench.stages(args).items() if name in bench.ENGINES}  # pyright: ignore[reportArgumentType]
-    assert len(engines) == 2
+    args = SimpleNamespace(processes=[1, 2], latents=[64], stages=["engines"])
+    engines = bench.stages(args)  # pyright: ignore[reportArgumentType]
+    assert list(engines) == list(bench.ENGINES)
     for processes in (1, 2):
         for measure in engines.values():
             assert measure(tmp_path, folders, processes, args)["replies_per_second"] == 40.0
@@ -85,6 +85,10 @@ def test_more_processes_than_gpus_and_none_at_all_are_refused_at_once(monkeypatc
     with pytest.raises(SystemExit):
         bench.parse_arguments()
     assert "must be at least 1" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["bench", "--stages", "fine-tuning", "crosscoder"])
+    with pytest.raises(SystemExit):
+        bench.parse_arguments()
+    assert "recording needs fine-tuning, and a crosscoder both" in capsys.readouterr().err
 
 
 def test_a_command_that_fails_ends_the_benchmark_with_what_it_said(tmp_path: Path):
@@ -98,7 +102,7 @@ def test_the_table_has_the_efficiency_over_the_number_that_came_first(tmp_path: 
         of_all = {"memory_gb": 1.5, "sent_bytes": 2_000_000}
         return {"fine-tuning": {"tokens_per_second": rate} | of_all, "evaluation": {"replies_per_second": 2.5} | of_all}
 
-    args = SimpleNamespace(small=True, updates=1, documents=1, layer=3, latents=[64], output_dir=tmp_path)
+    args = SimpleNamespace(small=True, updates=1, documents=1, layer=3, latents=[64], name="rates", output_dir=tmp_path)
     table = bench.report({1: run(100), 4: run(380), 2: run(195)}, args)  # pyright: ignore[reportArgumentType]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
     assert [row[:4] for row in rows] == [
@@ -107,8 +111,18 @@ def test_the_table_has_the_efficiency_over_the_number_that_came_first(tmp_path: 
         ["evaluation", "2", "2.5 replies/s", "0.50"], ["evaluation", "4", "2.5 replies/s", "0.25"],
     ]  # fmt: skip
     assert rows[0][4:] == ["1.5", "2.0"]
-    record = json.loads((tmp_path / "processes_small.json").read_text())
+    record = json.loads((tmp_path / "rates.json").read_text())
     assert record["processes"]["4"]["fine-tuning"]["efficiency"] == 0.95
+
+
+def test_the_efficiency_of_fine_tuning_is_that_of_the_time_of_an_update_whatever_its_rows(tmp_path: Path):
+    def run(tokens: int, ms: float) -> dict:
+        return {"fine-tuning": {"tokens_per_second": tokens, "ms_an_update": ms, "memory_gb": None, "sent_bytes": None}}
+
+    args = SimpleNamespace(small=True, updates=1, documents=1, layer=3, latents=[64], name="rates", output_dir=tmp_path)
+    runs = {1: run(8_802, 50.0), 2: run(18_648, 49.5)}
+    bench.report(runs, args)  # pyright: ignore[reportArgumentType]
+    assert runs[2]["fine-tuning"]["efficiency"] == 1.01
 
 
 @pytest.mark.gpu

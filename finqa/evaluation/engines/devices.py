@@ -28,7 +28,7 @@ def device_shares(engines: int, each: int) -> list[list[str]]:
     return [gpus[number * each : (number + 1) * each] for number in range(engines)]
 
 
-def over_machines(tensor_parallel: int) -> dict[str, str]:
+def over_machines(tensor_parallel: int) -> dict[str, Any]:
     """What vLLM has to be told where an engine takes more GPUs than this machine has: the others are Ray's.
 
     Raises UserError where Ray is not installed.
@@ -43,7 +43,8 @@ def over_machines(tensor_parallel: int) -> dict[str, str]:
             f"--tensor-parallel {tensor_parallel} needs as many GPUs, and {there} are here; give a smaller number, or "
             "join machines by Ray, which is not installed (docs/reproduce.md, Several GPUs and machines)"
         )
-    return {"distributed_executor_backend": "ray"}
+    # vLLM's own sums over GPUs are for those of one machine, and look for the others' there.
+    return {"distributed_executor_backend": "ray", "disable_custom_all_reduce": True}
 
 
 def without_multicast(tensor_parallel: int) -> dict[str, Any]:

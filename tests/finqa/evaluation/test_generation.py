@@ -499,7 +499,7 @@ def test_an_engine_over_more_gpus_than_are_here_is_rays_where_ray_is_installed(m
     with pytest.raises(UserError, match=r"--tensor-parallel 4 needs as many GPUs, and 2 are here;.*docs/reproduce\.md"):
         over_machines(4)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert over_machines(4) == {"distributed_executor_backend": "ray"}
+    assert over_machines(4) == {"distributed_executor_backend": "ray", "disable_custom_all_reduce": True}
 
 
 def test_vllm_keeps_from_nvlink_multicast_where_the_machine_says_so(monkeypatch: pytest.MonkeyPatch):
