@@ -22,6 +22,7 @@ from finqa.evaluation.generation import GenerationConfig
 from finqa.models.merging import merge
 from finqa.models.settings import ATTENTION
 from finqa.models.students import StudentRun, load_adapter, load_base, load_tokenizer
+from finqa.runtime import figures
 from finqa.runtime.errors import UserError
 from finqa.runtime.memory.needs import sizes
 from finqa.runtime.paths import REPOSITORY
@@ -174,6 +175,8 @@ def test_two_models_of_a_family_are_compared_on_texts_of_ones_own(
     model.save_pretrained(tuned)
     text = tmp_path / "texts.txt"
     text.write_text("\n\n".join(f"net sales rose {i} and then costs fell by {i % 7} in the year ." for i in range(12)))
+    # Figures are the same for every family, and to draw them takes half of this test: others do.
+    monkeypatch.setattr(figures, "image_of", lambda *_: b"")
     places = ("--data-dir", tmp_path, "--results-dir", tmp_path / "results")
     pair = ("--base", base, "--fine-tuned", tuned, "--text", text, "--name", "mine", "--layer", "2", *places[:2])
     small = ("--latents", "32", "--k", "2", "--epochs", "1")
