@@ -44,6 +44,21 @@ def test_the_diff_takes_what_its_record_says():
     assert f"| {' + '.join(map(str, seconds))} s at the H200's speed" in PAGE
 
 
+def test_the_rows_of_one_and_two_processes_are_those_of_their_record():
+    runs = json.loads((RECORDS / "processes.json").read_text())["processes"]
+    table = PAGE.partition("**One and two H200s of one host**")[2].partition("Fine-tuning without recorded steps")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")][2:]
+    assert [row[1:] for row in rows] == [
+        [*(_told(runs[n][stage]) for n in ("1", "2")), f"{runs['2'][stage]['efficiency']:.2f}"] for stage in runs["1"]
+    ]
+
+
+def _told(stage: dict[str, float]) -> str:
+    if "ms_an_update" in stage:
+        return f"{stage['ms_an_update']:.1f}"
+    return f"{stage['ms_a_step']:.2f}" if "ms_a_step" in stage else f"{stage['tokens_per_second']:,}"
+
+
 def test_evaluation_takes_what_its_records_say():
     base, adapted = (json.loads((RECORDS / f"{name}.json").read_text()) for name in ("evaluation", "evaluation_lora"))
     project, alone, calls = (base["ways"][name] for name in (PROJECT, ALONE, CALLS))

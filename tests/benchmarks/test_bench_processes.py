@@ -91,6 +91,14 @@ def test_more_processes_than_gpus_and_none_at_all_are_refused_at_once(monkeypatc
     assert "recording needs fine-tuning, and a crosscoder both" in capsys.readouterr().err
 
 
+def test_engines_alone_are_refused_at_once_where_there_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(bench, "default_device", lambda: "cpu")
+    monkeypatch.setattr(sys, "argv", ["bench", "--small", "--stages", "engines", "--scratch", str(tmp_path)])
+    with pytest.raises(UserError, match="needs a GPU and vLLM"):
+        bench.main()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_command_that_fails_ends_the_benchmark_with_what_it_said(tmp_path: Path):
     folders = Folders(data=tmp_path, results=tmp_path)
     with pytest.raises(UserError, match="no such words"):
