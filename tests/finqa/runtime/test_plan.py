@@ -450,6 +450,20 @@ def test_in_a_container_what_is_free_is_its_limit_less_what_cannot_be_dropped(
     assert memory.free_memory("cpu") > 3000
 
 
+def test_a_plan_counts_the_longer_batches_that_a_narrower_model_has_recorded(
+    on_a_gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    from transformers import MistralConfig
+
+    rows = examples(5000, 5000, 5000)
+    on_a_gpu(300, rows)
+    assert "5,120 tokens in the largest update\n" in capsys.readouterr().out, "7B: above LONGEST_GRAPH"
+    narrow = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
+    monkeypatch.setattr(plan, "read_config", lambda *a: MistralConfig(**SHAPES | narrow))
+    on_a_gpu(300, rows)
+    assert "5,120 tokens in the largest update, CUDA graphs\n" in capsys.readouterr().out
+
+
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Plans a 7B run for a GPU with so much free memory and 100 GB of disk, of which nothing else is asked."""
