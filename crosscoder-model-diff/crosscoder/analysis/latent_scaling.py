@@ -35,7 +35,7 @@ from torch import Tensor
 
 from crosscoder.analysis import measures as analysis
 from crosscoder.dictionaries.config import N_MODELS
-from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.model import BatchTopKCrosscoder, sparse_product
 from finqa.runtime.errors import UserError
 
 Condition = Literal["n", "beta", "nu_range", "nu_err", "nu_rec"]
@@ -161,7 +161,7 @@ def latent_scaling(
         n += (f > 0).sum(dim=0)
         squares += f.pow(2).sum(dim=0, dtype=torch.float64)
         for sums, vectors in zip(weighted, (inputs - reconstruction, reconstruction), strict=True):
-            sums.addmm_(f.T, vectors.flatten(1))
+            sums += sparse_product(f.T, vectors.flatten(1))
         if number % BATCHES_IN_PRODUCTS_PRECISION == 0:
             take_along_probes()
     take_along_probes()

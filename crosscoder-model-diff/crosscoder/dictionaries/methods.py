@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from crosscoder.dictionaries.config import CrosscoderConfig, Directions
-from crosscoder.dictionaries.model import BatchTopKCrosscoder
+from crosscoder.dictionaries.model import BatchTopKCrosscoder, sparse_product
 from crosscoder.dictionaries.ranks import ALONE, Ranks
 from crosscoder.dictionaries.selection import Selection, batch_topk, smallest_positive
 from finqa.runtime.errors import UserError
@@ -237,8 +237,8 @@ class StagewiseSAE(UnitNormSAE):
 
     def reconstruct(self, x: Tensor, f: Tensor | None = None) -> tuple[Tensor, Tensor]:
         f = self.encode(x) if f is None else f
-        before, after = self.encode_before(x) @ self.W_dec[:, 0], f @ self.W_dec[:, 1]
-        return f, torch.stack([before, after], dim=1) + self.b_dec
+        decoded = [sparse_product(of, self.W_dec[:, m]) for m, of in enumerate((self.encode_before(x), f))]
+        return f, torch.stack(decoded, dim=1) + self.b_dec
 
     def parts(self, x: Tensor, f: Tensor) -> Tensor:
         return torch.stack([f, self.encode_before(x)], dim=1)

@@ -20,7 +20,7 @@ from crosscoder.dictionaries.checkpoint import (
     save_training_state,
 )
 from crosscoder.dictionaries.config import CrosscoderConfig, ScoreNorm, TrainingConfig
-from crosscoder.dictionaries.model import BatchTopKCrosscoder, batch_topk
+from crosscoder.dictionaries.model import BatchTopKCrosscoder, batch_topk, sparse_product
 from finqa.runtime.errors import UserError
 
 D, F, B, K = 5, 7, 6, 2
@@ -73,6 +73,21 @@ def test_decoding_adds_each_models_vectors_and_bias(x):
         for m in range(2):
             expected = model.b_dec[m] + sum(f[i, j] * model.W_dec[j, m] for j in range(F))
             assert torch.allclose(model.decode(f)[i, m], expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.5])
+def test_decoding_without_gradients_is_the_same_product(share: float):
+    """Few values that are not 0 are added up one by one: rows and columns without any among them."""
+    generator = torch.Generator().manual_seed(0)
+    f = torch.rand(60, 100, generator=generator, dtype=torch.float64)
+    f = torch.where(f < share, f, 0.0)
+    f[[0, 7, -1]] = 0.0
+    vectors = torch.randn(100, 12, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse_product(f, vectors), f @ vectors)
+        torch.testing.assert_close(sparse_product(f.T, f), f.T @ f)
+        assert sparse_product(f[:0], vectors).shape == (0, 12)
+    assert sparse_product(f.requires_grad_(), vectors).requires_grad
 
 
 def test_inference_keeps_unscaled_values_whose_score_is_above_the_threshold(x):
