@@ -24,7 +24,8 @@ def made_up_store(folder: Path, n_tokens: int, d_model: int, device: str) -> Act
 
     writer = SetWriter(folder, d_model, {})
     writer.prepare()
-    generator = torch.Generator(device).manual_seed(0)
+    # Not the seed of the dictionaries that are made beside it: their first latents would be these very directions.
+    generator = torch.Generator(device).manual_seed(1)
     directions = torch.randn(DIRECTIONS, d_model, device=device, generator=generator)
     directions /= directions.norm(dim=-1, keepdim=True)
     n_documents = n_tokens // DOCUMENT_TOKENS
