@@ -44,19 +44,22 @@ def test_the_diff_takes_what_its_record_says():
     assert f"| {' + '.join(map(str, seconds))} s at the H200's speed" in PAGE
 
 
-def test_the_rows_of_one_and_two_processes_are_those_of_their_record():
-    runs = json.loads((RECORDS / "processes.json").read_text())["processes"]
+def test_the_rows_of_one_and_two_processes_are_those_of_their_records():
     table = PAGE.partition("**One and two H200s of one host**")[2].partition("Fine-tuning without recorded steps")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")][2:]
-    assert [row[1:] for row in rows] == [
-        [*(_told(runs[n][stage]) for n in ("1", "2")), f"{runs['2'][stage]['efficiency']:.2f}"] for stage in runs["1"]
-    ]
+    recorded = []
+    for name in ("processes", "processes_steps", "processes_engines"):
+        one, two = json.loads((RECORDS / f"{name}.json").read_text())["processes"].values()
+        recorded += [[_told(one[stage]), _told(two[stage]), f"{two[stage]['efficiency']:.2f}"] for stage in one]
+    assert sorted(row[1:] for row in rows) == sorted(recorded)
 
 
 def _told(stage: dict[str, float]) -> str:
     if "ms_an_update" in stage:
         return f"{stage['ms_an_update']:.1f}"
-    return f"{stage['ms_a_step']:.2f}" if "ms_a_step" in stage else f"{stage['tokens_per_second']:,}"
+    if "ms_a_step" in stage:
+        return f"{stage['ms_a_step']:.2f}"
+    return f"{stage.get('tokens_per_second') or stage['replies_per_second']:,}"
 
 
 def test_evaluation_takes_what_its_records_say():

@@ -14,19 +14,22 @@ threshold, so that samples do not influence each other. crosscoder/dictionaries/
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 
 from crosscoder.dictionaries.config import CrosscoderConfig, Directions
 from crosscoder.dictionaries.ranks import ALONE, Ranks
 from crosscoder.dictionaries.selection import Selection, batch_topk
 from finqa.runtime.errors import UserError
 
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 LARGEST_SPARSE_SHARE = 1 / 16
 """Share of values that are not 0 up to which their vectors are added up one by one. A dense product takes as long
-whatever the share is: on two cores twice as long at half of this share, ten times at a 16th."""
+whatever the share is: about as long at this one, ten times as long at a tenth of it on an H200, five on two cores."""
 
 
 class BatchTopKCrosscoder(nn.Module):
@@ -246,13 +249,13 @@ class BatchTopKCrosscoder(nn.Module):
 def sparse_product(f: Tensor, vectors: Tensor) -> Tensor:
     """[n, m] `f` @ [m, width] `vectors`. Where no gradient is kept and few values of `f` are not 0, the vectors of
     these alone are added up, which waits for the device."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or f.count_nonzero() > LARGEST_SPARSE_SHARE * f.numel():
         return f @ vectors
     rows, columns = places = f.nonzero(as_tuple=True)
-    if len(rows) > LARGEST_SPARSE_SHARE * f.numel():
-        return f @ vectors
-    starts = torch.searchsorted(rows, torch.arange(len(f), device=f.device))
-    return torch.nn.functional.embedding_bag(columns, vectors, starts, mode="sum", per_sample_weights=f[places])
+    starts = torch.searchsorted(rows, torch.arange(len(f) + 1, device=f.device))
+    if f.is_cuda:  # where it takes a quarter of the time; on a CPU twice as long
+        return torch.sparse_csr_tensor(starts, columns, f[places], f.shape, check_invariants=False) @ vectors
+    return embedding_bag(columns, vectors, starts, mode="sum", per_sample_weights=f[places], include_last_offset=True)
 
 
 def products_of(parts: Tensor) -> Tensor:
