@@ -248,8 +248,8 @@ class BatchTopKCrosscoder(nn.Module):
 
 def sparse_product(f: Tensor, vectors: Tensor) -> Tensor:
     """[n, m] `f` @ [m, width] `vectors`. Where no gradient is kept and few values of `f` are not 0, the vectors of
-    these alone are added up, which waits for the device."""
-    if torch.is_grad_enabled() or f.count_nonzero() > LARGEST_SPARSE_SHARE * f.numel():
+    these alone are added up, which waits for the device (not on a Mac's GPU, which may lack what it takes)."""
+    if torch.is_grad_enabled() or f.is_mps or f.count_nonzero() > LARGEST_SPARSE_SHARE * f.numel():
         return f @ vectors
     rows, columns = places = f.nonzero(as_tuple=True)
     starts = torch.searchsorted(rows, torch.arange(len(f) + 1, device=f.device))
