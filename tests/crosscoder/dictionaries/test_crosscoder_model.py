@@ -75,14 +75,15 @@ def test_decoding_adds_each_models_vectors_and_bias(x):
             assert torch.allclose(model.decode(f)[i, m], expected)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("share", [0.0, 0.03, 0.5])
-def test_decoding_without_gradients_is_the_same_product(share: float):
+def test_decoding_without_gradients_is_the_same_product(share: float, device: str):
     """Few values that are not 0 are added up one by one: rows and columns without any among them."""
     generator = torch.Generator().manual_seed(0)
     f = torch.rand(60, 100, generator=generator, dtype=torch.float64)
     f = torch.where(f < share, f, 0.0)
     f[[0, 7, -1]] = 0.0
-    vectors = torch.randn(100, 12, generator=generator, dtype=torch.float64)
+    f, vectors = f.to(device), torch.randn(100, 12, generator=generator, dtype=torch.float64).to(device)
     with torch.no_grad():
         torch.testing.assert_close(sparse_product(f, vectors), f @ vectors)
         torch.testing.assert_close(sparse_product(f.T, f), f.T @ f)
