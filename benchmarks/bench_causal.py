@@ -38,7 +38,7 @@ from benchmarks.parts.generation import generation
 from benchmarks.parts.mistral_7b import SHAPES, random_mistral_7b, random_rows
 from benchmarks.parts.plain_patches import nats_from_whole_models, plain_ceilings, plain_patches
 from benchmarks.parts.record import RESULTS, markdown_table, write_record
-from benchmarks.parts.timing import synchronise
+from benchmarks.parts.timing import peak_memory_gb, synchronise
 from crosscoder.names import default_layer
 from finqa.runtime.errors import report_errors
 
@@ -79,7 +79,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 
     def keep(name: str, unit: str, run: Callable[[], float]) -> None:
         value = run()
-        ways[name] = {"unit": unit, "value": value, "peak_memory_gb": peak_memory_gb(args.device)}
+        ways[name] = {"unit": unit, "value": value, "peak_memory_gb": peak_memory_gb()}
         print(name, ways[name], flush=True)
 
     ms = "ms a document and patch"
@@ -237,17 +237,6 @@ def clock(device: str) -> float:
 
 def ms_each(started: float, device: str, count: int) -> float:
     return round(1000 * (clock(device) - started) / count, 3)
-
-
-def peak_memory_gb(device: str) -> float | None:
-    """Since the last call; None without a GPU."""
-    import torch
-
-    if not device.startswith("cuda"):
-        return None
-    peak = torch.cuda.max_memory_allocated() / 1e9
-    torch.cuda.reset_peak_memory_stats()
-    return round(peak, 1)
 
 
 def causal_table(results: dict[str, Any]) -> str:

@@ -53,6 +53,7 @@ from finqa.runtime.command_line import add_flags, check_bounds, flag, from_args,
 from finqa.runtime.errors import report_errors
 from finqa.runtime.journal import only_run_on
 from finqa.runtime.manifest import write_manifest
+from finqa.runtime.memory.free import memory_used
 from finqa.runtime.paths import Folders, check_writable
 
 if TYPE_CHECKING:
@@ -110,8 +111,8 @@ def main() -> None:
         settings = settings_of(choice, crosscoder, extras) | {"reading": config, "pages": dashboard}
 
         def manifest() -> None:
-            seconds = round(time.perf_counter() - started, 1)
-            write_manifest(folder / "analysis.run.json", settings, activations=store.config.recorded, seconds=seconds)
+            held = {"memory_gb": round(memory_used() / 1e9, 3), "seconds": round(time.perf_counter() - started, 1)}
+            write_manifest(folder / "analysis.run.json", settings, activations=store.config.recorded, **held)
 
         n_figures = len(write_figures(found, folder)) // 2
         n_tables = len(write_tables(found, folder))

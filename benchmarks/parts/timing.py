@@ -1,4 +1,4 @@
-"""Time on a device that is told what to do and goes on by itself."""
+"""Time, and memory, on a device that is told what to do and goes on by itself."""
 
 from __future__ import annotations
 
@@ -21,3 +21,14 @@ def synchronise() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def peak_memory_gb() -> float | None:
+    """The most that tensors took of the GPU since the last call; None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    torch.cuda.reset_peak_memory_stats()
+    return round(peak, 1)
