@@ -7,9 +7,11 @@
 Random weights in Mistral-7B's shapes, or in those of Qwen2.5-1.5B, with a random adapter of rank 512, random documents
 as long as FinQA's, a random dictionary. Measured in one run:
 
-    teacher-forced      time of a document and patch: as analyse.py --causal measures them; in batches of 2,048 tokens;
-                        the lower halves run again for each patch; and by whole models with hooks, a document and a
-                        patch at a time, logits at every token. How far the numbers of the first are from the last's
+    teacher-forced      time of a document and patch: as analyse.py --causal measures them; on a GPU by layers that are
+                        not fused (activations/fused.py; all that is measured after it is by fused ones); in batches of
+                        2,048 tokens; the lower halves run again for each patch; and by whole models with hooks, a
+                        document and a patch at a time, logits at every token. How far the numbers of the first are from
+                        the last's
     ceilings            the same for whole-site patches of a few layers, and by whole models with a hook
     generation          new tokens/s of a patched and of a steered model, and of the unpatched ones, same prompts
 
@@ -67,6 +69,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds and tokens/s of every way, and the most memory that was in use."""
     import torch
 
+    from crosscoder.activations.fused import fuse, fuse_adapter
     from crosscoder.activations.readers import Target
     from crosscoder.interventions.halves import pair_of
 
@@ -84,6 +87,10 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 
     ms = "ms a document and patch"
     cells, at_once = patches(dictionary, args), args.batch_tokens
+    if args.device.startswith("cuda"):
+        keep("teacher-forced, not fused", ms, lambda: teacher_forced(pair, target, documents, cells, args, at_once))
+        fuse(model.get_base_model())
+        fuse_adapter(model)
     keep("teacher-forced", ms, lambda: teacher_forced(pair, target, documents, cells, args, at_once))
     keep("teacher-forced, 2,048 tokens", ms, lambda: teacher_forced(pair, target, documents, cells, args, 2_048))
     alone = (cells[:1], cells[-1:])

@@ -150,10 +150,12 @@ def causal_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def load_pair(store: ActivationStore, choice: ActivationChoice, folders: Folders) -> Pair:
-    """Both models that a set's activations are of, in the precision that they were recorded in.
+    """Both models that a set's activations are of, in the precision that they were recorded in, and on a GPU fused as
+    they were then.
 
     UserError where one is missing, or is not the one that was recorded.
     """
+    from crosscoder.activations.fused import fuse, fuse_adapter
     from crosscoder.activations.readers import in_the_models_dtype
     from crosscoder.activations.recorded_inputs import find_fine_tuned, find_instruct
     from crosscoder.interventions.halves import pair_of
@@ -168,12 +170,20 @@ def load_pair(store: ActivationStore, choice: ActivationChoice, folders: Folders
     device = students.default_device()
     dtype = torch.bfloat16 if recorded.get("dtype") == "bf16" else torch.float32
 
+    def whole(name: str, *how: Any) -> Any:
+        model = students.load_base(name, dtype, device, *how)
+        if device.startswith("cuda"):
+            fuse(model)
+        return model
+
     def base() -> Any:
-        return students.load_base(student.model, dtype, device, student.load_in_4bit, student.revision)
+        return whole(student.model, student.load_in_4bit, student.revision)
 
     def adapted(folder: Path) -> Any:
         model = students.load_adapter(base(), folder).eval()
         in_the_models_dtype(model, dtype)
+        if device.startswith("cuda"):
+            fuse_adapter(model)
         return model
 
     if instruct is not None:
@@ -181,7 +191,7 @@ def load_pair(store: ActivationStore, choice: ActivationChoice, folders: Folders
     elif is_adapter(fine_tuned):
         pair = pair_of(adapted(fine_tuned))
     else:
-        pair = pair_of(base(), students.load_base(str(fine_tuned), dtype, device))
+        pair = pair_of(base(), whole(str(fine_tuned)))
     check_patched(pair.fine_tuned)
     return pair
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from crosscoder.activations import fused
-from crosscoder.activations.fused import fuse, fuse_rotation
+from crosscoder.activations.fused import fuse, fuse_adapter, fuse_rotation
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -104,3 +104,28 @@ def test_a_rotation_that_is_another_one_is_left_alone(own_rotation, monkeypatch)
 
 def test_a_gate_that_is_another_one_is_left_alone(own_rotation):
     assert fuse(made("Mistral", hidden_act="gelu"))["gates"] == 0
+
+
+def test_a_patched_pair_gives_what_it_gave(own_rotation):
+    """The model with an adapter and without, from stored states, the last layer for a few tokens alone."""
+    from peft import LoraConfig, get_peft_model
+
+    from crosscoder.activations.collection import Document
+    from crosscoder.activations.readers import Target
+    from crosscoder.interventions.causal import Cell, measure
+    from crosscoder.interventions.halves import pair_of
+    from crosscoder.interventions.sets import Whole
+
+    model = get_peft_model(
+        made("Mistral", num_hidden_layers=3),
+        LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False),
+    ).eval()
+    documents = [Document(str(n), tuple(range(3 + n, 20 + 2 * n)), 9) for n in range(3)]
+    cells = [Cell(Whole(), "sufficiency", carrier) for carrier in ("own", "other")]
+    expected = measure(pair_of(model), Target(2, "mlp"), documents, cells)
+    assert fuse(model.get_base_model()) == {"norms": 7, "gates": 3, "rotations": 1}
+    assert fuse_adapter(model) == 6
+    for ours, theirs in zip(measure(pair_of(model), Target(2, "mlp"), documents, cells), expected, strict=True):
+        assert max(theirs.divergence) > 1e-3
+        assert ours.divergence == pytest.approx(theirs.divergence, rel=1e-3)
+        assert ours.injected == pytest.approx(theirs.injected, rel=1e-4)
