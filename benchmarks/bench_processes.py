@@ -3,6 +3,7 @@
     python -m benchmarks.bench_processes [--processes 1 2 4]              # default: as many as GPUs are there
     python -m benchmarks.bench_processes --small --processes 1 2          # pocket-mistral's shapes, on a CPU too
     python -m benchmarks.bench_processes --stages engines --name processes_engines        # evaluation by vLLM alone
+    python -m benchmarks.bench_processes --stages steps --name processes_steps            # a crosscoder's steps alone
 
 A model of Mistral-7B's shapes with random weights is written to disk, with a tokenizer made on the spot; its data are
 FinQA-mini's pages. Each number of processes runs main.py (the published recipe: one row an update and process),
