@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from crosscoder.dictionaries.ranks import ALONE, Ranks
 from crosscoder.dictionaries.selection import Selection, batch_topk
 from finqa.runtime.errors import UserError
 
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly disabled)")
 LARGEST_SPARSE_SHARE = 1 / 16
 """Share of values that are not 0 up to which their vectors are added up one by one. A dense product takes as long
 whatever the share is: about as long at this one, ten times as long at a tenth of it on an H200, five on two cores."""
@@ -243,7 +244,13 @@ class BatchTopKCrosscoder(nn.Module):
         """Called after each step of the optimiser."""
 
     def _scales(self, like: Tensor) -> Tensor:
-        return torch.tensor(self.activation_scales, dtype=self.b_dec.dtype, device=like.device).unsqueeze(-1)
+        return _column(self.activation_scales, self.b_dec.dtype, like.device)
+
+
+@lru_cache(maxsize=16)
+def _column(scales: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[len(scales), 1]; kept, because a GPU would wait for them at the start of every step."""
+    return torch.tensor(scales, dtype=dtype, device=device).unsqueeze(-1)
 
 
 def sparse_product(f: Tensor, vectors: Tensor) -> Tensor:

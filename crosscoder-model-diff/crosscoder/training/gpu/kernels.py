@@ -133,6 +133,50 @@ def weight_gradients(
 
 
 @triton.jit
+def dead_values(
+    product, bias, norms, dead, values, scores, n_tokens, n_latents, n_dead, n_columns, ranked: tl.constexpr,
+    tokens: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    """A tile of `values` [tokens, columns] = ReLU(product + bias) of the latents `dead` [n_dead], 0 in the columns
+    after them; where they are `ranked` also of `scores` = value * norm, fp32."""
+    token = tl.program_id(0) * tokens + tl.arange(0, tokens)
+    column = tl.program_id(1) * columns + tl.arange(0, columns)
+    latent = tl.load(dead + column, mask=column < n_dead, other=0)
+    inside = (token < n_tokens)[:, None] & (column < n_dead)[None, :]
+    value = tl.load(product + token[:, None].to(tl.int64) * n_latents + latent[None, :], mask=inside, other=0.0)
+    value = value.to(tl.float32) + tl.load(bias + latent, mask=column < n_dead, other=0.0)[None, :]
+    value = tl.where(inside & (value > 0), value, 0.0)
+    place = token[:, None].to(tl.int64) * n_columns + column[None, :]
+    written = (token < n_tokens)[:, None] & (column < n_columns)[None, :]
+    tl.store(values + place, value.to(values.dtype.element_ty), mask=written)
+    if ranked:
+        score = value * tl.load(norms + latent, mask=column < n_dead, other=0.0)[None, :]
+        tl.store(scores + place, score, mask=written)
+
+
+@triton.jit
+def add_to_rows(
+    rows, factor, decoder_added, encoder_added, decoder_gradient, encoder_gradient, squares, width, parts,
+    block: tl.constexpr, most_parts: tl.constexpr,
+):  # fmt: skip
+    """Add row i of what is `added`, times `factor`, to the gradients' row rows[i], and put the sum of the squares of
+    both new rows into the first of the `parts` of its `squares` [latent, parts], 0 into the others."""
+    row, scale = tl.load(rows + tl.program_id(0)), tl.load(factor)
+    column = tl.arange(0, block)
+    inside = column < width
+    place, added = row * width + column, tl.program_id(0).to(tl.int64) * width + column
+    decoder = tl.load(decoder_gradient + place, mask=inside, other=0.0).to(tl.float32)
+    decoder += scale * tl.load(decoder_added + added, mask=inside, other=0.0).to(tl.float32)
+    tl.store(decoder_gradient + place, decoder.to(decoder_gradient.dtype.element_ty), mask=inside)
+    encoder = tl.load(encoder_gradient + place, mask=inside, other=0.0).to(tl.float32)
+    encoder += scale * tl.load(encoder_added + added, mask=inside, other=0.0).to(tl.float32)
+    tl.store(encoder_gradient + place, encoder.to(encoder_gradient.dtype.element_ty), mask=inside)
+    square = tl.sum(decoder * decoder + encoder * encoder, 0)
+    part = tl.arange(0, most_parts)
+    tl.store(squares + row * parts + part, tl.where(part == 0, square, 0.0), mask=part < parts)
+
+
+@triton.jit
 def adam_rows(
     weight, gradient, first_moment, second_moment, copy, norms, clip,
     learning_rate, beta_1, beta_2, correction_1, correction_2, width, d_model, block: tl.constexpr,

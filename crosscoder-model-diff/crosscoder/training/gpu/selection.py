@@ -23,6 +23,8 @@ BOUND = 0.9
 """Share of the last step's smallest kept score, at first: pairs below are no candidates. It moves so that there are
 between ENOUGH and MANY times the pairs that are kept: some room on both sides for what a step changes."""
 ENOUGH, MANY = 1.3, 2.0
+TILE = 32, 128
+"""Tokens and latents of a program that looks at scores."""
 SEARCH_STEPS = 40
 """Bounds that are tried where that one was no good, before the selection is made over all pairs."""
 SAMPLED_TOKENS = 64
@@ -106,12 +108,10 @@ class Selector:
         positive = torch.zeros(n_latents, dtype=torch.int8, device=device)
         scores, values = torch.full((2, capacity), -1.0, device=device).unbind()
         indices = torch.full((capacity,), outside(product), dtype=index_type(product), device=device)
-        tile = (32, 128)
-        grid = (triton.cdiv(batch, tile[0]), triton.cdiv(n_latents, tile[1]))
         kernel: Any = kernels.candidates
-        kernel[grid](
+        kernel[tuple(map(triton.cdiv, product.shape, TILE))](
             product, self.bias, norms, self.bound if bound is None else bound, counter, scores, values, indices,
-            positive, batch, n_latents, capacity, *tile,
+            positive, batch, n_latents, capacity, *TILE,
         )  # fmt: skip
         counters = OnCpu(self.ranks.gather(counter).flatten())
         kept = self._largest(scores, values, indices, n_keep, outside(product))

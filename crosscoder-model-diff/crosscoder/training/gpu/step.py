@@ -14,7 +14,7 @@ not of the dictionary, and the most of it is on its way while something is compu
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from crosscoder.dictionaries.model import BatchTopKCrosscoder
 from crosscoder.dictionaries.ranks import ALONE, Ranks
 from crosscoder.training.gpu import exchange, kernels
 from crosscoder.training.gpu.pairs import Pairs, latents_first, starts_of, sum_of_squares
-from crosscoder.training.gpu.selection import OnCpu, Selection, Selector
+from crosscoder.training.gpu.selection import TILE, OnCpu, Selection, Selector
 from crosscoder.training.step import Step
 
 PIECES = 2
@@ -40,6 +40,25 @@ ROUNDING = 1e-5
 """Rounding of a difference of sums in fp32, relative to them."""
 CLIP_EPSILON = 1e-6
 """As in torch.nn.utils.clip_grad_norm_."""
+
+
+class Gradients(NamedTuple):
+    """What a batch gives, beside the gradients of the weights, which are filled in place."""
+
+    error: Tensor
+    """[batch, width]: the reconstruction less x, rounded."""
+    square: Tensor
+    """[]: sum of its squares."""
+    losses: Tensor
+    """[batch]"""
+    decoder_bias: Tensor
+    """[width], b_dec's gradient."""
+    bias: Tensor
+    """[latent], b_enc's gradient; of this process's latents, as all that follows."""
+    squares: Tensor
+    """[latent, parts]: sums of the squares of the weights' gradients."""
+    selected: Tensor
+    """[latent] int32: pairs that were kept."""
 
 
 class GpuStep:
@@ -115,25 +134,20 @@ class GpuStep:
             selection = self.selector.search(product, score_norms, weights.k)
             gradients = self._gradients(x, selection)
         self.selector.move_bound(selection)
-        error, gradient, bias_gradient, squares, losses, selected = gradients
-        reconstruction = losses.sum() / (batch if self.config.reconstruction == "mse" else N_MODELS * batch)
+        reconstruction = gradients.losses.sum() / (batch if self.config.reconstruction == "mse" else N_MODELS * batch)
         zero = auxiliary = torch.zeros((), device=x.device)
-        n_dead = int(np.count_nonzero(dead_on_cpu.wait().numpy()))
-        if n_dead:
+        if n_dead := int(np.count_nonzero(dead_on_cpu.wait().numpy())):
             own_dead = torch.from_numpy(np.flatnonzero(self.ranks.rows(dead_on_cpu.wait()).numpy()))
             own_dead = (own_dead.pin_memory() if x.is_cuda else own_dead).to(x.device, non_blocking=True)
-            auxiliary, changed = self._auxiliary(x, product, score_norms, error, own_dead, n_dead, bias_gradient)
-            squares[own_dead] = 0.0
-            squares[own_dead, 0] = changed
-        counted = torch.stack((squares.sum(), (selection.values > 0).sum()))
-        own = torch.cat((bias_gradient, selection.positive, selected, counted))
+            auxiliary = self._auxiliary(x, product, score_norms, gradients, own_dead, n_dead)
+        counted = torch.stack((gradients.squares.sum(), (selection.values > 0).sum()))
+        own = torch.cat((gradients.bias, selection.positive, gradients.selected, counted))
         everyone = self.ranks.gather(own)
         bias_gradient, positive, selected = (part.flatten() for part in everyone[:, :-2].split(self.n_latents, dim=1))
         square, n_active = everyone[:, -2:].sum(0)
-        decoder_bias_gradient = gradient.sum(0, dtype=torch.float32)
-        norm = (square + bias_gradient.square().sum() + decoder_bias_gradient.square().sum()).sqrt()
+        norm = (square + bias_gradient.square().sum() + gradients.decoder_bias.square().sum()).sqrt()
         clip = (self.config.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
-        self._adam(learning_rate, clip, bias_gradient, decoder_bias_gradient)
+        self._adam(learning_rate, clip, bias_gradient, gradients.decoder_bias)
 
         loss = reconstruction + self.config.aux_weight * auxiliary
         return Step(
@@ -144,7 +158,7 @@ class GpuStep:
             selected=selected > 0,
             n_active=n_active.long(),
             x=self.ranks.rows(x.view(batch, N_MODELS, -1)),
-            error=self.ranks.rows(error.view(batch, N_MODELS, -1)),
+            error=self.ranks.rows(gradients.error.view(batch, N_MODELS, -1)),
         )
 
     def _score_norms(self) -> Tensor:
@@ -153,21 +167,19 @@ class GpuStep:
             return torch.ones_like(self.bias)
         return self.norms.norm(dim=-1) if self.model.config.score_norm == "l2" else self.norms.sum(dim=-1)
 
-    def _gradients(self, x: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Error and the loss's gradient at the reconstruction (both [batch, width]); b_enc's gradient [latent] and sums
-        of squares of the weights' gradients, which are filled, of this process's latents; losses [batch]; and the pairs
-        that were kept of each of its latents [latent] int32."""
+    def _gradients(self, x: Tensor, selection: Selection) -> Gradients:
         batch, index, values = len(x), selection.index, selection.values
         by_token = Pairs(starts_of(index, self.n_latents, batch), (index % self.n_latents).int(), values)
-        error, gradient, value_gradients, losses = self._decode(x, by_token, index)
+        error, gradient, value_gradients, square, losses = self._decode(x, by_token, index)
         index, order = torch.sort((index % self.n_latents) * batch + index // self.n_latents)
         by_latent = Pairs(starts_of(index, batch, self.n_latents), (index % batch).int(), values[order])
-        bias_gradient, squares = self._weight_gradients(x, gradient, by_latent, value_gradients[order])
-        return error, gradient, bias_gradient, squares, losses, by_latent.starts.diff()
+        bias, squares = self._weight_gradients(x, gradient, by_latent, value_gradients[order])
+        selected, of_decoder_bias = by_latent.starts.diff(), gradient.sum(0, dtype=torch.float32)
+        return Gradients(error, square, losses, of_decoder_bias, bias, squares, selected)
 
-    def _decode(self, x: Tensor, pairs: Pairs, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Error, the loss's gradient at the reconstruction (both [batch, width]) and at the values, losses [batch].
-        `index` as of Selection; what fills it up has no gradients."""
+    def _decode(self, x: Tensor, pairs: Pairs, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Error, the loss's gradient at the reconstruction (both [batch, width]) and at the values, the sum of the
+        error's squares, losses [batch]. `index` as of Selection; what fills it up has no gradients."""
         batch, d_model = len(x), self.width // N_MODELS
         block = min(kernels.DECODER_COLUMNS, triton.next_power_of_2(d_model))
         parts_of_model = triton.cdiv(d_model, block)
@@ -205,7 +217,7 @@ class GpuStep:
             gradient = (error.view(batch, N_MODELS, -1) * scales.t().unsqueeze(-1)).to(error.dtype).view_as(error)
             of_pair = scales[:, (index // self.n_latents).clamp(max=batch - 1)]
             value_gradients = (products.view(N_MODELS, parts_of_model, -1).sum(1) * of_pair).sum(0)
-        return error, gradient, value_gradients * (pairs.values > 0), losses
+        return error, gradient, value_gradients * (pairs.values > 0), squares.sum(), losses
 
     def _weight_gradients(
         self, x: Tensor, gradient: Tensor, pairs: Pairs, value_gradients: Tensor
@@ -227,39 +239,49 @@ class GpuStep:
         return bias_gradient, squares
 
     def _auxiliary(
-        self, x: Tensor, product: Tensor, norms: Tensor, error: Tensor, dead: Tensor, n_dead: int, bias_gradient: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, product: Tensor, norms: Tensor, gradients: Gradients, dead: Tensor, n_dead: int
+    ) -> Tensor:
         """The auxiliary loss (losses.auxiliary_loss) of `n_dead` latents, of which `dead` [n] are this process's; adds
-        its gradients, times its weight, to the others. And the sums of the squares [n] of the rows that it changed,
-        encoder's and decoder's."""
-        aux_k, weight = auxiliary_latents(self.config, self.model.config.d_model), self.config.aux_weight
-        n = len(dead)
-        rows = torch.nn.functional.pad(dead, (0, -n % ALIGNED))  # what is filled up has values of 0
-        values = torch.relu(product[:, rows] + self.bias[rows])
-        values[:, n:] = 0.0
-        if aux_k < n_dead:
-            scores = values * norms[rows]
-            values = values * (scores >= exchange.smallest_kept(scores, aux_k, self.ranks))
-        rounded, decoder = values.to(x.dtype), self.decoder_copy[rows]
+        its gradients, times its weight, to the others, and puts the squares of these latents' in place."""
+        error, square, aux_k = gradients.error, gradients.square, auxiliary_latents(self.config, self.width // N_MODELS)
+        values = self._dead_values(product, norms, dead, aux_k if aux_k < n_dead else None)
+        decoder = self.decoder_copy[torch.nn.functional.pad(dead, (0, values.shape[1] - len(dead)))]
         # what the dead latents leave of the residual, which is -error
         if self.ranks.world == 1:
-            left = torch.addmm(error, rounded, decoder)
+            left = torch.addmm(error, values, decoder)
         else:
-            decoded = iter([(rounded @ decoder).float()])
+            decoded = iter([(values @ decoder).float()])
             left = exchange.whole_sum(decoded, lambda rows: error[rows], error, self.ranks)
-        square, of_mean = sum_of_squares(error), len(x) * sum_of_squares(error.mean(0, dtype=torch.float32))
+        mse = self.config.reconstruction == "mse"  # whose gradient is 2 / batch times the error
+        of_mean = len(x) * sum_of_squares(gradients.decoder_bias / 2 if mse else error.mean(0, dtype=torch.float32))
         # Where all rows are alike the variance is 0, and the difference of the two sums a rounding of them.
         scale = torch.where(square - of_mean > ROUNDING * square, 1 / (square - of_mean), 0.0)
-        factor = (2 * weight * scale).to(x.dtype)
-        slope = (left @ decoder.t()) * (factor * (rounded > 0))
-        squares = torch.zeros(n, device=x.device)
-        added_to_both = (factor * rounded).t() @ left, slope.t() @ x
-        for gradient, added in zip((self.decoder_gradient, self.encoder_gradient), added_to_both, strict=True):
-            changed = gradient[dead] + added[:n]
-            gradient.index_copy_(0, dead, changed)
-            squares += torch.linalg.vector_norm(changed, dim=1, dtype=torch.float32) ** 2
-        bias_gradient.index_add_(0, dead, slope[:, :n].sum(0, dtype=torch.float32))
-        return sum_of_squares(left) * scale, squares
+        factor = 2 * self.config.aux_weight * scale
+        slope = torch.ops.aten.threshold_backward(left @ decoder.t(), values, 0)
+        kernel: Any = kernels.add_to_rows
+        if n := len(dead):
+            parts = gradients.squares.shape[1]
+            kernel[(n,)](
+                dead, factor, values.t() @ left, slope.t() @ x, self.decoder_gradient, self.encoder_gradient,
+                gradients.squares, self.width, parts, *map(triton.next_power_of_2, (self.width, parts)), num_warps=8,
+            )  # fmt: skip
+        gradients.bias.index_add_(0, dead, factor * slope[:, :n].sum(0, dtype=torch.float32))
+        return sum_of_squares(left) * scale
+
+    def _dead_values(self, product: Tensor, norms: Tensor, dead: Tensor, n_keep: int | None) -> Tensor:
+        """[batch, n], rounded: values of the latents `dead`, 0 in the columns that they are filled up with; of each
+        token's latents the `n_keep` of the largest scores, over all processes."""
+        n_columns = -(-len(dead) // ALIGNED) * ALIGNED
+        values = product.new_empty(len(product), n_columns)
+        scores = values if n_keep is None else torch.empty_like(values, dtype=torch.float32)
+        kernel: Any = kernels.dead_values
+        if n_columns:
+            grid = tuple(map(triton.cdiv, values.shape, TILE))
+            sizes = (*product.shape, len(dead), n_columns)
+            kernel[grid](product, self.bias, norms, dead, values, scores, *sizes, n_keep is not None, *TILE)
+        if n_keep is not None:
+            values.masked_fill_(scores < exchange.smallest_kept(scores, n_keep, self.ranks), 0.0)
+        return values
 
     def _adam(self, learning_rate: float, clip: Tensor, bias_gradient: Tensor, decoder_bias_gradient: Tensor) -> None:
         group = self.optimizer.param_groups[0]
