@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from crosscoder.dictionaries.config import CrosscoderConfig
 
+WORKSPACE = 32 * 1024**2
+"""Bytes that PyTorch holds for cuBLAS on a GPU, in the largest case."""
+
 
 @dataclass(frozen=True)
 class TwoModels:
@@ -84,12 +87,13 @@ class Findings:
 def plan_analysis(opened: OpenedCrosscoder, config: AnalysisConfig) -> None:
     """Print what `find` needs and what there is; UserError where it does not fit."""
     device = str(opened.model.b_dec.device)
-    need = analysis_need(opened.model.config, config.batch_size, len(opened.unembedding.weight))
-    helps = "CUDA_VISIBLE_DEVICES= leaves it to the CPU" if device.startswith("cuda") else "use a machine with more"
+    on_gpu = device.startswith("cuda")
+    need = analysis_need(opened.model.config, config.batch_size, len(opened.unembedding.weight), on_gpu)
+    helps = "CUDA_VISIBLE_DEVICES= leaves it to the CPU" if on_gpu else "use a machine with more"
     check_fits("analysis", need, free_memory(device), device, helps, USABLE)
 
 
-def analysis_need(crosscoder: CrosscoderConfig, batch_size: int, n_tokens: int) -> Need:
+def analysis_need(crosscoder: CrosscoderConfig, batch_size: int, n_tokens: int, on_gpu: bool) -> Need:
     """Memory of the stage of an analysis that takes most, beside the dictionary, which is loaded by then.
 
     Bytes for each pair of token and latent, of token and input and of latent and input are counted on tensors that are
@@ -105,7 +109,8 @@ def analysis_need(crosscoder: CrosscoderConfig, batch_size: int, n_tokens: int) 
     if crosscoder.compares_models:
         stages["latent scaling"] = max(26 * weights, 17 * weights + 17 * pairs + 24 * inputs)
     most = max(stages, key=lambda stage: stages[stage])
-    return Need(((most, stages[most], f"{batch_size:,} tokens x {n_latents:,} latents"),))
+    whole = stages[most] + (WORKSPACE if on_gpu else 0)
+    return Need(((most, whole, f"{batch_size:,} tokens x {n_latents:,} latents"),))
 
 
 def find(opened: OpenedCrosscoder, config: AnalysisConfig | None = None) -> Findings:

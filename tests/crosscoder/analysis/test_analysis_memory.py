@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from live_memory import Live
 
+from benchmarks.parts.record import RESULTS
 from crosscoder.analysis import findings
 from crosscoder.analysis import measures as analysis
 from crosscoder.analysis.findings import analysis_need, plan_analysis
@@ -77,7 +79,16 @@ def test_an_analysis_is_planned_within_a_quarter_of_what_is_alive(
         with Live([*model.parameters(), store.raw]) as live:
             stage()
         peaks.append(live.peak)
-    assert 1 <= analysis_need(config, batch, n_tokens).total / max(peaks) <= 1.25
+    assert 1 <= analysis_need(config, batch, n_tokens, on_gpu=False).total / max(peaks) <= 1.25
+
+
+def test_the_plan_of_an_analysis_is_what_was_measured_on_a_gpu_and_at_most_a_quarter_more():
+    """The record's stage computes no logit lens, and the dictionary and the set were on the GPU by then."""
+    record = json.loads((RESULTS / "diff.json").read_text())
+    shape = CrosscoderConfig(**record["crosscoder"])
+    held = 4 * sum(p.numel() for p in new_dictionary(shape).parameters()) + 1e9 * record["peak_gb"]["open the set"]
+    taken = 1e9 * record["peak_gb"]["analyse"] - held
+    assert 1.0 <= analysis_need(shape, AnalysisConfig().batch_size, 0, on_gpu=True).total / taken <= 1.25
 
 
 def test_an_analysis_that_does_not_fit_is_refused_in_one_line(
