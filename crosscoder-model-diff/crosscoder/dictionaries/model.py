@@ -250,7 +250,8 @@ class BatchTopKCrosscoder(nn.Module):
 @lru_cache(maxsize=16)
 def _column(scales: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """[len(scales), 1]; kept, because a GPU would wait for them at the start of every step."""
-    return torch.tensor(scales, dtype=dtype, device=device).unsqueeze(-1)
+    with torch.inference_mode(False):
+        return torch.tensor(scales, dtype=dtype, device=device).unsqueeze(-1)
 
 
 def sparse_product(f: Tensor, vectors: Tensor) -> Tensor:

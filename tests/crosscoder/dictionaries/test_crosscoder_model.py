@@ -175,6 +175,16 @@ def test_scaling_multiplies_each_model_by_its_own_scale_and_is_undone(x):
     assert torch.allclose(model.raw_decoder()[:, 1], model.W_dec[:, 1] / 3)
 
 
+def test_scaling_has_a_gradient_where_it_was_used_without_one_before(x):
+    model = crosscoder()
+    model.activation_scales = (0.37, 1.9)  # of no other test: what is made of them is kept
+    with torch.inference_mode():
+        model.scale(x)
+    raw = x.clone().requires_grad_()
+    model.scale(raw).sum().backward()
+    torch.testing.assert_close(raw.grad, torch.tensor([0.37, 1.9], dtype=x.dtype)[:, None].expand_as(x))
+
+
 def test_a_saved_crosscoder_loads_as_the_same_function(tmp_path: Path):
     model = crosscoder().float()
     model.threshold = 0.1 + 0.2

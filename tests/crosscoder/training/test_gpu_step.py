@@ -92,6 +92,23 @@ def test_weights_follow_those_of_autograd_with_and_without_dead_latents(
         torch.testing.assert_close(adam.state[model.W_enc][name], expected_adam.state[expected.W_enc][name], **CLOSE)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="it is a GPU that is waited for")
+def test_nothing_in_a_step_waits_for_the_gpu_but_what_was_asked_for_before():
+    from crosscoder.training.gpu.step import GpuStep
+
+    model = BatchTopKCrosscoder(CrosscoderConfig(d_model=12, n_latents=48, k=4)).to(DEVICE)
+    adam = torch.optim.Adam(model.parameters(), fused=True)
+    step = GpuStep(model, adam, TrainingConfig(aux_weight=0.3, aux_k=2, precision="fp32"))
+    raw, dead = torch.randn(40, 2, 12, device=DEVICE), torch.arange(48, device=DEVICE) < 5
+    try:
+        for number in range(6):
+            if number == 3:  # the first one searches its bound
+                torch.cuda.set_sync_debug_mode("error")
+            step(raw, 0.0, Weights(k=4, l1=0.0, difference=0.0), dead)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_scores_that_are_all_equal_or_all_nothing_are_selected_from():
     from crosscoder.training.gpu.step import GpuStep
 
