@@ -110,7 +110,8 @@ class Progress:
         self.last_said = time.monotonic()
         rate = (self.done - self._before) / max(self.last_said - self.started, 1e-9)
         left = f", {(self.total - self.done) / rate:.0f} s left" if rate else ""
-        line = f"{self.what}: {self.done} of {self.total}, {rate:.1f} a second{left}{', ' + note if note else ''}"
+        pace = f"{rate:,.{1 if rate < 100 else 0}f} a second"
+        line = f"{self.what}: {self.done:,} of {self.total:,}, {pace}{left}{', ' + note if note else ''}"
         print(time.strftime("%H:%M:%S"), line, file=self.out, flush=True)
 
     def close(self) -> None:
