@@ -1,4 +1,4 @@
-"""Triton kernels of a crosscoder's training step that touch only the active latents.
+"""Triton kernels of a crosscoder's training step that touch only the active latents, and the dead ones.
 
 Of a batch of B tokens k*B pairs (token, latent) are active, k of every F: a product over all of them is mostly zeros.
 Pairs are held sorted by token and, a second time, by latent. Rows of weights are `width` = 2 * d_model numbers, both

@@ -1,8 +1,8 @@
 """A training step of the BatchTopK crosscoder on a GPU, its gradients written by hand.
 
-The same step as training/step.py takes through autograd. What makes it fast: one dense product (the encoder), all
-else on the active pairs of token and latent; weights as fp32 masters with bf16 copies for the products, both written
-by one pass of Adam; what is waited for is done by then, so that the GPU always has work.
+The same step as training/step.py takes through autograd. What makes it fast: one dense product (the encoder; four more
+of the dead latents alone), all else on the active pairs of token and latent; weights as fp32 masters with bf16 copies
+for the products, both written by one pass of Adam; what is waited for is done by then, so that the GPU always has work.
 
 The encoder is held transposed, [latent, 2 * d_model], like the decoder: the model's W_enc becomes a view of that.
 
