@@ -300,6 +300,13 @@ def test_the_plan_is_what_was_measured_on_a_gpu_and_at_most_a_quarter_more(way, 
         assert 1.0 <= planned / (1e9 * ways[way]["peak_gb"]) <= 1.25, n_latents
 
 
+def test_the_plan_of_a_whole_run_is_what_was_measured_on_a_gpu_and_at_most_a_quarter_more():
+    record = json.loads((REPOSITORY / "benchmarks" / "results" / "diff.json").read_text())
+    shape, config = CrosscoderConfig(**record["crosscoder"]), TrainingConfig(**record["training"])
+    taken = 1e9 * (record["peak_gb"]["train"] - record["peak_gb"]["open the set"])
+    assert 1.0 <= plan.training_need(shape, config, by_hand=True, product_bytes=2).total / taken <= 1.25
+
+
 def test_a_step_by_hand_is_for_what_it_was_written_for():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for device, shape, settings, reason in [
