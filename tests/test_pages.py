@@ -188,8 +188,8 @@ def test_the_two_speeds_are_those_of_their_records():
     step = json.loads((RECORDS / "crosscoder_step_h200.json").read_text())["steps"]["16384"]
     by_hand, autograd, plain = (step[way]["ms"] for way in ("by hand", "autograd, bf16", "autograd, fp32"))
     assert f"takes {total:.0f} s" in prose
-    assert f"takes {by_hand:.1f} ms" in prose and f"traffic alone take {step['floor']['both']:.1f}; the" in prose
-    assert f"{autograd:.1f} ms through autograd and {plain:.0f} ms" in prose
+    assert f"takes {by_hand:.1f} ms" in prose and f"dense step alone take {step['floor']['both']:.1f}, " in prose
+    assert f"autograd's step {autograd:.1f} ms, and plain fp32 {plain:.0f} ms" in prose
 
 
 def test_what_is_said_of_libraries_and_patches_is_that_of_the_records():

@@ -109,7 +109,7 @@ class Progress:
     def say(self, note: str = "") -> None:
         self.last_said = time.monotonic()
         rate = (self.done - self._before) / max(self.last_said - self.started, 1e-9)
-        left = f", {(self.total - self.done) / rate:.0f} s left" if rate else ""
+        left = f", {(self.total - self.done) / rate:,.0f} s left" if rate else ""
         pace = f"{rate:,.{1 if rate < 100 else 0}f} a second"
         line = f"{self.what}: {self.done:,} of {self.total:,}, {pace}{left}{', ' + note if note else ''}"
         print(time.strftime("%H:%M:%S"), line, file=self.out, flush=True)
@@ -145,4 +145,4 @@ class StepProgress(Progress):
 
     def say(self, note: str = "") -> None:
         self.last_said = time.monotonic()
-        say(f"step {self.done} of {self.total}: {note}")
+        say(f"step {self.done:,} of {self.total:,}: {note}")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from crosscoder.dictionaries.config import CrosscoderConfig
 
-WORKSPACE = 32 * 1024**2
+CUBLAS_WORKSPACE = 32 * 1024**2
 """Bytes that PyTorch holds for cuBLAS on a GPU, in the largest case."""
 
 
@@ -98,6 +98,7 @@ def analysis_need(crosscoder: CrosscoderConfig, batch_size: int, n_tokens: int, 
 
     Bytes for each pair of token and latent, of token and input and of latent and input are counted on tensors that are
     alive. A batch's are still there when the next one's are made. `n_tokens` are those of the vocabulary.
+    A GPU holds cuBLAS's workspace besides.
     """
     width, n_latents = crosscoder.n_inputs * crosscoder.d_model, crosscoder.n_latents
     pairs, inputs, weights = batch_size * n_latents, batch_size * width, n_latents * width
@@ -109,7 +110,7 @@ def analysis_need(crosscoder: CrosscoderConfig, batch_size: int, n_tokens: int, 
     if crosscoder.compares_models:
         stages["latent scaling"] = max(26 * weights, 17 * weights + 17 * pairs + 24 * inputs)
     most = max(stages, key=lambda stage: stages[stage])
-    whole = stages[most] + (WORKSPACE if on_gpu else 0)
+    whole = stages[most] + (CUBLAS_WORKSPACE if on_gpu else 0)
     return Need(((most, whole, f"{batch_size:,} tokens x {n_latents:,} latents"),))
 
 

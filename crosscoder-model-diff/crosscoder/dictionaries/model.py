@@ -249,7 +249,7 @@ class BatchTopKCrosscoder(nn.Module):
 
 @lru_cache(maxsize=16)
 def _column(scales: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[len(scales), 1]; kept, because a GPU would wait for them at the start of every step."""
+    """[len(scales), 1]; kept, since making it is a copy to the GPU, for which every step would wait."""
     with torch.inference_mode(False):
         return torch.tensor(scales, dtype=dtype, device=device).unsqueeze(-1)
 

@@ -93,12 +93,13 @@ def test_weights_follow_those_of_autograd_with_and_without_dead_latents(
 
 
 @pytest.mark.skipif(INTERPRETED, reason="it is a GPU that is waited for")
-def test_nothing_in_a_step_waits_for_the_gpu_but_what_was_asked_for_before():
+@pytest.mark.parametrize("aux_k", [2, 8])
+def test_nothing_in_a_step_waits_for_the_gpu_but_what_was_asked_for_before(aux_k: int):
     from crosscoder.training.gpu.step import GpuStep
 
     model = BatchTopKCrosscoder(CrosscoderConfig(d_model=12, n_latents=48, k=4)).to(DEVICE)
     adam = torch.optim.Adam(model.parameters(), fused=True)
-    step = GpuStep(model, adam, TrainingConfig(aux_weight=0.3, aux_k=2, precision="fp32"))
+    step = GpuStep(model, adam, TrainingConfig(aux_weight=0.3, aux_k=aux_k))
     raw, dead = torch.randn(40, 2, 12, device=DEVICE), torch.arange(48, device=DEVICE) < 5
     try:
         for number in range(6):
@@ -139,12 +140,13 @@ def test_what_fills_the_room_of_a_selection_up_is_behind_all_pairs_in_either_ord
         assert selected.values.tolist() == [1.0] + 79 * [0.0]
 
 
-def test_a_residual_that_is_the_same_for_every_token_has_no_auxiliary_loss():
+@pytest.mark.parametrize("product_dtype", [torch.float32, torch.bfloat16])
+def test_a_residual_that_is_the_same_for_every_token_has_no_auxiliary_loss(product_dtype: torch.dtype):
     from crosscoder.training.gpu.step import GpuStep
 
     generator = torch.Generator().manual_seed(0)
     model = BatchTopKCrosscoder(CrosscoderConfig(d_model=12, n_latents=48, k=4), generator=generator).to(DEVICE)
-    step = GpuStep(model, torch.optim.Adam(model.parameters()), SETTINGS, product_dtype=torch.float32)
+    step = GpuStep(model, torch.optim.Adam(model.parameters()), SETTINGS, product_dtype)
     raw = torch.randn(1, 2, 12, generator=generator).expand(40, 2, 12).to(DEVICE)
     done = step(raw, 1e-3, Weights(k=4, l1=0.0, difference=0.0), torch.ones(48, dtype=torch.bool, device=DEVICE))
     assert float(done.parts[1]) > 0

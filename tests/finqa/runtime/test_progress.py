@@ -45,12 +45,15 @@ def test_the_streams_are_as_they_were_after_an_error():
 
 def test_lines_of_a_log_have_the_time_of_day(capsys: pytest.CaptureFixture):
     say("a result")
-    StepProgress(2).show(1, "loss 1.0")
-    progress = Progress("programs", 4)
-    progress.say()
+    StepProgress(2500).show(1250, "loss 1.0")
+    progress = Progress("programs", 4_000_000, every_s=0)
+    progress.started -= 2
+    progress.advance(5000)
     said = capsys.readouterr()
     for line in (*said.out.splitlines(), *said.err.splitlines()):
         assert re.match(TIME, line), line
+    assert "step 1,250 of 2,500: loss 1.0" in said.out
+    assert re.search(r"programs: 5,000 of 4,000,000, \d,\d{3} a second, \d,\d{3} s left", said.err)
 
 
 def test_after_ctrl_c_it_is_said_that_the_same_command_goes_on(capsys: pytest.CaptureFixture):

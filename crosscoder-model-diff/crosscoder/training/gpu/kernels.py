@@ -1,4 +1,4 @@
-"""Triton kernels of a crosscoder's training step that touch only the active latents, and the dead ones.
+"""Triton kernels of a crosscoder's training step that touch only the active and the dead latents.
 
 Of a batch of B tokens k*B pairs (token, latent) are active, k of every F: a product over all of them is mostly zeros.
 Pairs are held sorted by token and, a second time, by latent. Rows of weights are `width` = 2 * d_model numbers, both
@@ -159,8 +159,8 @@ def add_to_rows(
     rows, factor, decoder_added, encoder_added, decoder_gradient, encoder_gradient, squares, width, parts,
     block: tl.constexpr, most_parts: tl.constexpr,
 ):  # fmt: skip
-    """Add row i of what is `added`, times `factor`, to the gradients' row rows[i], and put the sum of the squares of
-    both new rows into the first of the `parts` of its `squares` [latent, parts], 0 into the others."""
+    """Add `factor` times row i of `decoder_added` and `encoder_added` to row rows[i] of the two gradients. That row of
+    `squares` [latent, parts] takes the sum of the squares of both new rows in its first part, and 0 in the others."""
     row, scale = tl.load(rows + tl.program_id(0)), tl.load(factor)
     column = tl.arange(0, block)
     inside = column < width

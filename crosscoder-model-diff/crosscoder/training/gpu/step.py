@@ -43,14 +43,14 @@ CLIP_EPSILON = 1e-6
 
 
 class Gradients(NamedTuple):
-    """What a batch gives, beside the gradients of the weights, which are filled in place."""
+    """Gradients and sums of a batch; the weights' gradients are in GpuStep.decoder_gradient and encoder_gradient."""
 
     error: Tensor
     """[batch, width]: the reconstruction less x, rounded."""
     square: Tensor
     """[]: sum of its squares."""
     losses: Tensor
-    """[batch]"""
+    """[batch]: each token's, before the mean."""
     decoder_bias: Tensor
     """[width], b_dec's gradient."""
     bias: Tensor
@@ -174,8 +174,9 @@ class GpuStep:
         index, order = torch.sort((index % self.n_latents) * batch + index // self.n_latents)
         by_latent = Pairs(starts_of(index, batch, self.n_latents), (index % batch).int(), values[order])
         bias, squares = self._weight_gradients(x, gradient, by_latent, value_gradients[order])
-        selected, of_decoder_bias = by_latent.starts.diff(), gradient.sum(0, dtype=torch.float32)
-        return Gradients(error, square, losses, of_decoder_bias, bias, squares, selected)
+        mse = self.config.reconstruction == "mse"  # whose gradient is the error times a number, and rounded once more
+        of_decoder_bias = (error if mse else gradient).sum(0, dtype=torch.float32) * (2 / batch if mse else 1)
+        return Gradients(error, square, losses, of_decoder_bias, bias, squares, by_latent.starts.diff())
 
     def _decode(self, x: Tensor, pairs: Pairs, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Error, the loss's gradient at the reconstruction (both [batch, width]) and at the values, the sum of the
@@ -242,7 +243,7 @@ class GpuStep:
         self, x: Tensor, product: Tensor, norms: Tensor, gradients: Gradients, dead: Tensor, n_dead: int
     ) -> Tensor:
         """The auxiliary loss (losses.auxiliary_loss) of `n_dead` latents, of which `dead` [n] are this process's; adds
-        its gradients, times its weight, to the others, and puts the squares of these latents' in place."""
+        its gradients, times its weight, to the others, and replaces the sums of squares of these latents."""
         error, square, aux_k = gradients.error, gradients.square, auxiliary_latents(self.config, self.width // N_MODELS)
         values = self._dead_values(product, norms, dead, aux_k if aux_k < n_dead else None)
         decoder = self.decoder_copy[torch.nn.functional.pad(dead, (0, values.shape[1] - len(dead)))]
@@ -250,9 +251,8 @@ class GpuStep:
         if self.ranks.world == 1:
             left = torch.addmm(error, values, decoder)
         else:
-            decoded = iter([(values @ decoder).float()])
-            left = exchange.whole_sum(decoded, lambda rows: error[rows], error, self.ranks)
-        mse = self.config.reconstruction == "mse"  # whose gradient is 2 / batch times the error
+            left = exchange.whole_sum(iter([(values @ decoder).float()]), lambda rows: error[rows], error, self.ranks)
+        mse = self.config.reconstruction == "mse"
         of_mean = len(x) * sum_of_squares(gradients.decoder_bias / 2 if mse else error.mean(0, dtype=torch.float32))
         # Where all rows are alike the variance is 0, and the difference of the two sums a rounding of them.
         scale = torch.where(square - of_mean > ROUNDING * square, 1 / (square - of_mean), 0.0)
