@@ -36,6 +36,9 @@ def test_memory_mapped_shards_read_the_same_as_memory(store):
     assert torch.equal(mapped.read(indices), store.read(indices))
     assert torch.equal(mapped.read(indices[:1]), store.read(indices[:1]))
     assert mapped.read(indices[:0]).shape == (0, 2, D_MODEL)
+    with torch.inference_mode():  # which the threads that read it are not in
+        mapped.move("memory")
+    assert torch.equal(mapped.read(indices), store.read(indices))
 
 
 def test_a_set_is_held_where_it_takes_at_most_half_of_what_is_free_and_else_left_on_disk(store, monkeypatch):
