@@ -49,15 +49,16 @@ NO_SEARCH = {**NO_ROOM, "SEARCH_STEPS": 1}
 
 
 @pytest.mark.parametrize(
-    ("reconstruction", "score_norm", "constants"),
+    ("reconstruction", "score_norm", "constants", "d_model"),
     [
-        ("mse", "sum", {}), ("mse", "l2", NO_ROOM), ("mse", "none", NO_SEARCH),
-        ("l2", "sum", {}), ("l2", "l2", NO_SEARCH), ("l2", "none", NO_ROOM),
+        ("mse", "sum", {}, 12), ("mse", "l2", NO_ROOM, 12), ("mse", "none", NO_SEARCH, 12), ("mse", "sum", {}, 160),
+        ("l2", "sum", {}, 12), ("l2", "l2", NO_SEARCH, 12), ("l2", "none", NO_ROOM, 12),
     ],
 )  # fmt: skip
 def test_weights_follow_those_of_autograd_with_and_without_dead_latents(
-    reconstruction, score_norm, constants, monkeypatch
+    reconstruction, score_norm, constants, d_model, monkeypatch
 ):
+    """A row of 2 x 160 numbers is the work of several programs, the last of which has less of it."""
     from crosscoder.training.gpu import selection
     from crosscoder.training.gpu.step import GpuStep
 
@@ -66,7 +67,7 @@ def test_weights_follow_those_of_autograd_with_and_without_dead_latents(
     settings = TrainingConfig(reconstruction=reconstruction, aux_weight=0.3, aux_k=2, precision="fp32")
 
     def fresh():
-        config = CrosscoderConfig(d_model=12, n_latents=48, k=4, score_norm=score_norm)
+        config = CrosscoderConfig(d_model, n_latents=48, k=4, score_norm=score_norm)
         model = BatchTopKCrosscoder(config, generator=torch.Generator().manual_seed(1)).to(DEVICE)
         model.activation_scales = (0.9, 1.1)
         return model, torch.optim.Adam(model.parameters(), lr=1.0, betas=(0.9, 0.99))
@@ -76,7 +77,7 @@ def test_weights_follow_those_of_autograd_with_and_without_dead_latents(
     by_hand = GpuStep(model, adam, settings, product_dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     for number in range(6):
-        raw = torch.randn(40, 2, 12, generator=generator).to(DEVICE)
+        raw = torch.randn(40, 2, d_model, generator=generator).to(DEVICE)
         dead = torch.zeros(48, dtype=torch.bool, device=DEVICE)
         dead[[3, 7, 11, 20]] = number > 2
         weights = Weights(k=4 if number else 6, l1=0.0, difference=0.0)
